@@ -1,0 +1,64 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help env demo test quick lint format types layering proto check-proto verify check bench clean
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "needs Python 3.11 or newer" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "needs Python 3.11 or newer; try make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+env: $(STAMP) ## Create .venv with everything in it
+
+demo: $(STAMP) ## Start the service on the shipped model, stream one completion, stop
+	$(BIN)/python -m benchmarks.demo
+
+test: $(STAMP) ## All tests that need no GPU, those with real processes included
+	$(BIN)/pytest -q -m 'not gpu and not slow'
+
+quick: $(STAMP) ## Tests without real processes
+	$(BIN)/pytest -q
+
+lint: $(STAMP) ## Style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## Rewrite files in the house's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP) ## Strict types
+	$(BIN)/mypy
+
+layering: $(STAMP) ## Who may import whom
+	$(BIN)/pytest -q tests/test_layering.py
+
+proto: $(STAMP) ## Regenerate the code of protos/
+	$(BIN)/python protos/generate.py
+
+check-proto: $(STAMP) ## Fail if generated code is not what protos/ gives
+	$(BIN)/python protos/generate.py --check
+
+verify: $(STAMP) ## Replay the recorded cases
+	$(BIN)/twotower verify tests/golden/tiny_a
+	$(BIN)/twotower verify tests/golden/tiny_b
+
+check: lint types layering check-proto verify ## What CI runs besides test and demo
+
+bench: $(STAMP) ## Speed and memory on this machine
+	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.decode --model shipped --tokens 96
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.service
+
+clean: ## Remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info
