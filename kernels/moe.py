@@ -1,0 +1,107 @@
+"""Mixture of experts: sigmoid router with a choice bias and expert groups, relu^2 experts.
+
+    s = sigmoid(W x) in fp64;  choice by s + bias, weights from s alone
+    out = sum over chosen e of w_e down_e(relu(up_e x)^2)
+
+Sources: Liu et al. 2024 (DeepSeek-V3), section 2.1.2, for router, bias and groups; So et al.
+2021 (Primer) for relu^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twotower.kernels.elementwise import relu_squared, sigmoid
+from twotower.kernels.linear import linear, linear_tiled
+
+# One matrix per expert: a list of packed ones, or a stacked tensor.
+ExpertWeights = Sequence[Tensor] | Tensor
+
+
+@dataclass(frozen=True)
+class RouterRule:
+    """How experts are chosen: `top_k` of them within the best `top_groups` of `groups` groups."""
+
+    top_k: int
+    groups: int
+    top_groups: int
+    normalize: bool
+    scaling: float
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor, rule: RouterRule) -> tuple[Tensor, Tensor]:
+    """x [T, H], weight [E, H] fp64, bias [E] -> expert ids [T, k] int64 and weights [T, k] fp32.
+
+    Everything from the product on is fp64; equal choice scores go to the lower expert id.
+    """
+    scores = sigmoid(linear_tiled(x.double(), weight))
+    choice = scores + bias.double()
+    if rule.groups > 1:
+        choice = _keep_best_groups(choice, rule)
+    ids = torch.sort(choice, dim=-1, descending=True, stable=True).indices[:, : rule.top_k]
+    weights = scores.gather(1, ids)
+    if rule.normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return ids, (weights * rule.scaling).float()
+
+
+def experts(
+    x: Tensor, ids: Tensor, weights: Tensor, up: ExpertWeights, down: ExpertWeights
+) -> Tensor:
+    """x [T, H], ids and weights [T, k], up E x [F, H], down E x [H, F] -> [T, H] in x's dtype.
+
+    Only experts that some token chose are read. A token's k results are added in the order of its
+    slots, in fp32, so that the sum does not depend on the other tokens.
+    """
+    tokens, slots = ids.shape
+    if tokens == 1:
+        own = [mlp(x, up[expert], down[expert]) for expert in ids[0].tolist()]
+        return _weighted_sum(torch.stack(own, dim=1), weights).to(x.dtype)
+    flat = ids.flatten()
+    order = torch.sort(flat, stable=True).indices
+    counts = torch.bincount(flat, minlength=len(up)).tolist()
+    gathered = x.index_select(0, order // slots)
+    outputs = []
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            rows = gathered[start : start + count]
+            outputs.append(mlp(rows, up[expert], down[expert]))
+            start += count
+    by_slot = torch.empty_like(gathered)
+    by_slot[order] = torch.cat(outputs)
+    return _weighted_sum(by_slot.view(tokens, slots, -1), weights).to(x.dtype)
+
+
+def mlp(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """x [T, H], up [F, H], down [H, F] -> down(relu(up x)^2), [T, H]."""
+    return linear(relu_squared(linear(x, up, up_bias)), down, down_bias)
+
+
+def _weighted_sum(by_slot: Tensor, weights: Tensor) -> Tensor:
+    wide = by_slot.float()
+    total = wide[:, 0] * weights[:, 0:1]
+    for slot in range(1, weights.shape[1]):
+        total = total + wide[:, slot] * weights[:, slot : slot + 1]
+    return total
+
+
+def _keep_best_groups(choice: Tensor, rule: RouterRule) -> Tensor:
+    """Sets the choice score of experts outside the best groups to 0, as the model was trained."""
+    grouped = choice.unflatten(-1, (rule.groups, -1))
+    best_two = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+    kept = torch.sort(best_two, dim=-1, descending=True, stable=True).indices[:, : rule.top_groups]
+    mask = F.one_hot(kept, rule.groups).sum(1).bool()
+    kept_only: Tensor = grouped.masked_fill(~mask.unsqueeze(-1), 0.0)
+    return kept_only.flatten(1)
