@@ -1,0 +1,161 @@
+"""config.json: what is read, what is ignored, what is refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.random_model import SMALL, small_config
+from twotower.towers.config import TwoTowerConfig
+from twotower.towers.errors import ConfigError
+
+SHAPING = sorted(
+    {field.name for field in fields(TwoTowerConfig) if field.name != "layer_pattern"}
+    - {"use_bias", "use_conv_bias", "attention_bias", "mlp_bias", "mask_token_id"}
+    - {"bos_token_id", "eos_token_id", "pad_token_id"}
+)
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    return SMALL.to_dict() | changes
+
+
+def without(key: str) -> dict[str, Any]:
+    raw = SMALL.to_dict()
+    del raw[key]
+    return raw
+
+
+def test_released_keys(tiny_a: Path, tiny_b: Path) -> None:
+    config = TwoTowerConfig.from_file(tiny_a / "config.json")
+    assert config.layer_pattern == "MEM*EMEM*E"
+    assert config.num_layers == 10
+    assert config.d_inner == 6 * 12
+    assert config.conv_dim == 136
+    assert config.layers_of("*") == (3, 8)
+    assert config.layers_of("-") == ()
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 0)
+    other = TwoTowerConfig.from_file(tiny_b / "config.json")
+    assert other.layers_of("-") == (1, 6)
+    assert not other.use_conv_bias
+    assert (other.n_group, other.topk_group, other.layer_norm_epsilon) == (3, 2, 5e-3)
+
+
+def test_a_model_without_layers_is_none() -> None:
+    with pytest.raises(ConfigError, match=r"^hybrid_override_pattern: got ''"):
+        TwoTowerConfig.from_dict(changed(hybrid_override_pattern="", num_hidden_layers=0))
+
+
+def test_what_is_written_is_read_back() -> None:
+    config = small_config(eos_token_id=None, bos_token_id=None, use_conv_bias=False)
+    assert TwoTowerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("chunk_size", [1, 16, 128, None])
+def test_chunk_size_changes_nothing(chunk_size: int | None) -> None:
+    assert TwoTowerConfig.from_dict(changed(chunk_size=chunk_size)) == SMALL
+
+
+@pytest.mark.parametrize("key", [*SHAPING, "hybrid_override_pattern"])
+def test_a_missing_key_is_named(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key}: missing"):
+        TwoTowerConfig.from_dict(without(key))
+
+
+@pytest.mark.parametrize("key", [*SHAPING, "use_bias", "eos_token_id"])
+@pytest.mark.parametrize("value", ["12x", [1]])
+def test_a_value_of_the_wrong_type_is_named(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key}: got"):
+        TwoTowerConfig.from_dict(changed(**{key: value}))
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "n_groups", "eos_token_id", "layer_norm_epsilon"])
+def test_a_boolean_is_not_a_number(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}: got True"):
+        TwoTowerConfig.from_dict(changed(**{key: True}))
+
+
+@pytest.mark.parametrize("key", ["sliding_window_size", "moe_latent_size", "Hidden_size"])
+def test_an_unknown_key_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key}: unknown key"):
+        TwoTowerConfig.from_dict(changed(**{key: 1}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", "mamba2"),
+        ("architectures", ["NemotronHForCausalLM"]),
+        ("mamba_hidden_act", "gelu"),
+        ("mlp_hidden_act", "silu"),
+        ("tie_word_embeddings", True),
+        ("residual_in_fp32", True),
+        ("n_shared_experts", 2),
+        ("num_hidden_layers", 3),
+        ("hybrid_override_pattern", "MXE*"),
+        ("hybrid_override_pattern", 4),
+        ("hidden_size", 0),
+        ("conv_kernel", -1),
+        ("num_key_value_heads", 3),
+        ("n_groups", 3),
+        ("n_group", 3),
+        ("num_experts_per_tok", 5),
+        ("topk_group", 0),
+        ("topk_group", 3),
+        ("vocab_size", 3),
+        ("layer_norm_epsilon", 0.0),
+        ("layer_norm_epsilon", math.nan),
+        ("layer_norm_epsilon", -1e-5),
+        ("routed_scaling_factor", math.inf),
+        ("eos_token_id", 24),
+        ("bos_token_id", -1),
+    ],
+)
+def test_a_value_that_is_not_computed_is_refused(key: str, value: object) -> None:
+    names = {"num_key_value_heads": "num_attention_heads", "n_groups": "mamba_num_heads"}
+    named = {"n_group": "n_routed_experts"} | names
+    with pytest.raises(ConfigError, match=rf"^({key}|{named.get(key, key)}): got .*expected"):
+        TwoTowerConfig.from_dict(changed(**{key: value}))
+
+
+@pytest.mark.parametrize("limit", [None, [0.0, math.inf], [0, math.inf]])
+def test_an_open_time_step_limit_is_fine(limit: object) -> None:
+    assert TwoTowerConfig.from_dict(changed(time_step_limit=limit)) == SMALL
+
+
+@pytest.mark.parametrize(
+    "limit", [[0.0, 0.1], [0.001, math.inf], [0.0], 5, "0,inf", [], {"min": 0}, [0.0, math.nan]]
+)
+def test_a_finite_time_step_limit_is_refused(limit: object) -> None:
+    with pytest.raises(ConfigError, match=r"^time_step_limit: got .*expected \[0.0, Infinity\]"):
+        TwoTowerConfig.from_dict(changed(time_step_limit=limit))
+
+
+def test_bare_infinity_is_read_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(changed(time_step_limit=[0.0, math.inf])))
+    assert "Infinity" in path.read_text()
+    assert TwoTowerConfig.from_file(path) == SMALL
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", '"x"', "\x00", '{"a": }', "[" * 100_000])
+def test_a_file_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"^config.json: "):
+        TwoTowerConfig.from_file(path)
+
+
+def test_bytes_that_are_no_text_and_files_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00{")
+    with pytest.raises(ConfigError, match=r"^config.json: "):
+        TwoTowerConfig.from_file(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=r"^absent.json: not found"):
+        TwoTowerConfig.from_file(tmp_path / "absent.json")
+    with pytest.raises(ConfigError):
+        TwoTowerConfig.from_file(tmp_path)

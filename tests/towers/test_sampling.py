@@ -1,0 +1,211 @@
+"""Draws: filters by hand, frequencies by chi-square, noise by its key."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats  # type: ignore[import-untyped]
+from torch import Tensor
+
+from tests.comparing import assert_rows_are_independent, normal
+from twotower.kernels.philox import uniforms
+from twotower.towers.errors import NumericalError
+from twotower.towers.params import GenerationParams, row_key
+from twotower.towers.sampling import (
+    DOMAIN_AUTOREGRESSIVE,
+    DOMAIN_DENOISE,
+    Sampler,
+    draw_scores,
+)
+
+# Probabilities 0.4, 0.3, 0.2, 0.1, out of order.
+LOGITS = torch.log(torch.tensor([[0.2, 0.4, 0.1, 0.3]]))
+GREEDY = Sampler(0.0, None, None, None, key=1)
+
+
+def sampler(
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    key: int = 1,
+) -> Sampler:
+    return Sampler(temperature, top_k, top_p, min_p, key)
+
+
+def probabilities(logits: Tensor, how: Sampler, excluded: int | None = None) -> list[float]:
+    return torch.exp(draw_scores(logits, how, excluded))[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("how", "want"),
+    [
+        (sampler(), [0.2, 0.4, 0.1, 0.3]),
+        (sampler(top_k=1), [0, 1, 0, 0]),
+        (sampler(top_k=2), [0, 4 / 7, 0, 3 / 7]),
+        (sampler(top_k=99), [0.2, 0.4, 0.1, 0.3]),
+        (sampler(top_p=0.01), [0, 1, 0, 0]),
+        (sampler(top_p=0.39), [0, 1, 0, 0]),
+        (sampler(top_p=0.5), [0, 4 / 7, 0, 3 / 7]),
+        (sampler(top_p=0.75), [2 / 9, 4 / 9, 0, 3 / 9]),
+        (sampler(top_p=1.0), [0.2, 0.4, 0.1, 0.3]),
+        # Of what top-k left and renormalised: 4/7 exceeds 0.5 already.
+        (sampler(top_k=2, top_p=0.5), [0, 1, 0, 0]),
+        (sampler(min_p=0.0), [0.2, 0.4, 0.1, 0.3]),
+        (sampler(min_p=0.45), [0.2, 0.4, 0, 0.3]),
+        (sampler(min_p=1.0), [0, 0.4, 0, 0]),
+        (sampler(temperature=0.5), [4 / 30, 16 / 30, 1 / 30, 9 / 30]),
+        # The temperature comes first: 16/30 exceeds 0.5 already.
+        (sampler(temperature=0.5, top_p=0.5), [0, 1, 0, 0]),
+    ],
+)
+def test_filters_by_hand(how: Sampler, want: list[float]) -> None:
+    got = probabilities(LOGITS, how)
+    total = sum(got)  # min-p comes last and leaves the rest as it is
+    assert [value / total for value in got] == pytest.approx(
+        [w / sum(want) for w in want], abs=1e-6
+    )
+
+
+def test_ties_of_the_kth_are_kept_and_those_of_top_p_fall_from_the_right() -> None:
+    logits = torch.tensor([[1.0, 2.0, 1.0, 1.0]])
+    assert [p > 0 for p in probabilities(logits, sampler(top_k=2))] == [True] * 4
+    flat = torch.zeros(1, 4)
+    assert [p > 0 for p in probabilities(flat, sampler(top_p=0.3))] == [True, True, False, False]
+    # Only what exceeds p counts: half is not more than half.
+    assert [p > 0 for p in probabilities(flat, sampler(top_p=0.5))] == [True, True, True, False]
+
+
+def test_the_excluded_token_takes_no_part() -> None:
+    assert probabilities(LOGITS, sampler(), excluded=1) == pytest.approx([1 / 3, 0, 1 / 6, 1 / 2])
+    assert probabilities(LOGITS, sampler(top_k=1), excluded=1) == [0, 0, 0, 1]
+    got = probabilities(LOGITS, sampler(min_p=0.5), excluded=1)
+    assert [p > 0 for p in got] == [True, False, False, True]
+
+
+def test_a_top_p_of_one_keeps_the_whole_tail() -> None:
+    """The running sum of very many probabilities rounds to more than 1 before its end."""
+    logits = torch.zeros(1, 131_072)
+    logits[:, -100:] = -20.0
+    assert bool(torch.isfinite(draw_scores(logits, sampler(top_p=1.0), None)).all())
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-40, 5e-324])
+def test_a_tiny_temperature_is_nearly_greedy_and_never_nan(temperature: float) -> None:
+    logits = normal(30, 50, scale=30.0)
+    how = sampler(temperature=temperature)
+    assert not bool(draw_scores(logits, how, 3).isnan().any())
+    tokens, _ = how.draw(logits, list(range(30)), 0, DOMAIN_DENOISE, 3)
+    assert tokens == GREEDY.draw(logits, list(range(30)), 0, DOMAIN_DENOISE, 3)[0]
+
+
+def test_a_huge_temperature_is_uniform() -> None:
+    got = probabilities(LOGITS, sampler(temperature=1e30))
+    assert got == pytest.approx([0.25] * 4)
+
+
+def test_rows_of_the_scores_are_independent() -> None:
+    how = sampler(0.7, top_k=40, top_p=0.9, min_p=0.01)
+    assert_rows_are_independent(lambda x: draw_scores(x, how, 3), normal(40, 515, scale=3.0))
+
+
+def chi_square(tokens: list[int], expected: Tensor) -> float:
+    """p-value of the counts; what is expected less than 5 times is put together."""
+    counts = torch.bincount(torch.tensor(tokens), minlength=len(expected)).double()
+    wanted = expected.double() * len(tokens)
+    assert float(counts[wanted == 0].sum()) == 0
+    rare = (wanted < 5) & (wanted > 0)
+    common = wanted >= 5
+    got = [*counts[common].tolist(), float(counts[rare].sum())]
+    want = [*wanted[common].tolist(), float(wanted[rare].sum())]
+    kept = np.array(want) > 0
+    return float(stats.chisquare(np.array(got)[kept], np.array(want)[kept]).pvalue)
+
+
+@pytest.mark.parametrize(
+    ("how", "excluded"),
+    [
+        (sampler(), None),
+        (sampler(key=2**64 - 1), 3),
+        (sampler(0.6), None),
+        (sampler(1.7, top_k=5), 3),
+        (sampler(top_p=0.8), None),
+        (sampler(min_p=0.2), None),
+    ],
+)
+def test_frequencies_are_those_of_the_softmax(how: Sampler, excluded: int | None) -> None:
+    logits = normal(1, 12, seed=8, scale=1.5)
+    wide = logits[0].double()
+    if excluded is not None:
+        wide[excluded] = -math.inf
+    want = torch.softmax(wide / how.temperature, dim=-1)
+    if how.top_k is not None:
+        want[want < want.sort(descending=True).values[how.top_k - 1]] = 0
+    if how.top_p is not None:
+        order = want.argsort(descending=True)
+        before = want[order].cumsum(0) - want[order]
+        want[order[before > how.top_p]] = 0
+    if how.min_p is not None:
+        want[want < how.min_p * want.max()] = 0
+    positions = list(range(20_000))
+    tokens, _ = how.draw(logits.expand(20_000, -1), positions, 4, DOMAIN_AUTOREGRESSIVE, excluded)
+    assert chi_square(tokens, want / want.sum()) > 1e-3
+
+
+def test_successive_draws_are_independent() -> None:
+    """Pairs of neighbouring positions, and of a position at two steps."""
+    how, logits = sampler(), torch.zeros(20_000, 4)
+    positions = list(range(20_000))
+    tokens, _ = how.draw(logits, positions, 0, DOMAIN_DENOISE)
+    again, _ = how.draw(logits, positions, 1, DOMAIN_DENOISE)
+    flat = torch.full((16,), 1 / 16)
+    assert (
+        chi_square([a * 4 + b for a, b in zip(tokens[::2], tokens[1::2], strict=True)], flat) > 1e-3
+    )
+    assert chi_square([a * 4 + b for a, b in zip(tokens, again, strict=True)], flat) > 1e-3
+
+
+def test_a_draw_depends_on_its_key_position_step_and_domain_only() -> None:
+    logits = normal(40, 100)
+    how = sampler()
+    tokens, confidences = how.draw(logits, list(range(40)), 2, DOMAIN_DENOISE, 3)
+    for i in (0, 13, 39):
+        alone = how.draw(logits[i : i + 1], [i], 2, DOMAIN_DENOISE, 3)
+        assert alone == ([tokens[i]], [confidences[i]])
+    others = [
+        sampler(key=2).draw(logits, list(range(40)), 2, DOMAIN_DENOISE, 3),
+        how.draw(logits, list(range(1, 41)), 2, DOMAIN_DENOISE, 3),
+        how.draw(logits, list(range(40)), 3, DOMAIN_DENOISE, 3),
+        how.draw(logits, list(range(40)), 2, DOMAIN_AUTOREGRESSIVE, 3),
+    ]
+    for other, _ in others:
+        assert sum(a == b for a, b in zip(other, tokens, strict=True)) < 12
+
+
+def test_the_noise_is_that_of_the_rows_key() -> None:
+    logits = normal(3, 20)
+    how = Sampler.from_params(GenerationParams(temperature=1.0, seed=77))
+    assert how.key == row_key(77)
+    noise = -torch.log(-torch.log(uniforms(row_key(77), torch.tensor([5, 6, 9]), 1, 2, 20)))
+    want = (torch.log_softmax(logits, dim=-1) + noise).argmax(-1).tolist()
+    assert how.draw(logits, [5, 6, 9], 1, DOMAIN_AUTOREGRESSIVE)[0] == want
+
+
+def test_the_confidence_is_untempered_and_unfiltered() -> None:
+    logits = normal(50, 20)
+    want = torch.softmax(logits.double(), dim=-1)
+    tokens, confidences = sampler(2.0, top_k=3).draw(logits, list(range(50)), 0, DOMAIN_DENOISE)
+    chosen = want.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    assert confidences == pytest.approx(chosen.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("how", [GREEDY, sampler(), sampler(0.5, top_k=3, top_p=0.5, min_p=0.1)])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_an_error(how: Sampler, wrong: float) -> None:
+    logits = normal(4, 9)
+    logits[2, 5] = wrong
+    with pytest.raises(NumericalError, match="non-finite logits at position 30, step 6"):
+        how.draw(logits, [30, 31, 32, 33], 6, DOMAIN_DENOISE, 3)

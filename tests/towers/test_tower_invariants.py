@@ -1,0 +1,201 @@
+"""What both towers keep, whatever their weights: rows alone, states untouched, cuts anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.comparing import BATCH_SIZES, assert_relative_rms, assert_same_bits
+from twotower.towers.context import ContextTower
+from twotower.towers.denoiser import DenoiserTower, timestep_features
+from twotower.towers.state import ContextState
+
+ROWS = max(BATCH_SIZES)
+SOME_SIZES = [1, 2, 3, 4, 7, 15, 16, 17, 23, 31, 32, 33, 40]
+
+
+def tokens(count: int, seed: int, vocab_size: int = 300) -> list[int]:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    drawn: list[int] = torch.randint(0, vocab_size, (count,), generator=generator).tolist()
+    return drawn
+
+
+def read(tower: ContextTower, prompt: Sequence[int], room: int = 40) -> ContextState:
+    """A state that has read a prompt."""
+    state = tower.new_state(len(prompt) + room)
+    if prompt:
+        tower.forward([prompt], [state])
+        tower.advance(state, len(prompt))
+    return state
+
+
+def everything(state: ContextState) -> list[Tensor]:
+    parts = [state.conv, state.ssm, state.k[:, :, : state.length], state.v[:, :, : state.length]]
+    return [part.clone() for part in parts]
+
+
+def test_a_context_row_has_the_same_bits_in_any_batch(context_tower: ContextTower) -> None:
+    prompts = [tokens(3 * (row % 5), seed=row) for row in range(ROWS)]
+    pieces = [tokens(1 + row % 7, seed=50 + row) for row in range(ROWS)]
+    alone, after = [], []
+    for prompt, piece in zip(prompts, pieces, strict=True):
+        state = read(context_tower, prompt)
+        alone.append(context_tower.forward([piece], [state]))
+        context_tower.advance(state, len(piece))
+        after.append(everything(state))
+    for size in SOME_SIZES:
+        states = [read(context_tower, prompt) for prompt in prompts[:size]]
+        together = context_tower.forward(pieces[:size], states)
+        assert_same_bits(together, torch.cat(alone[:size]), size)
+        for state, piece, want in zip(states, pieces, after, strict=False):
+            context_tower.advance(state, len(piece))
+            for got, own in zip(everything(state), want, strict=True):
+                assert_same_bits(got, own, size)
+
+
+def test_a_denoiser_row_has_the_same_bits_in_any_batch(
+    context_tower: ContextTower, denoiser_tower: DenoiserTower
+) -> None:
+    states = [read(context_tower, tokens(3 * (row % 5), seed=row)) for row in range(ROWS)]
+    blocks = [tokens([16, 16, 8, 1, 5][row % 5], seed=90 + row) for row in range(ROWS)]
+    times = [None if row % 7 == 6 else (row % 16 + 1) / 16 for row in range(ROWS)]
+    alone = [
+        denoiser_tower.forward([block], [t], [state])
+        for block, t, state in zip(blocks, times, states, strict=True)
+    ]
+    for size in SOME_SIZES:
+        together = denoiser_tower.forward(blocks[:size], times[:size], states[:size])
+        assert_same_bits(together, torch.cat(alone[:size]), size)
+        last = denoiser_tower.forward(blocks[-size:], times[-size:], states[-size:])
+        assert_same_bits(last, torch.cat(alone[-size:]), size)
+
+
+@pytest.mark.parametrize("prompt_length", [0, 1, 40])
+@pytest.mark.parametrize("log", [0, 1])
+def test_the_denoiser_leaves_the_state_untouched(
+    context_tower: ContextTower, denoiser_tower: DenoiserTower, prompt_length: int, log: int
+) -> None:
+    state = read(context_tower, tokens(prompt_length, seed=1))
+    if log:
+        context_tower.forward([tokens(1, seed=2)], [state])
+    before, position, length = everything(state), state.position, state.length
+    for block, t in ((16, 1.0), (1, None), (33, 0.5)):
+        denoiser_tower.forward([tokens(block, seed=3)], [t], [state])
+    for got, want in zip(everything(state), before, strict=True):
+        assert_same_bits(got, want)
+    assert (state.position, state.length) == (position, length)
+
+
+def test_the_denoiser_reads_the_snapshot_and_not_the_log(
+    context_tower: ContextTower, denoiser_tower: DenoiserTower
+) -> None:
+    """mock_ar keeps its last token in the log and wants the context before it."""
+    prompt = tokens(20, seed=1)
+    state = read(context_tower, prompt)
+    block = tokens(1, seed=2)
+    before = denoiser_tower.forward([block], [None], [state])
+    context_tower.forward([block], [state])
+    assert_same_bits(denoiser_tower.forward([block], [None], [state]), before)
+    context_tower.advance(state, 1)
+    assert not torch.equal(denoiser_tower.forward([block], [None], [state]), before)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 16, 31, 39])
+def test_reading_a_then_b_is_reading_both(context_tower: ContextTower, cut: int) -> None:
+    whole = tokens(40, seed=5)
+    at_once, in_two = context_tower.new_state(60), read(context_tower, whole[:cut], room=50)
+    hidden = context_tower.forward([whole], [at_once])
+    context_tower.advance(at_once, 40)
+    tail = context_tower.forward([whole[cut:]], [in_two])
+    context_tower.advance(in_two, 40 - cut)
+    assert_relative_rms(tail, hidden[cut:], 2e-5)
+    for got, want in zip(everything(in_two), everything(at_once), strict=True):
+        assert_relative_rms(got, want, 2e-5)
+    follow = tokens(3, seed=6)
+    left = context_tower.forward([follow], [at_once])
+    assert_relative_rms(context_tower.forward([follow], [in_two]), left, 2e-5)
+
+
+def test_a_forward_pass_does_not_move_the_snapshot(context_tower: ContextTower) -> None:
+    state = read(context_tower, tokens(10, seed=1))
+    ssm, conv = state.ssm.clone(), state.conv.clone()
+    context_tower.forward([tokens(7, seed=2)], [state])
+    assert (state.position, state.length) == (10, 17)
+    assert_same_bits(state.ssm, ssm)
+    assert_same_bits(state.conv, conv)
+
+
+def test_a_context_token_does_not_see_those_after_it(context_tower: ContextTower) -> None:
+    first, second = tokens(20, seed=1), tokens(20, seed=1)
+    second[12:] = tokens(8, seed=2)
+    left = context_tower.forward([first], [context_tower.new_state(20)])
+    right = context_tower.forward([second], [context_tower.new_state(20)])
+    assert_same_bits(left[:12], right[:12])
+    assert not torch.equal(left[12:], right[12:])
+
+
+def test_every_token_of_a_block_sees_the_whole_block(
+    context_tower: ContextTower, denoiser_tower: DenoiserTower
+) -> None:
+    state = read(context_tower, tokens(9, seed=1))
+    block = tokens(16, seed=2)
+    before = denoiser_tower.forward([block], [0.5], [state])
+    block[15] = (block[15] + 1) % 300
+    after = denoiser_tower.forward([block], [0.5], [state])
+    assert bool((before != after).any(dim=1).all())
+
+
+def test_t_changes_the_result_and_none_is_not_zero(
+    context_tower: ContextTower, denoiser_tower: DenoiserTower
+) -> None:
+    state = read(context_tower, tokens(9, seed=1))
+    block = tokens(8, seed=2)
+    results = [denoiser_tower.forward([block], [t], [state]) for t in (None, 0.0, 0.5, 1.0)]
+    for i, left in enumerate(results):
+        for right in results[i + 1 :]:
+            assert float((left - right).abs().max()) > 1e-3
+
+
+def test_a_timesteps_features_are_cosines_then_sines_of_two_constants() -> None:
+    got = timestep_features(0.37, torch.float32, torch.device("cpu"))[0].double()
+    index = torch.arange(128, dtype=torch.float64)
+    angles = 370.0 * 10000.0 ** (-index / 128)
+    want = torch.cat((angles.cos(), angles.sin()))
+    assert float((got - want).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize(("n", "scaled"), [(3, 188.0), (5, 312.0), (11, 688.0), (16, 1000.0)])
+def test_in_bf16_the_scaled_timestep_is_rounded_as_in_training(n: int, scaled: float) -> None:
+    got = timestep_features(n / 16, torch.bfloat16, torch.device("cpu"))[0]
+    index = torch.arange(128, dtype=torch.float64)
+    angles = scaled * 10000.0 ** (-index / 128)
+    want = torch.cat((angles.cos(), angles.sin()))
+    assert float((got.double() - want).abs().max()) < 5e-3
+
+
+def test_the_cache_of_timesteps_is_bounded_and_right(denoiser_tower: DenoiserTower) -> None:
+    first = denoiser_tower.modulation(0.123).clone()
+    for n in range(600):
+        denoiser_tower.modulation(n / 600)
+    assert len(denoiser_tower._modulations) <= 256
+    assert_same_bits(denoiser_tower.modulation(0.123), first)
+
+
+def test_an_observer_sees_every_layer_and_changes_nothing(
+    context_tower: ContextTower, denoiser_tower: DenoiserTower
+) -> None:
+    state, block = read(context_tower, tokens(9, seed=1)), tokens(8, seed=2)
+    seen: dict[str, tuple[int, ...]] = {}
+
+    def observe(name: str, value: Tensor) -> None:
+        seen[name] = tuple(value.shape)
+
+    watched = denoiser_tower.forward([block], [0.5], [state], observe)
+    assert_same_bits(watched, denoiser_tower.forward([block], [0.5], [state]))
+    layers = range(denoiser_tower.config.num_layers)
+    names = {f"{name}.{i}" for i in layers for name in ("hidden_in", "mixer_in")}
+    assert set(seen) == names | {"hidden_out"}
+    assert set(seen.values()) == {(8, denoiser_tower.config.hidden_size)}

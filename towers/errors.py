@@ -1,0 +1,54 @@
+"""What can go wrong, as one tree.
+
+TwoTowerError
+├── InvalidRequestError      a field of a request is out of its limits
+├── CheckpointError          a checkpoint on disk cannot be served as it is
+│   └── ConfigError          its config.json has a key or value we do not compute
+├── NumericalError           a row's logits are not finite; nothing of it is committed
+├── CapacityError            no room for the row now; trying again later may work
+└── UnavailableError         a tower, link or replica that the row needs is gone
+"""
+
+from __future__ import annotations
+
+
+class TwoTowerError(Exception):
+    """Base of every error that a user of TwoTower may see. Its text is safe to show."""
+
+
+class InvalidRequestError(TwoTowerError, ValueError):
+    """A request's field holds a value outside its limit."""
+
+    def __init__(self, field: str, value: object, limit: str) -> None:
+        self.field = field
+        self.value = value
+        self.limit = limit
+        super().__init__(f"{field}: got {_shorten(value)}, expected {limit}")
+
+    def __reduce__(self) -> tuple[type[InvalidRequestError], tuple[str, object, str]]:
+        return type(self), (self.field, self.value, self.limit)
+
+
+class CheckpointError(TwoTowerError):
+    """A checkpoint has a missing, extra, wrongly shaped or unreadable tensor or file."""
+
+
+class ConfigError(CheckpointError):
+    """A config.json key is missing, unknown or has a value that this code does not compute."""
+
+
+class NumericalError(TwoTowerError):
+    """A row produced non-finite logits."""
+
+
+class CapacityError(TwoTowerError):
+    """No slot, page or queue place is free for a row."""
+
+
+class UnavailableError(TwoTowerError):
+    """A tower, its link or its replica is gone or does not answer."""
+
+
+def _shorten(value: object, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

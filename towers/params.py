@@ -1,0 +1,142 @@
+"""What one request asks for, checked once."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+import sys
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from twotower.towers.errors import InvalidRequestError
+
+Mode = Literal["mask_diffusion", "ar", "mock_ar"]
+FinishReason = Literal["stop", "length"]
+MODES: tuple[str, ...] = get_args(Mode)
+MAX_BLOCK_SIZE = 256
+SEED_BITS = 63
+
+
+@dataclass(frozen=True)
+class GenerationParams:
+    """Parameters of one row. Raises InvalidRequestError on construction.
+
+    `temperature` 0 is greedy. `top_k`, `top_p` and `min_p` narrow the draw, in this order, after
+    the temperature. `seed` None means that one is drawn. `eos_token_id` None means no EOS.
+    `block_size`, `steps_per_block` and `confidence_threshold` matter to mask_diffusion only,
+    except that ar and mock_ar hand out `block_size` tokens at a time.
+    """
+
+    mode: Mode = "mask_diffusion"
+    max_tokens: int = 64
+    block_size: int = 16
+    steps_per_block: int = 16
+    confidence_threshold: float = 0.8
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise InvalidRequestError("mode", self.mode, f"one of {', '.join(MODES)}")
+        _whole("max_tokens", self.max_tokens, 1)
+        _whole("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
+        _whole("steps_per_block", self.steps_per_block, 1)
+        _real("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
+        _real("temperature", self.temperature, 0.0)
+        if self.top_k is not None:
+            _whole("top_k", self.top_k, 1)
+        if self.top_p is not None:
+            _real("top_p", self.top_p, 0.0, 1.0, open_below=True)
+        if self.min_p is not None:
+            _real("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None:
+            _whole("seed", self.seed, 0, 2**SEED_BITS - 1)
+        if self.eos_token_id is not None:
+            _whole("eos_token_id", self.eos_token_id, 0)
+
+    def with_seed(self) -> GenerationParams:
+        """The same parameters with a seed: the given one, or one drawn now."""
+        if self.seed is not None:
+            return self
+        return replace(self, seed=secrets.randbits(SEED_BITS))
+
+    def context_tokens(self, prompt_tokens: int) -> int:
+        """Context positions that the row may need: prompt and output, up to whole blocks."""
+        unit = self.block_size if self.mode == "mask_diffusion" else 1
+        return prompt_tokens + -(-self.max_tokens // unit) * unit
+
+    def check_row(
+        self, prompt: list[int], vocab_size: int, max_context: int, generated: list[int]
+    ) -> None:
+        """Checks prompt and already generated ids against a model's limits.
+
+        Raises InvalidRequestError for an empty prompt, an id outside [0, vocab_size), a resume
+        that the mode cannot continue, or a row longer than `max_context` tokens.
+        """
+        if not prompt:
+            raise InvalidRequestError("prompt", [], "at least 1 token")
+        _check_ids("prompt", prompt, vocab_size)
+        _check_ids("generated_token_ids", generated, vocab_size)
+        if self.eos_token_id is not None and self.eos_token_id >= vocab_size:
+            raise InvalidRequestError("eos_token_id", self.eos_token_id, f"below {vocab_size}")
+        if len(generated) >= self.max_tokens:
+            raise InvalidRequestError(
+                "generated_token_ids", f"{len(generated)} ids", f"fewer than {self.max_tokens}"
+            )
+        if self.mode == "mask_diffusion" and len(generated) % self.block_size:
+            raise InvalidRequestError(
+                "generated_token_ids",
+                f"{len(generated)} ids",
+                f"whole blocks of {self.block_size}",
+            )
+        if self.eos_token_id is not None and self.eos_token_id in generated:
+            place = generated.index(self.eos_token_id)
+            raise InvalidRequestError(
+                f"generated_token_ids[{place}]",
+                self.eos_token_id,
+                "no end-of-text token: an output that has one is complete",
+            )
+        needed = self.context_tokens(len(prompt))
+        if needed > max_context:
+            raise InvalidRequestError(
+                "max_tokens",
+                f"{len(prompt)} prompt + {self.max_tokens} new tokens, {needed} in whole blocks",
+                f"at most {max_context} tokens of context",
+            )
+
+
+def row_key(seed: int, choice: int = 0) -> int:
+    """The 64-bit random key of a row: a hash of the request's seed and the choice's index."""
+    digest = hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _check_ids(field: str, ids: list[int], vocab_size: int) -> None:
+    for index, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise InvalidRequestError(f"{field}[{index}]", token, f"an id in 0..{vocab_size - 1}")
+
+
+def _whole(field: str, value: object, low: int, high: int | None = None) -> None:
+    limit = f"a whole number of at least {low}" + ("" if high is None else f", at most {high}")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequestError(field, value, limit)
+    if value < low or (high is not None and value > high):
+        raise InvalidRequestError(field, value, limit)
+
+
+def _real(
+    field: str, value: object, low: float, high: float = math.inf, open_below: bool = False
+) -> None:
+    bracket = "(" if open_below else "["
+    limit = f"a finite number in {bracket}{low:g}, {high:g}]"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequestError(field, value, limit)
+    largest = min(high, sys.float_info.max)  # a NaN and a whole number beyond a float fail too
+    if not low <= value <= largest or (open_below and value == low):
+        raise InvalidRequestError(field, value, limit)

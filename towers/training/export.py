@@ -1,0 +1,50 @@
+"""A trained model as a checkpoint folder in the released layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from twotower.towers.config import TwoTowerConfig
+from twotower.towers.training.parameters import ROUTER_BIAS, split_experts, stack_experts
+from twotower.towers.training.tokenizer import plain_text_only
+
+MAX_BYTES = 20_000_000
+_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+def export_model(
+    folder: Path, config: TwoTowerConfig, params: Mapping[str, Tensor], tokenizer: Tokenizer
+) -> int:
+    """Writes config, bf16 weights (router bias fp32) and tokenizer; returns their bytes.
+
+    Raises ValueError if they are together over `MAX_BYTES`, since the folder ships in the package.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: value.detach().to(torch.float32 if name.endswith(ROUTER_BIAS) else torch.bfloat16)
+        for name, value in split_experts(params).items()
+    }
+    contiguous = {name: value.contiguous() for name, value in sorted(tensors.items())}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    total = sum((folder / name).stat().st_size for name in _FILES)
+    if total > MAX_BYTES:
+        raise ValueError(f"{folder}: got {total} bytes, expected at most {MAX_BYTES}")
+    return total
+
+
+def load_for_training(folder: Path) -> tuple[TwoTowerConfig, dict[str, Tensor], Tokenizer]:
+    """Config, fp32 parameters with stacked experts, and tokenizer of an exported folder."""
+    released = load_file(folder / "model.safetensors")
+    params = stack_experts({name: value.float() for name, value in released.items()})
+    tokenizer = plain_text_only(Tokenizer.from_file(str(folder / "tokenizer.json")))
+    return TwoTowerConfig.from_file(folder / "config.json"), params, tokenizer

@@ -1,0 +1,93 @@
+"""What a training run is told: folders, time, threads, shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from twotower.towers.config import TwoTowerConfig
+from twotower.towers.training.batches import BatchShape
+from twotower.towers.training.loop import Budget, Intervals
+
+# 9.76 M parameters in both towers: with the tokenizer just under 20 MB in bf16.
+SHIPPED_CONFIG = TwoTowerConfig(
+    vocab_size=2048,
+    hidden_size=256,
+    layer_pattern="MEM*EM*E",
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=48,
+    mamba_num_heads=8,
+    mamba_head_dim=64,
+    n_groups=2,
+    ssm_state_size=32,
+    conv_kernel=4,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=128,
+    moe_shared_expert_intermediate_size=320,
+    intermediate_size=512,
+    n_group=1,
+    topk_group=1,
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    layer_norm_epsilon=1e-5,
+    max_position_embeddings=4096,
+)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """A run from corpus to exported model.
+
+    `out_dir` receives the model, `work_dir` tokens and checkpoints; a phase given in steps ignores
+    its minutes. `corpus` defaults to the running interpreter's standard library.
+    """
+
+    out_dir: Path
+    work_dir: Path
+    context_minutes: float = 38.0
+    own_text_minutes: float = 6.0
+    denoiser_minutes: float = 40.0
+    context_steps: int | None = None
+    denoiser_steps: int | None = None
+    threads: int = 2
+    seed: int = 1
+    dtype: str = "bfloat16"
+    compile: bool = False
+    resume: bool = False
+    corpus: Path | None = None
+    config: TwoTowerConfig = SHIPPED_CONFIG
+    shape: BatchShape = field(default_factory=BatchShape)
+    suffix_share: float = 0.5
+    own_text_prompt: int = 64
+    own_text_rows: int = 256
+    held_out_batches: int = 4
+    touch_bytes: int = 3_500_000_000
+    intervals: Intervals = field(default_factory=Intervals)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: got {self.dtype!r}, expected one of {sorted(DTYPES)}")
+        if self.own_text_prompt % self.shape.block_size:
+            raise ValueError(
+                f"own_text_prompt: got {self.own_text_prompt}, "
+                f"expected a multiple of the block size {self.shape.block_size}"
+            )
+        if self.config.use_bias or self.config.attention_bias or self.config.mlp_bias:
+            raise ValueError("config: got projections with biases, expected none when training")
+
+    @property
+    def context_budget(self) -> Budget:
+        return Budget(self.context_minutes, self.context_steps)
+
+    @property
+    def denoiser_budget(self) -> Budget:
+        return Budget(self.denoiser_minutes, self.denoiser_steps)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]

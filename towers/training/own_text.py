@@ -1,0 +1,156 @@
+"""Text written by the frozen context tower, which the denoiser also learns to fill in.
+
+At decoding time the denoiser sees the context tower's view of generated text, not of a corpus;
+training on such text raises the number of tokens it commits per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from twotower.towers.config import ATTENTION, MAMBA, TwoTowerConfig
+from twotower.towers.training.model import ContextMemory, TowerView, context_hidden
+from twotower.towers.training.operators import PLAIN
+from twotower.towers.training.parameters import CONTEXT, CONTEXT_HEAD
+
+
+@dataclass
+class _State:
+    """Per layer: SSM state [R, heads, N, P] fp32, raw conv inputs [R, K-1, Cd], K and V [R, T, ..].
+
+    `used` of the T places of K and V hold tokens.
+    """
+
+    ssm: dict[int, Tensor]
+    tails: dict[int, Tensor]
+    keys: dict[int, Tensor]
+    values: dict[int, Tensor]
+    used: int
+
+
+@torch.no_grad()
+def write_own_text(
+    params: Mapping[str, Tensor],
+    config: TwoTowerConfig,
+    prompts: Tensor,
+    length: int,
+    block_size: int,
+    temperatures: Tensor,
+    generator: Generator,
+) -> Tensor:
+    """int64 [R, length]: `prompts` [R, S] (S whole blocks) continued by the context tower.
+
+    `temperatures` [R] are per row; 0 takes the likeliest token.
+    """
+    start = prompts.shape[1]
+    tokens = torch.zeros(prompts.shape[0], length, dtype=torch.int64)
+    tokens[:, :start] = prompts
+    hidden, state = _prefill(params, config, prompts, length, block_size)
+    for place in range(start, length):
+        logits = F.linear(hidden, params[CONTEXT_HEAD]).float()
+        tokens[:, place] = draw_tokens(logits, temperatures, generator)
+        if place + 1 < length:
+            hidden = _step(params, config, tokens[:, place], state)
+    return tokens
+
+
+def _prefill(
+    params: Mapping[str, Tensor],
+    config: TwoTowerConfig,
+    prompts: Tensor,
+    length: int,
+    block_size: int,
+) -> tuple[Tensor, _State]:
+    start = prompts.shape[1]
+    # The memory holds states before each block: one more block makes those after the prompt.
+    extended = F.pad(prompts, (0, block_size))
+    hidden, memory = context_hidden(params, config, extended, block_size)
+    after = start // block_size
+    state = _State(
+        {layer: border[:, after].float() for layer, border in memory.borders.items()},
+        {layer: tail[:, after] for layer, tail in memory.tails.items()},
+        _roomy(memory, "keys", start, length),
+        _roomy(memory, "values", start, length),
+        start,
+    )
+    return hidden[:, start - 1], state
+
+
+def _roomy(memory: ContextMemory, name: str, used: int, length: int) -> dict[int, Tensor]:
+    cached: dict[int, Tensor] = getattr(memory, name)
+    roomy = {}
+    for layer, value in cached.items():
+        roomy[layer] = value.new_zeros(value.shape[0], length, *value.shape[2:])
+        roomy[layer][:, :used] = value[:, :used]
+    return roomy
+
+
+def draw_tokens(logits: Tensor, temperatures: Tensor, generator: Generator) -> Tensor:
+    """Gumbel-max from `logits` [R, V] at `temperatures` [R]; the likeliest token where it is 0."""
+    exponential = -torch.rand(logits.shape, generator=generator).clamp_min(1e-10).log()
+    noise = -exponential.clamp_min(1e-10).log()
+    return (logits + noise * temperatures[:, None]).argmax(-1)
+
+
+def _step(
+    params: Mapping[str, Tensor], config: TwoTowerConfig, token: Tensor, state: _State
+) -> Tensor:
+    """Final normed hidden [R, H] after one more `token` [R]; `state` moves on in place."""
+    tower = TowerView(params, config, CONTEXT, PLAIN, None)
+    hidden = F.embedding(token, params[f"{CONTEXT}.embeddings.weight"])
+    for layer, kind in enumerate(config.layer_pattern):
+        inner = tower.norm(f"layers.{layer}.norm", hidden)
+        if kind == MAMBA:
+            inner = _mamba_step(tower, layer, inner, state)
+        elif kind == ATTENTION:
+            inner = _attention_step(tower, layer, inner, state)
+        else:
+            inner = tower.per_token(layer, kind, inner)
+        hidden = hidden + inner
+    state.used += 1
+    return tower.norm("norm_f", hidden)
+
+
+def _mamba_step(tower: TowerView, layer: int, x: Tensor, state: _State) -> Tensor:
+    config, mixer = tower.config, f"layers.{layer}.mixer"
+    z, raw, dt = tower.projections(mixer, x)
+    window = torch.cat([state.tails[layer], raw[:, None]], dim=1)
+    state.tails[layer] = window[:, 1:]
+    mixed = (window * tower.get(f"{mixer}.conv1d.weight")[:, 0].T).sum(1)
+    bias = tower.find(f"{mixer}.conv1d.bias")
+    mixed = F.silu(mixed if bias is None else mixed + bias).float()
+    width, heads = config.n_groups * config.ssm_state_size, config.mamba_num_heads
+    values, b, c = torch.split(mixed, [config.d_inner, width, width], dim=-1)
+    share = heads // config.n_groups
+    b, c = (
+        torch.unflatten(part, -1, (config.n_groups, -1)).repeat_interleave(share, 1)
+        for part in (b, c)
+    )
+    values = torch.unflatten(values, -1, (heads, -1))
+    step = F.softplus(dt.float() + tower.get(f"{mixer}.dt_bias"))
+    decay = torch.exp(-step * tower.get(f"{mixer}.A_log").exp())
+    ssm = state.ssm[layer].mul_(decay[..., None, None])
+    ssm.add_((b * step[..., None])[..., None] * values[:, :, None])
+    y = (c[:, :, None] @ ssm)[:, :, 0] + tower.get(f"{mixer}.D")[:, None] * values
+    gated = y.flatten(1).to(x.dtype) * F.silu(z)
+    gated = torch.unflatten(gated, -1, (config.n_groups, -1))
+    weight = tower.get(f"{mixer}.norm.weight").view(config.n_groups, -1)
+    normed = tower.operators.rms_norm(gated, weight, config.layer_norm_epsilon)
+    return tower.linear(f"{mixer}.out_proj", normed.flatten(1))
+
+
+def _attention_step(tower: TowerView, layer: int, x: Tensor, state: _State) -> Tensor:
+    mixer = f"layers.{layer}.mixer"
+    q, k, v = tower.heads(mixer, x)
+    state.keys[layer][:, state.used], state.values[layer][:, state.used] = k, v
+    seen = state.used + 1
+    keys = state.keys[layer][:, :seen].permute(0, 2, 3, 1)
+    scores = (q * tower.config.head_dim**-0.5) @ keys
+    share = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    out = share @ state.values[layer][:, :seen].transpose(1, 2)
+    return tower.linear(f"{mixer}.o_proj", out.flatten(1))

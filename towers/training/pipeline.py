@@ -1,0 +1,252 @@
+"""The whole run in order: corpus, context tower, its own text, denoiser, export."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Generator, Tensor
+
+from twotower.towers.training.batches import draw_masks, draw_rows, draw_sequences
+from twotower.towers.training.corpus import (
+    TokenArray,
+    encode_files,
+    read_corpus,
+    standard_library,
+)
+from twotower.towers.training.export import export_model
+from twotower.towers.training.loop import Budget, LossFunction, Phase
+from twotower.towers.training.losses import (
+    Objective,
+    context_loss,
+    denoiser_loss,
+    held_out_context,
+    held_out_denoiser,
+)
+from twotower.towers.training.memory import keep_pages
+from twotower.towers.training.model import Loads, cast_parameters
+from twotower.towers.training.operators import PLAIN, compiled_operators
+from twotower.towers.training.optimizer import OptimizerSettings
+from twotower.towers.training.options import TrainingOptions
+from twotower.towers.training.own_text import write_own_text
+from twotower.towers.training.parameters import Parameters, initial_context, initial_denoiser
+from twotower.towers.training.tokenizer import plain_text_only, train_tokenizer
+
+Report = Callable[[str], None]
+
+DENOISER_SETTINGS = OptimizerSettings(embedding_rate=0.01)
+OWN_TEXT_TEMPERATURES = (0.0, 0.5, 0.8)
+# Own text takes half of the rows once the denoiser has learnt what blocks look like.
+OWN_TEXT_FROM = 0.5
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenizer, token streams and the numbers of the corpus that the model card reports."""
+
+    tokenizer: Tokenizer
+    train: TokenArray
+    held_out: TokenArray
+    figures: dict[str, int]
+
+
+def train(options: TrainingOptions, report: Report) -> Path:
+    """Trains both towers, exports them to `options.out_dir` and returns that folder."""
+    torch.set_num_threads(options.threads)
+    options.work_dir.mkdir(parents=True, exist_ok=True)
+    if options.touch_bytes and not keep_pages(options.touch_bytes):
+        report("memory: this libc keeps no pages; expect uneven steps")
+    data = _data(options, report)
+    operators = compiled_operators() if options.compile else PLAIN
+    objective = Objective(options.config, options.shape, operators)
+    context = _train_context(options, objective, data, report)
+    frozen = context.cast(options.torch_dtype)
+    own_text = _own_text(options, frozen, data, report)
+    denoiser = _train_denoiser(options, objective, data, own_text, context.params, report)
+    params = {**context.params, **denoiser.params}
+    size = export_model(options.out_dir, options.config, params, data.tokenizer)
+    _write_record(options, data, own_text, context, denoiser)
+    report(f"exported {size} bytes to {options.out_dir}")
+    return options.out_dir
+
+
+def _data(options: TrainingOptions, report: Report) -> Data:
+    folder = options.work_dir
+    paths = [folder / name for name in ("tokenizer.json", "train.npy", "heldout.npy", "data.json")]
+    if options.resume and all(path.exists() for path in paths):
+        tokenizer = plain_text_only(Tokenizer.from_file(str(paths[0])))
+        figures = json.loads(paths[3].read_text(encoding="utf-8"))
+        return Data(tokenizer, np.load(paths[1]), np.load(paths[2]), figures)
+    files = read_corpus(options.corpus or standard_library())
+    train_files = [file for file in files if not file.held_out]
+    held_out_files = [file for file in files if file.held_out]
+    tokenizer = train_tokenizer((file.text for file in train_files), options.config.vocab_size)
+    data = Data(
+        tokenizer,
+        encode_files(tokenizer, train_files),
+        encode_files(tokenizer, held_out_files),
+        {
+            "train_files": len(train_files),
+            "held_out_files": len(held_out_files),
+            "train_characters": sum(len(file.text) for file in train_files),
+            "held_out_characters": sum(len(file.text) for file in held_out_files),
+            "held_out_bytes": sum(len(file.text.encode("utf-8")) for file in held_out_files),
+        },
+    )
+    tokenizer.save(str(paths[0]), pretty=False)
+    np.save(paths[1], data.train)
+    np.save(paths[2], data.held_out)
+    paths[3].write_text(json.dumps(data.figures), encoding="utf-8")
+    report(f"corpus: {data.figures}, tokens {len(data.train)} + {len(data.held_out)}")
+    return data
+
+
+def _train_context(
+    options: TrainingOptions, objective: Objective, data: Data, report: Report
+) -> Phase:
+    generator = Generator().manual_seed(options.seed)
+    shape = options.shape
+    params = initial_context(options.config, generator)
+    checkpoint = options.work_dir / "context.pt"
+    phase = Phase("context", params, OptimizerSettings(), generator, checkpoint)
+    if options.resume and phase.restore():
+        report(f"context: continues at step {phase.record.steps}")
+
+    def loss(params: Parameters, _progress: float, loads: Loads) -> Tensor:
+        tokens = draw_sequences(data.train, shape.rows, shape.length + 1, generator)
+        return context_loss(objective, params, tokens, loads)
+
+    def held_out(params: Parameters) -> float:
+        return held_out_context(objective, params, data.held_out, options.held_out_batches)
+
+    _run(phase, options, options.context_budget, loss, held_out, report)
+    return phase
+
+
+def _own_text(
+    options: TrainingOptions, frozen: Parameters, data: Data, report: Report
+) -> TokenArray:
+    """Rows [N, length] written by the context tower for the given minutes, at least one batch."""
+    path = options.work_dir / "own_text.npy"
+    if options.resume and path.exists():
+        return np.asarray(np.load(path), dtype=np.uint16)
+    generator = Generator().manual_seed(options.seed + 1)
+    temperatures = torch.tensor(OWN_TEXT_TEMPERATURES).repeat(options.own_text_rows)
+    temperatures = temperatures[: options.own_text_rows]
+    shape, batches = options.shape, list[TokenArray]()
+    until = time.monotonic() + options.own_text_minutes * 60
+    while not batches or time.monotonic() < until:
+        prompts = draw_sequences(
+            data.train, options.own_text_rows, options.own_text_prompt, generator
+        )
+        rows = write_own_text(
+            frozen,
+            options.config,
+            prompts,
+            shape.length,
+            shape.block_size,
+            temperatures,
+            generator,
+        )
+        batches.append(rows.numpy().astype(np.uint16))
+        report(f"own text: {len(batches) * options.own_text_rows} rows of {shape.length}")
+    written = np.concatenate(batches)
+    np.save(path, written)
+    return written
+
+
+def _train_denoiser(
+    options: TrainingOptions,
+    objective: Objective,
+    data: Data,
+    own_text: TokenArray,
+    context: Parameters,
+    report: Report,
+) -> Phase:
+    generator = Generator().manual_seed(options.seed + 2)
+    shape = options.shape
+    frozen = {name: value.detach() for name, value in context.items()}
+    params = initial_denoiser(options.config, frozen, generator)
+    phase = Phase(
+        "denoiser", params, DENOISER_SETTINGS, generator, options.work_dir / "denoiser.pt"
+    )
+    if options.resume and phase.restore():
+        report(f"denoiser: continues at step {phase.record.steps}")
+    cast = cast_parameters(frozen, options.torch_dtype)
+    blocks = shape.length // shape.block_size - 1
+
+    def loss(params: Parameters, progress: float, loads: Loads) -> Tensor:
+        own = shape.rows // 2 if progress >= OWN_TEXT_FROM else 0
+        tokens = draw_sequences(data.train, shape.rows - own, shape.length, generator)
+        if own:
+            tokens = torch.cat([tokens, draw_rows(own_text, own, generator)])
+        masks = draw_masks(shape.rows, blocks, shape.block_size, options.suffix_share, generator)
+        return denoiser_loss(objective, cast, params, tokens, masks, loads)
+
+    def held_out(params: Parameters) -> float:
+        return held_out_denoiser(objective, cast, params, data.held_out, options.held_out_batches)
+
+    _run(phase, options, options.denoiser_budget, loss, held_out, report)
+    return phase
+
+
+def _run(
+    phase: Phase,
+    options: TrainingOptions,
+    budget: Budget,
+    loss: LossFunction,
+    held_out: Callable[[Parameters], float],
+    report: Report,
+) -> None:
+    shape = options.shape
+    tokens = shape.rows * shape.length
+    phase.run(budget, options.torch_dtype, loss, tokens, held_out, report, options.intervals)
+
+
+def _write_record(
+    options: TrainingOptions, data: Data, own_text: TokenArray, context: Phase, denoiser: Phase
+) -> None:
+    """training.json: what was done and how fast, for the model card."""
+    record: dict[str, Any] = {
+        "corpus": {
+            **data.figures,
+            "python": platform.python_version(),
+            "train_tokens": len(data.train),
+            "held_out_tokens": len(data.held_out),
+        },
+        "own_text": {"rows": len(own_text), "length": options.shape.length},
+        "phases": {phase.name: phase.record.as_dict() for phase in (context, denoiser)},
+        "machine": {
+            "processor": _processor(),
+            "threads": options.threads,
+            "dtype": options.dtype,
+            "compiled": options.compile,
+            "torch": torch.__version__,
+        },
+        "batch": {"rows": options.shape.rows, "length": options.shape.length},
+        "suffix_share": options.suffix_share,
+        "seed": options.seed,
+    }
+    text = json.dumps(record, indent=1) + "\n"
+    (options.out_dir / "training.json").write_text(text, encoding="utf-8")
+
+
+def _processor() -> str:
+    """The CPU's name and its bf16 instructions where Linux tells them, else what platform says."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    lines = {
+        key.strip(): value.strip()
+        for key, _, value in (line.partition(":") for line in info.read_text().splitlines())
+    }
+    bf16 = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in lines.get("flags", "")]
+    return ", ".join([lines.get("model name", platform.machine()), *bf16])

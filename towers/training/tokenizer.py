@@ -1,0 +1,42 @@
+"""A byte-level BPE tokenizer for Python source; every text comes back from its ids unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+PAD, BOS, EOS, MASK = range(4)
+SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|mask|>")
+# A line break with the next line's indentation is one piece; a single space joins the word or the
+# sign after it; digits stand alone.
+PIECES = r"(?:\r?\n)+[ \t]*| ?[^\W\d]+|\d| ?[^\s\w]+|[ \t]+"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Fits merges on `texts`; ids 0 to 3 are pad, bos, eos and mask."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return plain_text_only(tokenizer)
+
+
+def plain_text_only(tokenizer: Tokenizer) -> Tokenizer:
+    """Makes `<|eos|>` and the like inside a text ordinary characters; returns the same object.
+
+    The setting is not part of tokenizer.json, so it is made again after loading.
+    """
+    tokenizer.encode_special_tokens = True
+    return tokenizer

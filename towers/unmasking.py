@@ -1,0 +1,88 @@
+"""The unmasking of one block, on the host: which positions to commit at which step.
+
+A block starts as all masks (or with some positions committed). Each step the denoiser predicts
+every masked position; those above the confidence threshold are committed, at least enough to be
+done within the number of steps, the most confident first. A committed token never changes.
+Source: the decoding loop released with Nemotron-Labs-TwoTower; fast-dLLM's threshold rule, Wu et
+al. 2025, section 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class CommitRule(Protocol):
+    """Decides how many of the masked positions a step commits."""
+
+    def count(self, confidences: Sequence[float], step: int) -> int:
+        """Confidences of the masked positions at step `step` -> 1 to len(confidences)."""
+
+
+@dataclass(frozen=True)
+class ThresholdRule:
+    """All above the threshold, at least one, and enough to be done within the steps."""
+
+    threshold: float
+    steps_per_block: int
+
+    def count(self, confidences: Sequence[float], step: int) -> int:
+        """See `CommitRule`."""
+        masked = len(confidences)
+        remaining = self.steps_per_block - step
+        if remaining <= 1:
+            return masked
+        confident = sum(confidence > self.threshold for confidence in confidences)
+        return min(masked, max(confident, 1, -(-masked // remaining)))
+
+
+@dataclass(frozen=True)
+class ReplayRule:
+    """A recorded schedule: how many tokens each step committed. For benchmarks."""
+
+    schedule: tuple[int, ...]
+
+    def count(self, confidences: Sequence[float], step: int) -> int:
+        """See `CommitRule`; a schedule that runs out commits the rest."""
+        if step >= len(self.schedule):
+            return len(confidences)
+        return min(len(confidences), self.schedule[step])
+
+
+class BlockDraft:
+    """A block on its way from masks to tokens; plain lists, no tensors."""
+
+    def __init__(self, length: int, mask_token_id: int, rule: CommitRule) -> None:
+        self.token_ids = [mask_token_id] * length
+        self.masked = list(range(length))
+        self.commit_steps = [-1] * length
+        self.confidences = [0.0] * length
+        self.step = 0
+        self._rule = rule
+
+    @property
+    def done(self) -> bool:
+        return not self.masked
+
+    @property
+    def timestep(self) -> float:
+        """The masked fraction, the denoiser's t."""
+        return len(self.masked) / len(self.token_ids)
+
+    def commit(self, tokens: Sequence[int], confidences: Sequence[float]) -> list[int]:
+        """Takes predictions for the masked positions, in order; returns the positions committed.
+
+        Equal confidences go to the leftmost position.
+        """
+        count = self._rule.count(confidences, self.step)
+        ranked = sorted(range(len(self.masked)), key=lambda i: -confidences[i])[:count]
+        positions = [self.masked[i] for i in ranked]
+        for i, position in zip(ranked, positions, strict=True):
+            self.token_ids[position] = tokens[i]
+            self.commit_steps[position] = self.step
+            self.confidences[position] = confidences[i]
+        self.masked = [position for position in self.masked if self.commit_steps[position] < 0]
+        self.step += 1
+        return positions

@@ -1,0 +1,223 @@
+"""From a checkpoint to a tower, straight to its device and dtype, one tower at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+
+from twotower.kernels.causal_conv1d import tap_major
+from twotower.kernels.linear import pack
+from twotower.kernels.moe import ExpertWeights
+from twotower.towers.backbone import TowerWeights
+from twotower.towers.checkpoint import Checkpoint, tensor_shapes
+from twotower.towers.config import ATTENTION, MAMBA, MOE, TwoTowerConfig
+from twotower.towers.context import ContextTower
+from twotower.towers.denoiser import DenoiserTower, TimestepWeights
+from twotower.towers.errors import CheckpointError
+from twotower.towers.layers import (
+    AttentionWeights,
+    LayerWeights,
+    MambaWeights,
+    Mixer,
+    MlpWeights,
+    MoeWeights,
+)
+
+SHIPPED_MODEL = Path(__file__).resolve().parents[1] / "twotower" / "models" / "pystdlib"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.txt"]
+
+
+def resolve_checkpoint(path: str | Path | None) -> Path:
+    """A folder, a hub id (fetched: safetensors, json and tokenizer files only), or None for the
+    shipped model. Raises CheckpointError if there is no such thing."""
+    if path is None:
+        return SHIPPED_MODEL
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise CheckpointError(f"{path}: not a folder, nor a hub id like owner/name")
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{path}: could not be fetched ({type(error).__name__})") from None
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """`float32` or `bfloat16`; raises ValueError for anything else."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype: got {name!r}, expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_context_tower(
+    folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> ContextTower:
+    """Reads the context tower and its head; the denoiser's tensors are never touched."""
+    loader = _Loader(Checkpoint(folder), torch.device(device), dtype)
+    return ContextTower(loader.config, loader.tower("context_tower", "context_lm_head"))
+
+
+def load_denoiser_tower(
+    folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> DenoiserTower:
+    """Reads the denoiser tower, its head and its timestep conditioning."""
+    loader = _Loader(Checkpoint(folder), torch.device(device), dtype)
+    weights = loader.tower("denoiser_tower", "lm_head")
+    return DenoiserTower(loader.config, weights, loader.timestep())
+
+
+class _Loader:
+    """Reads each tensor straight to the device, dtype and layout that it will be used in."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.config: TwoTowerConfig = checkpoint.config
+        self._checkpoint = checkpoint
+        self._shapes = tensor_shapes(checkpoint.config)
+        self._device = device
+        self._dtype = dtype
+        self._buffer = self._empty((0,), None)
+
+    def tower(self, tower: str, head: str) -> TowerWeights:
+        return TowerWeights(
+            self._one(f"{tower}.embeddings.weight"),
+            tuple(
+                LayerWeights(
+                    kind,
+                    self._one(f"{tower}.layers.{index}.norm.weight"),
+                    self._mixer(kind, f"{tower}.layers.{index}.mixer"),
+                )
+                for index, kind in enumerate(self.config.layer_pattern)
+            ),
+            self._one(f"{tower}.norm_f.weight"),
+            self._matrix(f"{head}.weight"),
+        )
+
+    def timestep(self) -> TimestepWeights:
+        tables = [f"scale_shift_tables.{index}" for index in range(self.config.num_layers)]
+        return TimestepWeights(
+            self._matrix("t_embedder.mlp.0.weight"),
+            self._one("t_embedder.mlp.0.bias"),
+            self._matrix("t_embedder.mlp.2.weight"),
+            self._one("t_embedder.mlp.2.bias"),
+            self._matrix("t_block.1.weight"),
+            self._one("t_block.1.bias"),
+            self._stacked(tables),
+        )
+
+    def _mixer(self, kind: str, prefix: str) -> Mixer:
+        if kind == MAMBA:
+            return self._mamba(prefix)
+        if kind == ATTENTION:
+            sides = [f"{prefix}.{side}" for side in ("q_proj", "k_proj", "v_proj")]
+            with_bias = self.config.attention_bias
+            return AttentionWeights(
+                self._packed([f"{side}.weight" for side in sides]),
+                self._joined([f"{side}.bias" for side in sides]) if with_bias else None,
+                self._matrix(f"{prefix}.o_proj.weight"),
+                self._optional(f"{prefix}.o_proj.bias"),
+            )
+        if kind == MOE:
+            return self._moe(prefix)
+        return self._mlp(prefix)
+
+    def _mamba(self, prefix: str) -> MambaWeights:
+        wide = torch.float32
+        conv_shape = (self.config.conv_dim, self.config.conv_kernel)
+        return MambaWeights(
+            self._matrix(f"{prefix}.in_proj.weight"),
+            self._optional(f"{prefix}.in_proj.bias"),
+            tap_major(self._one(f"{prefix}.conv1d.weight", shape=conv_shape)),
+            self._optional(f"{prefix}.conv1d.bias"),
+            self._one(f"{prefix}.A_log", wide),
+            self._one(f"{prefix}.D", wide),
+            self._one(f"{prefix}.dt_bias", wide),
+            self._one(f"{prefix}.norm.weight"),
+            self._matrix(f"{prefix}.out_proj.weight"),
+            self._optional(f"{prefix}.out_proj.bias"),
+        )
+
+    def _moe(self, prefix: str) -> MoeWeights:
+        if self.config.mlp_bias:
+            raise CheckpointError("mlp_bias: got True, expected False in a model with MoE layers")
+        experts = range(self.config.n_routed_experts)
+        return MoeWeights(
+            self._one(f"{prefix}.gate.weight", torch.float64),
+            # Stays fp32 in a bf16 model: rounding it moves borderline choices of experts.
+            self._one(f"{prefix}.gate.e_score_correction_bias", torch.float32),
+            self._experts([f"{prefix}.experts.{e}.up_proj.weight" for e in experts]),
+            self._experts([f"{prefix}.experts.{e}.down_proj.weight" for e in experts]),
+            self._mlp(f"{prefix}.shared_experts"),
+        )
+
+    def _mlp(self, prefix: str) -> MlpWeights:
+        return MlpWeights(
+            self._matrix(f"{prefix}.up_proj.weight"),
+            self._optional(f"{prefix}.up_proj.bias"),
+            self._matrix(f"{prefix}.down_proj.weight"),
+            self._optional(f"{prefix}.down_proj.bias"),
+        )
+
+    def _one(
+        self, name: str, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None
+    ) -> Tensor:
+        target = self._empty(shape or self._shapes[name], dtype)
+        self._checkpoint.read(name, target)
+        return target
+
+    def _matrix(self, name: str) -> Tensor:
+        return self._packed([name])
+
+    def _packed(self, names: Sequence[str]) -> Tensor:
+        """Matrices of one width on top of each other, packed if that is the device's way."""
+        shape = self._joined_shape(names)
+        target = self._staging(shape) if self._device.type == "cpu" else self._empty(shape, None)
+        self._read_joined(names, target)
+        packed = pack(target)
+        return target.clone() if packed is target and self._device.type == "cpu" else packed
+
+    def _staging(self, shape: tuple[int, ...]) -> Tensor:
+        """Room for a matrix until it is packed. One buffer serves them all: thousands of short
+        allocations between lasting ones would leave holes of nearly the tower's size."""
+        count = torch.Size(shape).numel()
+        if self._buffer.numel() < count:
+            self._buffer = self._empty((count,), None)
+        return self._buffer[:count].view(shape)
+
+    def _experts(self, names: Sequence[str]) -> ExpertWeights:
+        if self._device.type == "cpu":
+            return [self._matrix(name) for name in names]
+        return self._stacked(names)
+
+    def _optional(self, name: str) -> Tensor | None:
+        return self._one(name) if name in self._shapes else None
+
+    def _stacked(self, names: Sequence[str]) -> Tensor:
+        target = self._empty((len(names), *self._shapes[names[0]]), None)
+        for part, name in zip(target, names, strict=True):
+            self._checkpoint.read(name, part)
+        return target
+
+    def _joined(self, names: Sequence[str]) -> Tensor:
+        target = self._empty(self._joined_shape(names), None)
+        self._read_joined(names, target)
+        return target
+
+    def _joined_shape(self, names: Sequence[str]) -> tuple[int, ...]:
+        rows = sum(self._shapes[name][0] for name in names)
+        return (rows, *self._shapes[names[0]][1:])
+
+    def _read_joined(self, names: Sequence[str], target: Tensor) -> None:
+        """Reads tensors on top of each other into `target`, without a copy between."""
+        sizes = [self._shapes[name][0] for name in names]
+        for part, name in zip(target.split(sizes), names, strict=True):
+            self._checkpoint.read(name, part)
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+        return torch.empty(shape, device=self._device, dtype=dtype or self._dtype)
