@@ -1,0 +1,51 @@
+"""Resources and limits of a pair."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from twotower.cluster.topology import (
+    CONTEXT_BUNDLE,
+    DENOISER_BUNDLE,
+    PairTopology,
+    max_update_bytes,
+)
+from twotower.towers.config import TwoTowerConfig
+from twotower.towers.state import ContextState
+
+TINY = Path(__file__).parents[1] / "golden" / "tiny_a"
+PAIR = PairTopology(
+    model_path="m",
+    device="cpu",
+    dtype="float32",
+    cpus=0.4,
+    gpus=0.0,
+    num_threads=1,
+    max_rows=4,
+    max_context=64,
+)
+
+
+def test_towers_ask_for_cpu_shares_or_for_gpus() -> None:
+    on_cpu = PAIR.bundles()
+    assert on_cpu[CONTEXT_BUNDLE] == on_cpu[DENOISER_BUNDLE] == {"CPU": 0.4}
+    assert "GPU" not in on_cpu[0]
+    on_gpu = replace(PAIR, device="cuda", gpus=1.0).bundles()
+    assert on_gpu[CONTEXT_BUNDLE] == on_gpu[DENOISER_BUNDLE] == {"CPU": 0.4, "GPU": 1.0}
+
+
+@pytest.mark.parametrize("wrong", [{"max_rows": 0}, {"gpus": -1.0}, {"device": "cuda"}])
+def test_impossible_shapes_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"got .*expected"):
+        replace(PAIR, **wrong)  # type: ignore[arg-type]
+
+
+def test_a_full_row_fits_the_largest_update() -> None:
+    config = TwoTowerConfig.from_file(TINY / "config.json")
+    state = ContextState(config, 1024, torch.device("cpu"), torch.float32)
+    state.position = 1024
+    assert state.export(0).num_bytes <= max_update_bytes(config, 1024)
