@@ -1,0 +1,64 @@
+"""From a config to a Serve application: the one file that names replicas and resources."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from twotower.cluster.tower_actors import start_towers
+from twotower.deployments.config import ServiceConfig
+from twotower.deployments.pair import TowerPair
+from twotower.deployments.router import Router
+
+PAIR_DEPLOYMENT = "TowerPair"
+# Streams wait in the router for the pair, so that it holds many more than the pair works on.
+ROUTER_ONGOING = 4096
+# A replica that is told to stop looks this often whether its last stream has ended.
+DRAIN_POLL_S = 0.25
+# Room for health questions while all rows of a pair are taken.
+WATCH_CALLS = 8
+# A tower that does not load now will not load later; a lost node gets another chance.
+START_ATTEMPTS = 2
+
+
+def build_app(config: ServiceConfig) -> Application:
+    """The application of a config. Raises CheckpointError if the checkpoint cannot be served."""
+    config.checkpoint()
+    topology = config.topology()
+    pair = serve.deployment(TowerPair).options(
+        name=PAIR_DEPLOYMENT,
+        placement_group_bundles=topology.bundles(),
+        placement_group_strategy="STRICT_PACK",
+        ray_actor_options={"num_cpus": topology.bundles()[0]["CPU"]},
+        max_ongoing_requests=config.max_num_seqs + WATCH_CALLS,
+        max_constructor_retry_count=START_ATTEMPTS,
+        max_queued_requests=config.max_queued_requests,
+        health_check_period_s=config.health_check_period_s,
+        health_check_timeout_s=config.health_check_timeout_s,
+        graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s,
+        graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
+        **_scaling(config),
+    )
+    router = serve.deployment(Router).options(
+        name="Router",
+        ray_actor_options={"num_cpus": 0.1},
+        max_ongoing_requests=ROUTER_ONGOING,
+        max_queued_requests=config.max_queued_requests,
+        graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s,
+        graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
+    )
+    return router.bind(config, pair.bind(partial(start_towers, topology), config.max_num_seqs))
+
+
+def build_app_from_settings(settings: dict[str, Any]) -> Application:
+    """Entry for Serve's own config files: `args` of the application are ServiceConfig's fields."""
+    return build_app(ServiceConfig.from_settings(settings))
+
+
+def _scaling(config: ServiceConfig) -> dict[str, Any]:
+    if config.autoscaling is None:
+        return {"num_replicas": config.num_pairs}
+    return {"autoscaling_config": config.autoscaling}

@@ -1,0 +1,131 @@
+"""Between protobuf messages and the towers' dataclasses; no decisions are taken here."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+
+from twotower.deployments.commit_log import CommitLog
+from twotower.deployments.pair import Job
+from twotower.protos.v1 import generation_pb2 as pb
+from twotower.towers.config import TwoTowerConfig
+from twotower.towers.errors import InvalidRequestError
+from twotower.towers.params import GenerationParams
+from twotower.towers.protocols import Block
+from twotower.towers.tokenizer import Tokenizer
+
+MAX_REQUEST_ID = 128
+_REQUEST_ID = re.compile(rf"[!-~]{{1,{MAX_REQUEST_ID}}}")
+_OPTIONAL_SCALARS = (
+    "mode",
+    "max_tokens",
+    "block_size",
+    "steps_per_block",
+    "confidence_threshold",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed",
+)
+
+
+def request_id_of(given: str) -> str:
+    """The client's name for a request, or a drawn one. Raises InvalidRequestError."""
+    if not given:
+        return secrets.token_hex(8)
+    if not _REQUEST_ID.fullmatch(given):
+        limit = f"at most {MAX_REQUEST_ID} printable ASCII characters without spaces"
+        raise InvalidRequestError("request_id", given, limit)
+    return given
+
+
+def params_of(message: pb.SamplingParams, eos_token_id: int | None) -> GenerationParams:
+    """Sampling parameters with every unset field at its default and a seed.
+
+    Raises InvalidRequestError.
+    """
+    given = {name: getattr(message, name) for name in _OPTIONAL_SCALARS if message.HasField(name)}
+    eos = None if message.ignore_eos else eos_token_id
+    return GenerationParams(**given, eos_token_id=eos).with_seed()
+
+
+def token_ids_of(
+    message: pb.GenerateRequest | pb.ScoreRequest, field: str, tokenizer: Tokenizer | None
+) -> list[int]:
+    """The ids of a oneof of text and tokens; empty if neither is set or the text is empty.
+
+    Raises InvalidRequestError for text without a tokenizer.
+    """
+    if message.WhichOneof(field) != "text":
+        return list(message.tokens.ids)
+    if tokenizer is None:
+        raise InvalidRequestError(field, "text", "token ids, as this model has no tokenizer")
+    return tokenizer.encode(message.text)
+
+
+def started_event(job: Job, request_id: str) -> pb.GenerateResponse:
+    """The first message of a stream."""
+    return pb.GenerateResponse(
+        started=pb.Started(
+            request_id=request_id, seed=job.params.seed, prompt_tokens=len(job.prompt)
+        )
+    )
+
+
+def block_event(index: int, block: Block, text: str) -> pb.GenerateResponse:
+    """The message of one committed block."""
+    return pb.GenerateResponse(
+        block=pb.Block(
+            index=index,
+            start=block.start,
+            token_ids=block.token_ids,
+            text=text,
+            commit_steps=block.commit_steps,
+            confidences=block.confidences,
+        )
+    )
+
+
+def complete_event(log: CommitLog, prompt_tokens: int) -> pb.GenerateResponse:
+    """The last message of a stream. Raises RuntimeError if the log has no end."""
+    if log.finish_reason is None:
+        raise RuntimeError("the blocks ended without a finish reason")
+    usage = pb.Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=len(log.token_ids),
+        nfe=log.nfe,
+        context_passes=log.context_passes,
+    )
+    complete = pb.Complete(finish_reason=log.finish_reason, usage=usage)
+    return pb.GenerateResponse(complete=complete)
+
+
+def score_response(token_ids: Sequence[int], log_probs: Sequence[float]) -> pb.ScoreResponse:
+    """The answer of Score."""
+    return pb.ScoreResponse(token_ids=token_ids, log_probs=log_probs)
+
+
+def model_info(
+    config: TwoTowerConfig,
+    *,
+    name: str,
+    version: str,
+    max_context: int,
+    modes: Sequence[str],
+    has_tokenizer: bool,
+    dtype: str,
+) -> pb.ModelInfo:
+    """The answer of GetModelInfo."""
+    return pb.ModelInfo(
+        name=name,
+        version=version,
+        vocab_size=config.vocab_size,
+        max_context=max_context,
+        modes=modes,
+        eos_token_id=config.eos_token_id,
+        has_tokenizer=has_tokenizer,
+        layer_pattern=config.layer_pattern,
+        dtype=dtype,
+    )

@@ -1,0 +1,52 @@
+"""The log of one request: the only place where a block becomes committed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from twotower.towers.errors import UnavailableError
+from twotower.towers.params import FinishReason
+from twotower.towers.protocols import Block
+
+
+class CommitLog:
+    """Appends blocks in order of position; what is committed never changes.
+
+    `prompt_tokens` prompt tokens and the `generated` ones of a resumed request come first.
+    """
+
+    def __init__(self, prompt_tokens: int, generated: Sequence[int]) -> None:
+        self._prompt_tokens = prompt_tokens
+        self._token_ids = list(generated)
+        self.num_blocks = 0
+        self.nfe = 0
+        self.context_passes = 0
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All output tokens so far."""
+        return tuple(self._token_ids)
+
+    @property
+    def end(self) -> int:
+        """Absolute position of the next token."""
+        return self._prompt_tokens + len(self._token_ids)
+
+    def append(self, block: Block) -> bool:
+        """Commits a block that starts at `end`; False for one that is committed already.
+
+        Raises UnavailableError for a gap: the attempt that it came from cannot go on.
+        """
+        if block.start < self.end:
+            return False
+        if block.start > self.end:
+            raise UnavailableError(
+                f"a block is missing: got one at {block.start}, expected {self.end}; try again"
+            )
+        self._token_ids.extend(block.token_ids)
+        self.num_blocks += 1
+        self.nfe += block.nfe
+        self.context_passes += block.context_passes
+        self.finish_reason = block.finish_reason
+        return True

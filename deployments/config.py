@@ -1,0 +1,97 @@
+"""The operator's settings, checked once; the only place that reads a settings file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from twotower.cluster.topology import PairTopology
+from twotower.towers.checkpoint import Checkpoint
+from twotower.towers.errors import ConfigError
+from twotower.towers.weights import resolve_checkpoint
+
+APP_NAME = "twotower"
+
+
+class ServiceConfig(BaseModel):
+    """What is served, on what, and within which limits.
+
+    Every field can be set in a YAML file of the same names (`ServiceConfig.from_file`) or by the
+    options of `twotower serve`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str | None = Field(None, description="folder or hub id; none = the shipped model")
+    model_name: str | None = Field(None, description="name shown to clients; none = the folder's")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda)$")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    grpc_port: int = Field(9000, ge=1, le=65535)
+    http_port: int = Field(8000, ge=1, le=65535, description="Serve's HTTP side, loopback only")
+    cpus_per_tower: float = Field(0.4, ge=0, description="share of CPUs that a tower reserves")
+    gpus_per_tower: float | None = Field(None, ge=0, description="none = 1 on cuda, 0 on cpu")
+    threads_per_tower: int | None = Field(None, ge=1, description="none = half of the cores")
+    max_context: int = Field(8192, ge=2, description="most tokens of prompt and output together")
+    max_num_seqs: int = Field(32, ge=1, description="rows that a pair works on at once")
+    max_queued_requests: int = Field(256, ge=-1, description="more are refused; -1 = no limit")
+    num_pairs: int = Field(1, ge=1, description="fixed number of pairs, without autoscaling")
+    autoscaling: dict[str, Any] | None = Field(
+        None, description="Serve's AutoscalingConfig for the pairs, passed through"
+    )
+    health_check_period_s: float = Field(2.0, gt=0)
+    health_check_timeout_s: float = Field(30.0, gt=0)
+    graceful_shutdown_timeout_s: float = Field(20.0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_way_to_scale(self) -> ServiceConfig:
+        if self.autoscaling is not None and self.num_pairs != 1:
+            raise ValueError("num_pairs and autoscaling exclude each other")
+        return self
+
+    @classmethod
+    def from_file(cls, path: Path, **overrides: Any) -> ServiceConfig:
+        """Reads a YAML file; `overrides` that are not None win. Raises ConfigError."""
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path.name}: unreadable ({type(error).__name__})") from None
+        if not isinstance(raw or {}, dict):
+            raise ConfigError(f"{path.name}: expected a mapping, got {type(raw).__name__}")
+        return cls.from_settings({**(raw or {}), **_given(overrides)})
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> ServiceConfig:
+        """Checks settings, None meaning the default. Raises ConfigError naming the field."""
+        try:
+            return cls(**_given(settings))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(str(part) for part in first["loc"]) or "settings"
+            raise ConfigError(f"{field}: {first['msg']}, got {first['input']!r}") from None
+
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint, with names, shapes and files checked. Raises CheckpointError."""
+        return Checkpoint(resolve_checkpoint(self.model))
+
+    def topology(self) -> PairTopology:
+        """The layout of one pair."""
+        gpus = self.gpus_per_tower
+        return PairTopology(
+            # Actors run in folders of their own: a relative path would lead nowhere there.
+            model_path=str(resolve_checkpoint(self.model).resolve()),
+            device=self.device,
+            dtype=self.dtype,
+            cpus=self.cpus_per_tower,
+            gpus=(1.0 if self.device == "cuda" else 0.0) if gpus is None else gpus,
+            num_threads=self.threads_per_tower or max(1, (os.cpu_count() or 2) // 2),
+            max_rows=self.max_num_seqs,
+            max_context=self.max_context,
+        )
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}

@@ -1,0 +1,85 @@
+"""One pair of towers: its life, and the block loops of the rows that it works on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from twotower.cluster.remote import PairServices
+from twotower.towers.generation import generate_blocks
+from twotower.towers.params import GenerationParams
+from twotower.towers.protocols import Block
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row to generate; `row_id` is drawn anew for every attempt."""
+
+    row_id: str
+    prompt: tuple[int, ...]
+    generated: tuple[int, ...]
+    params: GenerationParams
+
+
+class TowerPair:
+    """A context tower and a denoiser tower; one Serve replica.
+
+    `start` brings both towers up. It runs with the first health check, which Serve awaits before
+    it sends any request.
+    """
+
+    def __init__(self, start: Callable[[], Awaitable[PairServices]], max_rows: int) -> None:
+        self._start = start
+        self._places = asyncio.Semaphore(max_rows)
+        self._services: PairServices | None = None
+
+    async def check_health(self) -> None:
+        """Starts the towers or asks both how they are; an exception means replacement."""
+        if self._services is None:
+            self._services = await self._start()
+        await asyncio.gather(self._services.context.check(), self._services.denoiser.check())
+
+    async def generate(self, job: Job) -> AsyncGenerator[Block, None]:
+        """Yields the row's blocks as they come; the last has a finish reason.
+
+        Rows beyond `max_rows` wait in order. Closing or cancelling the generator frees the row
+        in both towers.
+        """
+        services = await self._ready()
+        async with self._places:
+            blocks = generate_blocks(
+                services.context,
+                services.denoiser,
+                job.row_id,
+                job.prompt,
+                job.params,
+                job.generated,
+            )
+            async with aclosing(blocks):
+                async for block in blocks:
+                    yield block
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probabilities of tokens 1..n-1 under the context tower."""
+        return await (await self._ready()).context.score(token_ids)
+
+    async def ping(self) -> bool:
+        """True once both towers can serve."""
+        await self.check_health()
+        return True
+
+    async def stats(self) -> dict[str, dict[str, float]]:
+        """Counters of each tower, by tower."""
+        services = await self._ready()
+        context, denoiser = await asyncio.gather(
+            services.context.stats(), services.denoiser.stats()
+        )
+        return {"context": context, "denoiser": denoiser}
+
+    async def _ready(self) -> PairServices:
+        if self._services is None:
+            await self.check_health()
+        assert self._services is not None
+        return self._services

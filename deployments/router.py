@@ -1,0 +1,173 @@
+"""The ingress: admits requests, hands them to a pair, commits and streams what comes back.
+
+Method names in capitals are RPC names: Serve finds them by name. The class is plain; `app.py`
+makes a deployment of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2
+from starlette.responses import PlainTextResponse
+
+import twotower
+from twotower.deployments import codec
+from twotower.deployments.commit_log import CommitLog
+from twotower.deployments.config import ServiceConfig
+from twotower.deployments.output_text import OutputText
+from twotower.deployments.pair import Job
+from twotower.deployments.pair_client import PairClient
+from twotower.deployments.status import RequestRefusedError, refuse
+from twotower.protos.v1 import generation_pb2 as pb
+from twotower.towers.config import TwoTowerConfig
+from twotower.towers.errors import InvalidRequestError
+from twotower.towers.params import MODES
+from twotower.towers.tokenizer import load_tokenizer
+from twotower.towers.weights import resolve_checkpoint
+
+logger = logging.getLogger("ray.serve")
+
+SERVICE_NAME = "twotower.v1.Generation"
+READY_TIMEOUT_S = 5.0
+WATCH_PERIOD_S = 1.0
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+
+
+class Router:
+    """Serves `twotower.v1.Generation` and `grpc.health.v1.Health` over a deployment of pairs."""
+
+    def __init__(self, config: ServiceConfig, pairs: Any) -> None:
+        folder = resolve_checkpoint(config.model)
+        self._model = TwoTowerConfig.from_file(folder / "config.json")
+        self._tokenizer = load_tokenizer(folder)
+        self._pairs = PairClient(pairs)
+        self._max_context = min(config.max_context, self._model.max_position_embeddings)
+        self._info = codec.model_info(
+            self._model,
+            name=config.model_name or folder.name,
+            version=twotower.__version__,
+            max_context=self._max_context,
+            modes=MODES,
+            has_tokenizer=self._tokenizer is not None,
+            dtype=config.dtype,
+        )
+
+    async def Generate(  # noqa: N802
+        self, request: pb.GenerateRequest, grpc_context: Any
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """Streams one completion."""
+        request_id = _log_name(request.request_id)
+        try:
+            async with aclosing(self._completion(request)) as events:
+                async for event in events:
+                    yield event
+        except Exception as error:
+            refuse(grpc_context, error, request_id)
+
+    async def Score(  # noqa: N802
+        self, request: pb.ScoreRequest, grpc_context: Any
+    ) -> pb.ScoreResponse:
+        """Scores one text."""
+        try:
+            return await self._scored(request)
+        except Exception as error:
+            refuse(grpc_context, error, _log_name(request.request_id))
+
+    async def GetModelInfo(  # noqa: N802
+        self, _request: pb.GetModelInfoRequest
+    ) -> pb.ModelInfo:
+        """Says what is served."""
+        return self._info
+
+    async def Check(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, grpc_context: Any
+    ) -> health_pb2.HealthCheckResponse:
+        """Liveness for "", readiness for the Generation service."""
+        status = await self._health(request.service)
+        if status == _UNKNOWN:
+            grpc_context.set_code(grpc.StatusCode.NOT_FOUND)
+            grpc_context.set_details(f"service: expected '' or {SERVICE_NAME!r}")
+            raise RequestRefusedError("unknown service") from None
+        return health_pb2.HealthCheckResponse(status=status)
+
+    async def Watch(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        """Streams the health, now and whenever it changes."""
+        last: int | None = None
+        while True:
+            status = await self._health(request.service)
+            if status != last:
+                yield health_pb2.HealthCheckResponse(status=status)
+                last = status
+            await asyncio.sleep(WATCH_PERIOD_S)
+
+    async def __call__(self, _request: Any) -> PlainTextResponse:
+        """Serve's HTTP side reaches every ingress; this one speaks gRPC only."""
+        return PlainTextResponse("this service speaks gRPC\n", status_code=404)
+
+    async def _completion(
+        self, request: pb.GenerateRequest
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        request_id = codec.request_id_of(request.request_id)
+        job = self._admit(request)
+        log = CommitLog(len(job.prompt), job.generated)
+        text = OutputText(self._tokenizer, job.params.eos_token_id, job.generated)
+        yield codec.started_event(job, request_id)
+        async with aclosing(self._pairs.generate(job)) as blocks:
+            async for block in blocks:
+                if log.append(block):
+                    last = block.finish_reason is not None
+                    shown = text.push(block.token_ids, last=last)
+                    yield codec.block_event(log.num_blocks - 1, block, shown)
+        yield codec.complete_event(log, len(job.prompt))
+
+    def _admit(self, request: pb.GenerateRequest) -> Job:
+        """The request as a job within the model's limits. Raises InvalidRequestError."""
+        params = codec.params_of(request.sampling_params, self._model.eos_token_id)
+        prompt = codec.token_ids_of(request, "prompt", self._tokenizer)
+        generated = list(request.generated_token_ids)
+        params.check_row(prompt, self._model.vocab_size, self._max_context, generated)
+        return Job(secrets.token_hex(16), tuple(prompt), tuple(generated), params)
+
+    async def _scored(self, request: pb.ScoreRequest) -> pb.ScoreResponse:
+        codec.request_id_of(request.request_id)
+        token_ids = codec.token_ids_of(request, "input", self._tokenizer)
+        vocab_size = self._model.vocab_size
+        for index, token in enumerate(token_ids):
+            if not 0 <= token < vocab_size:
+                raise InvalidRequestError(f"input[{index}]", token, f"an id in 0..{vocab_size - 1}")
+        if not 1 <= len(token_ids) <= self._max_context:
+            limit = f"1 to {self._max_context} tokens"
+            raise InvalidRequestError("input", f"{len(token_ids)} tokens", limit)
+        return codec.score_response(token_ids, await self._pairs.score(token_ids))
+
+    async def _health(self, service: str) -> int:
+        if not service:
+            return int(_SERVING)
+        if service != SERVICE_NAME:
+            return int(_UNKNOWN)
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                await self._pairs.ping()
+        except Exception as error:
+            logger.info("not ready: %s", type(error).__name__)
+            return int(_NOT_SERVING)
+        return int(_SERVING)
+
+
+def _log_name(given: str) -> str:
+    """A name for the log, made before the request is known to be valid."""
+    try:
+        return codec.request_id_of(given)
+    except InvalidRequestError:
+        return "(invalid request_id)"

@@ -1,0 +1,139 @@
+"""Ray, Serve and the application on this machine, for as long as a `with` block lasts."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from types import TracebackType
+
+import grpc
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions, gRPCOptions
+
+from twotower.deployments.app import build_app
+from twotower.deployments.config import APP_NAME, ServiceConfig
+from twotower.deployments.ingress import SERVICER_FUNCTIONS
+from twotower.towers.errors import ConfigError, TwoTowerError, UnavailableError
+
+OBJECT_STORE_BYTES = 200 * 1024 * 1024
+PROXY_TIMEOUT_S = 30.0
+# Router, replica, two towers: what a pair on CPU shares must find, whatever the machine counts.
+_LEAST_CPUS = 2
+_OWN_ERRORS = TwoTowerError.__module__
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+    # The library's own telemetry aside, its workers otherwise take every core for arithmetic.
+    "OMP_NUM_THREADS": "1",
+}
+
+
+class LocalService:
+    """A service in processes of its own on this machine.
+
+    `address` is its gRPC target. Entering raises CheckpointError or ConfigError before anything
+    is started, UnavailableError if the towers do not come up.
+    """
+
+    def __init__(self, config: ServiceConfig, *, verbose: bool = False) -> None:
+        self.config = config
+        self.address = f"127.0.0.1:{config.grpc_port}"
+        self._verbose = verbose
+        self._folder: str | None = None
+
+    def __enter__(self) -> LocalService:
+        app = build_app(self.config)
+        for port in (self.config.grpc_port, self.config.http_port):
+            _check_free(port)
+        try:
+            self._start_ray()
+            serve.run(app, name=APP_NAME, route_prefix="/")
+            self._await_proxy()
+        except RuntimeError as error:
+            reason = _reason() or type(error).__name__
+            self.stop()
+            raise UnavailableError(f"the service did not start: {reason}") from None
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends the application and every process of it; safe to call again."""
+        if ray.is_initialized():
+            # Drains the streams; the rest of Serve ends with Ray, which is this service's own.
+            serve.delete(APP_NAME)
+            ray.shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _start_ray(self) -> None:
+        os.environ.update(_ENVIRONMENT)
+        logging.getLogger("ray.serve").setLevel(logging.INFO if self._verbose else logging.ERROR)
+        # Short, as the paths of unix sockets below it are limited to 107 bytes.
+        self._folder = tempfile.mkdtemp(prefix="tt-")
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, _LEAST_CPUS),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=self._verbose,
+            logging_level=logging.INFO if self._verbose else logging.ERROR,
+            _temp_dir=self._folder,
+        )
+        serve.start(
+            http_options=HTTPOptions(host="127.0.0.1", port=self.config.http_port),
+            grpc_options=gRPCOptions(
+                port=self.config.grpc_port, grpc_servicer_functions=SERVICER_FUNCTIONS
+            ),
+        )
+
+    def _await_proxy(self) -> None:
+        """Serve reports an application before its proxy listens."""
+        with grpc.insecure_channel(self.address) as channel:
+            try:
+                grpc.channel_ready_future(channel).result(timeout=PROXY_TIMEOUT_S)
+            except grpc.FutureTimeoutError:
+                raise UnavailableError(f"nothing answers on {self.address}") from None
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _check_free(port: int) -> None:
+    """Serve shares a port with whoever has it, silently; here that is an error."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError as error:
+            what = "in use" if error.errno == errno.EADDRINUSE else "not available"
+            raise ConfigError(f"port: {port} is {what}, expected a free one") from None
+
+
+def _reason() -> str:
+    """The towers' own error out of Serve's report, which wraps it in traces; empty if none."""
+    application = serve.status().applications.get(APP_NAME)
+    deployments = application.deployments.values() if application is not None else ()
+    lines = [line for deployment in deployments for line in deployment.message.splitlines()]
+    own = [line.strip() for line in lines if line.strip().startswith(_OWN_ERRORS)]
+    return own[-1].partition(": ")[2] if own else ""

@@ -1,0 +1,95 @@
+"""Messages to dataclasses: defaults where a field is unset, the given value where it is zero."""
+
+from __future__ import annotations
+
+import pytest
+from google.protobuf.descriptor import FieldDescriptor
+
+from twotower.deployments import codec
+from twotower.protos.v1 import generation_pb2 as pb
+from twotower.towers.errors import InvalidRequestError
+from twotower.towers.params import GenerationParams
+
+
+class Letters:
+    """A tokenizer of one id per character."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def decode(self, token_ids: object) -> str:
+        raise AssertionError(f"nothing decodes {token_ids}")
+
+
+def test_unset_fields_take_the_defaults() -> None:
+    params = codec.params_of(pb.SamplingParams(), eos_token_id=2)
+    assert params.seed is not None
+    assert params == GenerationParams(seed=params.seed, eos_token_id=2)
+
+
+def test_every_scalar_of_the_message_arrives() -> None:
+    given = {
+        "mode": "ar",
+        "max_tokens": 5,
+        "block_size": 4,
+        "steps_per_block": 3,
+        "confidence_threshold": 0.5,
+        "temperature": 0.25,
+        "top_k": 7,
+        "top_p": 0.75,
+        "min_p": 0.125,
+        "seed": 11,
+    }
+    optional = {field.name for field in pb.SamplingParams.DESCRIPTOR.fields}
+    assert optional == {*given, "ignore_eos"}
+    params = codec.params_of(pb.SamplingParams(**given), eos_token_id=2)
+    assert {name: getattr(params, name) for name in given} == given
+
+
+def test_zero_is_a_value() -> None:
+    message = pb.SamplingParams(confidence_threshold=0.0, min_p=0.0, seed=0)
+    params = codec.params_of(message, eos_token_id=None)
+    assert (params.confidence_threshold, params.min_p, params.seed) == (0.0, 0.0, 0)
+    with pytest.raises(InvalidRequestError, match="max_tokens: got 0"):
+        codec.params_of(pb.SamplingParams(max_tokens=0), eos_token_id=None)
+
+
+def test_ignore_eos() -> None:
+    assert codec.params_of(pb.SamplingParams(ignore_eos=True), 2).eos_token_id is None
+    assert codec.params_of(pb.SamplingParams(ignore_eos=False), 2).eos_token_id == 2
+
+
+def test_prompts() -> None:
+    ids = pb.GenerateRequest(tokens=pb.TokenIds(ids=[3, -1]))
+    assert codec.token_ids_of(ids, "prompt", None) == [3, -1]
+    assert codec.token_ids_of(pb.GenerateRequest(), "prompt", Letters()) == []
+    text = pb.GenerateRequest(text="ab")
+    assert codec.token_ids_of(text, "prompt", Letters()) == [97, 98]
+    with pytest.raises(InvalidRequestError, match="no tokenizer"):
+        codec.token_ids_of(text, "prompt", None)
+
+
+def test_request_ids() -> None:
+    assert codec.request_id_of("job-7/a") == "job-7/a"
+    assert len({codec.request_id_of("") for _ in range(8)}) == 8
+    for wrong in ("a b", "x" * 129, "a\n", "ä"):
+        with pytest.raises(InvalidRequestError, match="request_id"):
+            codec.request_id_of(wrong)
+
+
+def test_every_proto_field_is_documented() -> None:
+    """Comments are part of the contract; the generator drops them, so the source is read."""
+    from pathlib import Path
+
+    import twotower.protos.v1.generation_pb2 as module
+
+    source = Path(module.__file__).with_name("generation.proto").read_text(encoding="utf-8")
+    lines = [line.strip() for line in source.splitlines()]
+    for message in module.DESCRIPTOR.message_types_by_name.values():
+        for field in message.fields:
+            assert isinstance(field, FieldDescriptor)
+            declared = [i for i, line in enumerate(lines) if line.endswith(f"= {field.number};")]
+            own = [i for i in declared if f" {field.name} " in lines[i]]
+            assert own
+            if message.name != "TokenIds":
+                assert any(lines[i - 1].startswith("//") for i in own), field.full_name

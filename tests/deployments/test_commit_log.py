@@ -1,0 +1,44 @@
+"""A block is committed once, in its place."""
+
+from __future__ import annotations
+
+import pytest
+
+from twotower.deployments.commit_log import CommitLog
+from twotower.towers.errors import UnavailableError
+from twotower.towers.protocols import Block
+
+
+def block(start: int, *token_ids: int, nfe: int = 1, passes: int = 1) -> Block:
+    count = len(token_ids)
+    return Block(start, token_ids, (0,) * count, (1.0,) * count, nfe=nfe, context_passes=passes)
+
+
+def test_blocks_in_order() -> None:
+    log = CommitLog(3, ())
+    assert log.append(block(3, 7, 8, nfe=2))
+    assert log.append(block(5, 9, nfe=3, passes=0))
+    assert log.token_ids == (7, 8, 9)
+    assert (log.end, log.num_blocks, log.nfe, log.context_passes) == (6, 2, 5, 1)
+
+
+def test_what_is_committed_stays() -> None:
+    log = CommitLog(3, ())
+    log.append(block(3, 7, 8))
+    assert not log.append(block(3, 1, 2))
+    assert not log.append(block(4, 1))
+    assert (log.token_ids, log.nfe) == ((7, 8), 1)
+
+
+def test_a_gap_fails_the_attempt() -> None:
+    log = CommitLog(3, ())
+    with pytest.raises(UnavailableError, match="got one at 4, expected 3"):
+        log.append(block(4, 1))
+    assert log.token_ids == ()
+
+
+def test_resumed_tokens_are_output_but_not_blocks() -> None:
+    log = CommitLog(3, (5, 6))
+    assert log.end == 5
+    assert log.append(block(5, 7))
+    assert (log.token_ids, log.num_blocks) == ((5, 6, 7), 1)

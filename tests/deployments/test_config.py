@@ -1,0 +1,64 @@
+"""The operator's settings and what they make of a pair."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from twotower.deployments.config import ServiceConfig
+from twotower.towers.errors import CheckpointError, ConfigError
+
+TINY = Path(__file__).parents[1] / "golden" / "tiny_a"
+
+
+def test_file_and_options(tmp_path: Path) -> None:
+    path = tmp_path / "service.yaml"
+    path.write_text("model: somewhere\nmax_num_seqs: 4\nautoscaling: {max_replicas: 3}\n")
+    config = ServiceConfig.from_file(path, max_num_seqs=9, dtype=None)
+    assert (config.model, config.max_num_seqs, config.dtype) == ("somewhere", 9, "float32")
+    assert config.autoscaling == {"max_replicas": 3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"max_num_seqs": 0}, "max_num_seqs"),
+        ({"device": "tpu"}, "device"),
+        ({"grpc_port": 70000}, "grpc_port"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"no_such_setting": 1}, "no_such_setting"),
+        ({"num_pairs": 2, "autoscaling": {}}, "num_pairs"),
+    ],
+)
+def test_wrong_settings_are_named(settings: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        ServiceConfig.from_settings(settings)
+
+
+@pytest.mark.parametrize("text", ["- a\n", "a: [", "\x00"])
+def test_unreadable_files(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "service.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"service\.yaml"):
+        ServiceConfig.from_file(path)
+    with pytest.raises(ConfigError, match="absent"):
+        ServiceConfig.from_file(tmp_path / "absent.yaml")
+
+
+def test_topology_follows_the_device() -> None:
+    cpu = ServiceConfig(model=str(TINY)).topology()
+    assert (cpu.gpus, cpu.cpus) == (0.0, 0.4)
+    assert Path(cpu.model_path).is_absolute()
+    assert ServiceConfig(model=str(TINY), device="cuda").topology().gpus == 1.0
+    half = ServiceConfig(model=str(TINY), device="cuda", gpus_per_tower=0.5)
+    assert half.topology().gpus == 0.5
+
+
+def test_a_faulty_checkpoint_is_named_before_anything_starts(tmp_path: Path) -> None:
+    shutil.copy(TINY / "config.json", tmp_path)
+    whole = (TINY / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        ServiceConfig(model=str(tmp_path)).checkpoint()

@@ -1,0 +1,298 @@
+"""The router in Serve's local testing mode, over a pair that plays back blocks."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+from ray import serve
+
+from twotower.deployments.config import ServiceConfig
+from twotower.deployments.pair import Job
+from twotower.deployments.router import SERVICE_NAME, Router
+from twotower.deployments.status import RequestRefusedError
+from twotower.protos.v1 import generation_pb2 as pb
+from twotower.towers.config import TwoTowerConfig
+from twotower.towers.errors import NumericalError, UnavailableError
+from twotower.towers.protocols import Block
+from twotower.towers.tokenizer import load_tokenizer
+
+EOS = 2
+
+
+_contexts: dict[int, Context] = {}
+
+
+def _context(key: int) -> Context:
+    return _contexts[key]
+
+
+class Context:
+    """What Serve hands to an ingress method, as far as it is used."""
+
+    def __init__(self) -> None:
+        self.code: grpc.StatusCode | None = None
+        self.details = ""
+
+    def __reduce__(self) -> tuple[object, tuple[int]]:
+        # Arguments are pickled on their way to the ingress; what it sets must be seen here.
+        _contexts[id(self)] = self
+        return _context, (id(self),)
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self.code = code
+
+    def set_details(self, details: str) -> None:
+        self.details = details
+
+
+class FakePair:
+    """Plays back a script: one entry per block, an exception ends the stream with it."""
+
+    def __init__(self, script: Sequence[Sequence[int] | Exception]) -> None:
+        self._script = script
+
+    async def generate(self, job: Job) -> AsyncIterator[Block]:
+        start = len(job.prompt) + len(job.generated)
+        for index, entry in enumerate(self._script):
+            if isinstance(entry, Exception):
+                raise entry
+            last = index == len(self._script) - 1
+            reason = ("stop" if EOS in entry else "length") if last else None
+            count = len(entry)
+            yield Block(
+                start,
+                tuple(entry),
+                tuple(range(count)),
+                (0.5,) * count,
+                nfe=3,
+                finish_reason=reason,  # type: ignore[arg-type]
+                context_passes=1,
+            )
+            start += count
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        return [-float(token) for token in token_ids[1:]]
+
+    async def ping(self) -> bool:
+        if self._script and isinstance(self._script[0], Exception):
+            raise self._script[0]
+        return True
+
+
+class Calls:
+    """Calls the ingress methods as Serve's proxy does."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self.context = Context()
+
+    def generate(self, request: pb.GenerateRequest) -> list[pb.GenerateResponse]:
+        stream = self._handle.options(stream=True).Generate.remote(
+            request, grpc_context=self.context
+        )
+        return list(stream)
+
+    def score(self, request: pb.ScoreRequest) -> pb.ScoreResponse:
+        response: pb.ScoreResponse = self._handle.Score.remote(
+            request, grpc_context=self.context
+        ).result()
+        return response
+
+    def check(self, service: str) -> int:
+        request = health_pb2.HealthCheckRequest(service=service)
+        response = self._handle.Check.remote(request, grpc_context=self.context).result()
+        return int(response.status)
+
+
+Serving = Callable[..., Calls]
+
+
+@pytest.fixture
+def serving(tiny_text: Path) -> Serving:
+    def start(*script: Sequence[int] | Exception, model: Path = tiny_text) -> Calls:
+        config = ServiceConfig(model=str(model), max_context=80)
+        pair = serve.deployment(FakePair).bind(script)
+        app = serve.deployment(Router).bind(config, pair)
+        return Calls(serve.run(app, _local_testing_mode=True))
+
+    return start
+
+
+def ask(*ids: int, **sampling: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        tokens=pb.TokenIds(ids=ids or (5, 6, 7)), sampling_params=pb.SamplingParams(**sampling)
+    )
+
+
+def test_a_stream_from_first_to_last_message(serving: Serving) -> None:
+    calls = serving([10, 11], [12, EOS])
+    request = ask(seed=9)
+    request.request_id = "mine"
+    started, first, second, complete = calls.generate(request)
+    assert started.started == pb.Started(request_id="mine", seed=9, prompt_tokens=3)
+    assert (first.block.index, first.block.start, list(first.block.token_ids)) == (0, 3, [10, 11])
+    assert list(first.block.commit_steps) == [0, 1]
+    assert list(first.block.confidences) == [0.5, 0.5]
+    assert (second.block.index, second.block.start) == (1, 5)
+    assert complete.complete.finish_reason == "stop"
+    assert complete.complete.usage == pb.Usage(
+        prompt_tokens=3, completion_tokens=4, nfe=6, context_passes=2
+    )
+
+
+def test_text_in_and_out_without_the_end_token(serving: Serving, tiny_text: Path) -> None:
+    tokenizer = load_tokenizer(tiny_text)
+    assert tokenizer is not None
+    output = tokenizer.encode("return größe")
+    calls = serving(output[:3], output[3:-1], [output[-1], EOS])
+    request = pb.GenerateRequest(text="def f():")
+    events = calls.generate(request)
+    assert events[0].started.prompt_tokens == len(tokenizer.encode("def f():"))
+    text = "".join(event.block.text for event in events[1:-1])
+    assert text == "return größe"
+
+
+def test_a_character_is_never_cut(serving: Serving, tiny_text: Path) -> None:
+    tokenizer = load_tokenizer(tiny_text)
+    assert tokenizer is not None
+    output = tokenizer.encode("漢字")
+    events = serving(*[[token] for token in output]).generate(ask())
+    pieces = [event.block.text for event in events[1:-1]]
+    assert "".join(pieces) == "漢字"
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_resumed_stream_sends_only_what_is_new(serving: Serving, tiny_text: Path) -> None:
+    tokenizer = load_tokenizer(tiny_text)
+    assert tokenizer is not None
+    output = tokenizer.encode("x = 字")
+    request = ask(seed=1, mode="ar")
+    request.generated_token_ids.extend(output[:-1])
+    events = serving([output[-1]]).generate(request)
+    assert events[1].block.start == 3 + len(output) - 1
+    assert events[1].block.text == "字"
+    assert events[2].complete.usage.completion_tokens == len(output)
+
+
+BAD = [
+    (pb.GenerateRequest(), "prompt: got []"),
+    (pb.GenerateRequest(text=""), "prompt: got []"),
+    (ask(5, 512), "prompt[1]: got 512"),
+    (ask(-1), "prompt[0]: got -1"),
+    (ask(max_tokens=0), "max_tokens: got 0"),
+    (ask(max_tokens=-4), "max_tokens: got -4"),
+    (ask(block_size=0), "block_size: got 0"),
+    (ask(block_size=257), "block_size: got 257"),
+    (ask(steps_per_block=0), "steps_per_block: got 0"),
+    (ask(confidence_threshold=1.5), "confidence_threshold: got 1.5"),
+    (ask(confidence_threshold=-0.1), "confidence_threshold: got -0.1"),
+    (ask(confidence_threshold=math.nan), "confidence_threshold: got nan"),
+    (ask(temperature=math.nan), "temperature: got nan"),
+    (ask(temperature=math.inf), "temperature: got inf"),
+    (ask(temperature=-1.0), "temperature: got -1.0"),
+    (ask(top_k=0), "top_k: got 0"),
+    (ask(top_p=0.0), "top_p: got 0.0"),
+    (ask(min_p=2.0), "min_p: got 2.0"),
+    (ask(seed=-1), "seed: got -1"),
+    (ask(mode="beam"), "mode: got 'beam'"),
+    (ask(*range(5, 60), max_tokens=17), "max_tokens: got '55 prompt + 17"),
+    (ask(max_tokens=77), "max_tokens: got '3 prompt + 77"),
+    (pb.GenerateRequest(request_id="a b", tokens=pb.TokenIds(ids=[5])), "request_id: got 'a b'"),
+    (
+        pb.GenerateRequest(tokens=pb.TokenIds(ids=[5]), generated_token_ids=[1, 2, 3]),
+        "generated_token_ids: got '3 ids'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("request_", "text"), BAD, ids=[text for _, text in BAD])
+def test_bad_input_is_named(serving: Serving, request_: pb.GenerateRequest, text: str) -> None:
+    calls = serving([10])
+    with pytest.raises(RequestRefusedError):
+        calls.generate(request_)
+    assert calls.context.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert calls.context.details.startswith(text)
+    assert ", expected " in calls.context.details
+
+
+def test_text_needs_a_tokenizer(serving: Serving) -> None:
+    tiny = Path(__file__).parents[1] / "golden" / "tiny_a"
+    calls = serving([10], model=tiny)
+    with pytest.raises(RequestRefusedError):
+        calls.generate(pb.GenerateRequest(text="def"))
+    assert "no tokenizer" in calls.context.details
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (NumericalError("non-finite logits"), grpc.StatusCode.INTERNAL, "non-finite logits"),
+        (UnavailableError("gone"), grpc.StatusCode.UNAVAILABLE, "gone"),
+        (RuntimeError("/secret/path"), grpc.StatusCode.INTERNAL, "internal error"),
+    ],
+)
+def test_errors_of_a_pair(
+    serving: Serving, error: Exception, code: grpc.StatusCode, text: str
+) -> None:
+    calls = serving([10, 11], error)
+    with pytest.raises(RequestRefusedError):
+        calls.generate(ask())
+    assert calls.context.code == code
+    assert text in calls.context.details
+    assert "secret" not in calls.context.details
+
+
+def test_a_stream_without_an_end_is_an_error(serving: Serving) -> None:
+    calls = serving()
+    with pytest.raises(RequestRefusedError):
+        calls.generate(ask())
+    assert calls.context.code == grpc.StatusCode.INTERNAL
+
+
+def test_score(serving: Serving) -> None:
+    calls = serving([10])
+    response = calls.score(pb.ScoreRequest(tokens=pb.TokenIds(ids=[4, 5, 6])))
+    assert list(response.token_ids) == [4, 5, 6]
+    assert list(response.log_probs) == [-5.0, -6.0]
+
+
+@pytest.mark.parametrize("ids", [[], [512], [5] * 81])
+def test_bad_input_of_score(serving: Serving, ids: list[int]) -> None:
+    calls = serving([10])
+    with pytest.raises(RequestRefusedError):
+        calls.score(pb.ScoreRequest(tokens=pb.TokenIds(ids=ids)))
+    assert calls.context.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert calls.context.details.startswith("input")
+
+
+def test_health(serving: Serving) -> None:
+    status = health_pb2.HealthCheckResponse
+    calls = serving([10])
+    assert calls.check("") == status.SERVING
+    assert calls.check(SERVICE_NAME) == status.SERVING
+    with pytest.raises(RequestRefusedError):
+        calls.check("other")
+    assert calls.context.code == grpc.StatusCode.NOT_FOUND
+    down = serving(UnavailableError("no pair"))
+    assert down.check("") == status.SERVING
+    assert down.check(SERVICE_NAME) == status.NOT_SERVING
+
+
+def test_model_info(tiny_text: Path) -> None:
+    class Handle:
+        def options(self, **_: object) -> Handle:
+            return self
+
+    router = Router(ServiceConfig(model=str(tiny_text), max_context=64), Handle())
+    info = asyncio.run(router.GetModelInfo(pb.GetModelInfoRequest()))
+    config = TwoTowerConfig.from_file(tiny_text / "config.json")
+    assert (info.vocab_size, info.max_context) == (config.vocab_size, 64)
+    assert (info.eos_token_id, info.has_tokenizer) == (2, True)
+    assert list(info.modes) == ["mask_diffusion", "ar", "mock_ar"]

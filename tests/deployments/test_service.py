@@ -1,0 +1,329 @@
+"""The whole service in real processes: Ray, Serve's gRPC ingress, two tower actors, the channel."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
+from ray import serve
+from safetensors.torch import load_file, save_file
+
+from twotower import TwoTower
+from twotower.client import Client, GenerationStream, ServiceError
+from twotower.deployments.config import APP_NAME, ServiceConfig
+from twotower.deployments.router import SERVICE_NAME
+from twotower.deployments.server import LocalService, free_port
+
+pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = ([5, 6, 7, 8], list(range(10, 110)))
+LONG = 3000
+LEAK_SIGNS = ("Traceback", "actor_id", "ray::", "RayTaskError", ".py", "/")
+STREAM_FOREVER = f"""
+import sys
+from twotower.client import Client
+for block in Client(sys.argv[1]).generate([5, 6, 7], max_tokens={LONG}, ignore_eos=True):
+    print(block.index, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def service(tiny_text: Path) -> Iterator[LocalService]:
+    config = ServiceConfig(
+        model=str(tiny_text),
+        grpc_port=free_port(),
+        http_port=free_port(),
+        threads_per_tower=1,
+        max_num_seqs=4,
+        max_queued_requests=8,
+        health_check_period_s=1.0,
+    )
+    with LocalService(config) as running:
+        yield running
+
+
+@pytest.fixture
+def client(service: LocalService) -> Iterator[Client]:
+    with Client(service.address) as connected:
+        yield connected
+
+
+def rows_held() -> tuple[float, float, float]:
+    """Rows in the context actor and the denoiser actor, and rows that the link follows."""
+    handle = serve.get_deployment_handle("TowerPair", APP_NAME)
+    stats = handle.stats.remote().result(timeout_s=60)
+    denoiser = stats["denoiser"]
+    return stats["context"]["rows"], denoiser["rows"], denoiser["mirrors"]
+
+
+def await_true(condition: Callable[[], bool], what: str, timeout_s: float = 90.0) -> float:
+    begin = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begin < timeout_s, what
+        time.sleep(0.05)
+    return time.monotonic() - begin
+
+
+def await_no_rows() -> None:
+    # Well below the time that a row of LONG tokens takes to its end, on a slow machine too.
+    await_true(lambda: rows_held() == (0, 0, 0), "rows are left", timeout_s=8)
+
+
+def tokens(client: Client, prompt: list[int], **options: object) -> list[int]:
+    stream = client.generate(
+        prompt, max_tokens=48, block_size=8, ignore_eos=True, timeout=120, **options
+    )
+    blocks = list(stream)
+    assert [block.index for block in blocks] == list(range(len(blocks)))
+    assert stream.usage is not None
+    assert stream.usage.completion_tokens == len(stream.token_ids) == 48
+    return stream.token_ids
+
+
+def test_two_clients_get_what_each_gets_alone(service: LocalService, tiny_text: Path) -> None:
+    model = TwoTower.from_pretrained(tiny_text)
+    alone = [
+        model.generate([prompt], max_tokens=48, block_size=8)[0].token_ids for prompt in PROMPTS
+    ]
+
+    def ask(prompt: list[int]) -> list[int]:
+        with Client(service.address) as own:
+            return tokens(own, prompt)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(ask, PROMPTS)) == alone
+    await_no_rows()
+
+
+def test_modes_and_resume(client: Client, tiny_text: Path) -> None:
+    model = TwoTower.from_pretrained(tiny_text)
+    whole = tokens(client, PROMPTS[0], mode="ar", temperature=1.0, seed=3)
+    local = model.generate([PROMPTS[0]], mode="ar", max_tokens=48, temperature=1.0, seed=3)
+    assert whole == local[0].token_ids
+    rest = client.generate(
+        PROMPTS[0],
+        mode="ar",
+        temperature=1.0,
+        seed=3,
+        max_tokens=48,
+        block_size=8,
+        ignore_eos=True,
+        generated_token_ids=whole[:20],
+    )
+    list(rest)
+    assert rest.token_ids == whole[20:]
+    assert client.score(PROMPTS[1]).log_probs == pytest.approx(model.score(PROMPTS[1]), abs=1e-6)
+
+
+def test_text_streams(client: Client) -> None:
+    stream = client.generate("def test(", max_tokens=32)
+    pieces = [block.text for block in stream]
+    assert "".join(pieces)
+    info = client.model_info()
+    assert info.has_tokenizer
+    assert info.vocab_size == 512
+
+
+def test_a_killed_client_leaves_no_row(service: LocalService) -> None:
+    command = [sys.executable, "-c", STREAM_FOREVER, service.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"0\n"
+            assert rows_held() == (1, 1, 1)
+        finally:
+            process.send_signal(signal.SIGKILL)
+    await_no_rows()
+
+
+def test_a_deadline_frees_the_row(client: Client) -> None:
+    stream = client.generate([5, 6], max_tokens=LONG, ignore_eos=True, timeout=1.0)
+    with pytest.raises(ServiceError) as caught:
+        list(stream)
+    assert caught.value.code == grpc.StatusCode.DEADLINE_EXCEEDED
+    await_no_rows()
+
+
+def test_cancels_at_random_moments_free_their_rows(client: Client) -> None:
+    """Right after a message as well: then Serve's own proxy does not notice, and rows stay."""
+    moments = random.Random(7)
+    for _ in range(24):
+        stream = client.generate(PROMPTS[1], max_tokens=LONG, ignore_eos=True)
+        blocks = iter(stream)
+        for _ in range(moments.randrange(3)):
+            next(blocks)
+        time.sleep(moments.choice((0.0, 0.002, 0.1)) * moments.random())
+        stream.cancel()
+    # Far below the time that the rows would take to their end.
+    await_true(lambda: rows_held() == (0, 0, 0), "rows are left", timeout_s=15)
+    assert tokens(client, PROMPTS[0])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "named"),
+    [
+        ([], {}, "prompt: got []"),
+        ([5, 9999], {}, "prompt[1]: got 9999"),
+        ([5], {"max_tokens": 0}, "max_tokens: got 0"),
+        ([5], {"temperature": float("nan")}, "temperature: got nan"),
+        ([5], {"mode": "beam"}, "mode: got 'beam'"),
+        ([5], {"max_tokens": 100_000}, "max_tokens: got"),
+    ],
+)
+def test_refusals_are_clear_and_clean(
+    client: Client, prompt: list[int], options: dict[str, object], named: str
+) -> None:
+    with pytest.raises(ServiceError) as caught:
+        list(client.generate(prompt, **options))  # type: ignore[arg-type]
+    assert caught.value.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert named in str(caught.value)
+    assert not [sign for sign in LEAK_SIGNS if sign in str(caught.value)]
+
+
+def test_bytes_that_are_no_message(service: LocalService) -> None:
+    with grpc.insecure_channel(service.address) as channel:
+        call = channel.unary_stream("/twotower.v1.Generation/Generate")
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call(b"\xff\xff\xff", timeout=60))
+    details = caught.value.details() or ""  # type: ignore[attr-defined]
+    assert not [sign for sign in LEAK_SIGNS if sign in details]
+
+
+def test_health(service: LocalService) -> None:
+    with grpc.insecure_channel(service.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for name in ("", SERVICE_NAME):
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=60)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Check(health_pb2.HealthCheckRequest(service="other"), timeout=60)
+        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE_NAME), timeout=60)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        watch.cancel()
+
+
+def test_reflection_lists_the_services(service: LocalService) -> None:
+    with grpc.insecure_channel(service.address) as channel:
+        names = ProtoReflectionDescriptorDatabase(channel).get_services()
+    assert {SERVICE_NAME, "grpc.health.v1.Health"} <= set(names)
+
+
+def test_requests_beyond_the_queue_are_refused(client: Client) -> None:
+    streams = [client.generate([5, 6], max_tokens=LONG, ignore_eos=True) for _ in range(40)]
+    refused: list[str] = []
+
+    def drain(stream: GenerationStream) -> None:
+        try:
+            list(stream)
+        except ServiceError as error:
+            if error.code != grpc.StatusCode.CANCELLED:
+                refused.append(str(error))
+
+    with ThreadPoolExecutor(len(streams)) as pool:
+        done = [pool.submit(drain, stream) for stream in streams]
+        # Four rows at work and a handful in the pair's own line, eight in the router's queue.
+        await_true(lambda: len(refused) >= 15, "nothing is refused", timeout_s=90)
+        for stream in streams:
+            stream.cancel()
+        for future in done:
+            future.result(timeout=90)
+    assert len(refused) < len(streams)
+    for text in refused:
+        assert text.startswith("RESOURCE_EXHAUSTED")
+        assert not [sign for sign in LEAK_SIGNS if sign in text]
+    await_no_rows()
+
+
+def test_a_lost_tower_ends_its_streams_and_is_replaced(client: Client) -> None:
+    stream = client.generate([5, 6], max_tokens=LONG, ignore_eos=True)
+    blocks = iter(stream)
+    next(blocks)
+    os.kill(own_process("ray::ContextTowerActor"), signal.SIGKILL)
+    with pytest.raises(ServiceError) as caught:
+        list(blocks)
+    assert caught.value.code == grpc.StatusCode.UNAVAILABLE
+    assert not [sign for sign in LEAK_SIGNS if sign in str(caught.value)]
+
+    codes = []
+
+    def works() -> bool:
+        try:
+            return bool(tokens(client, PROMPTS[0]))
+        except ServiceError as error:
+            codes.append(error.code)
+            return False
+
+    await_true(works, "the pair was not replaced", timeout_s=180)
+    assert set(codes) <= {grpc.StatusCode.UNAVAILABLE}
+    await_no_rows()
+
+
+def own_process(title: str) -> int:
+    """The one process of that title among this process's descendants."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and title in _read(entry / "cmdline"):
+            pid = int(entry.name)
+            while pid > 1 and pid != os.getpid():
+                fields = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+                pid = int(fields[1]) if fields else 0
+            if pid == os.getpid():
+                found.append(int(entry.name))
+    assert len(found) == 1, found
+    return found[0]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def test_a_tower_that_does_not_load_is_named(tiny_text: Path, tmp_path: Path) -> None:
+    """Names and shapes are checked before anything starts; values only by the towers."""
+    broken = shutil.copytree(tiny_text, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    name = min(name for name in tensors if name.startswith("denoiser_tower"))
+    tensors[name] = torch.full_like(tensors[name], float("nan"))
+    save_file(tensors, broken / "model.safetensors")
+    command = [sys.executable, "-m", "twotower.cli", "serve", "--model", str(broken)]
+    ports = ["--grpc-port", str(free_port()), "--http-port", str(free_port())]
+    done = subprocess.run(
+        command + ports, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 2
+    assert "ready" not in done.stdout
+    assert f"error: the service did not start: {name}: " in done.stderr
+
+
+def test_the_demo_runs_from_start_to_stop(tiny_text: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.demo", "--model", str(tiny_text), "--max-tokens", "32"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ready on 127.0.0.1:" in done.stdout
+    assert "tokens/NFE" in done.stdout
+    assert "exit code 0" in done.stdout
