@@ -1,0 +1,268 @@
+"""The `twotower` command. Heavy imports happen inside the commands, so that help comes at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Serve and try two-tower block-diffusion language models.\n\n"
+    "A small model ships inside the package, so every command works as it is:\n\n"
+    "  twotower generate 'def main():'      complete a text, no server needed\n\n"
+    "  twotower serve                       start the gRPC service on port 9000",
+)
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="Checkpoint folder or Hugging Face id; the shipped model if left out."),
+]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="Number format: float32 or bfloat16.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="YAML file of settings; options here win."),
+]
+Verbose = Annotated[bool, typer.Option(help="Show the logs of all processes.")]
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    config: Config = None,
+    grpc_port: Annotated[int | None, typer.Option(help="gRPC port; 9000 if left out.")] = None,
+    http_port: Annotated[
+        int | None, typer.Option(help="Port of Ray Serve's HTTP side, loopback only; 8000.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu (default) or cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 (default) or bfloat16.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of each tower; half of the cores.")
+    ] = None,
+    max_context: Annotated[
+        int | None, typer.Option(help="Most tokens of prompt and output together.")
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(help="Requests that a pair of towers works on at once.")
+    ] = None,
+    pairs: Annotated[int | None, typer.Option(help="Number of pairs of towers.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Start the service on this machine; Ctrl-C stops it."""
+    settings = {
+        "model": model,
+        "grpc_port": grpc_port,
+        "http_port": http_port,
+        "device": device,
+        "dtype": dtype,
+        "threads_per_tower": threads,
+        "max_context": max_context,
+        "max_num_seqs": max_num_seqs,
+        "num_pairs": pairs,
+    }
+    _shown_errors(lambda: _serve(config, settings, verbose))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from stdin.")],
+    target: Annotated[
+        str | None, typer.Option(help="host:port of a running service; otherwise in process.")
+    ] = None,
+    model: Model = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    mode: Annotated[
+        str, typer.Option(help="mask_diffusion (blocks in parallel), ar or mock_ar.")
+    ] = "mask_diffusion",
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 64,
+    block_size: Annotated[int, typer.Option(help="Tokens that are denoised together.")] = 16,
+    steps_per_block: Annotated[int, typer.Option(help="Most denoiser passes per block.")] = 16,
+    confidence_threshold: Annotated[
+        float, typer.Option(help="Commit a token at this probability; lower is faster.")
+    ] = 0.8,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k best tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from this much probability.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Draw from tokens of this share of the best one's.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Repeats a draw exactly.")] = None,
+) -> None:
+    """Complete a text: stdout gets the text as it is committed, stderr what it cost."""
+    sampling = {
+        "mode": mode,
+        "max_tokens": max_tokens,
+        "block_size": block_size,
+        "steps_per_block": steps_per_block,
+        "confidence_threshold": confidence_threshold,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+    }
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if target is not None:
+        _shown_errors(lambda: _generate_remotely(target, text, sampling))
+    else:
+        _shown_errors(lambda: _generate_here(model, device, dtype, text, sampling))
+
+
+@app.command()
+def verify(
+    folder: Annotated[
+        Path, typer.Argument(exists=True, file_okay=False, help="Folder of recorded cases.")
+    ],
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Replay recorded cases on this machine's kernels; exit code 1 if any differs."""
+    _shown_errors(lambda: _verify(folder, device, dtype))
+
+
+@app.command()
+def train(
+    out_dir: Annotated[Path, typer.Argument(help="Folder that receives the model.")],
+    work_dir: Annotated[
+        Path, typer.Option(help="Folder for tokens and checkpoints of the run.")
+    ] = Path("runs/train"),
+    corpus: Annotated[
+        Path | None, typer.Option(help="Folder of .py files; Python's own library if left out.")
+    ] = None,
+    context_minutes: Annotated[float, typer.Option(help="Time for the context tower.")] = 38.0,
+    denoiser_minutes: Annotated[float, typer.Option(help="Time for the denoiser tower.")] = 40.0,
+    context_steps: Annotated[int | None, typer.Option(help="Steps instead of time.")] = None,
+    denoiser_steps: Annotated[int | None, typer.Option(help="Steps instead of time.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 1,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+) -> None:
+    """Train a small two-tower model from source code, as the shipped one was."""
+    settings = {
+        "out_dir": out_dir,
+        "work_dir": work_dir,
+        "corpus": corpus,
+        "context_minutes": context_minutes,
+        "denoiser_minutes": denoiser_minutes,
+        "context_steps": context_steps,
+        "denoiser_steps": denoiser_steps,
+        "threads": threads,
+        "seed": seed,
+        "resume": resume,
+    }
+    _shown_errors(lambda: _train(settings))
+
+
+def main() -> None:
+    """Entry of the console script."""
+    app()
+
+
+def _serve(config: Path | None, settings: dict[str, Any], verbose: bool) -> None:
+    from twotower.deployments.config import ServiceConfig
+    from twotower.deployments.server import LocalService
+
+    service_config = (
+        ServiceConfig.from_settings(settings)
+        if config is None
+        else ServiceConfig.from_file(config, **settings)
+    )
+    typer.echo("starting the towers ...", err=True)
+    with LocalService(service_config, verbose=verbose) as service:
+        # Ray has its own idea of SIGTERM, so this comes after its start.
+        stopped = _stop_event()
+        command = f"twotower generate 'def main():' --target {service.address}"
+        typer.echo(f"ready on {service.address}   try: {command}")
+        while not stopped.wait(timeout=3600):
+            pass
+        typer.echo("stopping ...", err=True)
+
+
+def _stop_event() -> threading.Event:
+    stopped = threading.Event()
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, lambda *_: stopped.set())
+    return stopped
+
+
+def _generate_remotely(target: str, prompt: str, sampling: dict[str, Any]) -> None:
+    from twotower.client import Client
+
+    begin = time.perf_counter()
+    with Client(target) as client:
+        stream = client.generate(prompt, **sampling)
+        for block in stream:
+            _write(block.text)
+    assert stream.usage is not None, "a stream that ended well has its usage"
+    seconds = time.perf_counter() - begin
+    _report(stream.usage.completion_tokens, stream.usage.nfe, seconds, stream.seed)
+
+
+def _generate_here(
+    model: str | None, device: str, dtype: str, prompt: str, sampling: dict[str, Any]
+) -> None:
+    from twotower.in_process import InProcessModel
+    from twotower.towers.params import GenerationParams
+    from twotower.towers.weights import resolve_checkpoint
+
+    params = GenerationParams(**sampling)
+    loaded = InProcessModel(resolve_checkpoint(model), device, dtype)
+    begin = time.perf_counter()
+    stream = loaded.stream(prompt, params)
+    for text in stream:
+        _write(text)
+    seconds = time.perf_counter() - begin
+    _report(len(stream.log.token_ids), stream.log.nfe, seconds, stream.seed)
+
+
+def _verify(folder: Path, device: str, dtype: str) -> None:
+    from twotower.towers.verify import verify_folder
+
+    if not verify_folder(folder, device, dtype, typer.echo):
+        raise typer.Exit(1)
+
+
+def _train(settings: dict[str, Any]) -> None:
+    from twotower.towers.training import TrainingOptions, train
+
+    train(TrainingOptions(**settings), typer.echo)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _report(tokens: int, nfe: int, seconds: float, seed: int | None) -> None:
+    per_pass = f"{tokens / nfe:.2f} tokens/NFE, " if nfe else ""
+    typer.echo(
+        f"\n{tokens} tokens, {nfe} NFE, {per_pass}{tokens / seconds:.1f} tokens/s, seed {seed}",
+        err=True,
+    )
+
+
+def _shown_errors(command: Any) -> None:
+    """Runs a command; errors made for users end it with one line and exit code 2."""
+    from twotower.towers.errors import TwoTowerError
+
+    try:
+        command()
+    except TwoTowerError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""One completion at a time without a server, block by block: what `twotower generate` runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+
+from twotower.deployments.commit_log import CommitLog
+from twotower.deployments.output_text import OutputText
+from twotower.towers.errors import InvalidRequestError
+from twotower.towers.generation import generate_blocks
+from twotower.towers.link import load_engines
+from twotower.towers.params import GenerationParams
+from twotower.towers.tokenizer import load_tokenizer
+from twotower.towers.weights import parse_dtype
+
+
+class InProcessModel:
+    """Both towers in this process. Raises CheckpointError on construction."""
+
+    def __init__(self, folder: Path, device: str, dtype: str) -> None:
+        self._context, self._denoiser = load_engines(folder, device, device, parse_dtype(dtype))
+        self._tokenizer = load_tokenizer(folder)
+
+    def stream(self, prompt: str, params: GenerationParams) -> InProcessStream:
+        """Starts a completion that ends at the model's end-of-text token.
+
+        Raises InvalidRequestError.
+        """
+        if self._tokenizer is None:
+            raise InvalidRequestError("prompt", prompt, "a model that has a tokenizer")
+        config = self._context.tower.config
+        token_ids = self._tokenizer.encode(prompt)
+        params = replace(params, eos_token_id=config.eos_token_id).with_seed()
+        params.check_row(token_ids, config.vocab_size, config.max_position_embeddings, [])
+        log = CommitLog(len(token_ids), ())
+        pieces = self._pieces(token_ids, params, log)
+        return InProcessStream(pieces, log, params)
+
+    async def _pieces(
+        self, prompt: list[int], params: GenerationParams, log: CommitLog
+    ) -> AsyncGenerator[str, None]:
+        text = OutputText(self._tokenizer, params.eos_token_id)
+        blocks = generate_blocks(self._context, self._denoiser, "row", prompt, params)
+        async with aclosing(blocks):
+            async for block in blocks:
+                log.append(block)
+                yield text.push(block.token_ids, last=block.finish_reason is not None)
+
+
+class InProcessStream:
+    """Iterates over pieces of text; `log` and `seed` tell what they cost and how to repeat them."""
+
+    def __init__(
+        self, pieces: AsyncGenerator[str, None], log: CommitLog, params: GenerationParams
+    ) -> None:
+        self._pieces = pieces
+        self.log = log
+        self.seed = params.seed
+
+    def __iter__(self) -> Iterator[str]:
+        with asyncio.Runner() as runner:
+            try:
+                while True:
+                    yield runner.run(_next(self._pieces))
+            except StopAsyncIteration:
+                return
+            finally:
+                runner.run(self._pieces.aclose())
+
+
+async def _next(pieces: AsyncGenerator[str, None]) -> str:
+    return await anext(pieces)
