@@ -1,0 +1,124 @@
+"""Anonymous memory while a tower loads, and while it decodes.
+
+    python -m benchmarks.memory                # a random tower of at least 1 GB
+    python -m benchmarks.memory --model DIR
+
+Loading: the peak of anonymous memory over what was there before, against the bytes of the tower's
+tensors. Decoding: what grows between two context lengths, against K/V alone. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
+from twotower.towers.checkpoint import tensor_shapes
+from twotower.towers.config import TwoTowerConfig
+from twotower.towers.context import ContextTower
+from twotower.towers.denoiser import DenoiserTower
+from twotower.towers.state import ContextState
+from twotower.towers.weights import load_context_tower, load_denoiser_tower
+
+T = TypeVar("T")
+LARGE = replace(MEDIUM, n_routed_experts=128, hidden_size=640, vocab_size=32768)
+
+
+def main() -> None:
+    """Parses the arguments, measures, prints JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, help="a checkpoint folder instead of a random one")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.model or Path(scratch)
+        if args.model is None:
+            # In another process: memory that this one had freed would hide the loader's.
+            writer = get_context("spawn").Process(
+                target=write_random_checkpoint, args=(folder, LARGE)
+            )
+            writer.start()
+            writer.join()
+        config = TwoTowerConfig.from_file(folder / "config.json")
+        size = tower_bytes(config)
+        context, loading = peak_over_start(lambda: load_context_tower(folder))
+        denoiser = load_denoiser_tower(folder)
+        decode_growth(context, denoiser, 64)
+        figures = {
+            "tower_bytes": size,
+            "load_peak_bytes": loading,
+            "load_peak_over_tensors": round(loading / size, 3),
+            "decode": {str(n): decode_growth(context, denoiser, n) for n in (1024, 8192)},
+        }
+    print(json.dumps(figures, indent=2))
+
+
+def tower_bytes(config: TwoTowerConfig) -> int:
+    """Bytes of the context tower and its head in fp32; the router's gate is kept in fp64."""
+    total = 0
+    for name, shape in tensor_shapes(config).items():
+        if name.startswith("context_"):
+            width = 8 if name.endswith("gate.weight") else 4
+            total += width * torch.Size(shape).numel()
+    return total
+
+
+def decode_growth(context: ContextTower, denoiser: DenoiserTower, length: int) -> dict[str, int]:
+    """Peak of anonymous memory during a denoiser pass and an extension after `length` tokens of
+    context, over what the state itself holds."""
+    state = ContextState(context.config, length + 16, context.device, context.dtype)
+    # Zero K/V cost what real ones cost; reading 8 K tokens for real would take minutes.
+    state.k.zero_()
+    state.v.zero_()
+    state.position = length
+
+    def block() -> None:
+        denoiser.forward([[3] * 16], [1.0], [state])
+        context.forward([[5] * 16], [state])
+
+    _, peak = peak_over_start(block)
+    return {"peak_bytes": peak, "kv_bytes": state.k.nbytes + state.v.nbytes}
+
+
+def peak_over_start(work: Callable[[], T]) -> tuple[T, int]:
+    """Runs `work`; its result and the peak of anonymous memory over that at the start."""
+    start = anonymous_bytes()
+    peak = start
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, anonymous_bytes())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        result = work()
+    finally:
+        done.set()
+        watcher.join()
+    return result, max(peak, anonymous_bytes()) - start
+
+
+def anonymous_bytes() -> int:
+    """Resident anonymous memory of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no RssAnon line")
+
+
+if __name__ == "__main__":
+    main()

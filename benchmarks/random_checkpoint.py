@@ -1,0 +1,63 @@
+"""A checkpoint of random weights with any config, written and read like a real one."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from twotower.towers.checkpoint import SINGLE_FILE, tensor_shapes
+from twotower.towers.config import TwoTowerConfig
+
+MEDIUM = TwoTowerConfig(
+    vocab_size=4096,
+    hidden_size=512,
+    layer_pattern="MEM*EMEM*EME",
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+    mamba_num_heads=16,
+    mamba_head_dim=64,
+    n_groups=4,
+    ssm_state_size=64,
+    conv_kernel=4,
+    n_routed_experts=32,
+    num_experts_per_tok=4,
+    moe_intermediate_size=384,
+    moe_shared_expert_intermediate_size=768,
+    intermediate_size=384,
+    n_group=1,
+    topk_group=1,
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    layer_norm_epsilon=1e-5,
+    max_position_embeddings=65536,
+)
+
+
+def write_random_checkpoint(folder: Path, config: TwoTowerConfig, seed: int = 0) -> None:
+    """Writes config.json and model.safetensors (fp32) into `folder`."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: _random(name, shape, generator) for name, shape in tensor_shapes(config).items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
+    save_file(tensors, folder / SINGLE_FILE)
+
+
+def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    if name.endswith("A_log"):
+        return torch.log(1.0 + 15.0 * torch.rand(shape, generator=generator))
+    if name.endswith("dt_bias"):
+        return torch.randn(shape, generator=generator) - 3.0
+    if name.endswith(("norm.weight", "norm_f.weight", ".D")):
+        return torch.ones(shape)
+    if name.startswith("scale_shift_tables"):
+        return torch.stack((torch.zeros(shape[1]), torch.zeros(shape[1]), torch.ones(shape[1])))
+    fan_in = shape[-1] if len(shape) > 1 else 1
+    scale = 0.02 if len(shape) == 1 else 1.0 / math.sqrt(fan_in)
+    return torch.randn(shape, generator=generator) * scale

@@ -1,0 +1,50 @@
+"""What all tests share: one thread, the recorded checkpoints and models made from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from twotower import TwoTower
+from twotower.towers.context import ContextTower
+from twotower.towers.denoiser import DenoiserTower
+from twotower.towers.weights import load_context_tower, load_denoiser_tower
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = ("tiny_a", "tiny_b")
+
+# Tiny matrices and a machine with other work on it: more threads only wait for each other.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", params=NAMES)
+def folder(request: pytest.FixtureRequest) -> Path:
+    """The folder of each recorded checkpoint in turn."""
+    return GOLDEN / str(request.param)
+
+
+@pytest.fixture(scope="session")
+def context_tower(folder: Path) -> ContextTower:
+    return load_context_tower(folder)
+
+
+@pytest.fixture(scope="session")
+def denoiser_tower(folder: Path) -> DenoiserTower:
+    return load_denoiser_tower(folder)
+
+
+@pytest.fixture(scope="session")
+def model(folder: Path) -> TwoTower:
+    return TwoTower.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_a() -> Path:
+    return GOLDEN / "tiny_a"
+
+
+@pytest.fixture(scope="session")
+def tiny_b() -> Path:
+    return GOLDEN / "tiny_b"

@@ -1,0 +1,52 @@
+"""The model in the package: small enough, whole, and worth a demo."""
+
+from __future__ import annotations
+
+import pytest
+
+from twotower import TwoTower
+from twotower.towers.config import LAYER_KINDS, MLP
+from twotower.towers.weights import SHIPPED_MODEL
+
+LIBRARY_CODE = (
+    "import os\nimport sys\n\n\ndef main(argv=None):\n    if argv is None:\n        argv = sys.argv"
+)
+FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def model() -> TwoTower:
+    return TwoTower.from_pretrained()
+
+
+def test_it_fits_the_package_and_has_a_card() -> None:
+    assert sum((SHIPPED_MODEL / name).stat().st_size for name in FILES) <= 20_000_000
+    assert "tokens per denoiser call" in (SHIPPED_MODEL / "README.md").read_text()
+
+
+def test_it_has_every_released_kind_of_layer(model: TwoTower) -> None:
+    assert set(model.config.layer_pattern) == LAYER_KINDS - {MLP}
+
+
+def test_it_has_learnt_library_code(model: TwoTower) -> None:
+    scores = model.score(model.encode(LIBRARY_CODE))
+    # Guessing over the vocabulary gives -7.6; a 3-gram of the corpus about -3.6.
+    assert sum(scores) / len(scores) > -2.5
+
+
+def test_the_threshold_trades_calls_for_certainty(model: TwoTower) -> None:
+    calls = {
+        threshold: model.generate([LIBRARY_CODE], confidence_threshold=threshold)[0].nfe
+        for threshold in (0.0, 0.5, 0.8, 1.0)
+    }
+    assert calls[0.0] == 4
+    assert calls[0.0] < calls[0.5] <= calls[0.8] < calls[1.0]
+    assert calls[1.0] == 64
+
+
+def test_text_continues_the_prompt(model: TwoTower) -> None:
+    assert model.tokenizer is not None
+    result = model.generate([LIBRARY_CODE], mode="ar", max_tokens=32)[0]
+    whole = model.tokenizer.decode([*model.encode(LIBRARY_CODE), *result.token_ids])
+    assert whole == LIBRARY_CODE + result.text
+    assert len(result.text) > 32
