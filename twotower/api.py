@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,10 +14,12 @@ from typing import Any, TypeVar
 import torch
 
 from twotower.towers.config import TwoTowerConfig
-from twotower.towers.engine import ContextEngine, DenoiserEngine
+from twotower.towers.context_engine import ContextEngine
+from twotower.towers.denoiser_engine import DenoiserEngine
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.generation import generate_blocks
 from twotower.towers.link import load_engines
+from twotower.towers.output_text import OutputText
 from twotower.towers.params import FinishReason, GenerationParams, Mode
 from twotower.towers.protocols import Block
 from twotower.towers.tokenizer import Tokenizer, load_tokenizer
@@ -31,8 +34,12 @@ T = TypeVar("T")
 class GenerationResult:
     """What one prompt gave.
 
-    `token_ids` are the new tokens only, EOS included; `text` is theirs (empty without a
-    tokenizer); `nfe` counts denoiser calls, `context_passes` passes of the context tower.
+    `token_ids` are the new tokens only, EOS and those of a stop string included; `text` is theirs
+    without either (empty without a tokenizer). `log_probs` are the natural-log probabilities of
+    the tokens: the denoiser's in mask_diffusion and mock_ar, the context tower's in ar and
+    verified. `matched_stop` is the stop string that ended the output, if one has. `nfe` counts
+    denoiser calls, `context_passes` passes of the context tower. `cached_tokens` of the prompt
+    came from the prefix cache; in verified, `accepted_tokens` of `drafted_tokens` were accepted.
     """
 
     token_ids: list[int]
@@ -42,6 +49,11 @@ class GenerationResult:
     context_passes: int
     seed: int
     blocks: list[Block]
+    matched_stop: str | None
+    cached_tokens: int
+    accepted_tokens: int
+    drafted_tokens: int
+    log_probs: list[float]
 
 
 @dataclass(frozen=True)
@@ -98,12 +110,15 @@ class TwoTower:
         min_p: float | None = None,
         seed: int | None = None,
         eos_token_id: int | None = None,
+        draft_steps: int = 4,
+        min_tokens: int = 0,
+        stop: Sequence[str] | None = None,
     ) -> list[GenerationResult]:
         """One result per prompt (texts or lists of token ids), all with the same parameters.
 
         Prompts are decoded together, and each gets what it gets alone. Without a seed each prompt
-        draws its own; `eos_token_id` None means that nothing ends a row but max_tokens. Raises
-        InvalidRequestError, NumericalError.
+        draws its own; `eos_token_id` None means that no token ends a row. A row also ends at one
+        of the `stop` strings, which need a tokenizer. Raises InvalidRequestError, NumericalError.
         """
         if isinstance(prompts, str):
             raise InvalidRequestError("prompts", prompts, "a list of prompts")
@@ -119,6 +134,9 @@ class TwoTower:
             min_p,
             seed,
             eos_token_id,
+            draft_steps,
+            min_tokens,
+            () if stop is None else stop,  # type: ignore[arg-type]  # params check and keep a tuple
         )
         return self.generate_requests([Request(prompt, params) for prompt in prompts])
 
@@ -131,7 +149,7 @@ class TwoTower:
             params.check_row(
                 prompt, self.config.vocab_size, self.config.max_position_embeddings, []
             )
-            rows.append((prompt, params))
+            rows.append((prompt, params, OutputText(self.tokenizer, params)))
         with self._calling:
             return _run(self._generate_rows(rows))
 
@@ -152,11 +170,11 @@ class TwoTower:
         return self.tokenizer.encode(prompt)
 
     async def _generate_rows(
-        self, rows: Sequence[tuple[list[int], GenerationParams]]
+        self, rows: Sequence[tuple[list[int], GenerationParams, OutputText]]
     ) -> list[GenerationResult]:
         tasks = [
-            asyncio.ensure_future(self._generate_row(f"row-{index}", prompt, params))
-            for index, (prompt, params) in enumerate(rows)
+            asyncio.ensure_future(self._generate_row(f"row-{index}", *row))
+            for index, row in enumerate(rows)
         ]
         try:
             return list(await asyncio.gather(*tasks))
@@ -166,32 +184,38 @@ class TwoTower:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _generate_row(
-        self, row_id: str, prompt: list[int], params: GenerationParams
+        self, row_id: str, prompt: list[int], params: GenerationParams, output: OutputText
     ) -> GenerationResult:
-        blocks = [
-            block
-            async for block in generate_blocks(
-                self._context, self._denoiser, row_id, prompt, params
-            )
-        ]
-        token_ids = [token for block in blocks for token in block.token_ids]
-        shown = token_ids[:-1] if token_ids[-1:] == [params.eos_token_id] else token_ids
-        reason = blocks[-1].finish_reason
-        assert reason is not None
+        blocks, text = [], ""
+        stream = generate_blocks(self._context, self._denoiser, row_id, prompt, params)
+        async with aclosing(stream):
+            async for block in stream:
+                cut, shown = output.take(block)
+                blocks.append(cut)
+                text += shown
+                if output.matched_stop is not None:
+                    break
+        whole = _joined(blocks)
+        assert whole.finish_reason is not None
         assert params.seed is not None
         return GenerationResult(
-            token_ids,
-            self.tokenizer.decode(shown) if self.tokenizer else "",
-            reason,
-            sum(block.nfe for block in blocks),
-            sum(block.context_passes for block in blocks),
+            list(whole.token_ids),
+            text,
+            whole.finish_reason,
+            whole.nfe,
+            whole.context_passes,
             params.seed,
-            blocks if params.mode == "mask_diffusion" else [_joined(blocks)],
+            [whole] if params.mode in ("ar", "mock_ar") else blocks,
+            output.matched_stop,
+            whole.cached_tokens,
+            whole.accepted_tokens,
+            whole.drafted_tokens,
+            list(whole.log_probs),
         )
 
 
 def _joined(blocks: Sequence[Block]) -> Block:
-    """All tokens of an autoregressive row as one block, with steps counted over the whole row."""
+    """All tokens of a row as one block, with one step per token over the whole row."""
     token_ids = tuple(token for block in blocks for token in block.token_ids)
     return replace(
         blocks[-1],
@@ -199,8 +223,12 @@ def _joined(blocks: Sequence[Block]) -> Block:
         token_ids=token_ids,
         commit_steps=tuple(range(len(token_ids))),
         confidences=tuple(value for block in blocks for value in block.confidences),
+        log_probs=tuple(value for block in blocks for value in block.log_probs),
         nfe=sum(block.nfe for block in blocks),
         context_passes=sum(block.context_passes for block in blocks),
+        accepted_tokens=sum(block.accepted_tokens for block in blocks),
+        drafted_tokens=sum(block.drafted_tokens for block in blocks),
+        cached_tokens=sum(block.cached_tokens for block in blocks),
     )
 
 

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,7 +82,12 @@ def generate(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     mode: Annotated[
-        str, typer.Option(help="mask_diffusion (blocks in parallel), ar or mock_ar.")
+        str,
+        typer.Option(
+            help="mask_diffusion (blocks in parallel), ar (one by one, by the context tower), "
+            "verified (ar's tokens, drafted by the denoiser) or mock_ar (one by one, by the "
+            "denoiser)."
+        ),
     ] = "mask_diffusion",
     max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 64,
     block_size: Annotated[int, typer.Option(help="Tokens that are denoised together.")] = 16,
@@ -96,6 +102,19 @@ def generate(
         float | None, typer.Option(help="Draw from tokens of this share of the best one's.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Repeats a draw exactly.")] = None,
+    draft_steps: Annotated[
+        int, typer.Option(help="Most denoiser passes per draft in verified.")
+    ] = 4,
+    min_tokens: Annotated[int, typer.Option(help="Nothing ends the text before so many.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be given several times.")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")
+    ] = False,
+    logprobs: Annotated[
+        bool, typer.Option("--logprobs", help="Print each token's log-probability at the end.")
+    ] = False,
 ) -> None:
     """Complete a text: stdout gets the text as it is committed, stderr what it cost."""
     sampling = {
@@ -109,12 +128,17 @@ def generate(
         "top_p": top_p,
         "min_p": min_p,
         "seed": seed,
+        "draft_steps": draft_steps,
+        "min_tokens": min_tokens,
+        "stop": stop or [],
     }
     text = sys.stdin.read() if prompt == "-" else prompt
     if target is not None:
-        _shown_errors(lambda: _generate_remotely(target, text, sampling))
+        _shown_errors(lambda: _generate_remotely(target, text, sampling, ignore_eos, logprobs))
     else:
-        _shown_errors(lambda: _generate_here(model, device, dtype, text, sampling))
+        _shown_errors(
+            lambda: _generate_here(model, device, dtype, text, sampling, ignore_eos, logprobs)
+        )
 
 
 @app.command()
@@ -194,21 +218,31 @@ def _stop_event() -> threading.Event:
     return stopped
 
 
-def _generate_remotely(target: str, prompt: str, sampling: dict[str, Any]) -> None:
+def _generate_remotely(
+    target: str, prompt: str, sampling: dict[str, Any], ignore_eos: bool, logprobs: bool
+) -> None:
     from twotower.client import Client
 
     begin = time.perf_counter()
     with Client(target) as client:
-        stream = client.generate(prompt, **sampling)
+        stream = client.generate(prompt, **sampling, ignore_eos=ignore_eos, logprobs=logprobs)
         for block in stream:
             _write(block.text)
     assert stream.usage is not None, "a stream that ended well has its usage"
     seconds = time.perf_counter() - begin
     _report(stream.usage.completion_tokens, stream.usage.nfe, seconds, stream.seed)
+    if logprobs:
+        _report_log_probs(stream.token_ids, stream.log_probs)
 
 
 def _generate_here(
-    model: str | None, device: str, dtype: str, prompt: str, sampling: dict[str, Any]
+    model: str | None,
+    device: str,
+    dtype: str,
+    prompt: str,
+    sampling: dict[str, Any],
+    ignore_eos: bool,
+    logprobs: bool,
 ) -> None:
     from twotower.in_process import InProcessModel
     from twotower.towers.params import GenerationParams
@@ -217,11 +251,13 @@ def _generate_here(
     params = GenerationParams(**sampling)
     loaded = InProcessModel(resolve_checkpoint(model), device, dtype)
     begin = time.perf_counter()
-    stream = loaded.stream(prompt, params)
+    stream = loaded.stream(prompt, params, ignore_eos=ignore_eos)
     for text in stream:
         _write(text)
     seconds = time.perf_counter() - begin
     _report(len(stream.log.token_ids), stream.log.nfe, seconds, stream.seed)
+    if logprobs:
+        _report_log_probs(stream.log.token_ids, stream.log_probs)
 
 
 def _verify(folder: Path, device: str, dtype: str) -> None:
@@ -248,6 +284,12 @@ def _report(tokens: int, nfe: int, seconds: float, seed: int | None) -> None:
         f"\n{tokens} tokens, {nfe} NFE, {per_pass}{tokens / seconds:.1f} tokens/s, seed {seed}",
         err=True,
     )
+
+
+def _report_log_probs(token_ids: Sequence[int], log_probs: Sequence[float]) -> None:
+    """One line per token: its id and its natural-log probability."""
+    for token, log_prob in zip(token_ids, log_probs, strict=True):
+        typer.echo(f"{token}\t{log_prob:.6f}", err=True)
 
 
 def _shown_errors(command: Any) -> None:

@@ -11,7 +11,7 @@ import grpc
 
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.protos.v1 import generation_pb2_grpc
-from twotower.towers.errors import TwoTowerError
+from twotower.towers.errors import InvalidRequestError, TwoTowerError
 
 Prompt = str | Sequence[int]
 
@@ -26,7 +26,10 @@ class ServiceError(TwoTowerError):
 
 @dataclass(frozen=True)
 class TextBlock:
-    """One committed block; per token its denoising step and probability."""
+    """One committed block; per token its denoising step and probability.
+
+    `log_probs` are their natural logs, empty unless they were asked for.
+    """
 
     index: int
     start: int
@@ -34,16 +37,24 @@ class TextBlock:
     text: str
     commit_steps: tuple[int, ...]
     confidences: tuple[float, ...]
+    log_probs: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a completion cost: tokens, denoiser passes (`nfe`) and context tower passes."""
+    """What a completion cost: tokens, denoiser passes (`nfe`) and context tower passes.
+
+    `cached_tokens` of the prompt came from the prefix cache; in verified, `accepted_tokens` of
+    `drafted_tokens` were accepted.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     nfe: int
     context_passes: int
+    cached_tokens: int
+    accepted_tokens: int
+    drafted_tokens: int
 
 
 @dataclass(frozen=True)
@@ -73,8 +84,9 @@ class GenerationStream:
     """Iterates over the blocks of one completion.
 
     `request_id`, `seed` and `prompt_tokens` are there once the service has admitted the request
-    (with the first block at the latest), `finish_reason` and `usage` after the last block.
-    `token_ids` are those received so far: with the seed, what a resume needs.
+    (with the first block at the latest), `finish_reason`, `matched_stop` (the stop string that
+    ended the output, or None) and `usage` after the last block. `token_ids` are those received so
+    far: with the seed, what a resume needs. `log_probs` are theirs, if they were asked for.
     """
 
     def __init__(self, call: Any) -> None:
@@ -83,7 +95,9 @@ class GenerationStream:
         self.seed: int | None = None
         self.prompt_tokens: int | None = None
         self.token_ids: list[int] = []
+        self.log_probs: list[float] = []
         self.finish_reason: str | None = None
+        self.matched_stop: str | None = None
         self.usage: Usage | None = None
 
     def __iter__(self) -> Iterator[TextBlock]:
@@ -110,13 +124,14 @@ class GenerationStream:
             self.prompt_tokens = response.started.prompt_tokens
         if kind == "block":
             self.token_ids.extend(response.block.token_ids)
+            self.log_probs.extend(response.block.log_probs)
             return _text_block(response.block)
         if kind == "complete":
-            usage = response.complete.usage
-            self.finish_reason = response.complete.finish_reason
-            self.usage = Usage(
-                usage.prompt_tokens, usage.completion_tokens, usage.nfe, usage.context_passes
-            )
+            complete = response.complete
+            self.finish_reason = complete.finish_reason
+            if complete.HasField("matched_stop"):
+                self.matched_stop = complete.matched_stop
+            self.usage = _usage(complete.usage)
         return None
 
 
@@ -142,13 +157,19 @@ class Client:
         min_p: float | None = None,
         seed: int | None = None,
         ignore_eos: bool | None = None,
+        draft_steps: int | None = None,
+        min_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        logprobs: bool | None = None,
         generated_token_ids: Sequence[int] = (),
         request_id: str = "",
         timeout: float | None = None,
     ) -> GenerationStream:
         """Starts a completion of a text or of token ids; None leaves the service's default.
 
-        `generated_token_ids` resumes a broken stream; `timeout` is in seconds, for the whole.
+        `stop` is a list of strings, `logprobs` asks for log-probabilities, `generated_token_ids`
+        resumes a broken stream; `timeout` is in seconds, for the whole. Raises
+        InvalidRequestError if `stop` is not a list.
         """
         sampling = pb.SamplingParams(
             mode=mode,
@@ -162,6 +183,10 @@ class Client:
             min_p=min_p,
             seed=seed,
             ignore_eos=ignore_eos,
+            draft_steps=draft_steps,
+            min_tokens=min_tokens,
+            stop=_texts(stop),
+            logprobs=logprobs,
         )
         request = pb.GenerateRequest(
             request_id=request_id,
@@ -220,6 +245,25 @@ def _input_of(prompt: Prompt) -> dict[str, Any]:
     return {"tokens": pb.TokenIds(ids=prompt)}
 
 
+def _texts(stop: Sequence[str]) -> Sequence[str]:
+    if isinstance(stop, str):
+        # It is a sequence of strings too: each of its letters would end the output.
+        raise InvalidRequestError("stop", stop, "a list of strings")
+    return stop
+
+
+def _usage(usage: pb.Usage) -> Usage:
+    return Usage(
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        usage.nfe,
+        usage.context_passes,
+        usage.cached_tokens,
+        usage.accepted_tokens,
+        usage.drafted_tokens,
+    )
+
+
 def _text_block(block: pb.Block) -> TextBlock:
     return TextBlock(
         block.index,
@@ -228,6 +272,7 @@ def _text_block(block: pb.Block) -> TextBlock:
         block.text,
         tuple(block.commit_steps),
         tuple(block.confidences),
+        tuple(block.log_probs),
     )
 
 

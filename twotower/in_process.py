@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from twotower.deployments.commit_log import CommitLog
-from twotower.deployments.output_text import OutputText
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.generation import generate_blocks
 from twotower.towers.link import load_engines
+from twotower.towers.output_text import OutputText
 from twotower.towers.params import GenerationParams
 from twotower.towers.tokenizer import load_tokenizer
 from twotower.towers.weights import parse_dtype
@@ -25,8 +25,10 @@ class InProcessModel:
         self._context, self._denoiser = load_engines(folder, device, device, parse_dtype(dtype))
         self._tokenizer = load_tokenizer(folder)
 
-    def stream(self, prompt: str, params: GenerationParams) -> InProcessStream:
-        """Starts a completion that ends at the model's end-of-text token.
+    def stream(
+        self, prompt: str, params: GenerationParams, *, ignore_eos: bool = False
+    ) -> InProcessStream:
+        """Starts a completion that ends at the model's end-of-text token, unless `ignore_eos`.
 
         Raises InvalidRequestError.
         """
@@ -34,31 +36,44 @@ class InProcessModel:
             raise InvalidRequestError("prompt", prompt, "a model that has a tokenizer")
         config = self._context.tower.config
         token_ids = self._tokenizer.encode(prompt)
-        params = replace(params, eos_token_id=config.eos_token_id).with_seed()
+        eos = None if ignore_eos else config.eos_token_id
+        params = replace(params, eos_token_id=eos).with_seed()
         params.check_row(token_ids, config.vocab_size, config.max_position_embeddings, [])
-        log = CommitLog(len(token_ids), ())
-        pieces = self._pieces(token_ids, params, log)
-        return InProcessStream(pieces, log, params)
+        log, log_probs = CommitLog(len(token_ids), ()), list[float]()
+        pieces = self._pieces(token_ids, params, log, log_probs)
+        return InProcessStream(pieces, log, log_probs, params)
 
     async def _pieces(
-        self, prompt: list[int], params: GenerationParams, log: CommitLog
+        self, prompt: list[int], params: GenerationParams, log: CommitLog, log_probs: list[float]
     ) -> AsyncGenerator[str, None]:
-        text = OutputText(self._tokenizer, params.eos_token_id)
+        text = OutputText(self._tokenizer, params)
         blocks = generate_blocks(self._context, self._denoiser, "row", prompt, params)
         async with aclosing(blocks):
             async for block in blocks:
-                log.append(block)
-                yield text.push(block.token_ids, last=block.finish_reason is not None)
+                cut, shown = text.take(block)
+                log.append(cut)
+                log_probs.extend(cut.log_probs)
+                yield shown
+                if text.matched_stop is not None:
+                    return
 
 
 class InProcessStream:
-    """Iterates over pieces of text; `log` and `seed` tell what they cost and how to repeat them."""
+    """Iterates over pieces of text; `log` and `seed` tell what they cost and how to repeat them.
+
+    `log_probs` are those of the tokens in `log`.
+    """
 
     def __init__(
-        self, pieces: AsyncGenerator[str, None], log: CommitLog, params: GenerationParams
+        self,
+        pieces: AsyncGenerator[str, None],
+        log: CommitLog,
+        log_probs: list[float],
+        params: GenerationParams,
     ) -> None:
         self._pieces = pieces
         self.log = log
+        self.log_probs = log_probs
         self.seed = params.seed
 
     def __iter__(self) -> Iterator[str]:
