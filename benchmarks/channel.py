@@ -1,21 +1,44 @@
-"""Bytes that one committed block of one row puts on the wire, at the shapes of the 30B model.
+"""Bytes of a committed block between the towers, and how fast the state channel carries them.
 
     python -m benchmarks.channel
+    python -m benchmarks.channel --rows 16 --rounds 15
 
-Builds a row's state at two context lengths, logs one block, and compares the delta that a mirror
-replays with the whole state. Prints one JSON object.
+At the shapes of the 30B model in bf16: the bytes of one row's block as a delta beside those of its
+whole state, and for each transport the throughput of the channel, several rows at once, beside a
+bare transfer between the same two processes: 1 MiB messages over a gRPC stream with the same
+options, 1 MiB tensors through a process group. Bare and channel take turns; the ratio is that of
+their medians. Prints one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
 
+import grpc
+import grpc.aio
 import torch
+from torch import Tensor
 
-from twotower.kernels.replay import ReplayWeights
-from twotower.towers.config import MAMBA, TwoTowerConfig
-from twotower.towers.state import ContextState, LayerLog
+from twotower.cluster.channel import process_group
+from twotower.cluster.channel.framing import CHUNK_BYTES
+from twotower.cluster.channel.grpc import CPU, OPTIONS, GrpcStateLink, LinkSpec
+from twotower.cluster.channel.receiver import StateReceiver
+from twotower.cluster.topology import Transport, max_update_bytes
+from twotower.towers.config import TwoTowerConfig
+from twotower.towers.update import StateUpdate, UpdateBuilder, UpdateKind, UpdatePlan
 
 NEMOTRON_30B = TwoTowerConfig(
     vocab_size=131072,
@@ -43,38 +66,220 @@ NEMOTRON_30B = TwoTowerConfig(
 )
 
 
+TOKEN = "benchmark"
+BARE_METHOD = "/benchmark.Bare/Carry"
+BARE_MESSAGES = 256
+# As many bytes as the rows' updates: one message over and over would come from the CPU's cache.
+BARE_SOURCES = 32
+LONGEST = 1 << 17
+TRANSPORTS: tuple[Transport, ...] = ("grpc", "gloo")
+HOST = "127.0.0.1"
+# What has to outlive the call that started it.
+KEPT: list[object] = []
+Round = Callable[[], Awaitable[int]]
+
+
 def main() -> None:
     """Parses the arguments, measures, prints JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--block", type=int, default=16)
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 102400])
+    parser.add_argument("--rows", type=int, default=8, help="rows in flight")
+    parser.add_argument("--updates", type=int, default=8, help="updates of a row per round")
+    parser.add_argument("--rounds", type=int, default=11, help="of each kind")
+    parser.add_argument("--receive", choices=TRANSPORTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    print(json.dumps({n: block_bytes(n, args.block) for n in args.contexts}, indent=2))
+    torch.set_num_threads(1)
+    if args.receive:
+        asyncio.run(serve(args.receive))
+        return
+    result: dict[str, Any] = {
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+        },
+        "block": args.block,
+        "rows": args.rows,
+        "bytes": {n: block_bytes(n, args.block) for n in args.contexts},
+    }
+    for transport in TRANSPORTS:
+        result[transport] = asyncio.run(throughput(transport, args))
+    print(json.dumps(result, indent=2))
 
 
 def block_bytes(context: int, block: int) -> dict[str, float]:
-    """MB of the delta and of the whole state after one block on `context` tokens, in bf16."""
-    config, kind = NEMOTRON_30B, torch.bfloat16
-    state = ContextState(config, context + block, torch.device("cpu"), kind)
-    state.position = context
-    layers = len(config.layers_of(MAMBA))
-    log = LayerLog(
-        torch.zeros(block, config.conv_dim, dtype=kind),
-        torch.zeros(block, config.mamba_num_heads, dtype=kind),
-    )
-    weights = ReplayWeights(
-        torch.zeros(config.conv_dim, config.conv_kernel, dtype=kind),
-        torch.zeros(config.conv_dim, dtype=kind),
-        torch.zeros(config.mamba_num_heads),
-        torch.zeros(config.mamba_num_heads),
-        config.n_groups,
-    )
-    state.append([log] * layers, block)
-    state.advance([weights] * layers, block)
-    delta = state.export(context)
-    assert delta.is_delta
-    whole = state.export(context)
-    return {"delta_mb": delta.num_bytes / 1e6, "whole_state_mb": whole.num_bytes / 1e6}
+    """MB of the delta and of the whole state after one block on `context` tokens."""
+    kinds: dict[str, UpdateKind] = {"delta_mb": "delta", "whole_state_mb": "snapshot"}
+    return {name: built(kind, context, block).num_bytes / 1e6 for name, kind in kinds.items()}
+
+
+def built(kind: UpdateKind, context: int, block: int) -> StateUpdate:
+    """An update of random values."""
+    plan = UpdatePlan(kind, context, context + block)
+    builder = UpdateBuilder(NEMOTRON_30B, plan, CPU, torch.bfloat16)
+    for name, tensor in builder.tensors.items():
+        for layer, share in enumerate(tensor):
+            builder.put(name, layer, torch.randn(share.shape))
+    return builder.update()
+
+
+async def throughput(transport: Transport, args: argparse.Namespace) -> dict[str, float]:
+    """MB/s of the bare transfer and of the channel, medians, and their ratio."""
+    with receiving_process(transport) as (address, bare_port):
+        bare, close_bare = await (bare_grpc if transport == "grpc" else bare_group)(bare_port)
+        spec = LinkSpec(address, TOKEN, 1, transport)
+        link = GrpcStateLink(spec, NEMOTRON_30B, torch.bfloat16, {})
+        channel = channel_round(link, built("delta", 0, args.block), args.rows, args.updates)
+        rates: dict[str, list[float]] = {"bare": [], "channel": []}
+        for number in range(args.rounds + 1):
+            for name, run in (("bare", bare), ("channel", channel)):
+                begin = time.perf_counter()
+                num_bytes = await run()
+                # The first round connects and warms up.
+                if number:
+                    rates[name].append(num_bytes / (time.perf_counter() - begin) / 1e6)
+        await link.close()
+        await close_bare()
+    medians = {f"{name}_mb_per_s": statistics.median(values) for name, values in rates.items()}
+    return {**medians, "ratio": medians["channel_mb_per_s"] / medians["bare_mb_per_s"]}
+
+
+def channel_round(link: GrpcStateLink, update: StateUpdate, rows: int, updates: int) -> Round:
+    """Sends so many deltas of so many rows; one thread puts the layers' shares, as an engine's."""
+    thread = ThreadPoolExecutor(1, "engine")
+    parts, count = list(update.parts()), update.plan.count
+    places = {f"row-{number}": 0 for number in range(rows)}
+    for row_id in places:
+        link.open(row_id)
+
+    def fill(put: Callable[[str, int, Tensor], None]) -> None:
+        for part in parts:
+            put(*part)
+
+    async def row(row_id: str) -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(updates):
+            start = places[row_id]
+            places[row_id] = start + count
+            # The link itself reads nothing of the state.
+            state: Any = None
+            writer = link.begin(row_id, state, UpdatePlan("delta", start, start + count))
+            await loop.run_in_executor(thread, fill, writer.put)
+            await writer.finish()
+
+    async def run() -> int:
+        await asyncio.gather(*map(row, places))
+        return rows * updates * update.num_bytes
+
+    return run
+
+
+async def bare_grpc(port: int) -> tuple[Round, Callable[[], Awaitable[None]]]:
+    """1 MiB messages over one stream, answered once at the end."""
+    channel = grpc.aio.insecure_channel(f"{HOST}:{port}", options=OPTIONS)
+    carry: Any = channel.stream_stream(BARE_METHOD, None, None)
+    messages = [os.urandom(CHUNK_BYTES) for _ in range(BARE_SOURCES)]
+
+    async def run() -> int:
+        call = carry()
+        for number in range(BARE_MESSAGES):
+            await call.write(messages[number % BARE_SOURCES])
+        await call.done_writing()
+        return int(await call.read())
+
+    return run, channel.close
+
+
+async def bare_group(port: int) -> tuple[Round, Callable[[], Awaitable[None]]]:
+    """1 MiB tensors through a process group, answered by one byte."""
+    end = await process_group.join("gloo", HOST, port, CPU, 30.0)
+    tensors = torch.randint(256, (BARE_SOURCES, CHUNK_BYTES), dtype=torch.uint8)
+    answer = torch.zeros(1, dtype=torch.uint8)
+
+    def transfer() -> int:
+        for number in range(BARE_MESSAGES):
+            end.group.send([tensors[number % BARE_SOURCES]], 0, 0).wait()
+        end.group.recv([answer], 0, 0).wait()
+        return BARE_MESSAGES * CHUNK_BYTES
+
+    async def run() -> int:
+        return await asyncio.to_thread(transfer)
+
+    async def close() -> None:
+        end.close()
+
+    return run, close
+
+
+@contextmanager
+def receiving_process(transport: Transport) -> Iterator[tuple[str, int]]:
+    """Another process that receives; the channel's address and the bare transfer's port."""
+    command = [sys.executable, "-m", "benchmarks.channel", "--receive", transport]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            address, bare_port = process.stdout.readline().split()
+            yield address, int(bare_port)
+        finally:
+            process.terminate()
+
+
+async def serve(transport: Transport) -> None:
+    """The receiving process: a StateReceiver that follows the rows, and the bare transfer's end."""
+
+    def apply(row_id: str, update: StateUpdate) -> None:
+        """Takes it: the bare transfer does nothing with its bytes either."""
+
+    def follow(tensors: Mapping[str, Tensor]) -> None:
+        """No replay here."""
+
+    limit = max_update_bytes(NEMOTRON_30B, LONGEST)
+    receiver = StateReceiver(apply, follow, TOKEN, limit, transport=transport)
+    for number in range(64):
+        receiver.open(f"row-{number}")
+    address = await receiver.start(HOST)
+    bare_port = await (serve_bare_grpc() if transport == "grpc" else serve_bare_group())
+    print(address, bare_port, flush=True)
+    await asyncio.Event().wait()
+
+
+async def serve_bare_grpc() -> int:
+    """Counts the bytes of each stream; returns the port."""
+
+    async def carry(messages: AsyncIterator[bytes], _: Any) -> AsyncIterator[bytes]:
+        total = 0
+        async for message in messages:
+            total += len(message)
+        yield str(total).encode()
+
+    server = grpc.aio.server(options=OPTIONS)
+    service, method = BARE_METHOD.strip("/").split("/")
+    handler = grpc.stream_stream_rpc_method_handler(carry)
+    handlers = grpc.method_handlers_generic_handler(service, {method: handler})
+    server.add_generic_rpc_handlers((handlers,))
+    port = server.add_insecure_port(f"{HOST}:0")
+    await server.start()
+    KEPT.append(server)
+    return port
+
+
+async def serve_bare_group() -> int:
+    """Receives the tensors in one thread until the peer is gone; returns the store's port."""
+    rendezvous = process_group.Rendezvous(HOST)
+
+    def transfer(group: Any) -> None:
+        tensor = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+        while True:
+            for _ in range(BARE_MESSAGES):
+                group.recv([tensor], 1, 0).wait()
+            group.send([tensor[:1]], 1, 0).wait()
+
+    async def run() -> None:
+        end = await rendezvous.accept("gloo", CPU, 30.0)
+        threading.Thread(target=transfer, args=(end.group,), daemon=True).start()
+
+    KEPT.append(asyncio.create_task(run()))
+    return rendezvous.port
 
 
 if __name__ == "__main__":

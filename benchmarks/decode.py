@@ -29,7 +29,8 @@ from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
 from benchmarks.schedules import PROFILES
 from twotower.towers.context import ContextTower
 from twotower.towers.denoiser import DenoiserTower
-from twotower.towers.engine import ContextEngine, DenoiserEngine, threshold_rule
+from twotower.towers.context_engine import ContextEngine
+from twotower.towers.denoiser_engine import DenoiserEngine, commit_rule
 from twotower.towers.generation import generate_blocks
 from twotower.towers.link import LocalLink
 from twotower.towers.params import GenerationParams, Mode
@@ -161,7 +162,7 @@ def decode(
     schedule = cycle(PROFILES[args.schedule]) if args.schedule != "free" else None
 
     def rule(params: GenerationParams) -> CommitRule:
-        return ReplayRule(next(schedule)) if schedule is not None else threshold_rule(params)
+        return ReplayRule(next(schedule)) if schedule is not None else commit_rule(params)
 
     denoising = DenoiserEngine(denoiser, rule=rule)
     reading = ContextEngine(context, LocalLink(context, denoising, shared=True))

@@ -27,7 +27,8 @@ from twotower.towers.checkpoint import tensor_shapes
 from twotower.towers.config import TwoTowerConfig
 from twotower.towers.context import ContextTower
 from twotower.towers.denoiser import DenoiserTower
-from twotower.towers.state import ContextState
+from twotower.towers.memory import page_bytes
+from twotower.towers.update import StateUpdate, UpdatePlan
 from twotower.towers.weights import load_context_tower, load_denoiser_tower
 
 T = TypeVar("T")
@@ -76,18 +77,21 @@ def tower_bytes(config: TwoTowerConfig) -> int:
 def decode_growth(context: ContextTower, denoiser: DenoiserTower, length: int) -> dict[str, int]:
     """Peak of anonymous memory during a denoiser pass and an extension after `length` tokens of
     context, over what the state itself holds."""
-    state = ContextState(context.config, length + 16, context.device, context.dtype)
+    state = context.new_state(length + 16)
     # Zero K/V cost what real ones cost; reading 8 K tokens for real would take minutes.
-    state.k.zero_()
-    state.v.zero_()
-    state.position = length
+    plan = UpdatePlan("snapshot", 0, length)
+    zeros = {
+        name: torch.zeros(()).expand(size) for name, size in plan.shapes(context.config).items()
+    }
+    state.apply(StateUpdate(plan, zeros))
 
     def block() -> None:
         denoiser.forward([[3] * 16], [1.0], [state])
         context.forward([[5] * 16], [state])
 
     _, peak = peak_over_start(block)
-    return {"peak_bytes": peak, "kv_bytes": state.k.nbytes + state.v.nbytes}
+    pages = len(state.pages) * page_bytes(context.config, context.dtype)
+    return {"peak_bytes": peak, "kv_bytes": pages}
 
 
 def peak_over_start(work: Callable[[], T]) -> tuple[T, int]:

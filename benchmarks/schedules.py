@@ -7,6 +7,15 @@ own confidences mean nothing.
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable, Sequence
+from itertools import cycle
+
+from twotower.towers.params import GenerationParams
+from twotower.towers.unmasking import CommitRule, ReplayRule
+
+Schedule = tuple[int, ...]
+
 WORD_PROBLEM = (
     (1, 1, 1, 1, 1, 1, 1, 1, 2, 1, 2, 1, 1, 1),
     (1, 9, 1, 5),
@@ -34,7 +43,7 @@ ARITHMETIC = (
     (1, 4, 1, 5, 4, 1),
 )
 LOOP = ((16,), (15, 1), (6, 10))
-PROFILES: dict[str, tuple[tuple[int, ...], ...]] = {
+PROFILES: dict[str, tuple[Schedule, ...]] = {
     "word_problem": WORD_PROBLEM,
     "fact": FACT,
     "code": CODE,
@@ -44,3 +53,31 @@ PROFILES: dict[str, tuple[tuple[int, ...], ...]] = {
 }
 
 assert all(sum(block) == 16 for profile in PROFILES.values() for block in profile)
+
+
+def draw_rows(profile: str, rows: int, blocks: int, seed: int) -> list[list[Schedule]]:
+    """Schedules of `rows` rows of `blocks` blocks, drawn from a profile with equal chances."""
+    draw = random.Random(seed)
+    return [draw.choices(PROFILES[profile], k=blocks) for _ in range(rows)]
+
+
+def replaying(rows: Sequence[Sequence[Schedule]]) -> Callable[[GenerationParams], CommitRule]:
+    """A denoiser engine's `rule`: the row whose params have seed i replays rows[i], over and over,
+    a block at a time."""
+    blocks = [cycle(row) for row in rows]
+
+    def rule(params: GenerationParams) -> CommitRule:
+        assert params.seed is not None
+        return ReplayRule(next(blocks[params.seed]))
+
+    return rule
+
+
+def lockstep_passes(rows: Sequence[Sequence[Schedule]], width: int) -> int:
+    """Denoiser passes if `width` rows at a time start a block together and all wait for the last
+    to end. Rows take turns, so that every round but the last is full."""
+    turns: list[tuple[int, int]] = sorted(
+        (index, row) for row, blocks in enumerate(rows) for index in range(len(blocks))
+    )
+    steps = [len(rows[row][index]) for index, row in turns]
+    return sum(max(steps[start : start + width]) for start in range(0, len(steps), width))

@@ -1,6 +1,6 @@
 """The service against the same model in process, and what the service adds to a block.
 
-    python -m benchmarks.service [--model DIR] [--prompts 6] [--tokens 96]
+    python -m benchmarks.service [--model DIR] [--repeats 7] [--tokens 96]
 
 One request at a time over gRPC against the best in-process configuration with as many threads;
 runs alternate, ratios are medians of pairs. Overhead per block is the latency of a block less
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from typing import Any
 
@@ -19,7 +18,9 @@ import torch
 from ray import serve
 
 from benchmarks.demo import PROMPT
-from twotower import TwoTower
+from benchmarks.figures import median
+from benchmarks.in_process import Local, load_local
+from benchmarks.machine import machine
 from twotower.client import Client
 from twotower.deployments.app import PAIR_DEPLOYMENT
 from twotower.deployments.config import APP_NAME, ServiceConfig
@@ -28,6 +29,7 @@ from twotower.deployments.server import LocalService, free_port
 THREADS_PER_TOWER = 1
 # Both towers of a pair; they take turns while a single request runs.
 SERVICE_THREADS = 2 * THREADS_PER_TOWER
+MAX_CONTEXT = 1024
 
 
 def main() -> None:
@@ -37,37 +39,45 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=96)
     args = parser.parse_args()
-    config = ServiceConfig(
-        model=args.model,
+    local = load_local(args.model, 1, MAX_CONTEXT)
+    with (
+        LocalService(service_config(args.model, 1)) as service,
+        Client(service.address) as client,
+    ):
+        print(json.dumps(measure(client, local, args), indent=2))
+
+
+def service_config(model: str | None, rows: int) -> ServiceConfig:
+    """A service of one pair without a prefix cache: a prompt's second run costs as its first."""
+    return ServiceConfig(
+        model=model,
         grpc_port=free_port(),
         http_port=free_port(),
         threads_per_tower=THREADS_PER_TOWER,
+        max_num_seqs=rows,
+        max_context=MAX_CONTEXT,
+        prefix_cache_mib=0,
     )
-    model = TwoTower.from_pretrained(args.model)
-    with LocalService(config) as service, Client(service.address) as client:
-        print(json.dumps(measure(client, model, args), indent=2))
 
 
-def measure(client: Client, model: TwoTower, args: argparse.Namespace) -> dict[str, Any]:
+def measure(client: Client, local: Local, args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one run."""
     over_grpc(client, 32)
-    in_process(model, 1, 32)
+    in_process(local, 1, 32)
     rounds = []
     for _ in range(args.repeats):
         served = over_grpc(client, args.tokens)
-        local = {n: in_process(model, n, args.tokens) for n in range(1, SERVICE_THREADS + 1)}
-        rounds.append((served, local))
-    best = max(local[n] for _, local in rounds for n in local)
+        alone = {n: in_process(local, n, args.tokens) for n in range(1, SERVICE_THREADS + 1)}
+        rounds.append((served, alone))
     return {
-        "threads": {"service": SERVICE_THREADS, "torch": torch.__version__},
+        "machine": machine(SERVICE_THREADS),
         "tokens": args.tokens,
         "service_tokens_per_s": median(served["tokens_per_s"] for served, _ in rounds),
         "in_process_tokens_per_s": {
-            n: median(local[n] for _, local in rounds) for n in rounds[0][1]
+            n: median(alone[n] for _, alone in rounds) for n in rounds[0][1]
         },
-        "in_process_best": round(best, 1),
         "service_over_in_process": median(
-            served["tokens_per_s"] / max(local.values()) for served, local in rounds
+            served["tokens_per_s"] / max(alone.values()) for served, alone in rounds
         ),
         "block_ms": median(served["block_ms"] for served, _ in rounds),
         "pass_ms_per_block": median(served["pass_ms"] for served, _ in rounds),
@@ -91,24 +101,24 @@ def over_grpc(client: Client, tokens: int) -> dict[str, float]:
     }
 
 
-def in_process(model: TwoTower, threads: int, tokens: int) -> float:
+def in_process(local: Local, threads: int, tokens: int) -> float:
     """Tokens/s of the same request in this process."""
     torch.set_num_threads(threads)
     started = time.perf_counter()
-    model.generate([PROMPT], max_tokens=tokens)
+    local.model.generate([PROMPT], max_tokens=tokens)
     return tokens / (time.perf_counter() - started)
 
 
 def pass_seconds() -> float:
     """Seconds that both towers have spent in passes."""
+    return sum(tower["pass_seconds"] for tower in pair_stats().values())
+
+
+def pair_stats() -> dict[str, dict[str, float]]:
+    """Counters of each tower of the running service, by tower."""
     handle = serve.get_deployment_handle(PAIR_DEPLOYMENT, APP_NAME)
-    stats = handle.stats.remote().result()
-    return sum(tower["pass_seconds"] for tower in stats.values())
-
-
-def median(values: Any) -> float:
-    """Rounded median."""
-    return round(statistics.median(values), 3)
+    stats: dict[str, dict[str, float]] = handle.stats.remote().result()
+    return stats
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from twotower.cluster.channel.grpc import LinkSpec
 from twotower.towers.errors import UnavailableError
 from twotower.towers.params import GenerationParams
-from twotower.towers.protocols import Block, ContextService, DenoiserService
+from twotower.towers.protocols import Block, ContextService, DenoiserService, Prefilled
 
 T = TypeVar("T")
 
@@ -94,10 +94,10 @@ class RemoteContext:
 
     async def prefill(
         self, row_id: str, prompt: Sequence[int], generated: Sequence[int], params: GenerationParams
-    ) -> int:
+    ) -> Prefilled:
         call = self._actor.prefill.remote(row_id, list(prompt), list(generated), params)
-        passes: int = await plainly(call)
-        return passes
+        prefilled: Prefilled = await plainly(call)
+        return prefilled
 
     async def extend(self, row_id: str, token_ids: Sequence[int]) -> int:
         passes: int = await plainly(self._actor.extend.remote(row_id, list(token_ids)))
@@ -105,6 +105,10 @@ class RemoteContext:
 
     async def decode(self, row_id: str, count: int, params: GenerationParams) -> Block:
         block: Block = await plainly(self._actor.decode.remote(row_id, count, params))
+        return block
+
+    async def verify(self, row_id: str, draft: Sequence[int], params: GenerationParams) -> Block:
+        block: Block = await plainly(self._actor.verify.remote(row_id, list(draft), params))
         return block
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
@@ -140,8 +144,15 @@ class RemoteDenoiser:
     async def open(self, row_id: str, capacity: int) -> None:
         await plainly(self._actor.open.remote(row_id, capacity))
 
-    async def denoise_block(self, row_id: str, position: int, params: GenerationParams) -> Block:
-        block: Block = await plainly(self._actor.denoise_block.remote(row_id, position, params))
+    async def denoise_block(
+        self,
+        row_id: str,
+        position: int,
+        params: GenerationParams,
+        known: Sequence[int] = (),
+    ) -> Block:
+        call = self._actor.denoise_block.remote(row_id, position, params, tuple(known))
+        block: Block = await plainly(call)
         return block
 
     async def next_token(

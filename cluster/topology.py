@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from twotower.towers.config import ATTENTION, MAMBA, TwoTowerConfig
+from twotower.towers.engine import EngineOptions
+from twotower.towers.memory import MemoryBudget
+from twotower.towers.scheduler import PassLimits
 
+Transport = Literal["grpc", "gloo", "nccl"]
 REPLICA_BUNDLE, CONTEXT_BUNDLE, DENOISER_BUNDLE = range(3)
 # The replica only passes messages on; its share keeps Ray from packing too many on a core.
 REPLICA_CPUS = 0.1
+# Without a queue limit of its own a pair still has the router's.
+MOST_WAITING = 4096
 _WIDEST_DTYPE_BYTES = 4
 # max_context counts tokens, a row's capacity whole blocks.
 _SLACK_BYTES = 1 << 20
@@ -19,7 +26,10 @@ class PairTopology:
     """One pair: where its towers come from, where they run, and what they may take.
 
     `cpus` and `gpus` are per tower and may be fractions; `num_threads` is the number of threads
-    of a tower's arithmetic, `max_rows` and `max_context` bound what a tower holds.
+    of a tower's arithmetic, `max_rows` and `max_context` bound what a tower holds. `transport` is
+    what carries the bytes of states from tower to tower; NCCL needs towers on GPUs. `max_waiting`
+    rows wait for room (None: any number); `memory_fraction` of the free memory is for states,
+    `prefix_cache_bytes` for the prefix cache's snapshots beside them.
     """
 
     model_path: str
@@ -30,6 +40,12 @@ class PairTopology:
     num_threads: int
     max_rows: int
     max_context: int
+    transport: Transport = "grpc"
+    max_waiting: int | None = None
+    memory_fraction: float | None = None
+    max_pass_tokens: int = 512
+    max_prefill_tokens: int = 64
+    prefix_cache_bytes: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_threads", "max_rows", "max_context"):
@@ -37,6 +53,12 @@ class PairTopology:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if self.cpus < 0 or self.gpus < 0:
             raise ValueError(f"cpus, gpus: got {self.cpus}, {self.gpus}, expected at least 0")
+        if self.transport not in get_args(Transport):
+            raise ValueError(
+                f"transport: got {self.transport!r}, expected one of {get_args(Transport)}"
+            )
+        if self.transport == "nccl" and not self.device.startswith("cuda"):
+            raise ValueError(f"transport: got 'nccl' for device {self.device!r}, expected CUDA")
         if self.device.startswith("cuda") and not self.gpus:
             raise ValueError(f"gpus: got 0 for device {self.device!r}, expected a share of a GPU")
 
@@ -47,9 +69,20 @@ class PairTopology:
             tower["GPU"] = self.gpus
         return [{"CPU": REPLICA_CPUS}, dict(tower), dict(tower)]
 
+    def engine_options(self) -> EngineOptions:
+        """What both towers' engines are made with."""
+        return EngineOptions(
+            MemoryBudget(self.max_rows, self.max_context, self.memory_fraction),
+            PassLimits(self.max_pass_tokens, prefill_tokens=self.max_prefill_tokens),
+            self.max_waiting,
+            self.prefix_cache_bytes,
+        )
+
     def max_concurrency(self) -> int:
-        """Calls that a tower's actor takes at once: two per row, and those that watch it."""
-        return 2 * self.max_rows + 64
+        """Calls that a tower's actor takes at once: two per row, one per row that waits, and those
+        that watch it."""
+        waiting = MOST_WAITING if self.max_waiting is None else self.max_waiting
+        return 2 * self.max_rows + waiting + 64
 
 
 def max_update_bytes(config: TwoTowerConfig, max_context: int) -> int:

@@ -18,7 +18,8 @@ import torch
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from twotower.cluster.channel.grpc import GrpcStateLink, LinkSpec, StateReceiver
+from twotower.cluster.channel.grpc import CPU, GrpcStateLink, LinkSpec
+from twotower.cluster.channel.receiver import StateReceiver
 from twotower.cluster.remote import PairServices, RemoteContext, RemoteDenoiser
 from twotower.cluster.topology import (
     CONTEXT_BUNDLE,
@@ -27,11 +28,12 @@ from twotower.cluster.topology import (
     max_update_bytes,
 )
 from twotower.towers.context import ContextTower
+from twotower.towers.context_engine import ContextEngine
 from twotower.towers.denoiser import DenoiserTower
-from twotower.towers.engine import ContextEngine, DenoiserEngine
+from twotower.towers.denoiser_engine import DenoiserEngine
 from twotower.towers.errors import UnavailableError
 from twotower.towers.params import GenerationParams
-from twotower.towers.protocols import Block
+from twotower.towers.protocols import Block, Prefilled
 from twotower.towers.weights import load_context_tower, load_denoiser_tower, parse_dtype
 
 logger = logging.getLogger(__name__)
@@ -53,17 +55,32 @@ class ContextTowerActor:
     async def connect(self, link: LinkSpec) -> None:
         """Starts the engine on the loaded tower, with a link to its denoiser tower."""
         assert self._tower is not None, "load comes first"
-        state_link = GrpcStateLink(link, self._tower.replay_tensors())
-        self._running = ContextEngine(self._tower, state_link, threaded=True), state_link
+        tower = self._tower
+        state_link = GrpcStateLink(
+            link,
+            tower.config,
+            tower.dtype,
+            tower.replay_tensors(),
+            device=tower.device if link.transport == "nccl" else CPU,
+        )
+        options = self._topology.engine_options()
+        engine = ContextEngine(
+            tower,
+            state_link,
+            pool=options.pool_for(tower),
+            limits=options.limits,
+            max_waiting=options.max_waiting,
+            prefix_cache_bytes=options.prefix_cache_bytes,
+            threaded=True,
+        )
+        self._running = engine, state_link
 
     async def open(self, row_id: str, capacity: int) -> None:
-        engine, link = self._parts()
-        await engine.open(row_id, capacity)
-        link.open(row_id)
+        await self._parts()[0].open(row_id, capacity)
 
     async def prefill(
         self, row_id: str, prompt: Sequence[int], generated: Sequence[int], params: GenerationParams
-    ) -> int:
+    ) -> Prefilled:
         return await self._parts()[0].prefill(row_id, prompt, generated, params)
 
     async def extend(self, row_id: str, token_ids: Sequence[int]) -> int:
@@ -72,13 +89,14 @@ class ContextTowerActor:
     async def decode(self, row_id: str, count: int, params: GenerationParams) -> Block:
         return await self._parts()[0].decode(row_id, count, params)
 
+    async def verify(self, row_id: str, draft: Sequence[int], params: GenerationParams) -> Block:
+        return await self._parts()[0].verify(row_id, draft, params)
+
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         return await self._parts()[0].score(token_ids)
 
     async def release(self, row_id: str) -> None:
-        engine, link = self._parts()
-        link.forget(row_id)
-        await engine.release(row_id)
+        await self._parts()[0].release(row_id)
 
     async def stats(self) -> dict[str, float]:
         """The engine's counters."""
@@ -114,9 +132,19 @@ class DenoiserTowerActor:
     async def listen(self, token: str) -> str:
         """Starts the engine on the loaded tower and waits for its link; returns `host:port`."""
         assert self._tower is not None, "load comes first"
-        engine = DenoiserEngine(self._tower, threaded=True)
+        options = self._topology.engine_options()
+        pool = options.pool_for(self._tower)
+        engine = DenoiserEngine(self._tower, pool=pool, limits=options.limits, threaded=True)
         limit = max_update_bytes(self._tower.config, self._topology.max_context)
-        receiver = StateReceiver(engine.receive, engine.follow, token, limit)
+        transport = self._topology.transport
+        receiver = StateReceiver(
+            engine.receive,
+            engine.follow,
+            token,
+            limit,
+            transport=transport,
+            device=self._tower.device if transport == "nccl" else CPU,
+        )
         # The node's own address: on one machine that is still not open to every interface.
         address = await receiver.start(ray.util.get_node_ip_address())
         self._running = engine, receiver
@@ -127,8 +155,14 @@ class DenoiserTowerActor:
         await engine.open(row_id, capacity)
         receiver.open(row_id)
 
-    async def denoise_block(self, row_id: str, position: int, params: GenerationParams) -> Block:
-        return await self._parts()[0].denoise_block(row_id, position, params)
+    async def denoise_block(
+        self,
+        row_id: str,
+        position: int,
+        params: GenerationParams,
+        known: Sequence[int] = (),
+    ) -> Block:
+        return await self._parts()[0].denoise_block(row_id, position, params, known)
 
     async def next_token(
         self, row_id: str, position: int, last_token: int, params: GenerationParams
@@ -172,7 +206,7 @@ async def start_towers(topology: PairTopology) -> PairServices:
     token = secrets.token_hex(16)
     await asyncio.gather(context.load(), denoiser.load())
     address = await denoiser.listen(token)
-    await context.connect(LinkSpec(address, token, epoch=1))
+    await context.connect(LinkSpec(address, token, 1, topology.transport))
     logger.info("both towers are loaded")
     return PairServices(context, denoiser)
 

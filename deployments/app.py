@@ -14,12 +14,12 @@ from twotower.deployments.pair import TowerPair
 from twotower.deployments.router import Router
 
 PAIR_DEPLOYMENT = "TowerPair"
-# Streams wait in the router for the pair, so that it holds many more than the pair works on.
+# Rows wait in the pair, in order; the router holds a stream for each of them, of all pairs.
 ROUTER_ONGOING = 4096
 # A replica that is told to stop looks this often whether its last stream has ended.
 DRAIN_POLL_S = 0.25
-# Room for health questions while all rows of a pair are taken.
-WATCH_CALLS = 8
+# Room for health questions, and for requests that are about to be refused, in a full pair.
+WATCH_CALLS = 64
 # A tower that does not load now will not load later; a lost node gets another chance.
 START_ATTEMPTS = 2
 
@@ -33,9 +33,8 @@ def build_app(config: ServiceConfig) -> Application:
         placement_group_bundles=topology.bundles(),
         placement_group_strategy="STRICT_PACK",
         ray_actor_options={"num_cpus": topology.bundles()[0]["CPU"]},
-        max_ongoing_requests=config.max_num_seqs + WATCH_CALLS,
+        max_ongoing_requests=_pair_requests(config),
         max_constructor_retry_count=START_ATTEMPTS,
-        max_queued_requests=config.max_queued_requests,
         health_check_period_s=config.health_check_period_s,
         health_check_timeout_s=config.health_check_timeout_s,
         graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s,
@@ -46,16 +45,22 @@ def build_app(config: ServiceConfig) -> Application:
         name="Router",
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=ROUTER_ONGOING,
-        max_queued_requests=config.max_queued_requests,
         graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
     )
-    return router.bind(config, pair.bind(partial(start_towers, topology), config.max_num_seqs))
+    return router.bind(config, pair.bind(partial(start_towers, topology)))
 
 
 def build_app_from_settings(settings: dict[str, Any]) -> Application:
     """Entry for Serve's own config files: `args` of the application are ServiceConfig's fields."""
     return build_app(ServiceConfig.from_settings(settings))
+
+
+def _pair_requests(config: ServiceConfig) -> int:
+    """Calls that a pair takes: its rows, those that wait for it, and the room beside them."""
+    if config.max_queued_requests < 0:
+        return ROUTER_ONGOING
+    return config.max_num_seqs + config.max_queued_requests + WATCH_CALLS
 
 
 def _scaling(config: ServiceConfig) -> dict[str, Any]:

@@ -28,6 +28,8 @@ _OPTIONAL_SCALARS = (
     "top_p",
     "min_p",
     "seed",
+    "draft_steps",
+    "min_tokens",
 )
 
 
@@ -48,7 +50,7 @@ def params_of(message: pb.SamplingParams, eos_token_id: int | None) -> Generatio
     """
     given = {name: getattr(message, name) for name in _OPTIONAL_SCALARS if message.HasField(name)}
     eos = None if message.ignore_eos else eos_token_id
-    return GenerationParams(**given, eos_token_id=eos).with_seed()
+    return GenerationParams(**given, eos_token_id=eos, stop=tuple(message.stop)).with_seed()
 
 
 def token_ids_of(
@@ -74,8 +76,8 @@ def started_event(job: Job, request_id: str) -> pb.GenerateResponse:
     )
 
 
-def block_event(index: int, block: Block, text: str) -> pb.GenerateResponse:
-    """The message of one committed block."""
+def block_event(index: int, block: Block, text: str, *, log_probs: bool) -> pb.GenerateResponse:
+    """The message of one committed block, with log-probabilities if they were asked for."""
     return pb.GenerateResponse(
         block=pb.Block(
             index=index,
@@ -84,11 +86,14 @@ def block_event(index: int, block: Block, text: str) -> pb.GenerateResponse:
             text=text,
             commit_steps=block.commit_steps,
             confidences=block.confidences,
+            log_probs=block.log_probs if log_probs else (),
         )
     )
 
 
-def complete_event(log: CommitLog, prompt_tokens: int) -> pb.GenerateResponse:
+def complete_event(
+    log: CommitLog, prompt_tokens: int, matched_stop: str | None
+) -> pb.GenerateResponse:
     """The last message of a stream. Raises RuntimeError if the log has no end."""
     if log.finish_reason is None:
         raise RuntimeError("the blocks ended without a finish reason")
@@ -97,8 +102,11 @@ def complete_event(log: CommitLog, prompt_tokens: int) -> pb.GenerateResponse:
         completion_tokens=len(log.token_ids),
         nfe=log.nfe,
         context_passes=log.context_passes,
+        cached_tokens=log.cached_tokens,
+        accepted_tokens=log.accepted_tokens,
+        drafted_tokens=log.drafted_tokens,
     )
-    complete = pb.Complete(finish_reason=log.finish_reason, usage=usage)
+    complete = pb.Complete(finish_reason=log.finish_reason, usage=usage, matched_stop=matched_stop)
     return pb.GenerateResponse(complete=complete)
 
 

@@ -21,6 +21,9 @@ class CommitLog:
         self.num_blocks = 0
         self.nfe = 0
         self.context_passes = 0
+        self.accepted_tokens = 0
+        self.drafted_tokens = 0
+        self.cached_tokens = 0
         self.finish_reason: FinishReason | None = None
 
     @property
@@ -33,20 +36,30 @@ class CommitLog:
         """Absolute position of the next token."""
         return self._prompt_tokens + len(self._token_ids)
 
-    def append(self, block: Block) -> bool:
-        """Commits a block that starts at `end`; False for one that is committed already.
+    def has(self, block: Block) -> bool:
+        """Whether the block is committed already; otherwise it is the next one.
 
         Raises UnavailableError for a gap: the attempt that it came from cannot go on.
         """
-        if block.start < self.end:
-            return False
         if block.start > self.end:
             raise UnavailableError(
                 f"a block is missing: got one at {block.start}, expected {self.end}; try again"
             )
+        return block.start < self.end
+
+    def append(self, block: Block) -> bool:
+        """Commits a block that starts at `end`; False for one that is committed already.
+
+        Raises UnavailableError for a gap.
+        """
+        if self.has(block):
+            return False
         self._token_ids.extend(block.token_ids)
         self.num_blocks += 1
         self.nfe += block.nfe
         self.context_passes += block.context_passes
+        self.accepted_tokens += block.accepted_tokens
+        self.drafted_tokens += block.drafted_tokens
+        self.cached_tokens += block.cached_tokens
         self.finish_reason = block.finish_reason
         return True

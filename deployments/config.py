@@ -37,7 +37,20 @@ class ServiceConfig(BaseModel):
     threads_per_tower: int | None = Field(None, ge=1, description="none = half of the cores")
     max_context: int = Field(8192, ge=2, description="most tokens of prompt and output together")
     max_num_seqs: int = Field(32, ge=1, description="rows that a pair works on at once")
-    max_queued_requests: int = Field(256, ge=-1, description="more are refused; -1 = no limit")
+    max_queued_requests: int = Field(
+        256, ge=-1, description="rows that wait for a pair; more are refused; -1 = no limit"
+    )
+    memory_fraction: float | None = Field(
+        None, gt=0, le=1, description="share of free memory for states; none = 0.9, on cpu 0.25"
+    )
+    max_num_batched_tokens: int = Field(512, ge=1, description="tokens of a tower's pass")
+    max_prefill_tokens: int = Field(
+        64, ge=1, description="prompt tokens in a pass that other rows share"
+    )
+    prefix_cache_mib: int = Field(256, ge=0, description="snapshots of the prefix cache; 0 = none")
+    transport: Literal["grpc", "gloo", "nccl"] = Field(
+        "grpc", description="how states travel between the towers"
+    )
     num_pairs: int = Field(1, ge=1, description="fixed number of pairs, without autoscaling")
     autoscaling: dict[str, Any] | None = Field(
         None, description="Serve's AutoscalingConfig for the pairs, passed through"
@@ -90,6 +103,12 @@ class ServiceConfig(BaseModel):
             num_threads=self.threads_per_tower or max(1, (os.cpu_count() or 2) // 2),
             max_rows=self.max_num_seqs,
             max_context=self.max_context,
+            max_waiting=None if self.max_queued_requests < 0 else self.max_queued_requests,
+            memory_fraction=self.memory_fraction,
+            max_pass_tokens=self.max_num_batched_tokens,
+            max_prefill_tokens=self.max_prefill_tokens,
+            prefix_cache_bytes=self.prefix_cache_mib << 20,
+            transport=self.transport,
         )
 
 

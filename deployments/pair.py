@@ -30,9 +30,8 @@ class TowerPair:
     it sends any request.
     """
 
-    def __init__(self, start: Callable[[], Awaitable[PairServices]], max_rows: int) -> None:
+    def __init__(self, start: Callable[[], Awaitable[PairServices]]) -> None:
         self._start = start
-        self._places = asyncio.Semaphore(max_rows)
         self._services: PairServices | None = None
 
     async def check_health(self) -> None:
@@ -44,22 +43,21 @@ class TowerPair:
     async def generate(self, job: Job) -> AsyncGenerator[Block, None]:
         """Yields the row's blocks as they come; the last has a finish reason.
 
-        Rows beyond `max_rows` wait in order. Closing or cancelling the generator frees the row
-        in both towers.
+        Rows wait in order for room in the towers. Closing or cancelling the generator frees the
+        row, or its place in the queue, in both towers. Raises CapacityError if too many wait.
         """
         services = await self._ready()
-        async with self._places:
-            blocks = generate_blocks(
-                services.context,
-                services.denoiser,
-                job.row_id,
-                job.prompt,
-                job.params,
-                job.generated,
-            )
-            async with aclosing(blocks):
-                async for block in blocks:
-                    yield block
+        blocks = generate_blocks(
+            services.context,
+            services.denoiser,
+            job.row_id,
+            job.prompt,
+            job.params,
+            job.generated,
+        )
+        async with aclosing(blocks):
+            async for block in blocks:
+                yield block
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probabilities of tokens 1..n-1 under the context tower."""

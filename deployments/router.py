@@ -21,13 +21,13 @@ import twotower
 from twotower.deployments import codec
 from twotower.deployments.commit_log import CommitLog
 from twotower.deployments.config import ServiceConfig
-from twotower.deployments.output_text import OutputText
 from twotower.deployments.pair import Job
 from twotower.deployments.pair_client import PairClient
 from twotower.deployments.status import RequestRefusedError, refuse
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.config import TwoTowerConfig
 from twotower.towers.errors import InvalidRequestError
+from twotower.towers.output_text import OutputText
 from twotower.towers.params import MODES
 from twotower.towers.tokenizer import load_tokenizer
 from twotower.towers.weights import resolve_checkpoint
@@ -121,15 +121,19 @@ class Router:
         request_id = codec.request_id_of(request.request_id)
         job = self._admit(request)
         log = CommitLog(len(job.prompt), job.generated)
-        text = OutputText(self._tokenizer, job.params.eos_token_id, job.generated)
+        text = OutputText(self._tokenizer, job.params, job.generated)
+        log_probs = request.sampling_params.logprobs
         yield codec.started_event(job, request_id)
         async with aclosing(self._pairs.generate(job)) as blocks:
             async for block in blocks:
-                if log.append(block):
-                    last = block.finish_reason is not None
-                    shown = text.push(block.token_ids, last=last)
-                    yield codec.block_event(log.num_blocks - 1, block, shown)
-        yield codec.complete_event(log, len(job.prompt))
+                if log.has(block):
+                    continue
+                cut, shown = text.take(block)
+                log.append(cut)
+                yield codec.block_event(log.num_blocks - 1, cut, shown, log_probs=log_probs)
+                if text.matched_stop is not None:
+                    break
+        yield codec.complete_event(log, len(job.prompt), text.matched_stop)
 
     def _admit(self, request: pb.GenerateRequest) -> Job:
         """The request as a job within the model's limits. Raises InvalidRequestError."""

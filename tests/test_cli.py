@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from twotower.cli import app
+from twotower.deployments.commit_log import CommitLog
+from twotower.towers.params import GenerationParams
+from twotower.towers.protocols import Block
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -43,6 +47,9 @@ def test_each_command_explains_itself(command: str) -> None:
     [
         (["generate", "x", "--max-tokens", "0"], "max_tokens: got 0"),
         (["generate", "x", "--mode", "beam"], "mode: got 'beam'"),
+        (["generate", "x", "--draft-steps", "0"], "draft_steps: got 0"),
+        (["generate", "x", "--min-tokens", "65"], "min_tokens: got 65"),
+        (["generate", "x", "--stop", "a", "--stop", ""], "stop[1]: got ''"),
         (["generate", "x", "--dtype", "int8"], "dtype: got 'int8'"),
         (["generate", "x", "--model", str(GOLDEN / "tiny_a")], "a model that has a tokenizer"),
         (["generate", "x", "--model", "no-such-folder"], "no-such-folder"),
@@ -58,6 +65,54 @@ def test_errors_are_one_line(arguments: list[str], named: str) -> None:
     assert result.exit_code == 2
     assert named in result.stderr
     assert "Traceback" not in result.output
+
+
+class Recorded:
+    """Stands for the in-process model; keeps what the command asked it for."""
+
+    def __init__(self) -> None:
+        self.params: GenerationParams | None = None
+        self.ignore_eos = False
+        self.log = CommitLog(1, ())
+        self.log_probs: list[float] = []
+        self.seed = 1
+
+    def __call__(self, *_: object) -> Recorded:
+        return self
+
+    def stream(self, _prompt: str, params: GenerationParams, *, ignore_eos: bool) -> Recorded:
+        self.params, self.ignore_eos = params, ignore_eos
+        return self
+
+    def __iter__(self) -> Iterator[str]:
+        self.log.append(Block(1, (7, 8), (0, 0), (0.5, 0.25), nfe=1, finish_reason="length"))
+        self.log_probs += [-0.75, -1.5]
+        yield "text"
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    model = Recorded()
+    monkeypatch.setattr("twotower.in_process.InProcessModel", model)
+    return model
+
+
+def test_generate_passes_its_options_on(recorded: Recorded) -> None:
+    plain = CliRunner().invoke(app, ["generate", "x"])
+    assert (plain.exit_code, plain.stdout) == (0, "text")
+    assert (recorded.params, recorded.ignore_eos) == (GenerationParams(), False)
+    assert "-0.75" not in plain.stderr
+    options = ["--mode", "verified", "--draft-steps", "3", "--min-tokens", "5", "--ignore-eos"]
+    CliRunner().invoke(app, ["generate", "x", *options, "--stop", "a b", "--stop", "\n\n"])
+    want = GenerationParams(mode="verified", draft_steps=3, min_tokens=5, stop=("a b", "\n\n"))
+    assert (recorded.params, recorded.ignore_eos) == (want, True)
+
+
+def test_log_probabilities_are_printed_beside_the_text(recorded: Recorded) -> None:
+    result = CliRunner().invoke(app, ["generate", "x", "--logprobs"])
+    assert (result.exit_code, result.stdout) == (0, "text")
+    assert result.stderr.endswith("7\t-0.750000\n8\t-1.500000\n")
+    assert recorded.log.token_ids == (7, 8)
 
 
 def test_verify_reports_every_case() -> None:

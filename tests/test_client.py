@@ -12,6 +12,7 @@ import pytest
 from twotower.client import Client, ServiceError, Usage
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.protos.v1 import generation_pb2_grpc
+from twotower.towers.errors import InvalidRequestError
 
 
 class Scripted(generation_pb2_grpc.GenerationServicer):
@@ -24,11 +25,21 @@ class Scripted(generation_pb2_grpc.GenerationServicer):
     def Generate(self, request: Any, context: Any) -> Iterator[pb.GenerateResponse]:  # noqa: N802
         self.asked.append(request)
         yield pb.GenerateResponse(started=pb.Started(request_id="r", seed=7, prompt_tokens=2))
-        yield pb.GenerateResponse(block=pb.Block(index=0, start=2, token_ids=[4, 5], text="ab"))
+        block = pb.Block(index=0, start=2, token_ids=[4, 5], text="ab", log_probs=[-0.5, -0.25])
+        yield pb.GenerateResponse(block=block)
         if self.breaks:
             context.abort(grpc.StatusCode.UNAVAILABLE, "a tower is gone")
-        usage = pb.Usage(prompt_tokens=2, completion_tokens=2, nfe=3, context_passes=1)
-        complete = pb.Complete(finish_reason="stop", usage=usage)
+        usage = pb.Usage(
+            prompt_tokens=2,
+            completion_tokens=2,
+            nfe=3,
+            context_passes=1,
+            cached_tokens=4,
+            accepted_tokens=5,
+            drafted_tokens=6,
+        )
+        stop = next(iter(request.sampling_params.stop), None)
+        complete = pb.Complete(finish_reason="stop", usage=usage, matched_stop=stop)
         yield pb.GenerateResponse(complete=complete)
 
     def Score(self, request: Any, context: Any) -> pb.ScoreResponse:  # noqa: N802
@@ -61,11 +72,32 @@ def test_a_stream(served: tuple[Scripted, Client]) -> None:
     assert text == "ab"
     assert (stream.request_id, stream.seed, stream.prompt_tokens) == ("r", 7, 2)
     assert stream.token_ids == [4, 5]
-    assert (stream.finish_reason, stream.usage) == ("stop", Usage(2, 2, 3, 1))
+    assert (stream.finish_reason, stream.usage) == ("stop", Usage(2, 2, 3, 1, 4, 5, 6))
+    assert stream.matched_stop is None
     asked = service.asked[0]
     assert (asked.text, asked.request_id) == ("x", "mine")
     sent = {field.name for field, _ in asked.sampling_params.ListFields()}
     assert sent == {"mode", "confidence_threshold"}
+
+
+def test_stopping_and_log_probabilities(served: tuple[Scripted, Client]) -> None:
+    service, client = served
+    stream = client.generate(
+        "x", mode="verified", draft_steps=3, min_tokens=2, stop=["日", "b"], logprobs=True
+    )
+    assert [block.log_probs for block in stream] == [(-0.5, -0.25)]
+    assert stream.log_probs == [-0.5, -0.25]
+    assert stream.matched_stop == "日"
+    asked = service.asked[0].sampling_params
+    assert (asked.mode, asked.draft_steps, asked.min_tokens) == ("verified", 3, 2)
+    assert (list(asked.stop), asked.logprobs) == (["日", "b"], True)
+
+
+def test_one_string_is_no_list_of_stop_strings(served: tuple[Scripted, Client]) -> None:
+    service, client = served
+    with pytest.raises(InvalidRequestError, match="stop: got 'end', expected a list of strings"):
+        client.generate("x", stop="end")
+    assert service.asked == []
 
 
 def test_a_broken_stream_keeps_what_a_resume_needs(served: tuple[Scripted, Client]) -> None:

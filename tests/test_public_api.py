@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,9 @@ def test_the_signatures() -> None:
         ("min_p", None),
         ("seed", None),
         ("eos_token_id", None),
+        ("draft_steps", 4),
+        ("min_tokens", 0),
+        ("stop", None),
     ]
     assert defaults_of(TwoTower.from_pretrained) == [
         ("path", None),
@@ -72,7 +76,7 @@ def test_the_signatures() -> None:
 def test_the_defaults_of_a_request_are_those_of_generate() -> None:
     params = GenerationParams()
     for name, default in defaults_of(TwoTower.generate)[2:]:
-        assert getattr(params, name) == default
+        assert getattr(params, name) == (() if name == "stop" else default)
 
 
 def test_what_a_result_holds() -> None:
@@ -84,6 +88,11 @@ def test_what_a_result_holds() -> None:
         "context_passes",
         "seed",
         "blocks",
+        "matched_stop",
+        "cached_tokens",
+        "accepted_tokens",
+        "drafted_tokens",
+        "log_probs",
     }
     fields = set(twotower.Block.__dataclass_fields__)
     assert {"token_ids", "commit_steps", "confidences"} <= fields
@@ -102,6 +111,8 @@ def test_results_are_consistent(model: TwoTower, mode: Any) -> None:
         for block in result.blocks:
             assert len(block.commit_steps) == len(block.confidences) == len(block.token_ids)
             assert all(0.0 < confidence <= 1.0 for confidence in block.confidences)
+        shares = [value for block in result.blocks for value in block.confidences]
+        assert [math.exp(value) for value in result.log_probs] == pytest.approx(shares, rel=1e-5)
         assert sum(block.nfe for block in result.blocks) == result.nfe
     if mode == "mask_diffusion":
         assert [len(block.token_ids) for block in results[0].blocks] == [16, 16, 5]
@@ -144,6 +155,49 @@ def test_recorded_outputs_are_cut_at_the_first_eos(
         )[0]
         assert result.token_ids == want, case["id"]
         assert result.finish_reason == ("length" if eos is None else "stop")
+
+
+class Letters:
+    """A tokenizer of one letter per id, far from the letters that a prompt could have."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - 0x4E00 for letter in text]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(chr(0x4E00 + token) for token in token_ids)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_stop_string_ends_a_row(model: TwoTower, mode: Any, length: int) -> None:
+    writing = TwoTower(model._context, model._denoiser, Letters())
+    how = {"mode": mode, "max_tokens": 40, "block_size": 4, "temperature": 1.0, "seed": 3}
+    free = writing.generate([PROMPT], **how)[0]
+    assert free.text == Letters().decode(free.token_ids)
+    assert free.matched_stop is None
+    # Its first occurrence is where it ends, and it lies over the border of two blocks.
+    stop = free.text[9 - length : 9]
+    end = free.text.index(stop) + length
+    result = writing.generate([PROMPT], stop=["zz", stop], **how)[0]
+    assert (result.finish_reason, result.matched_stop) == ("stop", stop)
+    assert result.token_ids == free.token_ids[:end]
+    assert result.text == free.text[: end - length]
+    assert result.log_probs == free.log_probs[:end]
+    assert [token for block in result.blocks for token in block.token_ids] == result.token_ids
+    assert model._context.num_rows == model._denoiser.num_rows == 0
+
+
+def test_eos_waits_for_min_tokens(model: TwoTower) -> None:
+    """In a greedy row, EOS made of the token that would come soonest."""
+    free = model.generate([PROMPT], mode="ar", max_tokens=20)[0]
+    eos = free.token_ids[0]
+    assert model.generate([PROMPT], mode="ar", eos_token_id=eos)[0].token_ids == [eos]
+    for mode in MODES:
+        result = model.generate(
+            [PROMPT], mode=mode, max_tokens=20, eos_token_id=eos, min_tokens=12
+        )[0]
+        assert eos not in result.token_ids[:12]
+        assert len(result.token_ids) > 12
 
 
 def test_greedy_rows_do_not_depend_on_the_seed_and_sampled_ones_do(model: TwoTower) -> None:
@@ -200,6 +254,10 @@ async def test_it_works_inside_an_event_loop(model: TwoTower) -> None:
         ([PROMPT], {"temperature": -1.0}, "temperature"),
         ([PROMPT], {"mode": "dream"}, "mode"),
         ([PROMPT], {"eos_token_id": 10**6}, "eos_token_id"),
+        ([PROMPT], {"draft_steps": 0}, "draft_steps"),
+        ([PROMPT], {"min_tokens": 65}, "min_tokens"),
+        ([PROMPT], {"stop": "x"}, "stop"),
+        ([PROMPT], {"stop": ["x"]}, "stop"),
     ],
 )
 def test_bad_input_is_refused_and_leaves_nothing(

@@ -12,6 +12,7 @@ from twotower.kernels import dispatch
 from twotower.towers import layers
 from twotower.towers.config import TwoTowerConfig
 from twotower.towers.layers import AttentionWeights, LayerWeights, MambaWeights, MoeWeights
+from twotower.towers.memory import StatePool, pages_for
 from twotower.towers.packing import Packing
 from twotower.towers.state import ContextState, LayerLog
 
@@ -60,8 +61,9 @@ class Tower:
         self._places = [pattern[:index].count(kind) for index, kind in enumerate(pattern)]
 
     def new_state(self, capacity: int) -> ContextState:
-        """An empty state, or mirror of one, with room for `capacity` tokens."""
-        return ContextState(self.config, capacity, self.device, self.dtype)
+        """An empty state, or mirror, with room for `capacity` tokens, in a pool of its own."""
+        pool = StatePool(self.config, 1, pages_for(capacity), self.device, self.dtype)
+        return pool.open(capacity)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ class Tower:
             return Mixed(*layers.mamba(x, mixer, self.config, reads.packing, histories, ssm))
         if isinstance(mixer, AttentionWeights):
             contexts = [
-                (state.k[place, :, :seen], state.v[place, :, :seen])
+                state.context_kv(place, seen)
                 for state, seen in zip(reads.states, reads.visible, strict=True)
             ]
             out, kv = layers.attention(x, mixer, self.config, reads.packing, contexts, reads.causal)

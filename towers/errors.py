@@ -6,6 +6,7 @@ TwoTowerError
 │   └── ConfigError          its config.json has a key or value we do not compute
 ├── NumericalError           a row's logits are not finite; nothing of it is committed
 ├── CapacityError            no room for the row now; trying again later may work
+│   └── QueueFullError       too many rows wait for room already
 └── UnavailableError         a tower, link or replica that the row needs is gone
 """
 
@@ -43,6 +44,10 @@ class NumericalError(TwoTowerError):
 
 class CapacityError(TwoTowerError):
     """No slot, page or queue place is free for a row."""
+
+
+class QueueFullError(CapacityError):
+    """The queue of rows that wait for room is as long as it may be."""
 
 
 class UnavailableError(TwoTowerError):

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from twotower.towers.params import FinishReason, GenerationParams
-from twotower.towers.protocols import Block, ContextService, DenoiserService
+from twotower.towers.protocols import Block, ContextService, DenoiserService, Prefilled
 
 
 async def generate_blocks(
@@ -26,15 +26,19 @@ async def generate_blocks(
     """
     if params.mode != "ar" and denoiser is None:
         raise ValueError(f"mode: {params.mode} needs a denoiser")
+    params = params.for_prompt(len(prompt))
     loop = _RowLoop(context, denoiser, row_id, params, len(prompt))
     try:
         await loop.open()
-        passes = await context.prefill(row_id, prompt, generated, params)
+        prefilled = await context.prefill(row_id, prompt, generated, params)
         left = params.max_tokens - len(generated)
-        blocks = loop.blocks(len(prompt) + len(generated), [*prompt, *generated][-1])
-        async for block in blocks:
-            block = replace(block, context_passes=block.context_passes + passes)
-            passes = 0
+        async for block in loop.blocks(prompt, generated):
+            block = replace(
+                block,
+                context_passes=block.context_passes + prefilled.passes,
+                cached_tokens=prefilled.cached_tokens,
+            )
+            prefilled = Prefilled(0)
             block = cut(block, left, params.eos_token_id)
             left -= len(block.token_ids)
             if block.finish_reason is not None:
@@ -59,6 +63,7 @@ def cut(block: Block, left: int, eos_token_id: int | None) -> Block:
         token_ids=tokens,
         commit_steps=block.commit_steps[:count],
         confidences=block.confidences[:count],
+        log_probs=block.log_probs[:count],
         finish_reason=reason,
     )
 
@@ -86,8 +91,14 @@ class _RowLoop:
         if self._denoiser is not None and self._params.mode != "ar":
             await self._denoiser.open(self._row_id, self._capacity)
 
-    async def blocks(self, position: int, last_token: int) -> AsyncIterator[Block]:
+    def blocks(self, prompt: Sequence[int], generated: Sequence[int]) -> AsyncIterator[Block]:
         """Blocks as they come, without an end of their own."""
+        position = len(prompt) + len(generated)
+        if self._params.mode == "verified":
+            return self._verified_blocks(position - bool(generated), generated[-1:])
+        return self._own_blocks(position, [*prompt, *generated][-1])
+
+    async def _own_blocks(self, position: int, last_token: int) -> AsyncIterator[Block]:
         while True:
             # The draft is asked for while the context is still being extended: the denoiser waits
             # for its mirror by itself, and one round trip less stands between two blocks.
@@ -102,23 +113,42 @@ class _RowLoop:
             position += len(block.token_ids)
             last_token = block.token_ids[-1]
 
+    async def _verified_blocks(self, position: int, known: Sequence[int]) -> AsyncIterator[Block]:
+        """Drafts from `position`, where the context ends; `known` is the token that follows it
+        and is committed already, if there is one."""
+        assert self._denoiser is not None
+        while True:
+            draft = await self._denoiser.denoise_block(
+                self._row_id, position, self._params, tuple(known)
+            )
+            block = await self._context.verify(self._row_id, draft.token_ids, self._params)
+            fresh = len(block.token_ids)
+            # The last token is the context tower's own, committed once the draft was complete.
+            steps = (*draft.commit_steps[len(known) :][: fresh - 1], draft.nfe)
+            yield replace(block, commit_steps=steps, nfe=draft.nfe)
+            position += len(known) + fresh - 1
+            known = block.token_ids[-1:]
+
     def read(self, block: Block) -> None:
         """Starts extending the context by a block that does not end the row."""
-        if self._params.mode != "ar":
+        if self._params.mode in ("mask_diffusion", "mock_ar"):
             extending = self._context.extend(self._row_id, block.token_ids)
             self._reading = asyncio.ensure_future(extending)
 
     async def close(self) -> None:
-        """Waits for what runs, then frees the row on both sides, whatever failed before."""
+        """Waits for what runs, then frees the row on both sides, whatever failed before.
+
+        The denoiser first: on one device it reads the context tower's own state.
+        """
         if self._reading is not None:
             self._reading.cancel()
             with suppress(asyncio.CancelledError, Exception):
                 await self._reading
         try:
-            await self._context.release(self._row_id)
-        finally:
             if self._denoiser is not None:
                 await self._denoiser.release(self._row_id)
+        finally:
+            await self._context.release(self._row_id)
 
     async def _read_passes(self) -> int:
         if self._reading is None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from twotower.kernels import dispatch
+from twotower.kernels.attention import KeyValuePages
 from twotower.kernels.elementwise import softplus
 from twotower.kernels.moe import ExpertWeights, RouterRule
 from twotower.kernels.replay import ReplayWeights
@@ -128,20 +129,19 @@ def attention(
     weights: AttentionWeights,
     config: TwoTowerConfig,
     packing: Packing,
-    contexts: Sequence[tuple[Tensor, Tensor]],
+    contexts: Sequence[KeyValuePages],
     causal: bool,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Per row: context K and V [nkv, S, hd]. Returns output and each row's new K/V
-    [nkv, L, hd]."""
+    """Per row: its context's K/V. Returns output and each row's new K/V [nkv, L, hd]."""
     heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     qkv = dispatch.linear(x, weights.qkv, weights.qkv_bias).unflatten(-1, (-1, width))
     q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
     outputs, added = [], []
-    for row, (k_ctx, v_ctx) in enumerate(contexts):
+    for row, context in enumerate(contexts):
         span = packing.slice_of(row)
         k_new = k[span].transpose(0, 1).contiguous()
         v_new = v[span].transpose(0, 1).contiguous()
-        outputs.append(dispatch.attention(q[span].contiguous(), k_ctx, v_ctx, k_new, v_new, causal))
+        outputs.append(dispatch.attention(q[span].contiguous(), context, k_new, v_new, causal))
         added.append((k_new, v_new))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return dispatch.linear(out, weights.o_proj, weights.o_proj_bias), added

@@ -11,10 +11,12 @@ from typing import Literal, get_args
 
 from twotower.towers.errors import InvalidRequestError
 
-Mode = Literal["mask_diffusion", "ar", "mock_ar"]
+Mode = Literal["mask_diffusion", "ar", "mock_ar", "verified"]
 FinishReason = Literal["stop", "length"]
 MODES: tuple[str, ...] = get_args(Mode)
 MAX_BLOCK_SIZE = 256
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
 SEED_BITS = 63
 
 
@@ -24,8 +26,11 @@ class GenerationParams:
 
     `temperature` 0 is greedy. `top_k`, `top_p` and `min_p` narrow the draw, in this order, after
     the temperature. `seed` None means that one is drawn. `eos_token_id` None means no EOS.
-    `block_size`, `steps_per_block` and `confidence_threshold` matter to mask_diffusion only,
-    except that ar and mock_ar hand out `block_size` tokens at a time.
+    `steps_per_block` matters to mask_diffusion only, `confidence_threshold` to it and to verified;
+    ar and mock_ar hand out `block_size` tokens at a time. `draft_steps` are the most denoiser
+    passes per draft in verified. Neither EOS nor one of the `stop` strings (kept as a tuple) ends
+    the output before it has `min_tokens` tokens. `eos_from`, the absolute position from which EOS
+    may be drawn, is set by the block loop, not by users.
     """
 
     mode: Mode = "mask_diffusion"
@@ -39,6 +44,10 @@ class GenerationParams:
     min_p: float | None = None
     seed: int | None = None
     eos_token_id: int | None = None
+    draft_steps: int = 4
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    eos_from: int = 0
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -58,6 +67,11 @@ class GenerationParams:
             _whole("seed", self.seed, 0, 2**SEED_BITS - 1)
         if self.eos_token_id is not None:
             _whole("eos_token_id", self.eos_token_id, 0)
+        _whole("draft_steps", self.draft_steps, 1, MAX_BLOCK_SIZE)
+        _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _whole("eos_from", self.eos_from, 0)
+        _check_stop(self.stop)
+        object.__setattr__(self, "stop", tuple(self.stop))
 
     def with_seed(self) -> GenerationParams:
         """The same parameters with a seed: the given one, or one drawn now."""
@@ -65,8 +79,15 @@ class GenerationParams:
             return self
         return replace(self, seed=secrets.randbits(SEED_BITS))
 
+    def for_prompt(self, prompt_tokens: int) -> GenerationParams:
+        """The same parameters for a prompt of that length: `eos_from` is its absolute position."""
+        return replace(self, eos_from=prompt_tokens + self.min_tokens)
+
     def context_tokens(self, prompt_tokens: int) -> int:
         """Context positions that the row may need: prompt and output, up to whole blocks."""
+        if self.mode == "verified":
+            # A draft is a whole block wherever it starts, so the last may reach past max_tokens.
+            return prompt_tokens + self.max_tokens + self.block_size
         unit = self.block_size if self.mode == "mask_diffusion" else 1
         return prompt_tokens + -(-self.max_tokens // unit) * unit
 
@@ -120,6 +141,18 @@ def _check_ids(field: str, ids: list[int], vocab_size: int) -> None:
     for index, token in enumerate(ids):
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise InvalidRequestError(f"{field}[{index}]", token, f"an id in 0..{vocab_size - 1}")
+
+
+def _check_stop(stop: object) -> None:
+    limit = f"a list of at most {MAX_STOP_STRINGS} strings"
+    if not isinstance(stop, list | tuple):
+        raise InvalidRequestError("stop", stop, limit)
+    if len(stop) > MAX_STOP_STRINGS:
+        raise InvalidRequestError("stop", f"{len(stop)} strings", limit)
+    for index, text in enumerate(stop):
+        if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_LENGTH:
+            length = f"a string of 1 to {MAX_STOP_LENGTH} characters"
+            raise InvalidRequestError(f"stop[{index}]", text, length)
 
 
 def _whole(field: str, value: object, low: int, high: int | None = None) -> None:

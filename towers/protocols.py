@@ -6,10 +6,10 @@ deployment they are handles of two actors. Between the towers a `StateLink` carr
 
 Guarantees that every implementation gives:
 - a row exists on a side from `open` until `release`; `release` of an unknown row does nothing;
-- calls for one row come one at a time, except that `denoise_block` and `next_token` may be
-  called while `extend` runs; calls for different rows may overlap freely;
-- after `prefill`, `extend` or `decode` returns, the state up to that position has been handed to
-  the link in order; `denoise_block` and `next_token` wait until their own side has it.
+- `open` waits, in order, until the row has its slot and pages;
+- calls for one row come one at a time, except that `denoise_block` and `next_token` may be called while `extend` runs; calls for different rows may overlap freely;
+- after `prefill`, `extend` or `verify` returns, the state up to that position has been handed to
+  the link in order; the denoiser's calls wait until their own side has it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from typing import TYPE_CHECKING, Protocol
 from twotower.towers.params import FinishReason, GenerationParams
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from twotower.towers.state import ContextState
+    from twotower.towers.update import UpdatePlan
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,12 @@ class Block:
     """Tokens that were committed together, with how each came about.
 
     `commit_steps[i]` is the 0-based step at which position i was committed, `confidences[i]` the
-    probability that the tower gave token i then. `start` is the absolute position of the first
-    token, `nfe` the number of denoiser calls and `context_passes` that of context passes spent
-    since the block before it.
+    probability that the tower gave token i then and `log_probs[i]` its natural logarithm: the
+    denoiser's in mask_diffusion and mock_ar, the context tower's in ar and verified. `start` is
+    the absolute position of the first token, `nfe` the number of denoiser calls and
+    `context_passes` that of context passes spent since the block before it. In verified,
+    `drafted_tokens` were checked and `accepted_tokens` of them accepted. `cached_tokens` of the
+    prompt came from the prefix cache; the first block tells.
     """
 
     start: int
@@ -41,18 +47,33 @@ class Block:
     nfe: int
     context_passes: int = 0
     finish_reason: FinishReason | None = None
+    log_probs: tuple[float, ...] = ()
+    accepted_tokens: int = 0
+    drafted_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """How a row was read: passes made, and tokens that came from the prefix cache."""
+
+    passes: int
+    cached_tokens: int = 0
 
 
 class ContextService(Protocol):
     """A context tower holding rows."""
 
     async def open(self, row_id: str, capacity: int) -> None:
-        """Makes room for a row of up to `capacity` tokens. Raises CapacityError."""
+        """Waits for room for a row of up to `capacity` tokens.
+
+        Raises CapacityError if too many wait already or the row can never fit.
+        """
 
     async def prefill(
         self, row_id: str, prompt: Sequence[int], generated: Sequence[int], params: GenerationParams
-    ) -> int:
-        """Reads a prompt and, on a resume, what was already generated; returns passes made."""
+    ) -> Prefilled:
+        """Reads a prompt and, on a resume, what was already generated."""
 
     async def extend(self, row_id: str, token_ids: Sequence[int]) -> int:
         """Appends committed tokens to the row's context; returns passes made."""
@@ -60,21 +81,37 @@ class ContextService(Protocol):
     async def decode(self, row_id: str, count: int, params: GenerationParams) -> Block:
         """Decodes up to `count` tokens autoregressively; stops after an EOS."""
 
+    async def verify(self, row_id: str, draft: Sequence[int], params: GenerationParams) -> Block:
+        """Checks a draft by one pass over it and appends what it accepts to the row's context.
+
+        The block holds the accepted tokens that are new and the tower's own token after them,
+        which is the first of the next draft.
+        """
+
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probabilities of tokens 1..n-1, each given the tokens before it."""
 
     async def release(self, row_id: str) -> None:
-        """Frees everything that the row holds."""
+        """Frees everything that the row holds, or its place in the queue."""
 
 
 class DenoiserService(Protocol):
     """A denoiser tower holding mirrors of rows' context states."""
 
     async def open(self, row_id: str, capacity: int) -> None:
-        """Makes room for the mirror of a row of up to `capacity` tokens. Raises CapacityError."""
+        """Waits for room for the mirror of a row of up to `capacity` tokens; as ContextService."""
 
-    async def denoise_block(self, row_id: str, position: int, params: GenerationParams) -> Block:
-        """Fills the block that starts at `position`, once the mirror has reached it."""
+    async def denoise_block(
+        self,
+        row_id: str,
+        position: int,
+        params: GenerationParams,
+        known: Sequence[int] = (),
+    ) -> Block:
+        """Fills the block that starts at `position`, once the mirror has reached it.
+
+        `known` tokens at its head are committed already. In verified mode the block is a draft.
+        """
 
     async def next_token(
         self, row_id: str, position: int, last_token: int, params: GenerationParams
@@ -82,11 +119,38 @@ class DenoiserService(Protocol):
         """mock_ar: the token at `position`, from the context before `last_token`."""
 
     async def release(self, row_id: str) -> None:
-        """Frees everything that the row holds."""
+        """Frees everything that the row holds, or its place in the queue."""
+
+
+class LayerSink(Protocol):
+    """Takes shares of a row's update while a pass computes them, from the pass's own thread."""
+
+    def put(self, name: str, layer: int, tensor: Tensor) -> None:
+        """One layer's share, named and shaped as `UpdatePlan.shapes` without its first dimension;
+        copied before this returns. Names that the plan does not hold are passed over."""
+
+
+class UpdateWriter(LayerSink, Protocol):
+    """One update of a row on its way to the other tower."""
+
+    async def finish(self) -> None:
+        """Called after the last `put`; returns once the mirror has the update.
+
+        Raises UnavailableError if the link is broken or the receiver refuses.
+        """
+
+    def abort(self) -> None:
+        """Gives the update up; the mirror stays where it is. After `finish` it does nothing."""
 
 
 class StateLink(Protocol):
     """The way of context states from a context tower to a denoiser tower, in order per row."""
 
-    async def publish(self, row_id: str, state: ContextState, start: int) -> None:
-        """Hands over the row's state; K/V before `start` was published before."""
+    def open(self, row_id: str) -> None:
+        """Starts to carry a row."""
+
+    def begin(self, row_id: str, state: ContextState, plan: UpdatePlan) -> UpdateWriter:
+        """Starts the row's next update; the one before it has finished."""
+
+    def forget(self, row_id: str) -> None:
+        """Stops to carry a row; an unknown row is fine."""

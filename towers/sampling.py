@@ -13,6 +13,7 @@ from torch import Tensor
 
 from twotower.kernels import dispatch
 from twotower.kernels.philox import uniforms
+from twotower.kernels.unmask import bar
 from twotower.towers.errors import NumericalError
 from twotower.towers.params import GenerationParams, row_key
 
@@ -21,21 +22,39 @@ DOMAIN_AUTOREGRESSIVE = 2
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """One token per position, with its probability (untempered, unfiltered) and the natural log
+    of that."""
+
+    token_ids: list[int]
+    confidences: list[float]
+    log_probs: list[float]
+
+
+@dataclass(frozen=True)
 class Sampler:
-    """The draw of one row: greedy if `temperature` is 0."""
+    """The draw of one row: greedy if `temperature` is 0; no EOS below position `eos_from`."""
 
     temperature: float
     top_k: int | None
     top_p: float | None
     min_p: float | None
     key: int
+    eos_token_id: int | None = None
+    eos_from: int = 0
 
     @classmethod
     def from_params(cls, params: GenerationParams) -> Sampler:
         """`params` must have a seed."""
         assert params.seed is not None
         return cls(
-            params.temperature, params.top_k, params.top_p, params.min_p, row_key(params.seed)
+            params.temperature,
+            params.top_k,
+            params.top_p,
+            params.min_p,
+            row_key(params.seed),
+            params.eos_token_id,
+            params.eos_from,
         )
 
     def draw(
@@ -45,28 +64,43 @@ class Sampler:
         step: int,
         domain: int,
         excluded_token: int | None = None,
-    ) -> tuple[list[int], list[float]]:
-        """logits [M, V] at M absolute positions -> token ids and confidences.
+    ) -> Drawn:
+        """logits [M, V] at M absolute positions -> a token at each.
 
         Raises NumericalError on non-finite logits.
         """
+        barred = self._barred(positions, logits.device)
         scores = noise = None
         if self.temperature > 0:
-            scores = draw_scores(logits, self, excluded_token)
+            scores = draw_scores(logits, self, excluded_token, barred)
             where = torch.tensor(positions, device=logits.device)
             noise = uniforms(self.key, where, step, domain, logits.shape[-1])
-        tokens, confidences, finite = dispatch.predict(logits, excluded_token, scores, noise)
+        tokens, confidences, log_probs, finite = dispatch.predict(
+            logits, excluded_token, scores, noise, self.eos_token_id, barred
+        )
         if not bool(finite.all()):
             raise NumericalError(f"non-finite logits at position {positions[0]}, step {step}")
-        return tokens.tolist(), confidences.tolist()
+        return Drawn(tokens.tolist(), confidences.tolist(), log_probs.tolist())
+
+    def _barred(self, positions: list[int], device: torch.device) -> Tensor | None:
+        """Where EOS cannot be drawn, [M] bool; None if it can be everywhere."""
+        if self.eos_token_id is None or min(positions, default=self.eos_from) >= self.eos_from:
+            return None
+        return torch.tensor([position < self.eos_from for position in positions], device=device)
 
 
-def draw_scores(logits: Tensor, sampler: Sampler, excluded_token: int | None) -> Tensor:
-    """logits [M, V] -> log-probabilities to draw from, -inf where filtered out, [M, V] fp32."""
+def draw_scores(
+    logits: Tensor, sampler: Sampler, excluded_token: int | None, barred: Tensor | None = None
+) -> Tensor:
+    """logits [M, V] -> log-probabilities to draw from, -inf where filtered out, [M, V] fp32.
+
+    Where `barred` [M] bool is True, EOS is taken out before the filters count what is left.
+    """
     scores = logits.float()
     if excluded_token is not None:
         scores = scores.clone()
         scores[:, excluded_token] = float("-inf")
+    scores = bar(scores, sampler.eos_token_id, barred)
     # From the maximum down, so that no quotient overflows at a temperature next to 0.
     scores = scores - scores.amax(-1, keepdim=True)
     temperature = max(sampler.temperature, torch.finfo(scores.dtype).tiny)

@@ -52,13 +52,20 @@ class ReplayRule:
 
 
 class BlockDraft:
-    """A block on its way from masks to tokens; plain lists, no tensors."""
+    """A block on its way from masks to tokens; plain lists, no tensors.
 
-    def __init__(self, length: int, mask_token_id: int, rule: CommitRule) -> None:
-        self.token_ids = [mask_token_id] * length
-        self.masked = list(range(length))
-        self.commit_steps = [-1] * length
-        self.confidences = [0.0] * length
+    `known` tokens at its head are committed from the start, at step 0 with certainty.
+    """
+
+    def __init__(
+        self, length: int, mask_token_id: int, rule: CommitRule, known: Sequence[int] = ()
+    ) -> None:
+        masked = length - len(known)
+        self.token_ids = [*known, *[mask_token_id] * masked]
+        self.masked = list(range(len(known), length))
+        self.commit_steps = [*[0] * len(known), *[-1] * masked]
+        self.confidences = [*[1.0] * len(known), *[0.0] * masked]
+        self.log_probs = [0.0] * length
         self.step = 0
         self._rule = rule
 
@@ -71,10 +78,15 @@ class BlockDraft:
         """The masked fraction, the denoiser's t."""
         return len(self.masked) / len(self.token_ids)
 
-    def commit(self, tokens: Sequence[int], confidences: Sequence[float]) -> list[int]:
+    def commit(
+        self,
+        tokens: Sequence[int],
+        confidences: Sequence[float],
+        log_probs: Sequence[float] = (),
+    ) -> list[int]:
         """Takes predictions for the masked positions, in order; returns the positions committed.
 
-        Equal confidences go to the leftmost position.
+        Equal confidences go to the leftmost position. `log_probs` are kept for those who ask.
         """
         count = self._rule.count(confidences, self.step)
         ranked = sorted(range(len(self.masked)), key=lambda i: -confidences[i])[:count]
@@ -83,6 +95,8 @@ class BlockDraft:
             self.token_ids[position] = tokens[i]
             self.commit_steps[position] = self.step
             self.confidences[position] = confidences[i]
+            if log_probs:
+                self.log_probs[position] = log_probs[i]
         self.masked = [position for position in self.masked if self.commit_steps[position] < 0]
         self.step += 1
         return positions

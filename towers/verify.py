@@ -23,7 +23,9 @@ from torch import Tensor
 from twotower.kernels import dispatch
 from twotower.towers.context import ContextTower
 from twotower.towers.denoiser import DenoiserTower, timestep_features
-from twotower.towers.engine import PREFILL_CHUNK, ContextEngine, DenoiserEngine
+from twotower.towers.context_engine import ContextEngine
+from twotower.towers.denoiser_engine import DenoiserEngine
+from twotower.towers.prefill import PREFILL_CHUNK
 from twotower.towers.errors import CheckpointError
 from twotower.towers.generation import generate_blocks
 from twotower.towers.link import LocalLink
@@ -194,10 +196,9 @@ class _Replayer:
             recorded = tensors[f"{prefix}ssm.{layer}"][row]
             result.close(f"{prefix}ssm.{layer}", state.ssm[index], recorded, STATE_TOLERANCE)
         for index, layer in enumerate(config.layers_of("*")):
-            for name, held in (("k", state.k), ("v", state.v)):
+            for name, own in zip("kv", state.kv(index, 0, state.length), strict=True):
                 if not prefix and f"{name}.{layer}" in tensors:
                     recorded = tensors[f"{name}.{layer}"][row]
-                    own = held[index, :, : state.length]
                     result.close(f"{name}.{layer}", own, recorded, STATE_TOLERANCE)
 
     def _denoise(self, _case: Case, tensors: Mapping[str, Tensor], result: CaseReport) -> None:
@@ -301,7 +302,7 @@ class _Replayer:
                 continue
             result.same(f"xt_before[{call},{row}]", draft.token_ids, blocks[row])
             picked = logits[row][draft.masked]
-            tokens, confidences, _ = dispatch.predict(picked, mask)
+            tokens, confidences, _, _ = dispatch.predict(picked, mask)
             want = tensors["trace.predicted"][call, row][draft.masked].tolist()
             result.same(f"predicted[{call},{row}]", tokens.tolist(), want)
             recorded = tensors["trace.confidence"][call, row][draft.masked]
@@ -369,7 +370,7 @@ class _Replayer:
                     noise = tensors["uniform"][call, row][draft.masked]
                 if rows == 1:
                     result.same(f"t[{call}]", draft.timestep, float(tensors["trace.t"][call]))
-                tokens, confidences, _ = dispatch.predict(logits, mask, scores, noise)
+                tokens, confidences, _, _ = dispatch.predict(logits, mask, scores, noise)
                 draft.commit(tokens.tolist(), confidences.tolist())
                 after = tensors["trace.xt_after"][call, row].tolist()
                 result.same(f"xt_after[{call},{row}]", draft.token_ids, after)

@@ -1,4 +1,4 @@
-"""Context states as a header and raw bytes: what the state channel puts on the wire, and checks.
+"""Frames of the state channel: how updates are laid out on the wire, and what is refused.
 
 Nothing here opens a socket. `check_header` runs before a byte is allocated, so a corrupt or
 oversized header costs nothing.
@@ -7,17 +7,25 @@ oversized header costs nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from google.protobuf.message import DecodeError
+from torch import Tensor
 
 from twotower.protos.v1 import state_pb2
-from twotower.towers.state import StateUpdate
+from twotower.towers.update import UpdateKind, UpdatePlan
 
 CHUNK_BYTES = 1 << 20
 MAX_ROW_ID = 256
 MAX_DIMENSIONS = 8
-UPDATE_TENSORS = frozenset(("conv", "ssm", "xbc", "dt", "k", "v"))
+STATE_TENSORS: dict[UpdateKind, frozenset[str]] = {
+    "snapshot": frozenset(("conv", "ssm", "k", "v")),
+    "delta": frozenset(("xbc", "dt", "k", "v")),
+    "kv": frozenset(("k", "v")),
+}
 WEIGHT_TENSORS = frozenset(("conv_weight", "conv_bias", "a_log", "dt_bias"))
 DTYPES = {
     "float32": torch.float32,
@@ -25,6 +33,14 @@ DTYPES = {
     "float16": torch.float16,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_KINDS: dict[UpdateKind, state_pb2.UpdateKind] = {
+    "snapshot": state_pb2.UPDATE_KIND_SNAPSHOT,
+    "delta": state_pb2.UPDATE_KIND_DELTA,
+    "kv": state_pb2.UPDATE_KIND_KV,
+}
+_KIND_NAMES = {number: kind for kind, number in _KINDS.items()}
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_PAYLOAD_TAG = state_pb2.StateFrame.PAYLOAD_FIELD_NUMBER << 3 | _BYTES
 
 
 class FrameError(ValueError):
@@ -35,45 +51,88 @@ class OversizedError(FrameError):
     """A header announces more bytes than a row may have."""
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of one tensor of an update: its index in the header, bytes before it, its size."""
+
+    tensor: int
+    offset: int
+    size: int
+
+
 def make_header(
-    update: StateUpdate, *, row_id: str, sequence: int, epoch: int, block_index: int
+    plan: UpdatePlan, tensors: Mapping[str, Tensor], *, row_id: str, epoch: int, block_index: int
 ) -> state_pb2.StateHeader:
     """The header of an update. Raises ValueError for a dtype that the wire does not know."""
     return state_pb2.StateHeader(
-        sequence=sequence,
         epoch=epoch,
         row_id=row_id,
         block_index=block_index,
-        start=update.start,
-        position=update.position,
-        tensors=[_spec(name, tensor) for name, tensor in update.tensors.items()],
+        kind=_KINDS[plan.kind],
+        start=plan.start,
+        position=plan.position,
+        tensors=[_spec(name, tensor) for name, tensor in tensors.items()],
     )
 
 
-def make_weights_header(tensors: Mapping[str, torch.Tensor], epoch: int) -> state_pb2.StateHeader:
+def make_weights_header(tensors: Mapping[str, Tensor], epoch: int) -> state_pb2.StateHeader:
     """The header that opens a link: the sender's replay weights, which belong to no row."""
     specs = [_spec(name, tensor) for name, tensor in tensors.items()]
     return state_pb2.StateHeader(epoch=epoch, tensors=specs)
 
 
-def payloads(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes]:
-    """The tensors' bytes in order, at most `CHUNK_BYTES` at a time."""
-    for tensor in tensors.values():
-        flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-        for begin in range(0, flat.numel(), CHUNK_BYTES):
-            yield flat[begin : begin + CHUNK_BYTES].numpy().tobytes()
+def plan_of(header: state_pb2.StateHeader) -> UpdatePlan:
+    """What a checked header of a row says about its update."""
+    return UpdatePlan(_KIND_NAMES[header.kind], header.start, header.position)
+
+
+def encode(
+    sequence: int,
+    pieces: Sequence[Piece] = (),
+    payload: Iterable[np.ndarray] = (),
+    header: state_pb2.StateHeader | None = None,
+    finished: bool = False,
+    aborted: bool = False,
+) -> bytes:
+    """A serialized StateFrame; `payload` are the pieces' bytes, uint8.
+
+    The payload is put behind the other fields by hand: protobuf would copy it twice more.
+    """
+    frame = state_pb2.StateFrame(
+        sequence=sequence, header=header, finished=finished, aborted=aborted
+    )
+    for piece in pieces:
+        frame.pieces.add(tensor=piece.tensor, offset=piece.offset, size=piece.size)
+    views = list(payload)
+    length = sum(view.nbytes for view in views)
+    if not length:
+        return frame.SerializeToString()
+    start = frame.SerializeToString() + bytes((_PAYLOAD_TAG,)) + _varint(length)
+    return b"".join((start, *(view.data for view in views)))
+
+
+def decode(raw: bytes) -> tuple[state_pb2.StateFrame, memoryview]:
+    """A serialized StateFrame without its payload, and the payload, not copied.
+
+    Raises FrameError for bytes that are no StateFrame.
+    """
+    view = memoryview(raw)
+    try:
+        begin, payload, end = _find_payload(view)
+        return state_pb2.StateFrame.FromString(raw[:begin] + raw[end:]), payload
+    except (DecodeError, IndexError) as error:
+        raise FrameError(f"frame: got {len(raw)} bytes, expected a StateFrame") from error
 
 
 def check_header(header: state_pb2.StateHeader, max_bytes: int) -> None:
-    """Raises FrameError, or OversizedError above `max_bytes` of payload."""
+    """Raises FrameError, or OversizedError above `max_bytes` of tensors."""
     if len(header.row_id) > MAX_ROW_ID:
         raise FrameError(
             f"row_id: got {len(header.row_id)} characters, expected at most {MAX_ROW_ID}"
         )
-    names = UPDATE_TENSORS if header.row_id else WEIGHT_TENSORS
     if header.start > header.position:
         raise FrameError(f"start: got {header.start}, expected at most {header.position}")
-    seen: set[str] = set()
+    names, seen = _expected_names(header), set[str]()
     for spec in header.tensors:
         _check_spec(spec, names)
         if spec.name in seen:
@@ -81,68 +140,18 @@ def check_header(header: state_pb2.StateHeader, max_bytes: int) -> None:
         seen.add(spec.name)
     total = sum(spec.bytes for spec in header.tensors)
     if total > max_bytes:
-        raise OversizedError(f"payload: got {total} bytes, expected at most {max_bytes}")
+        raise OversizedError(f"tensors: got {total} bytes, expected at most {max_bytes}")
 
 
-class Assembly:
-    """Collects the payload of one checked header.
-
-    With `keep` false the bytes are counted and thrown away: a stream has to be read past updates
-    that nobody wants.
-    """
-
-    def __init__(self, header: state_pb2.StateHeader, *, keep: bool) -> None:
-        self.header = header
-        self._keep = keep
-        self._sizes = [spec.bytes for spec in header.tensors]
-        self._buffers = [
-            torch.empty(size if keep else 0, dtype=torch.uint8) for size in self._sizes
-        ]
-        self._index = 0
-        self._filled = 0
-        self._skip_full()
-
-    @property
-    def complete(self) -> bool:
-        return self._index == len(self._sizes)
-
-    def feed(self, payload: bytes) -> None:
-        """Takes the next bytes. Raises FrameError if they do not fit the current tensor."""
-        if self.complete:
-            raise FrameError("payload: got more bytes than the header announced")
-        end = self._filled + len(payload)
-        if not payload or len(payload) > CHUNK_BYTES or end > self._sizes[self._index]:
-            left = self._sizes[self._index] - self._filled
-            raise FrameError(
-                f"payload: got {len(payload)} bytes, expected 1 to {min(left, CHUNK_BYTES)}"
-            )
-        if self._keep:
-            # A bytearray copy: torch warns about tensors over read-only memory.
-            source = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-            self._buffers[self._index][self._filled : end] = source
-        self._filled = end
-        self._skip_full()
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors, once complete; they own their memory, on the CPU."""
-        assert self.complete
-        assert self._keep
-        return {
-            spec.name: buffer.view(DTYPES[spec.dtype]).reshape(tuple(spec.shape))
-            for spec, buffer in zip(self.header.tensors, self._buffers, strict=True)
-        }
-
-    def update(self) -> StateUpdate:
-        """The complete update of a row."""
-        return StateUpdate(self.header.start, self.header.position, self.tensors())
-
-    def _skip_full(self) -> None:
-        while not self.complete and self._filled == self._sizes[self._index]:
-            self._index += 1
-            self._filled = 0
+def _expected_names(header: state_pb2.StateHeader) -> frozenset[str]:
+    if not header.row_id:
+        return WEIGHT_TENSORS
+    if header.kind not in _KIND_NAMES:
+        raise FrameError(f"kind: got {header.kind}, expected one of {sorted(_KIND_NAMES)}")
+    return STATE_TENSORS[_KIND_NAMES[header.kind]]
 
 
-def _spec(name: str, tensor: torch.Tensor) -> state_pb2.TensorSpec:
+def _spec(name: str, tensor: Tensor) -> state_pb2.TensorSpec:
     if tensor.dtype not in _DTYPE_NAMES:
         raise ValueError(f"{name}: got {tensor.dtype}, expected one of {', '.join(DTYPES)}")
     return state_pb2.TensorSpec(
@@ -165,3 +174,50 @@ def _check_spec(spec: state_pb2.TensorSpec, names: frozenset[str]) -> None:
     expected = math.prod(spec.shape) * DTYPES[spec.dtype].itemsize
     if spec.bytes != expected:
         raise FrameError(f"{spec.name}: got {spec.bytes} bytes, expected {expected} by its shape")
+
+
+def _find_payload(view: memoryview) -> tuple[int, memoryview, int]:
+    """Begin of the payload's field, the payload, end of the field; all at the end if there is none.
+
+    Walks the top-level fields only. A second payload is left to the parser as an error.
+    """
+    place = 0
+    while place < len(view):
+        begin = place
+        tag, place = _read_varint(view, place)
+        kind = tag & 7
+        if kind == _VARINT:
+            _, place = _read_varint(view, place)
+        elif kind == _BYTES:
+            length, place = _read_varint(view, place)
+            if place + length > len(view):
+                raise IndexError("a field reaches past the frame's end")
+            place += length
+            if tag == _PAYLOAD_TAG:
+                return begin, view[place - length : place], place
+        elif kind in (_FIXED32, _FIXED64):
+            place += 4 if kind == _FIXED32 else 8
+        else:
+            raise IndexError(f"wire type {kind}")
+    return len(view), view[len(view) :], len(view)
+
+
+def _varint(value: int) -> bytes:
+    groups = bytearray()
+    while value > 0x7F:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    groups.append(value)
+    return bytes(groups)
+
+
+def _read_varint(view: memoryview, place: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = view[place]
+        value |= (byte & 0x7F) << shift
+        place, shift = place + 1, shift + 7
+        if byte < 0x80:
+            return value, place
+        if shift > 63:
+            raise IndexError("a number of more than 64 bits")

@@ -24,23 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etwotower/protos/v1/state.proto\x12\x0btwotower.v1\"T\n\nStateFrame\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.twotower.v1.StateHeaderH\x00\x12\x11\n\x07payload\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05\x66rame\"\x9e\x01\n\x0bStateHeader\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06row_id\x18\x03 \x01(\t\x12\x13\n\x0b\x62lock_index\x18\x04 \x01(\r\x12\r\n\x05start\x18\x05 \x01(\r\x12\x10\n\x08position\x18\x06 \x01(\r\x12(\n\x07tensors\x18\x07 \x03(\x0b\x32\x17.twotower.v1.TensorSpec\"G\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\r\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"\xca\x01\n\x0cStateReceipt\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x32\n\x07outcome\x18\x02 \x01(\x0e\x32!.twotower.v1.StateReceipt.Outcome\"t\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_APPLIED\x10\x01\x12\x13\n\x0fOUTCOME_IGNORED\x10\x02\x12\x11\n\rOUTCOME_STALE\x10\x03\x12\x13\n\x0fOUTCOME_REFUSED\x10\x04\x32Q\n\x0cStateChannel\x12\x41\n\x07Publish\x12\x17.twotower.v1.StateFrame\x1a\x19.twotower.v1.StateReceipt(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etwotower/protos/v1/state.proto\x12\x0btwotower.v1\"\xa0\x01\n\nStateFrame\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12(\n\x06header\x18\x02 \x01(\x0b\x32\x18.twotower.v1.StateHeader\x12\"\n\x06pieces\x18\x03 \x03(\x0b\x32\x12.twotower.v1.Piece\x12\x0f\n\x07\x61\x62orted\x18\x04 \x01(\x08\x12\x10\n\x08\x66inished\x18\x05 \x01(\x08\x12\x0f\n\x07payload\x18\x06 \x01(\x0c\"5\n\x05Piece\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04size\x18\x03 \x01(\x04\"\xb3\x01\n\x0bStateHeader\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06row_id\x18\x02 \x01(\t\x12\x13\n\x0b\x62lock_index\x18\x03 \x01(\r\x12%\n\x04kind\x18\x04 \x01(\x0e\x32\x17.twotower.v1.UpdateKind\x12\r\n\x05start\x18\x05 \x01(\r\x12\x10\n\x08position\x18\x06 \x01(\r\x12(\n\x07tensors\x18\x07 \x03(\x0b\x32\x17.twotower.v1.TensorSpec\"G\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\r\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"\xe0\x01\n\x0cStateReceipt\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x32\n\x07outcome\x18\x02 \x01(\x0e\x32!.twotower.v1.StateReceipt.Outcome\"\x89\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_APPLIED\x10\x01\x12\x13\n\x0fOUTCOME_IGNORED\x10\x02\x12\x11\n\rOUTCOME_STALE\x10\x03\x12\x13\n\x0fOUTCOME_REFUSED\x10\x04\x12\x13\n\x0fOUTCOME_ABORTED\x10\x05*n\n\nUpdateKind\x12\x1b\n\x17UPDATE_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14UPDATE_KIND_SNAPSHOT\x10\x01\x12\x15\n\x11UPDATE_KIND_DELTA\x10\x02\x12\x12\n\x0eUPDATE_KIND_KV\x10\x03\x32Q\n\x0cStateChannel\x12\x41\n\x07Publish\x12\x17.twotower.v1.StateFrame\x1a\x19.twotower.v1.StateReceipt(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'twotower.protos.v1.state_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STATEFRAME']._serialized_start=47
-  _globals['_STATEFRAME']._serialized_end=131
-  _globals['_STATEHEADER']._serialized_start=134
-  _globals['_STATEHEADER']._serialized_end=292
-  _globals['_TENSORSPEC']._serialized_start=294
-  _globals['_TENSORSPEC']._serialized_end=365
-  _globals['_STATERECEIPT']._serialized_start=368
-  _globals['_STATERECEIPT']._serialized_end=570
-  _globals['_STATERECEIPT_OUTCOME']._serialized_start=454
-  _globals['_STATERECEIPT_OUTCOME']._serialized_end=570
-  _globals['_STATECHANNEL']._serialized_start=572
-  _globals['_STATECHANNEL']._serialized_end=653
+  _globals['_UPDATEKIND']._serialized_start=747
+  _globals['_UPDATEKIND']._serialized_end=857
+  _globals['_STATEFRAME']._serialized_start=48
+  _globals['_STATEFRAME']._serialized_end=208
+  _globals['_PIECE']._serialized_start=210
+  _globals['_PIECE']._serialized_end=263
+  _globals['_STATEHEADER']._serialized_start=266
+  _globals['_STATEHEADER']._serialized_end=445
+  _globals['_TENSORSPEC']._serialized_start=447
+  _globals['_TENSORSPEC']._serialized_end=518
+  _globals['_STATERECEIPT']._serialized_start=521
+  _globals['_STATERECEIPT']._serialized_end=745
+  _globals['_STATERECEIPT_OUTCOME']._serialized_start=608
+  _globals['_STATERECEIPT_OUTCOME']._serialized_end=745
+  _globals['_STATECHANNEL']._serialized_start=859
+  _globals['_STATECHANNEL']._serialized_end=940
 # @@protoc_insertion_point(module_scope)

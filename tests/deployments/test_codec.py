@@ -6,9 +6,11 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 
 from twotower.deployments import codec
+from twotower.deployments.commit_log import CommitLog
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.params import GenerationParams
+from twotower.towers.protocols import Block
 
 
 class Letters:
@@ -39,10 +41,13 @@ def test_every_scalar_of_the_message_arrives() -> None:
         "top_p": 0.75,
         "min_p": 0.125,
         "seed": 11,
+        "draft_steps": 3,
+        "min_tokens": 2,
     }
     optional = {field.name for field in pb.SamplingParams.DESCRIPTOR.fields}
-    assert optional == {*given, "ignore_eos"}
-    params = codec.params_of(pb.SamplingParams(**given), eos_token_id=2)
+    assert optional == {*given, "stop", "ignore_eos", "logprobs"}
+    params = codec.params_of(pb.SamplingParams(**given, stop=["a", "\n\n"]), eos_token_id=2)
+    assert params.stop == ("a", "\n\n")
     assert {name: getattr(params, name) for name in given} == given
 
 
@@ -57,6 +62,47 @@ def test_zero_is_a_value() -> None:
 def test_ignore_eos() -> None:
     assert codec.params_of(pb.SamplingParams(ignore_eos=True), 2).eos_token_id is None
     assert codec.params_of(pb.SamplingParams(ignore_eos=False), 2).eos_token_id == 2
+
+
+BLOCK = Block(
+    start=5,
+    token_ids=(8, 9),
+    commit_steps=(1, 0),
+    confidences=(0.5, 0.25),
+    nfe=2,
+    finish_reason="stop",
+    log_probs=(-0.75, -1.5),
+    accepted_tokens=3,
+    drafted_tokens=4,
+    cached_tokens=5,
+)
+
+
+def test_log_probabilities_are_sent_if_asked_for() -> None:
+    plain = codec.block_event(3, BLOCK, "ab", log_probs=False).block
+    assert plain == pb.Block(
+        index=3, start=5, token_ids=[8, 9], text="ab", commit_steps=[1, 0], confidences=[0.5, 0.25]
+    )
+    asked = codec.block_event(3, BLOCK, "ab", log_probs=True).block
+    assert list(asked.log_probs) == [-0.75, -1.5]
+
+
+@pytest.mark.parametrize("matched", [None, "\n日"])
+def test_the_end_of_a_stream(matched: str | None) -> None:
+    log = CommitLog(5, ())
+    log.append(BLOCK)
+    complete = codec.complete_event(log, 5, matched).complete
+    assert complete.HasField("matched_stop") == (matched is not None)
+    assert complete.matched_stop == (matched or "")
+    assert complete.finish_reason == "stop"
+    assert complete.usage == pb.Usage(
+        prompt_tokens=5,
+        completion_tokens=2,
+        nfe=2,
+        cached_tokens=5,
+        accepted_tokens=3,
+        drafted_tokens=4,
+    )
 
 
 def test_prompts() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from twotower.deployments.commit_log import CommitLog
@@ -22,18 +24,29 @@ def test_blocks_in_order() -> None:
     assert (log.end, log.num_blocks, log.nfe, log.context_passes) == (6, 2, 5, 1)
 
 
+def test_the_counts_of_all_blocks_are_added_up() -> None:
+    log = CommitLog(3, ())
+    log.append(replace(block(3, 7), accepted_tokens=1, drafted_tokens=4, cached_tokens=2))
+    log.append(replace(block(4, 8, 9), accepted_tokens=2, drafted_tokens=3))
+    assert (log.accepted_tokens, log.drafted_tokens, log.cached_tokens) == (3, 7, 2)
+
+
 def test_what_is_committed_stays() -> None:
     log = CommitLog(3, ())
     log.append(block(3, 7, 8))
     assert not log.append(block(3, 1, 2))
     assert not log.append(block(4, 1))
     assert (log.token_ids, log.nfe) == ((7, 8), 1)
+    assert log.has(block(4, 1))
+    assert not log.has(block(5, 1))
 
 
 def test_a_gap_fails_the_attempt() -> None:
     log = CommitLog(3, ())
     with pytest.raises(UnavailableError, match="got one at 4, expected 3"):
         log.append(block(4, 1))
+    with pytest.raises(UnavailableError, match="got one at 5, expected 3"):
+        log.has(block(5, 1))
     assert log.token_ids == ()
 
 

@@ -32,11 +32,12 @@ TOPOLOGY = PairTopology(
     max_context=256,
 )
 DIFFUSION = GenerationParams(max_tokens=40, block_size=8, steps_per_block=4, seed=5)
-PROMPTS = ([5, 6, 7, 8], list(range(10, 90)), [3, 4])
+PROMPTS = ([5, 6, 7, 8], list(range(10, 90)), [3, 4], [9])
 MODES = (
     DIFFUSION,
     replace(DIFFUSION, mode="ar", temperature=1.0),
     replace(DIFFUSION, mode="mock_ar", max_tokens=6),
+    replace(DIFFUSION, mode="verified", temperature=1.0),
 )
 
 
@@ -66,7 +67,7 @@ def paired(actors: Actors) -> TowerPair:
     async def start() -> PairServices:
         return PairServices(*actors)
 
-    return TowerPair(start, TOPOLOGY.max_rows)
+    return TowerPair(start)
 
 
 async def closed(actors: Actors) -> None:
@@ -126,7 +127,7 @@ async def test_a_resumed_row_ends_as_the_undisturbed_one(pair: TowerPair) -> Non
     assert rest == whole[16:]
 
 
-@pytest.mark.parametrize("params", MODES, ids=["mask_diffusion", "ar", "mock_ar"])
+@pytest.mark.parametrize("params", MODES, ids=["mask_diffusion", "ar", "mock_ar", "verified"])
 async def test_closing_a_stream_frees_its_row(pair: TowerPair, params: GenerationParams) -> None:
     async with aclosing(pair.generate(job(0, PROMPTS[1], params))) as blocks:
         first = await anext(blocks)

@@ -181,6 +181,15 @@ def test_a_resumed_stream_sends_only_what_is_new(serving: Serving, tiny_text: Pa
     assert events[2].complete.usage.completion_tokens == len(output)
 
 
+def test_stop_strings_need_a_tokenizer(serving: Serving) -> None:
+    tiny = Path(__file__).parents[1] / "golden" / "tiny_a"
+    calls = serving([10], model=tiny)
+    with pytest.raises(RequestRefusedError):
+        calls.generate(ask(stop=["x"]))
+    assert calls.context.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert calls.context.details.startswith("stop: got")
+
+
 BAD = [
     (pb.GenerateRequest(), "prompt: got []"),
     (pb.GenerateRequest(text=""), "prompt: got []"),
@@ -202,6 +211,10 @@ BAD = [
     (ask(min_p=2.0), "min_p: got 2.0"),
     (ask(seed=-1), "seed: got -1"),
     (ask(mode="beam"), "mode: got 'beam'"),
+    (ask(draft_steps=0), "draft_steps: got 0"),
+    (ask(min_tokens=65), "min_tokens: got 65"),
+    (ask(stop=["a"] * 17), "stop: got '17 strings'"),
+    (ask(stop=["a", ""]), "stop[1]: got ''"),
     (ask(*range(5, 60), max_tokens=17), "max_tokens: got '55 prompt + 17"),
     (ask(max_tokens=77), "max_tokens: got '3 prompt + 77"),
     (pb.GenerateRequest(request_id="a b", tokens=pb.TokenIds(ids=[5])), "request_id: got 'a b'"),
@@ -295,4 +308,4 @@ def test_model_info(tiny_text: Path) -> None:
     config = TwoTowerConfig.from_file(tiny_text / "config.json")
     assert (info.vocab_size, info.max_context) == (config.vocab_size, 64)
     assert (info.eos_token_id, info.has_tokenizer) == (2, True)
-    assert list(info.modes) == ["mask_diffusion", "ar", "mock_ar"]
+    assert list(info.modes) == ["mask_diffusion", "ar", "mock_ar", "verified"]

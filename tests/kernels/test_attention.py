@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from tests.comparing import assert_relative_rms, assert_same_bits, normal
-from twotower.kernels.attention import attention
+from twotower.kernels.attention import KeyValuePages, page_runs
+from twotower.kernels.attention import attention as paged_attention
 
 TILE = 1024
-
+PAGE = 64
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -23,6 +24,26 @@ def make(length: int, context: int, heads: int, kv_heads: int, width: int) -> In
         normal(kv_heads, length, width, seed=3),
         normal(kv_heads, length, width, seed=4),
     )
+
+
+def attention(
+    q: Tensor, k_ctx: Tensor, v_ctx: Tensor, k_new: Tensor, v_new: Tensor, causal: bool
+) -> Tensor:
+    """The operator on a context in neighbouring pages, the last with room behind it."""
+    length = k_ctx.shape[1]
+    pages = range(-(-length // PAGE))
+    k, v = (in_pool(part, list(pages), len(pages)) for part in (k_ctx, v_ctx))
+    return paged_attention(q, KeyValuePages(k, v, pages, PAGE, length), k_new, v_new, causal)
+
+
+def in_pool(rows: Tensor, pages: list[int], num_pages: int) -> Tensor:
+    """A pool of NaN with one row's K or V [nkv, S, hd] in its pages."""
+    pool = torch.full((rows.shape[0], num_pages * PAGE, rows.shape[2]), float("nan"))
+    pool = pool.to(rows.dtype)
+    for number, page in enumerate(pages):
+        part = rows[:, number * PAGE : (number + 1) * PAGE]
+        pool[:, page * PAGE : page * PAGE + part.shape[1]] = part
+    return pool
 
 
 def true_attention(
@@ -96,13 +117,60 @@ def test_the_order_of_the_context_does_not_matter() -> None:
     assert_relative_rms(got, attention(q, k_ctx, v_ctx, k_new, v_new, False), 1e-6)
 
 
-@pytest.mark.parametrize("capacity", [70, 64, 5000])
-def test_the_room_behind_the_context_does_not_matter(capacity: int) -> None:
-    q, k_ctx, v_ctx, k_new, v_new = make(4, 63, 4, 2, 8)
-    room = torch.full((2, 2, capacity, 8), float("nan"))
-    room[0, :, :63], room[1, :, :63] = k_ctx, v_ctx
-    got = attention(q, room[0, :, :63], room[1, :, :63], k_new, v_new, False)
-    assert_same_bits(got, attention(q, k_ctx, v_ctx, k_new, v_new, False))
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 1023, 1024, 1025, 2050])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_places_of_the_pages_do_not_matter(length: int, causal: bool) -> None:
+    """Bit by bit: neighbours, any order, and two rows whose pages take turns."""
+    q, k_ctx, v_ctx, k_new, v_new = make(4, length, 4, 2, 8)
+    want = attention(q, k_ctx, v_ctx, k_new, v_new, causal)
+    count = -(-length // PAGE)
+    shuffled = torch.randperm(2 * count, generator=torch.Generator().manual_seed(0)).tolist()
+    orders = [
+        list(range(5, 5 + count)),
+        list(range(count))[::-1],
+        list(range(0, 2 * count, 2)),
+        shuffled[:count],
+        # One page away from its neighbours, in the second tile where there is one.
+        [page + (page >= min(17, count - 1)) for page in range(count)],
+    ]
+    for pages in orders:
+        k, v = (in_pool(part, pages, 2 * count + 5) for part in (k_ctx, v_ctx))
+        context = KeyValuePages(k, v, pages, PAGE, length)
+        got = paged_attention(q, context, k_new, v_new, causal)
+        assert_same_bits(got, want, pages)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 1024, 2050])
+def test_pages_give_the_bits_of_the_whole_context_in_one_piece(length: int) -> None:
+    """One page as long as the context is a plain tensor of K/V."""
+    q, k_ctx, v_ctx, k_new, v_new = make(4, length, 4, 2, 8)
+    whole = KeyValuePages(k_ctx, v_ctx, [0], length, length)
+    want = paged_attention(q, whole, k_new, v_new, True)
+    assert_same_bits(attention(q, k_ctx, v_ctx, k_new, v_new, True), want)
+
+
+def test_neighbouring_pages_are_read_in_place() -> None:
+    pool = normal(2, 5 * PAGE, 4)
+    context = KeyValuePages(pool, pool, [3, 1, 2, 0], PAGE, 200)
+    k, _ = context.tile(70, 180)
+    assert k.data_ptr() == pool[:, PAGE + 6 :].data_ptr()
+    assert_same_bits(k, pool[:, PAGE + 6 : PAGE + 116])
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "runs"),
+    [
+        (0, 0, []),
+        (0, 4, [(12, 16)]),
+        (1, 7, [(13, 16), (4, 7)]),
+        (4, 12, [(4, 12)]),
+        (5, 14, [(5, 12), (0, 2)]),
+        (0, 16, [(12, 16), (4, 12), (0, 4)]),
+        (15, 16, [(3, 4)]),
+    ],
+)
+def test_runs_of_neighbouring_pages(start: int, stop: int, runs: list[tuple[int, int]]) -> None:
+    assert page_runs([3, 1, 2, 0], 4, start, stop) == [slice(*run) for run in runs]
 
 
 def test_strided_queries() -> None:

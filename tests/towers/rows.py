@@ -6,12 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from twotower.towers.context import ContextTower
+from twotower.towers.context_engine import ContextEngine
 from twotower.towers.denoiser import DenoiserTower
-from twotower.towers.engine import ContextEngine, DenoiserEngine
+from twotower.towers.denoiser_engine import DenoiserEngine
+from twotower.towers.engine import EngineOptions
 from twotower.towers.generation import generate_blocks
 from twotower.towers.link import LocalLink
+from twotower.towers.memory import MemoryBudget
 from twotower.towers.params import GenerationParams
 from twotower.towers.protocols import Block
+
+# Rows short enough that a thousand of them fit into the pool of a test.
+BUDGET = MemoryBudget(max_num_seqs=1024, max_context=512)
 
 
 @dataclass(frozen=True)
@@ -29,10 +35,22 @@ class Pair:
         *,
         shared: bool = True,
         threaded: bool = False,
+        budget: MemoryBudget = BUDGET,
+        max_waiting: int | None = None,
+        prefix_cache_bytes: int = 0,
     ) -> Pair:
-        reader = DenoiserEngine(denoiser, threaded=threaded)
-        link = LocalLink(context, reader, shared)
-        return cls(ContextEngine(context, link, threaded=threaded), reader)
+        options = EngineOptions(budget)
+        pool = None if shared else options.pool_for(denoiser)
+        reader = DenoiserEngine(denoiser, pool=pool, threaded=threaded)
+        engine = ContextEngine(
+            context,
+            LocalLink(context, reader, shared),
+            pool=options.pool_for(context),
+            max_waiting=max_waiting,
+            prefix_cache_bytes=prefix_cache_bytes,
+            threaded=threaded,
+        )
+        return cls(engine, reader)
 
     async def blocks(
         self,
@@ -46,13 +64,15 @@ class Pair:
         return [block async for block in rows]
 
     def assert_empty(self) -> None:
-        """No row, no waiting work and no byte of state is left on either side."""
+        """No row, no waiting work, no slot and no page is left on either side."""
+        if self.context.cache is not None:
+            self.context.cache.clear()
         for engine in (self.context, self.denoiser):
             stats = engine.stats()
             assert engine.num_rows == stats["rows"] == stats["waiting"] == 0
-            assert stats["state_bytes"] == 0
-        assert not self.context._next
-        assert not self.denoiser._arrived
+            if engine.pool is not None:
+                assert stats["slots_used"] == stats["pages_used"] == stats["state_bytes"] == 0
+        assert self.context.stats()["queued_rows"] == 0
 
 
 def tokens_of(blocks: Sequence[Block]) -> list[int]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from twotower.towers.batching import BatchLoop
+from twotower.towers.scheduler import PassLimits
 
 
 class Doubler:
@@ -26,7 +29,7 @@ class Doubler:
 
 async def test_waiting_work_shares_a_pass() -> None:
     doubler = Doubler()
-    loop = BatchLoop(doubler.run, max_tokens=100)
+    loop = BatchLoop(doubler.run, PassLimits(max_tokens=100))
     results = await asyncio.gather(*(loop.submit(work, 1) for work in range(10)))
     assert results == [2 * work for work in range(10)]
     assert doubler.passes == [list(range(10))]
@@ -37,7 +40,7 @@ async def test_waiting_work_shares_a_pass() -> None:
 
 async def test_the_budget_cuts_passes_in_order() -> None:
     doubler = Doubler()
-    loop = BatchLoop(doubler.run, max_tokens=10)
+    loop = BatchLoop(doubler.run, PassLimits(max_tokens=10))
     sizes = [4, 4, 4, 11, 1, 9, 1]
     await asyncio.gather(*(loop.submit(i, size) for i, size in enumerate(sizes)))
     # The third waits though a later one would fit; the oversized one runs alone.
@@ -46,7 +49,7 @@ async def test_the_budget_cuts_passes_in_order() -> None:
 
 async def test_rows_that_submit_again_meet_again() -> None:
     doubler = Doubler()
-    loop = BatchLoop(doubler.run, max_tokens=100)
+    loop = BatchLoop(doubler.run, PassLimits(max_tokens=100))
 
     async def row(start: int) -> int:
         value = start
@@ -59,7 +62,7 @@ async def test_rows_that_submit_again_meet_again() -> None:
 
 
 async def test_an_error_reaches_its_own_submitter_only() -> None:
-    loop = BatchLoop(Doubler().run, max_tokens=100)
+    loop = BatchLoop(Doubler().run, PassLimits(max_tokens=100))
     results = await asyncio.gather(
         *(loop.submit(work, 1) for work in (1, -5, 2)), return_exceptions=True
     )
@@ -69,15 +72,18 @@ async def test_an_error_reaches_its_own_submitter_only() -> None:
 
 
 async def test_a_broken_pass_reaches_all_in_it_and_the_loop_goes_on() -> None:
-    loop = BatchLoop(Doubler().run, max_tokens=100)
+    loop = BatchLoop(Doubler().run, PassLimits(max_tokens=100))
     results = await asyncio.gather(loop.submit(1, 1), loop.submit(666, 1), return_exceptions=True)
     assert [type(result) for result in results] == [RuntimeError, RuntimeError]
+    assert [str(result) for result in results] == ["the pass broke"] * 2
+    assert results[0] is not results[1]
+    assert loop.stats.seconds > 0
     assert await loop.submit(3, 1) == 6
 
 
 async def test_withdrawn_work_is_never_run() -> None:
     doubler = Doubler()
-    loop = BatchLoop(doubler.run, max_tokens=2)
+    loop = BatchLoop(doubler.run, PassLimits(max_tokens=2))
     tasks = [asyncio.ensure_future(loop.submit(work, 1)) for work in range(6)]
     await asyncio.sleep(0)
     for index in (0, 3, 4):
@@ -98,7 +104,7 @@ async def test_with_a_thread_the_event_loop_stays_responsive(cancelled: bool) ->
         return [2 * work for work in works]
 
     with ThreadPoolExecutor(1) as executor:
-        loop = BatchLoop(run, max_tokens=10, executor=executor)
+        loop = BatchLoop(run, PassLimits(max_tokens=10), executor)
         first = asyncio.ensure_future(loop.submit(1, 1))
         second = asyncio.ensure_future(loop.submit(2, 1))
         await asyncio.sleep(0.01)
@@ -112,7 +118,88 @@ async def test_with_a_thread_the_event_loop_stays_responsive(cancelled: bool) ->
     assert loop.waiting == 0
 
 
+async def test_a_cancelled_submitter_is_withdrawn_while_a_pass_runs() -> None:
+    doubler = Doubler()
+    may_end = threading.Event()
+
+    def run(works: Sequence[int]) -> list[int | BaseException]:
+        assert may_end.wait(10)
+        return doubler.run(works)
+
+    with ThreadPoolExecutor(1) as executor:
+        loop = BatchLoop(run, PassLimits(max_tokens=1), executor)
+        tasks = [asyncio.ensure_future(loop.submit(work, 1)) for work in range(3)]
+        async with asyncio.timeout(10):
+            while loop.waiting != 2:
+                await asyncio.sleep(0)
+        tasks[1].cancel()
+        await asyncio.gather(tasks[1], return_exceptions=True)
+        assert loop.waiting == 1
+        may_end.set()
+        assert await tasks[0] == 0
+        assert await tasks[2] == 4
+    assert doubler.passes == [[0], [2]]
+
+
+async def test_settle_waits_for_the_pass_that_runs() -> None:
+    began, may_end = threading.Event(), threading.Event()
+
+    def run(works: Sequence[int]) -> list[int | BaseException]:
+        began.set()
+        assert may_end.wait(10)
+        return list(works)
+
+    with ThreadPoolExecutor(1) as executor:
+        loop = BatchLoop(run, PassLimits(), executor)
+        await loop.settle()
+        task = asyncio.ensure_future(loop.submit(1, 1))
+        assert await asyncio.to_thread(began.wait, 10)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        settling = asyncio.ensure_future(loop.settle())
+        await asyncio.sleep(0.05)
+        assert not settling.done()
+        may_end.set()
+        await asyncio.wait_for(settling, 10)
+
+
+async def test_kinds_of_work_reach_the_scheduler() -> None:
+    doubler = Doubler()
+    loop = BatchLoop(doubler.run, PassLimits(max_tokens=2, prefill_tokens=3))
+    await asyncio.gather(
+        loop.submit(1, 3, prefill=True),
+        loop.submit(2, 1),
+        loop.submit(3, 1),
+        loop.submit(4, 1, begun=True),
+    )
+    assert doubler.passes == [[4, 2, 1], [3]]
+    assert (loop.stats.tokens, loop.stats.prefill_tokens) == (6, 3)
+
+
+async def test_two_reports_give_the_busy_share_between_them() -> None:
+    def run(works: Sequence[float]) -> list[float | BaseException]:
+        for seconds in works:
+            time.sleep(seconds)
+        return list(works)
+
+    loop: BatchLoop[float, float] = BatchLoop(run, PassLimits())
+    assert loop.stats.report()["busy_share"] == 0.0
+    await loop.submit(0.02, 1)
+    first = loop.stats.report()
+    assert first["pass_seconds"] >= 0.02
+    assert 0.0 < first["busy_share"] <= 1.0
+    await asyncio.sleep(0.1)
+    await loop.submit(0.02, 1)
+    second = loop.stats.report()
+    busy = second["pass_seconds"] - first["pass_seconds"]
+    window = second["clock_seconds"] - first["clock_seconds"]
+    assert window >= busy + 0.1
+    assert busy >= 0.02
+    assert second["passes"] - first["passes"] == 1
+    assert second["busy_share"] < first["busy_share"]
+
+
 def test_it_outlives_its_event_loop() -> None:
-    loop = BatchLoop(Doubler().run, max_tokens=10)
+    loop = BatchLoop(Doubler().run, PassLimits(max_tokens=10))
     assert asyncio.run(loop.submit(1, 1)) == 2
     assert asyncio.run(loop.submit(2, 1)) == 4

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from twotower import GenerationParams, Request, TwoTower
-from twotower.towers.engine import prefill_pieces
+from twotower.towers.prefill import prefill_pieces
 from twotower.towers.link import LocalLink
 
 GOLDEN = Path(__file__).parents[1] / "golden"

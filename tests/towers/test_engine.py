@@ -14,20 +14,21 @@ from torch import Tensor
 from tests.random_model import small_config, write_checkpoint
 from tests.towers.rows import Pair, tokens_of
 from tests.towers.test_sampling import chi_square
-from twotower.towers import engine as module
+from twotower.towers import denoiser_engine as module
 from twotower.towers.context import ContextTower
 from twotower.towers.denoiser import DenoiserTower
-from twotower.towers.engine import prefill_pieces
+from twotower.towers.prefill import prefill_pieces
 from twotower.towers.errors import CapacityError, NumericalError, UnavailableError
 from twotower.towers.generation import generate_blocks
 from twotower.towers.link import LocalLink
 from twotower.towers.params import GenerationParams
-from twotower.towers.protocols import Block
+from twotower.towers.protocols import Block, UpdateWriter
 from twotower.towers.state import ContextState
+from twotower.towers.update import UpdatePlan
 from twotower.towers.weights import load_context_tower, load_denoiser_tower
 
 PROMPT = [5, 3, 17, 3, 9]
-MODES = ["mask_diffusion", "ar", "mock_ar"]
+MODES = ["mask_diffusion", "ar", "mock_ar", "verified"]
 
 
 Towers = tuple[ContextTower, DenoiserTower]
@@ -209,6 +210,24 @@ def test_a_cancelled_row_is_freed_while_its_pass_runs(
         tower.forward = slow  # type: ignore[method-assign]
 
 
+class PoisonedWriter:
+    """Spoils a state when its update is complete, if it has come so far."""
+
+    def __init__(self, writer: UpdateWriter, state: ContextState, after: int) -> None:
+        self.writer, self.state, self.after = writer, state, after
+
+    def put(self, name: str, layer: int, tensor: Tensor) -> None:
+        self.writer.put(name, layer, tensor)
+
+    async def finish(self) -> None:
+        if self.state.length >= self.after:
+            self.state.ssm.fill_(float("nan"))
+        await self.writer.finish()
+
+    def abort(self) -> None:
+        self.writer.abort()
+
+
 class PoisonedLink(LocalLink):
     """Spoils the states of rows whose name begins with `bad`, after some tokens."""
 
@@ -216,10 +235,9 @@ class PoisonedLink(LocalLink):
         super().__init__(pair.context.tower, pair.denoiser, shared=True)
         self.after = after
 
-    async def publish(self, row_id: str, state: ContextState, start: int) -> None:
-        if row_id.startswith("bad") and state.length >= self.after:
-            state.ssm.fill_(float("nan"))
-        await super().publish(row_id, state, start)
+    def begin(self, row_id: str, state: ContextState, plan: UpdatePlan) -> UpdateWriter:
+        writer = super().begin(row_id, state, plan)
+        return PoisonedWriter(writer, state, self.after) if row_id.startswith("bad") else writer
 
 
 @pytest.mark.parametrize("mode", ["mask_diffusion", "mock_ar"])
@@ -372,9 +390,12 @@ def test_passes_are_counted(pair: Pair) -> None:
     assert sum(block.context_passes for block in blocks) == 2 + 19
 
 
-def test_a_row_is_open_once_and_a_release_is_forgiving(pair: Pair) -> None:
+def test_a_row_is_open_once_and_a_release_is_forgiving(towers: Towers) -> None:
+    pair = Pair.of(*towers, shared=False)
+
     async def run() -> None:
         for engine in (pair.context, pair.denoiser):
+            assert engine.pool is not None
             await engine.release("unknown")
             await engine.open("row", 10)
             with pytest.raises(ValueError, match="row_id: row is open already"):
@@ -387,10 +408,12 @@ def test_a_row_is_open_once_and_a_release_is_forgiving(pair: Pair) -> None:
     asyncio.run(run())
 
 
-def test_a_row_beyond_the_memory_is_refused(pair: Pair) -> None:
+def test_a_row_beyond_the_memory_is_refused(towers: Towers) -> None:
+    pair = Pair.of(*towers, shared=False)
+
     async def run() -> None:
         for engine in (pair.context, pair.denoiser):
-            with pytest.raises(CapacityError, match="no memory for a row of"):
+            with pytest.raises(CapacityError, match="expected at most 524288 tokens"):
                 await engine.open("row", 10**15)
         pair.assert_empty()
 

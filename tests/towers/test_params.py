@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ NAN, INF = math.nan, math.inf
 HUGE = 10**400
 WHOLE = [True, False, 1.0, 1.5, "1", None, NAN, [1]]
 BAD: dict[str, tuple[list[Any], str]] = {
-    "mode": (["", "verified", None, 3, ["ar"], "AR"], "one of mask_diffusion, ar, mock_ar"),
+    "mode": (["", "verify", None, 3, ["ar"], "AR"], "one of mask_diffusion, ar, mock_ar, verified"),
     "max_tokens": ([0, -1, *WHOLE], "at least 1"),
     "block_size": ([0, -1, 257, *WHOLE], "at least 1, at most 256"),
     "steps_per_block": ([0, -1, *WHOLE], "at least 1"),
@@ -31,9 +32,13 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "min_p": ([-0.1, 1.01, NAN, INF, True, "0", HUGE], "a finite number in [0, 1]"),
     "seed": ([-1, 2**63, True, 1.0, "1", NAN], "at least 0, at most 9223372036854775807"),
     "eos_token_id": ([-1, True, 2.0, "2", NAN], "at least 0"),
+    "draft_steps": ([0, -1, 257, *WHOLE], "at least 1, at most 256"),
+    "min_tokens": ([-1, 65, *WHOLE], "at least 0, at most 64"),
+    "stop": (["", "ab", None, 3, {"a": 1}, b"a"], "a list of at most 16 strings"),
+    "eos_from": ([-1, *WHOLE], "at least 0"),
 }
 GOOD: dict[str, list[Any]] = {
-    "mode": ["mask_diffusion", "ar", "mock_ar"],
+    "mode": ["mask_diffusion", "ar", "mock_ar", "verified"],
     "max_tokens": [1, 10**6],
     "block_size": [1, 256],
     "steps_per_block": [1, 10**6],
@@ -44,6 +49,10 @@ GOOD: dict[str, list[Any]] = {
     "min_p": [None, 0, 0.0, 1.0],
     "seed": [None, 0, 2**63 - 1],
     "eos_token_id": [None, 0, 5],
+    "draft_steps": [1, 256],
+    "min_tokens": [0, 64],
+    "stop": [(), ("a",), ("x" * 256, "日") * 8],
+    "eos_from": [0, 10**9],
 }
 
 
@@ -67,6 +76,29 @@ def test_a_bad_value_is_named_with_its_limit(field: str, value: Any) -> None:
 )
 def test_the_ends_of_every_limit_are_allowed(field: str, value: Any) -> None:
     assert getattr(GenerationParams(**{field: value}), field) == value
+
+
+def test_stop_strings_are_kept_as_a_tuple() -> None:
+    assert GenerationParams(stop=["a", "\n\n"]).stop == ("a", "\n\n")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("stop", "field", "limit"),
+    [
+        (["a"] * 17, "stop", "at most 16 strings"),
+        (["a", ""], r"stop\[1\]", "1 to 256 characters"),
+        (["a", "b", "x" * 257], r"stop\[2\]", "1 to 256 characters"),
+        ([None], r"stop\[0\]", "1 to 256 characters"),
+    ],
+)
+def test_a_bad_stop_string_is_named_by_its_place(stop: Any, field: str, limit: str) -> None:
+    with pytest.raises(InvalidRequestError, match=rf"^{field}: got .*{limit}"):
+        GenerationParams(stop=stop)
+
+
+def test_the_first_position_of_eos_follows_from_the_prompt() -> None:
+    params = GenerationParams(min_tokens=5, seed=1)
+    assert params.for_prompt(7) == replace(params, eos_from=12)
 
 
 def test_every_field_is_in_the_tables() -> None:
@@ -106,6 +138,8 @@ def test_an_empty_prompt_and_a_foreign_eos() -> None:
         ("mock_ar", 99, 1, True),
         ("mock_ar", 100, 1, False),
         ("ar", 10**30, 1, False),
+        ("verified", 50, 34, True),
+        ("verified", 50, 35, False),
     ],
 )
 def test_a_row_has_to_fit_in_whole_blocks(
@@ -124,6 +158,7 @@ def test_what_cannot_be_resumed() -> None:
         check(GenerationParams(max_tokens=64), [1], [5] * 17)
     check(GenerationParams(max_tokens=64), [1], [5] * 32)
     check(GenerationParams(mode="mock_ar", max_tokens=64), [1], [5] * 17)
+    check(GenerationParams(mode="verified", max_tokens=64), [1], [5] * 17)
     for mode in ("ar", "mask_diffusion"):
         with pytest.raises(InvalidRequestError, match="fewer than 16"):
             check(GenerationParams(mode=mode, max_tokens=16), [1], [5] * 16)

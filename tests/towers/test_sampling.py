@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from twotower.towers.params import GenerationParams, row_key
 from twotower.towers.sampling import (
     DOMAIN_AUTOREGRESSIVE,
     DOMAIN_DENOISE,
+    Drawn,
     Sampler,
     draw_scores,
 )
@@ -98,8 +100,8 @@ def test_a_tiny_temperature_is_nearly_greedy_and_never_nan(temperature: float) -
     logits = normal(30, 50, scale=30.0)
     how = sampler(temperature=temperature)
     assert not bool(draw_scores(logits, how, 3).isnan().any())
-    tokens, _ = how.draw(logits, list(range(30)), 0, DOMAIN_DENOISE, 3)
-    assert tokens == GREEDY.draw(logits, list(range(30)), 0, DOMAIN_DENOISE, 3)[0]
+    tokens = how.draw(logits, list(range(30)), 0, DOMAIN_DENOISE, 3).token_ids
+    assert tokens == GREEDY.draw(logits, list(range(30)), 0, DOMAIN_DENOISE, 3).token_ids
 
 
 def test_a_huge_temperature_is_uniform() -> None:
@@ -151,16 +153,16 @@ def test_frequencies_are_those_of_the_softmax(how: Sampler, excluded: int | None
     if how.min_p is not None:
         want[want < how.min_p * want.max()] = 0
     positions = list(range(20_000))
-    tokens, _ = how.draw(logits.expand(20_000, -1), positions, 4, DOMAIN_AUTOREGRESSIVE, excluded)
-    assert chi_square(tokens, want / want.sum()) > 1e-3
+    drawn = how.draw(logits.expand(20_000, -1), positions, 4, DOMAIN_AUTOREGRESSIVE, excluded)
+    assert chi_square(drawn.token_ids, want / want.sum()) > 1e-3
 
 
 def test_successive_draws_are_independent() -> None:
     """Pairs of neighbouring positions, and of a position at two steps."""
     how, logits = sampler(), torch.zeros(20_000, 4)
     positions = list(range(20_000))
-    tokens, _ = how.draw(logits, positions, 0, DOMAIN_DENOISE)
-    again, _ = how.draw(logits, positions, 1, DOMAIN_DENOISE)
+    tokens = how.draw(logits, positions, 0, DOMAIN_DENOISE).token_ids
+    again = how.draw(logits, positions, 1, DOMAIN_DENOISE).token_ids
     flat = torch.full((16,), 1 / 16)
     assert (
         chi_square([a * 4 + b for a, b in zip(tokens[::2], tokens[1::2], strict=True)], flat) > 1e-3
@@ -171,18 +173,19 @@ def test_successive_draws_are_independent() -> None:
 def test_a_draw_depends_on_its_key_position_step_and_domain_only() -> None:
     logits = normal(40, 100)
     how = sampler()
-    tokens, confidences = how.draw(logits, list(range(40)), 2, DOMAIN_DENOISE, 3)
+    drawn = how.draw(logits, list(range(40)), 2, DOMAIN_DENOISE, 3)
     for i in (0, 13, 39):
         alone = how.draw(logits[i : i + 1], [i], 2, DOMAIN_DENOISE, 3)
-        assert alone == ([tokens[i]], [confidences[i]])
+        assert alone == Drawn([drawn.token_ids[i]], [drawn.confidences[i]], [drawn.log_probs[i]])
     others = [
         sampler(key=2).draw(logits, list(range(40)), 2, DOMAIN_DENOISE, 3),
         how.draw(logits, list(range(1, 41)), 2, DOMAIN_DENOISE, 3),
         how.draw(logits, list(range(40)), 3, DOMAIN_DENOISE, 3),
         how.draw(logits, list(range(40)), 2, DOMAIN_AUTOREGRESSIVE, 3),
     ]
-    for other, _ in others:
-        assert sum(a == b for a, b in zip(other, tokens, strict=True)) < 12
+    for other in others:
+        same = zip(other.token_ids, drawn.token_ids, strict=True)
+        assert sum(a == b for a, b in same) < 12
 
 
 def test_the_noise_is_that_of_the_rows_key() -> None:
@@ -191,15 +194,16 @@ def test_the_noise_is_that_of_the_rows_key() -> None:
     assert how.key == row_key(77)
     noise = -torch.log(-torch.log(uniforms(row_key(77), torch.tensor([5, 6, 9]), 1, 2, 20)))
     want = (torch.log_softmax(logits, dim=-1) + noise).argmax(-1).tolist()
-    assert how.draw(logits, [5, 6, 9], 1, DOMAIN_AUTOREGRESSIVE)[0] == want
+    assert how.draw(logits, [5, 6, 9], 1, DOMAIN_AUTOREGRESSIVE).token_ids == want
 
 
 def test_the_confidence_is_untempered_and_unfiltered() -> None:
     logits = normal(50, 20)
     want = torch.softmax(logits.double(), dim=-1)
-    tokens, confidences = sampler(2.0, top_k=3).draw(logits, list(range(50)), 0, DOMAIN_DENOISE)
-    chosen = want.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-    assert confidences == pytest.approx(chosen.tolist(), rel=1e-5)
+    drawn = sampler(2.0, top_k=3).draw(logits, list(range(50)), 0, DOMAIN_DENOISE)
+    chosen = want.gather(1, torch.tensor(drawn.token_ids)[:, None])[:, 0]
+    assert drawn.confidences == pytest.approx(chosen.tolist(), rel=1e-5)
+    assert drawn.log_probs == pytest.approx(chosen.log().tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize("how", [GREEDY, sampler(), sampler(0.5, top_k=3, top_p=0.5, min_p=0.1)])
@@ -209,3 +213,65 @@ def test_logits_that_are_not_finite_are_an_error(how: Sampler, wrong: float) -> 
     logits[2, 5] = wrong
     with pytest.raises(NumericalError, match="non-finite logits at position 30, step 6"):
         how.draw(logits, [30, 31, 32, 33], 6, DOMAIN_DENOISE, 3)
+
+
+EOS, EOS_FROM = 4, 10_000
+
+
+def without_eos(how: Sampler) -> Sampler:
+    """The same draw with EOS kept out below EOS_FROM."""
+    return replace(how, eos_token_id=EOS, eos_from=EOS_FROM)
+
+
+@pytest.mark.parametrize(
+    "how", [GREEDY, sampler(), sampler(0.5, top_k=1), sampler(top_k=4, top_p=0.9, min_p=0.05)]
+)
+def test_eos_comes_from_its_position_on_only(how: Sampler) -> None:
+    """Before it, the draw is that of a vocabulary in which EOS is impossible."""
+    logits = normal(60, 12, scale=0.5)
+    logits[:, EOS] = 3.0
+    positions = list(range(EOS_FROM - 30, EOS_FROM + 30))
+    plain = how.draw(logits, positions, 2, DOMAIN_DENOISE, 3)
+    drawn = without_eos(how).draw(logits, positions, 2, DOMAIN_DENOISE, 3)
+    assert drawn.token_ids[30:] == plain.token_ids[30:]
+    assert EOS in drawn.token_ids[30:]
+    impossible = logits.clone()
+    impossible[:, EOS] = -1e30
+    want = how.draw(impossible, positions, 2, DOMAIN_DENOISE, 3)
+    assert drawn.token_ids[:30] == want.token_ids[:30]
+    assert EOS not in drawn.token_ids[:30]
+    # What is reported is the tower's own probability, in which EOS has its share.
+    wide = logits.double()
+    wide[:, 3] = -math.inf
+    own = torch.log_softmax(wide, dim=-1).gather(1, torch.tensor(drawn.token_ids)[:, None])[:, 0]
+    assert drawn.log_probs == pytest.approx(own.tolist(), rel=1e-5)
+    assert drawn.confidences == pytest.approx(own.exp().tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("how", [sampler(), sampler(1.7, top_k=5), sampler(0.8, top_p=0.8)])
+def test_frequencies_without_eos(how: Sampler) -> None:
+    """The filters count what is left: top-k keeps k tokens besides EOS."""
+    logits = normal(1, 12, seed=8, scale=1.5)
+    logits[0, EOS] = float(logits.max()) + 0.5
+    wide = logits[0].double()
+    wide[EOS] = -math.inf
+    want = torch.softmax(wide / how.temperature, dim=-1)
+    if how.top_k is not None:
+        want[want < want.sort(descending=True).values[how.top_k - 1]] = 0
+    if how.top_p is not None:
+        order = want.argsort(descending=True)
+        before = want[order].cumsum(0) - want[order]
+        want[order[before > how.top_p]] = 0
+    rows = logits.expand(EOS_FROM, -1)
+    drawn = without_eos(how).draw(rows, list(range(EOS_FROM)), 0, DOMAIN_AUTOREGRESSIVE)
+    assert chi_square(drawn.token_ids, want / want.sum()) > 1e-3
+
+
+def test_a_row_without_eos_is_drawn_as_ever() -> None:
+    params = GenerationParams(temperature=1.0, seed=3, min_tokens=9).for_prompt(100)
+    assert Sampler.from_params(params).eos_from == 109
+    logits = normal(20, 12)
+    positions = list(range(100, 120))
+    drawn = Sampler.from_params(params).draw(logits, positions, 0, DOMAIN_AUTOREGRESSIVE)
+    plain = Sampler.from_params(replace(params, eos_from=0))
+    assert drawn == plain.draw(logits, positions, 0, DOMAIN_AUTOREGRESSIVE)

@@ -6,49 +6,90 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.comparing import assert_same_bits, normal
 from tests.random_model import SMALL
 from twotower.kernels.replay import ReplayWeights, replay
-from twotower.towers.state import ContextState, LayerLog, StateUpdate
+from twotower.towers.config import TwoTowerConfig
+from twotower.towers.memory import StatePool
+from twotower.towers.state import ContextState, LayerLog
+from twotower.towers.update import StateUpdate, UpdateBuilder, UpdateKind, UpdatePlan
 
 WEIGHTS = ReplayWeights(
     normal(SMALL.conv_dim, 4, seed=1), None, normal(4, seed=2), normal(4, seed=3), SMALL.n_groups
 )
+CPU = torch.device("cpu")
 
 
-def new_state(capacity: int = 12) -> ContextState:
-    return ContextState(SMALL, capacity, torch.device("cpu"), torch.float32)
+def new_state(
+    capacity: int = 12, config: TwoTowerConfig = SMALL, dtype: torch.dtype = torch.float32
+) -> ContextState:
+    """An empty state; its pool has another row's pages in the middle and NaN in all."""
+    pool = StatePool(config, 2, 8, CPU, dtype)
+    pool.k.fill_(float("nan"))
+    pool.v.fill_(float("nan"))
+    first, second = pool.open(64), pool.open(64)
+    pool.close(first)
+    state = pool.open(capacity)
+    assert second.pages == [1]
+    return state
 
 
 def filled(tokens: int, seed: int = 5, capacity: int = 12) -> ContextState:
     """A state with a log of some tokens and their K/V."""
     state = new_state(capacity)
-    state.append([log_of(tokens, seed)], tokens)
-    state.k[:, :, :tokens] = normal(1, 2, tokens, 4, seed=seed + 2)
-    state.v[:, :, :tokens] = normal(1, 2, tokens, 4, seed=seed + 3)
+    read(state, tokens, seed)
     return state
+
+
+def read(state: ContextState, tokens: int, seed: int = 5) -> tuple[Tensor, Tensor]:
+    """Does what a pass over some tokens does; the K and V that it wrote."""
+    k, v = normal(2, tokens, 4, seed=seed + 2), normal(2, tokens, 4, seed=seed + 3)
+    state.write_kv(0, k, v)
+    state.append([log_of(tokens, seed)], tokens)
+    return k, v
 
 
 def log_of(tokens: int, seed: int) -> LayerLog:
     return LayerLog(normal(tokens, SMALL.conv_dim, seed=seed), normal(tokens, 4, seed=seed + 1))
 
 
+def snapshot_of(state: ContextState, start: int, stop: int) -> dict[str, Tensor]:
+    k, v = state.kv(0, start, stop)
+    return {"conv": state.conv, "ssm": state.ssm, "k": k[None], "v": v[None]}
+
+
+def kv_update(state: ContextState, start: int, stop: int) -> StateUpdate:
+    k, v = state.kv(0, start, stop)
+    return StateUpdate(UpdatePlan("kv", start, stop), {"k": k[None], "v": v[None]})
+
+
+def assert_equal_states(got: ContextState, want: ContextState) -> None:
+    assert (got.position, got.length) == (want.position, want.length)
+    assert_same_bits(got.ssm, want.ssm)
+    assert_same_bits(got.conv, want.conv)
+    for left, right in zip(got.kv(0, 0, got.length), want.kv(0, 0, want.length), strict=True):
+        assert_same_bits(left, right)
+
+
 def test_an_empty_state() -> None:
     state = new_state()
     assert state.position == state.length == 0
+    assert state.capacity == 12
     assert state.conv.shape == (1, 3, 32)
     assert state.ssm.shape == (1, 4, 4, 4)
-    assert state.k.shape == state.v.shape == (1, 2, 12, 4)
     assert not state.conv.any()
     assert not state.ssm.any()
-    assert state.num_bytes == 4 * (3 * 32 + 4 * 4 * 4 + 2 * 2 * 12 * 4)
+    assert state.pages == [0]
+    assert state.num_bytes == 4 * (3 * 32 + 4 * 4 * 4 + 2 * 2 * 64 * 4)
 
 
 def test_the_states_stay_fp32_in_a_bf16_model() -> None:
-    state = ContextState(SMALL, 3, torch.device("cpu"), torch.bfloat16)
+    state = new_state(dtype=torch.bfloat16)
     assert state.ssm.dtype == torch.float32
-    assert state.conv.dtype == state.k.dtype == torch.bfloat16
+    k, v = state.kv(0, 0, 0)
+    assert state.conv.dtype == k.dtype == v.dtype == torch.bfloat16
 
 
 def test_a_log_counts_until_it_is_replayed() -> None:
@@ -58,13 +99,30 @@ def test_a_log_counts_until_it_is_replayed() -> None:
     assert state.num_bytes == empty + 4 * 5 * (32 + 4)
     state.advance([WEIGHTS], 2)
     assert (state.position, state.length) == (2, 5)
+    # Two tokens' log is smaller than a snapshot: it is kept until it has been sent.
+    assert state.num_bytes == empty + 4 * 5 * (32 + 4)
     state.advance([WEIGHTS], 0)
     state.advance([WEIGHTS], 3)
     assert (state.position, state.length) == (5, 5)
-    # What was replayed last is kept until it has been sent.
     assert state.num_bytes == empty + 4 * 3 * (32 + 4)
     state.export(2)
     assert state.num_bytes == empty
+
+
+@pytest.mark.parametrize("then", ["a snapshot is smaller", "it was streamed", "the next pass"])
+def test_a_replayed_log_is_not_kept_without_need(then: str) -> None:
+    tokens = 5 if then == "a snapshot is smaller" else 2
+    state = filled(tokens)
+    empty = new_state().num_bytes
+    plan = UpdatePlan("snapshot", 0, tokens)
+    sink = UpdateBuilder(SMALL, plan, CPU, torch.float32) if then == "it was streamed" else None
+    state.advance([WEIGHTS], tokens, sink)
+    if then == "the next pass":
+        assert state.num_bytes == empty + 4 * tokens * (32 + 4)
+        read(state, 1)
+        assert state.num_bytes == empty + 4 * (32 + 4)
+    else:
+        assert state.num_bytes == empty
 
 
 @pytest.mark.parametrize("cut", range(6))
@@ -78,6 +136,47 @@ def test_advancing_is_the_replay_of_the_log_however_it_is_cut(cut: int) -> None:
     assert_same_bits(state.conv[0], conv)
 
 
+def test_kv_across_scattered_pages() -> None:
+    pool = StatePool(SMALL, 7, 7, CPU, torch.float32)
+    others = [pool.open(64) for _ in range(6)]
+    for other in others[::2]:
+        pool.close(other)
+    state = pool.open(200)
+    assert state.pages == [0, 2, 4, 6]
+    parts = [read_all(state, tokens, seed) for seed, tokens in enumerate((63, 2, 64, 1, 70))]
+    whole_k, whole_v = (torch.cat(own, dim=1) for own in zip(*parts, strict=True))
+    for start, stop in ((0, 200), (0, 0), (63, 65), (64, 128), (100, 199)):
+        k, v = state.kv(0, start, stop)
+        assert_same_bits(k, whole_k[:, start:stop])
+        assert_same_bits(v, whole_v[:, start:stop])
+    pages = state.context_kv(0, 130)
+    assert pages.length == 130
+    assert_same_bits(pages.tile(60, 130)[1], whole_v[:, 60:130])
+
+
+def read_all(state: ContextState, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
+    written = read(state, tokens, 10 * seed)
+    state.advance([WEIGHTS], tokens)
+    return written
+
+
+def test_truncating_drops_what_was_not_replayed() -> None:
+    state, want = filled(5), filled(5)
+    empty = new_state().num_bytes
+    state.advance([WEIGHTS], 2)
+    state.truncate()
+    assert (state.position, state.length) == (2, 2)
+    # The delta of what was replayed is still to be had.
+    assert state.num_bytes == empty + 4 * 2 * (32 + 4)
+    mirror = new_state()
+    mirror.apply(state.export(0), [WEIGHTS])
+    assert_equal_states(mirror, state)
+    # The next pass writes where the dropped tokens stood.
+    k, _ = read(state, 3, seed=40)
+    assert_same_bits(state.kv(0, 2, 5)[0], k)
+    assert_same_bits(state.kv(0, 0, 2)[0], want.kv(0, 0, 2)[0])
+
+
 def test_a_mirror_follows_update_by_update() -> None:
     state, mirror = filled(5), new_state()
     state.advance([WEIGHTS], 3)
@@ -86,20 +185,30 @@ def test_a_mirror_follows_update_by_update() -> None:
     state.advance([WEIGHTS], 2)
     mirror.apply(state.export(3), [WEIGHTS])
     assert mirror.position == 5
-    assert_same_bits(mirror.ssm, state.ssm)
-    assert_same_bits(mirror.conv, state.conv)
-    assert_same_bits(mirror.k[:, :, :5], state.k[:, :, :5])
-    assert_same_bits(mirror.v[:, :, :5], state.v[:, :, :5])
+    assert_equal_states(mirror, state)
     # A copy: what happens to the one later leaves the other alone.
     state.ssm.zero_()
     assert bool(mirror.ssm.any())
+
+
+def test_kv_may_run_ahead_of_the_snapshot() -> None:
+    state, mirror = filled(11), new_state()
+    state.advance([WEIGHTS], 11)
+    mirror.apply(kv_update(state, 0, 4))
+    assert (mirror.position, mirror.length) == (0, 4)
+    mirror.apply(kv_update(state, 4, 9))
+    assert (mirror.position, mirror.length) == (0, 9)
+    assert not mirror.ssm.any()
+    plan = UpdatePlan("snapshot", 9, 11)
+    mirror.apply(StateUpdate(plan, snapshot_of(state, 9, 11)))
+    assert_equal_states(mirror, state)
 
 
 def test_a_delta_is_sent_where_it_is_the_smaller_one() -> None:
     state, mirror = filled(1), new_state()
     state.advance([WEIGHTS], 1)
     update = state.export(0)
-    assert update.is_delta
+    assert update.plan == UpdatePlan("delta", 0, 1)
     assert set(update.tensors) == {"xbc", "dt", "k", "v"}
     assert update.tensors["xbc"].shape[1] == 1
     snapshot = sum(tensor.nbytes for tensor in (state.conv, state.ssm))
@@ -108,17 +217,16 @@ def test_a_delta_is_sent_where_it_is_the_smaller_one() -> None:
         mirror.apply(update)
     assert not bool(mirror.ssm.any())
     mirror.apply(update, [WEIGHTS])
-    assert_same_bits(mirror.ssm, state.ssm)
-    assert_same_bits(mirror.conv, state.conv)
+    assert_equal_states(mirror, state)
     # What was handed out once is not kept: the next mirror starts from a snapshot.
-    assert not state.export(0).is_delta
+    assert state.export(0).plan.kind == "snapshot"
 
 
 def test_a_delta_that_does_not_begin_at_the_mirror_is_not_made() -> None:
     state = filled(3)
     state.advance([WEIGHTS], 2)
     state.advance([WEIGHTS], 1)
-    assert not state.export(0).is_delta
+    assert state.export(0).plan.kind == "snapshot"
     assert set(state.export(0).tensors) == {"conv", "ssm", "k", "v"}
 
 
@@ -126,52 +234,89 @@ def test_an_update_holds_the_new_tokens_only() -> None:
     state = filled(5)
     state.advance([WEIGHTS], 5)
     update = state.export(3)
-    assert (update.start, update.position) == (3, 5)
+    assert (update.plan.start, update.plan.position) == (3, 5)
     assert update.tensors["k"].shape == (1, 2, 2, 4)
-    assert_same_bits(update.tensors["v"], state.v[:, :, 3:5])
+    assert_same_bits(update.tensors["v"][0], state.kv(0, 3, 5)[1])
 
 
+@pytest.mark.parametrize("kind", ["snapshot", "delta", "kv"])
 @pytest.mark.parametrize(("start", "position"), [(1, 5), (4, 5), (3, 13), (3, 2), (0, 3)])
-def test_a_gap_or_an_overrun_is_refused(start: int, position: int) -> None:
-    state = filled(5)
-    state.advance([WEIGHTS], 5)
-    mirror = new_state()
-    mirror.apply(StateUpdate(0, 3, tensors_of(state, 0, 3)))
-    before = mirror.ssm.clone()
-    count = max(0, position - start)
-    update = StateUpdate(start, position, tensors_of(state, 0, count))
+def test_a_gap_or_an_overrun_is_refused(kind: UpdateKind, start: int, position: int) -> None:
+    mirror, before = mirror_at_three()
+    plan = UpdatePlan(kind, start, position)
     with pytest.raises(ValueError, match=rf"update: got tokens {start}..{position}, expected"):
-        mirror.apply(update)
-    assert mirror.position == 3
+        mirror.apply(update_of(plan), [WEIGHTS])
+    assert mirror.position == mirror.length == 3
     assert_same_bits(mirror.ssm, before)
 
 
-def tensors_of(state: ContextState, start: int, stop: int) -> dict[str, torch.Tensor]:
-    span = slice(start, stop)
-    return {
-        "conv": state.conv,
-        "ssm": state.ssm,
-        "k": state.k[:, :, span],
-        "v": state.v[:, :, span],
-    }
+def mirror_at_three() -> tuple[ContextState, Tensor]:
+    """A mirror that has taken three tokens, and its SSM state."""
+    state, mirror = filled(3), new_state()
+    state.advance([WEIGHTS], 3)
+    mirror.apply(state.export(0), [WEIGHTS])
+    return mirror, mirror.ssm.clone()
 
 
-@pytest.mark.parametrize("name", ["conv", "ssm", "k", "v"])
+def update_of(plan: UpdatePlan) -> StateUpdate:
+    """An update of ones with the shapes of a plan; no tokens where it ends before its start."""
+    fitting = replace(plan, position=max(plan.start, plan.position))
+    return StateUpdate(
+        plan, {name: torch.ones(shape) for name, shape in fitting.shapes(SMALL).items()}
+    )
+
+
+def test_a_delta_needs_the_snapshot_at_its_start() -> None:
+    mirror, before = mirror_at_three()
+    mirror.apply(update_of(UpdatePlan("kv", 3, 5)))
+    with pytest.raises(ValueError, match=r"got a delta from token 5, .* which stands at 3"):
+        mirror.apply(update_of(UpdatePlan("delta", 5, 6)), [WEIGHTS])
+    assert (mirror.position, mirror.length) == (3, 5)
+    assert_same_bits(mirror.ssm, before)
+    mirror.apply(update_of(UpdatePlan("snapshot", 5, 6)))
+    assert (mirror.position, mirror.length) == (6, 6)
+
+
 @pytest.mark.parametrize("missing", [False, True])
-def test_a_misshapen_update_changes_nothing(name: str, missing: bool) -> None:
-    state, mirror = filled(5), new_state()
-    state.advance([WEIGHTS], 5)
-    update = state.export(0)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("snapshot", name) for name in ("conv", "ssm", "k", "v")]
+    + [("delta", name) for name in ("xbc", "dt", "k", "v")]
+    + [("kv", "k"), ("kv", "v")],
+)
+def test_a_misshapen_update_changes_nothing(kind: UpdateKind, name: str, missing: bool) -> None:
+    update, mirror = update_of(UpdatePlan(kind, 0, 5)), new_state()
     wrong = dict(update.tensors)
     if missing:
         del wrong[name]
     else:
         wrong[name] = wrong[name][..., :-1]
     with pytest.raises(ValueError, match=rf"^{name}: got "):
-        mirror.apply(replace(update, tensors=wrong))
-    assert mirror.position == 0
+        mirror.apply(replace(update, tensors=wrong), [WEIGHTS])
+    assert mirror.position == mirror.length == 0
     assert not mirror.ssm.any()
     assert not mirror.conv.any()
+
+
+def test_a_tensor_too_many_is_refused() -> None:
+    update = update_of(UpdatePlan("kv", 0, 5))
+    wrong = {**update.tensors, "ssm": torch.ones(1, 4, 4, 4)}
+    with pytest.raises(ValueError, match="ssm: got a tensor, expected none in a kv"):
+        new_state().apply(replace(update, tensors=wrong))
+
+
+@pytest.mark.parametrize("pattern", ["M-", "*-", "-"])
+def test_models_without_some_kind_of_layer(pattern: str) -> None:
+    config = replace(SMALL, layer_pattern=pattern)
+    state, mirror = new_state(config=config), new_state(config=config)
+    mamba = pattern.count("M")
+    state.append([log_of(2, 5)] * mamba, 2)
+    state.advance([WEIGHTS] * mamba, 2)
+    update = state.export(0)
+    mirror.apply(update, [WEIGHTS] * mamba)
+    assert mirror.position == mirror.length == 2
+    assert set(update.tensors) == {"M": {"xbc", "dt"}, "*": {"k", "v"}, "-": set()}[pattern[0]]
+    assert_same_bits(mirror.ssm, state.ssm)
 
 
 def test_misuse_is_caught() -> None:
@@ -182,3 +327,14 @@ def test_misuse_is_caught() -> None:
         state.advance([WEIGHTS], 6)
     with pytest.raises(AssertionError):
         new_state(capacity=3).append([log_of(4, 9)], 4)
+
+
+def test_a_released_state_writes_nowhere() -> None:
+    """Its slot and pages may be another row's by now."""
+    state = filled(5)
+    state.release()
+    state.release()
+    with pytest.raises(AssertionError):
+        state.write_kv(0, normal(2, 1, 4), normal(2, 1, 4))
+    with pytest.raises(AssertionError):
+        state.advance([WEIGHTS], 1)

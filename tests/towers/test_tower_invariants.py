@@ -11,9 +11,12 @@ from torch import Tensor
 from tests.comparing import BATCH_SIZES, assert_relative_rms, assert_same_bits
 from twotower.towers.context import ContextTower
 from twotower.towers.denoiser import DenoiserTower, timestep_features
+from twotower.towers.memory import StatePool
 from twotower.towers.state import ContextState
+from twotower.towers.update import StateUpdate, UpdatePlan
 
 ROWS = max(BATCH_SIZES)
+ATTENTION_LAYERS = 2  # of both recorded models
 SOME_SIZES = [1, 2, 3, 4, 7, 15, 16, 17, 23, 31, 32, 33, 40]
 
 
@@ -33,7 +36,9 @@ def read(tower: ContextTower, prompt: Sequence[int], room: int = 40) -> ContextS
 
 
 def everything(state: ContextState) -> list[Tensor]:
-    parts = [state.conv, state.ssm, state.k[:, :, : state.length], state.v[:, :, : state.length]]
+    parts = [state.conv, state.ssm]
+    for layer in range(ATTENTION_LAYERS):
+        parts += state.kv(layer, 0, state.length)
     return [part.clone() for part in parts]
 
 
@@ -117,6 +122,84 @@ def test_reading_a_then_b_is_reading_both(context_tower: ContextTower, cut: int)
     follow = tokens(3, seed=6)
     left = context_tower.forward([follow], [at_once])
     assert_relative_rms(context_tower.forward([follow], [in_two]), left, 2e-5)
+
+
+def test_scattered_pages_change_no_bit(
+    context_tower: ContextTower, denoiser_tower: DenoiserTower
+) -> None:
+    """Rows that were opened and closed in turns have pages anywhere in the pool."""
+    prompt, block = tokens(150, seed=1), tokens(16, seed=2)
+    plain = read(context_tower, prompt)
+    pool = StatePool(context_tower.config, 4, 6, context_tower.device, context_tower.dtype)
+    # A pool full of garbage: what is behind a row's tokens must not matter.
+    pool.k.fill_(float("nan"))
+    pool.v.fill_(float("nan"))
+    others = [pool.open(64) for _ in range(4)]
+    for other in (others[0], others[2]):
+        pool.close(other)
+    state = pool.open(190)
+    assert state.pages == [0, 2, 4]
+    context_tower.forward([prompt], [state])
+    context_tower.advance(state, len(prompt))
+    for got, want in zip(everything(state), everything(plain), strict=True):
+        assert_same_bits(got, want)
+    want = denoiser_tower.forward([block], [0.5], [plain])
+    assert_same_bits(denoiser_tower.forward([block], [0.5], [state]), want)
+    want = context_tower.forward([block], [plain])
+    assert_same_bits(context_tower.forward([block], [state]), want)
+
+
+class Shares:
+    """A sink that remembers in which order it got what."""
+
+    def __init__(self) -> None:
+        self.got: list[tuple[str, int, Tensor]] = []
+
+    def put(self, name: str, layer: int, tensor: Tensor) -> None:
+        self.got.append((name, layer, tensor.clone()))
+
+
+def test_a_sink_takes_each_layers_share_in_the_order_of_the_layers(
+    context_tower: ContextTower,
+) -> None:
+    pieces = [tokens(5, seed=2), tokens(16, seed=3), tokens(16, seed=4)]
+    states = [read(context_tower, tokens(9, seed=row)) for row in range(3)]
+    sinks = [Shares(), None, Shares()]
+    context_tower.forward(pieces, states, sinks)
+    config = context_tower.config
+    names = {"M": ("xbc", "dt"), "*": ("k", "v")}
+    order = [
+        (name, config.layer_pattern[:index].count(kind))
+        for index, kind in enumerate(config.layer_pattern)
+        for name in names.get(kind, ())
+    ]
+    for sink, state, piece in zip(sinks, states, pieces, strict=True):
+        taken = Shares()
+        context_tower.advance(state, len(piece), taken)
+        mamba = range(config.layer_pattern.count("M"))
+        assert [(name, layer) for name, layer, _ in taken.got] == [
+            (name, layer) for layer in mamba for name in ("conv", "ssm")
+        ]
+        for name, layer, tensor in taken.got:
+            assert_same_bits(tensor, getattr(state, name)[layer])
+        if sink is None:
+            continue
+        assert [(name, layer) for name, layer, _ in sink.got] == order
+        mirror_follows_shares(context_tower, state, sink, len(piece))
+
+
+def mirror_follows_shares(
+    tower: ContextTower, state: ContextState, sink: Shares, count: int
+) -> None:
+    """The shares are a delta that moves a mirror of the nine tokens before to the state's bits."""
+    tensors = {
+        name: torch.stack([part for own, _, part in sink.got if own == name])
+        for name in ("xbc", "dt", "k", "v")
+    }
+    mirror = read(tower, tokens(9, seed=0 if count == 5 else 2))
+    mirror.apply(StateUpdate(UpdatePlan("delta", 9, 9 + count), tensors), tower.replay_weights)
+    for got, want in zip(everything(mirror), everything(state), strict=True):
+        assert_same_bits(got, want)
 
 
 def test_a_forward_pass_does_not_move_the_snapshot(context_tower: ContextTower) -> None:

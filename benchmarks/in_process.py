@@ -1,0 +1,40 @@
+"""Both towers in this process, as the other side of a comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from twotower import TwoTower
+from twotower.towers.context_engine import ContextEngine
+from twotower.towers.denoiser_engine import DenoiserEngine
+from twotower.towers.engine import EngineOptions
+from twotower.towers.link import load_engines
+from twotower.towers.memory import MemoryBudget
+from twotower.towers.tokenizer import load_tokenizer
+from twotower.towers.weights import resolve_checkpoint
+
+
+@dataclass(frozen=True)
+class Local:
+    """A model on the CPU in fp32, with its engines."""
+
+    model: TwoTower
+    context: ContextEngine
+    denoiser: DenoiserEngine
+
+    def stats(self) -> dict[str, dict[str, float]]:
+        """Counters of each tower, by tower."""
+        return {"context": self.context.stats(), "denoiser": self.denoiser.stats()}
+
+
+def load_local(path: str | None, rows: int, max_context: int, *, threaded: bool = False) -> Local:
+    """Loads a checkpoint (None: the shipped model) without a prefix cache, so that the second run
+    of a prompt costs what the first did. `threaded` gives each tower a thread of its own."""
+    folder = resolve_checkpoint(path)
+    options = EngineOptions(MemoryBudget(rows, max_context), prefix_cache_bytes=0)
+    context, denoiser = load_engines(
+        folder, "cpu", "cpu", torch.float32, options=options, threaded=threaded
+    )
+    return Local(TwoTower(context, denoiser, load_tokenizer(folder)), context, denoiser)

@@ -1,0 +1,322 @@
+"""Thousands of short mixed requests, a fifth of them cancelled midway: nothing may stay behind.
+
+    python -m benchmarks.soak [--requests 10000] [--rows 16] [--in-flight 48]
+
+The tower actors' own classes with a gRPC state link between them, in one process without Ray, on
+a tiny random checkpoint, with a prefix cache. After every thousand requests the pair is idle for a
+moment: then no row, slot, mirror, queue entry or waiting piece of work may be left on either side,
+and in the end, once the prefix cache is empty, no page. A refused request is sent again a little
+later. One in a hundred of those that were not cancelled is generated again alone, without a prefix
+cache. Prints one JSON object; the exit code is 1 if anything is left, differs or has failed, or if
+memory grew by more than `--max-growth-mib` after the first thousand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.in_process import load_local
+from benchmarks.machine import machine
+from benchmarks.phases import PhasedContext, PhasedDenoiser, PhasedLink, Phases
+from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
+from benchmarks.soak_requests import RequestMaker, SoakRequest
+from twotower.api import Request
+from twotower.cluster.channel.grpc import LinkSpec
+from twotower.cluster.remote import PairServices
+from twotower.cluster.topology import PairTopology
+from twotower.cluster.tower_actors import ContextTowerActor, DenoiserTowerActor
+from twotower.deployments.pair import Job, TowerPair
+from twotower.towers.context_engine import ContextEngine
+from twotower.towers.errors import QueueFullError, TwoTowerError
+
+SHAPE = replace(
+    MEDIUM,
+    vocab_size=96,
+    hidden_size=32,
+    layer_pattern="M*EM",
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    mamba_num_heads=4,
+    mamba_head_dim=8,
+    n_groups=2,
+    ssm_state_size=8,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    moe_shared_expert_intermediate_size=32,
+    intermediate_size=32,
+    max_position_embeddings=256,
+)
+EOS = 2
+MAX_CONTEXT = 128
+# Small enough that entries leave for want of bytes as well as for want of pages.
+CACHE_BYTES = 96 << 10
+ROUND = 1000
+SETTLE_S = 5.0
+RETRY_S = 0.02
+# What must be zero on a side once all requests have ended.
+GONE = ("rows", "waiting", "slots_used", "pages_used", "queued_rows", "mirrors")
+CACHED = ("context", "pages_used")
+
+
+class Soak:
+    """A linked pair of towers and what has become of the requests."""
+
+    def __init__(self, topology: PairTopology, phases: Phases) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.refused = 0
+        self.outputs: list[tuple[SoakRequest, list[int]]] = []
+        self._context = ContextTowerActor(topology)
+        self._denoiser = DenoiserTowerActor(topology)
+        self._phases = phases
+        self._pair = TowerPair(self._start)
+        self._names = itertools.count()
+
+    @property
+    def engine(self) -> ContextEngine:
+        """The context tower's engine."""
+        return self._context._parts()[0]
+
+    async def start(self) -> None:
+        """Loads and links the towers."""
+        await self._pair.check_health()
+
+    async def close(self) -> None:
+        """Ends the link."""
+        await self._context.close()
+        await self._denoiser.close()
+
+    async def run(self, requests: Iterator[SoakRequest], in_flight: int) -> None:
+        """Ends all requests, so many at once."""
+
+        async def take_turns() -> None:
+            for request in requests:
+                await self._end(request)
+
+        await asyncio.gather(*(take_turns() for _ in range(in_flight)))
+
+    async def left(self, *, cached_pages: bool) -> dict[str, float]:
+        """What is still there, if anything, a few seconds after the last request."""
+        deadline = time.monotonic() + SETTLE_S
+        while (
+            left := held(await self._pair.stats(), cached_pages)
+        ) and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        return left
+
+    async def stats(self) -> dict[str, dict[str, float]]:
+        """Counters of each tower, by tower."""
+        return await self._pair.stats()
+
+    async def _start(self) -> PairServices:
+        await self._context.load()
+        await self._denoiser.load()
+        address = await self._denoiser.listen("soak")
+        await self._context.connect(LinkSpec(address, "soak", epoch=1))
+        link = self.engine.link
+        assert link is not None
+        self.engine.link = PhasedLink(link, self._phases)
+        return PairServices(
+            PhasedContext(self._context, self._phases), PhasedDenoiser(self._denoiser, self._phases)
+        )
+
+    async def _end(self, request: SoakRequest) -> None:
+        """Sends a request until it is not refused, and notes what became of it."""
+        while True:
+            row_id = f"row-{next(self._names)}"
+            task = asyncio.create_task(self._tokens(row_id, request))
+            self._phases.follow(row_id, task, request.cancel)
+            await asyncio.wait([task])
+            self._phases.forget(row_id)
+            if not _refused(task):
+                break
+            self.refused += 1
+            await asyncio.sleep(RETRY_S)
+        self._note(request, task)
+
+    async def _tokens(self, row_id: str, request: SoakRequest) -> list[int]:
+        blocks = self._pair.generate(Job(row_id, request.prompt, (), request.params))
+        async with aclosing(blocks):
+            return [token async for block in blocks for token in block.token_ids]
+
+    def _note(self, request: SoakRequest, task: asyncio.Task[list[int]]) -> None:
+        if task.cancelled():
+            self.outcomes["cancelled"] += 1
+            return
+        error = task.exception()
+        if isinstance(error, TwoTowerError):
+            self.outcomes[f"failed: {type(error).__name__}: {error}"] += 1
+        elif error is not None:
+            raise error
+        else:
+            self.outcomes["completed"] += 1
+            if request.checked:
+                self.outputs.append((request, task.result()))
+
+
+def main() -> int:
+    """Parses the arguments, soaks, prints JSON; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--rows", type=int, default=16, help="rows in the towers at once")
+    parser.add_argument("--waiting", type=int, default=24, help="rows that may wait for them")
+    parser.add_argument("--in-flight", type=int, default=48, help="requests sent at once")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-growth-mib", type=float, default=32.0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_random_checkpoint(folder, SHAPE)
+        figures = asyncio.run(soak(folder, args))
+    print(json.dumps(figures, indent=2))
+    return 0 if passed(figures, args.max_growth_mib) else 1
+
+
+def topology(folder: Path, args: argparse.Namespace) -> PairTopology:
+    """The pair's limits."""
+    return PairTopology(
+        model_path=str(folder),
+        device="cpu",
+        dtype="float32",
+        cpus=1.0,
+        gpus=0.0,
+        num_threads=1,
+        max_rows=args.rows,
+        max_context=MAX_CONTEXT,
+        max_waiting=args.waiting,
+        prefix_cache_bytes=CACHE_BYTES,
+    )
+
+
+async def soak(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one run."""
+    phases = Phases()
+    towers = Soak(topology(folder, args), phases)
+    await towers.start()
+    tasks = len(asyncio.all_tasks())
+    maker = RequestMaker(SHAPE.vocab_size, EOS, args.seed)
+    readings = []
+    started = time.monotonic()
+    for start in range(0, args.requests, ROUND):
+        count = min(ROUND, args.requests - start)
+        await towers.run(maker.requests(count), args.in_flight)
+        readings.append(await reading(towers, start + count))
+    seconds = time.monotonic() - started
+    stats = await towers.stats()
+    cache = towers.engine.cache
+    assert cache is not None
+    cache.clear()
+    left = await towers.left(cached_pages=False)
+    extra_tasks = len(asyncio.all_tasks()) - tasks
+    await towers.close()
+    return {
+        "machine": machine(threads=2),
+        "shape": {
+            "hidden": SHAPE.hidden_size,
+            "pattern": SHAPE.layer_pattern,
+            "dtype": "float32",
+            "rows": args.rows,
+            "waiting": args.waiting,
+            "in_flight": args.in_flight,
+        },
+        "requests": args.requests,
+        "seconds": round(seconds, 1),
+        "outcomes": dict(towers.outcomes),
+        "cancels_by_phase": dict(phases.cancels),
+        "refused": towers.refused,
+        "rows_per_pass": {
+            side: round(counters["pass_rows"] / counters["passes"], 2)
+            for side, counters in stats.items()
+        },
+        "prefix_cache": {name: stats["context"][f"cache_{name}"] for name in ("hits", "misses")},
+        "readings": readings,
+        "left": left | ({"tasks": extra_tasks} if extra_tasks > 0 else {}),
+        "checked": await asyncio.to_thread(compared, folder, towers.outputs),
+    }
+
+
+def held(stats: dict[str, dict[str, float]], cached_pages: bool) -> dict[str, float]:
+    """The counters that are not zero though they should be; the context tower's pages may be the
+    prefix cache's."""
+    return {
+        f"{side}.{name}": stats[side][name]
+        for side in stats
+        for name in GONE
+        if stats[side].get(name) and not (cached_pages and (side, name) == CACHED)
+    }
+
+
+async def reading(towers: Soak, requests: int) -> dict[str, Any]:
+    """What is left and what memory the process has after so many requests."""
+    left = await towers.left(cached_pages=True)
+    context = (await towers.stats())["context"]
+    gc.collect()
+    return {
+        "requests": requests,
+        "left": left,
+        "cache_entries": context["cache_entries"],
+        "cache_pages": context["pages_used"],
+        "rss_mib": round(rss_bytes() / 2**20, 1),
+    }
+
+
+def compared(folder: Path, outputs: Sequence[tuple[SoakRequest, list[int]]]) -> dict[str, Any]:
+    """How many outputs are those of the row alone, and the requests of those that are not."""
+    model = load_local(str(folder), 1, MAX_CONTEXT).model
+    different = []
+    for request, got in outputs:
+        [alone] = model.generate_requests([Request(request.prompt, request.params)])
+        if alone.token_ids != got:
+            different.append(f"{request}: got {got}, alone {alone.token_ids}")
+    return {
+        "outputs": len(outputs),
+        "equal": len(outputs) - len(different),
+        "by_mode": Counter(request.params.mode for request, _ in outputs),
+        "different": different,
+    }
+
+
+def passed(figures: dict[str, Any], max_growth_mib: float) -> bool:
+    """Whether all that a soak asks for holds."""
+    readings = figures["readings"]
+    growth = readings[-1]["rss_mib"] - readings[0]["rss_mib"]
+    outcomes = figures["outcomes"]
+    return (
+        not figures["left"]
+        and not any(one["left"] for one in readings)
+        and outcomes.get("completed", 0) + outcomes.get("cancelled", 0) == figures["requests"]
+        and not figures["checked"]["different"]
+        and growth <= max_growth_mib
+    )
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process. Linux only."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _refused(task: asyncio.Task[list[int]]) -> bool:
+    return not task.cancelled() and isinstance(task.exception(), QueueFullError)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""Verified decoding against ar: the same tokens, and how many of them a pass gives.
+
+    python -m benchmarks.verified [--model DIR] [--prompts 200] [--tokens 64]
+
+First every held-out prompt is decoded in both modes, greedy and drawn (temperature 1, top_p 0.9,
+a seed per prompt), and the outputs are compared token for token. Then a smaller set is decoded
+with 1, 2, ... draft steps: accepted tokens a draft, tokens per (denoiser + context) pass and
+tokens/s, with an ar run beside each. Passes that read the prompt are not counted. Prints one JSON
+object; the exit code is 1 if an output differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from benchmarks.figures import median
+from benchmarks.in_process import Local, load_local
+from benchmarks.machine import machine
+from benchmarks.prompts import held_out_prompts
+from twotower.api import GenerationResult, Request
+from twotower.towers.params import GenerationParams
+from twotower.towers.prefill import PREFILL_CHUNK
+from twotower.towers.training.corpus import read_corpus, standard_library
+
+DRAWS = {"greedy": {}, "drawn": {"temperature": 1.0, "top_p": 0.9}}
+MAX_CONTEXT = 1024
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Results of all prompts, and the seconds that they took."""
+
+    results: list[GenerationResult]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two outputs first differ, each with its token there and the context tower's
+    natural-log probability of that token."""
+
+    prompt: int
+    position: int
+    ar_token: int
+    ar_log_prob: float
+    verified_token: int
+    verified_log_prob: float
+
+
+def main() -> int:
+    """Parses the arguments, measures, prints JSON; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="checkpoint folder; the shipped model if left out")
+    parser.add_argument("--prompts", type=int, default=200, help="prompts that are compared")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens a prompt")
+    parser.add_argument("--sweep-prompts", type=int, default=24, help="prompts per draft steps")
+    parser.add_argument("--max-draft-steps", type=int, default=16)
+    parser.add_argument("--block", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=16, help="prompts decoded at a time")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    local = load_local(args.model, args.batch, MAX_CONTEXT)
+    figures = measure(local, token_ids(local, max(args.prompts, args.sweep_prompts)), args)
+    print(json.dumps(figures, indent=2))
+    equal = figures["against_ar"].values()
+    return 0 if all(part["equal"] == part["prompts"] for part in equal) else 1
+
+
+def token_ids(local: Local, count: int) -> list[list[int]]:
+    """Held-out prompts as token ids. Raises ValueError if there are fewer than `count`."""
+    prompts = held_out_prompts(read_corpus(standard_library()), count)
+    if len(prompts) < count:
+        raise ValueError(f"prompts: got {count}, expected at most {len(prompts)} held-out ones")
+    return [local.model.encode(prompt.text) for prompt in prompts]
+
+
+def measure(local: Local, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one run."""
+    config = local.model.config
+    base = GenerationParams(mode="ar", max_tokens=args.tokens, block_size=args.block)
+    decode(local, prompts[: args.batch], replace(base, mode="verified", max_tokens=16))
+    return {
+        "machine": machine(args.threads) | {"python": platform.python_version()},
+        "shape": {
+            "hidden": config.hidden_size,
+            "pattern": config.layer_pattern,
+            "dtype": "float32",
+            "block": args.block,
+            "batch": args.batch,
+            "tokens": args.tokens,
+            "confidence_threshold": base.confidence_threshold,
+        },
+        "against_ar": {
+            name: against_ar(local, prompts[: args.prompts], replace(base, **draw))
+            for name, draw in DRAWS.items()
+        },
+        "draft_steps": {
+            name: sweep(
+                local, prompts[: args.sweep_prompts], replace(base, **draw), args.max_draft_steps
+            )
+            for name, draw in DRAWS.items()
+        },
+    }
+
+
+def against_ar(
+    local: Local, prompts: Sequence[list[int]], params: GenerationParams
+) -> dict[str, Any]:
+    """How many of the outputs are those of ar, and the first difference of each other one."""
+    ar = decode(local, prompts, params)
+    verified = decode(local, prompts, replace(params, mode="verified"))
+    pairs = zip(ar.results, verified.results, strict=True)
+    found = [first_difference(index, *pair) for index, pair in enumerate(pairs)]
+    differences = [asdict(one) for one in found if one is not None]
+    return {
+        "prompts": len(prompts),
+        "equal": len(prompts) - len(differences),
+        "differences": differences,
+        "tokens_compared": sum(len(result.token_ids) for result in ar.results),
+        "ar": speed(prompts, ar),
+        "verified": speed(prompts, verified) | drafts(verified),
+    }
+
+
+def first_difference(
+    index: int, ar: GenerationResult, verified: GenerationResult
+) -> Difference | None:
+    """The first position at which two outputs of one prompt differ; None if they are equal.
+
+    Raises ValueError if one is only the beginning of the other.
+    """
+    pairs = zip(ar.token_ids, verified.token_ids, strict=False)
+    for place, (one, other) in enumerate(pairs):
+        if one != other:
+            log_probs = ar.log_probs[place], verified.log_probs[place]
+            return Difference(index, place, one, log_probs[0], other, log_probs[1])
+    lengths = len(ar.token_ids), len(verified.token_ids)
+    if lengths[0] != lengths[1]:
+        raise ValueError(f"prompt {index}: got {lengths[1]} tokens, expected ar's {lengths[0]}")
+    return None
+
+
+def sweep(
+    local: Local, prompts: Sequence[list[int]], base: GenerationParams, max_steps: int
+) -> dict[str, Any]:
+    """Figures for every number of draft steps; ar is run again beside each."""
+    rounds: dict[int, dict[str, Any]] = {}
+    ars = []
+    for steps in range(1, max_steps + 1):
+        ars.append(speed(prompts, decode(local, prompts, base)))
+        params = replace(base, mode="verified", draft_steps=steps)
+        verified = decode(local, prompts, params)
+        rounds[steps] = speed(prompts, verified) | drafts(verified)
+        ratio = rounds[steps]["tokens_per_s"] / ars[-1]["tokens_per_s"]
+        rounds[steps]["speed_over_ar"] = round(ratio, 3)
+    return {
+        "prompts": len(prompts),
+        "ar": {name: median(one[name] for one in ars) for name in ars[0]},
+        "verified": rounds,
+    }
+
+
+def decode(local: Local, prompts: Sequence[list[int]], params: GenerationParams) -> Batch:
+    """All prompts; prompt i has seed i. The engines hold as many at a time as they have slots."""
+    requests = [
+        Request(prompt, replace(params, seed=index)) for index, prompt in enumerate(prompts)
+    ]
+    started = time.perf_counter()
+    results = local.model.generate_requests(requests)
+    return Batch(results, time.perf_counter() - started)
+
+
+def speed(prompts: Sequence[list[int]], batch: Batch) -> dict[str, float]:
+    """Tokens per second, and per pass of either tower behind the prompt."""
+    tokens = sum(len(result.token_ids) for result in batch.results)
+    reading = sum(-(-len(prompt) // PREFILL_CHUNK) for prompt in prompts)
+    passes = sum(result.nfe + result.context_passes for result in batch.results) - reading
+    return {
+        "tokens_per_pass": round(tokens / passes, 3),
+        "tokens_per_s": round(tokens / batch.seconds, 1),
+    }
+
+
+def drafts(batch: Batch) -> dict[str, float]:
+    """Accepted and drafted tokens and denoiser passes of a draft, on average."""
+    count = sum(len(result.blocks) for result in batch.results)
+    return {
+        "accepted_per_draft": _mean([result.accepted_tokens for result in batch.results], count),
+        "drafted_per_draft": _mean([result.drafted_tokens for result in batch.results], count),
+        "passes_per_draft": _mean([result.nfe for result in batch.results], count),
+    }
+
+
+def _mean(values: Sequence[int], count: int) -> float:
+    return round(sum(values) / count, 3)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

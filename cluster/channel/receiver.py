@@ -1,0 +1,223 @@
+"""The receiving side of the state channel, beside the denoiser tower."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+import grpc
+import grpc.aio
+import torch
+from torch import Tensor
+
+from twotower.cluster.channel import framing
+from twotower.cluster.channel.assembly import Assembly
+from twotower.cluster.channel.carrier import BesideFrame, Carrier, CarrierError, InFrame
+from twotower.cluster.channel.grpc import (
+    ADMITTED_KEY,
+    CPU,
+    METHOD,
+    OPTIONS,
+    RECEIPT_TIMEOUT_S,
+    STORE_PORT_KEY,
+    TOKEN_KEY,
+    TRANSPORT_KEY,
+)
+from twotower.cluster.channel.mirrors import Mirrors
+from twotower.cluster.channel.process_group import Rendezvous
+from twotower.cluster.topology import Transport
+from twotower.protos.v1 import state_pb2
+from twotower.towers.update import StateUpdate
+
+MAX_UNFINISHED = 4096
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class StateReceiver:
+    """A gRPC server that hands complete updates to `apply`.
+
+    `apply(row_id, update)` raises ValueError for an update that does not continue the row,
+    `follow(tensors)` for replay weights of another model. Only rows that were opened are followed,
+    so a late update of a released row leaves nothing behind. `device` is where NCCL receives;
+    otherwise the CPU. A group's calls end within `timeout_s`.
+    """
+
+    def __init__(
+        self,
+        apply: Callable[[str, StateUpdate], None],
+        follow: Callable[[Mapping[str, Tensor]], None],
+        token: str,
+        max_update_bytes: int,
+        *,
+        transport: Transport = "grpc",
+        device: torch.device = CPU,
+        timeout_s: float = RECEIPT_TIMEOUT_S,
+    ) -> None:
+        self._follow = follow
+        self._token = token.encode()
+        self._max_update_bytes = max_update_bytes
+        self._transport = transport
+        self._device = device
+        self._timeout = timeout_s
+        self._host = ""
+        self._mirrors = Mirrors(apply)
+        self._server: grpc.aio.Server | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are followed."""
+        return len(self._mirrors)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Rows of whose next update a part is held."""
+        return self._mirrors.num_assemblies
+
+    def open(self, row_id: str) -> None:
+        """Starts to follow a row."""
+        self._mirrors.open(row_id)
+
+    def forget(self, row_id: str) -> None:
+        """Stops to follow a row; an unknown row is fine."""
+        self._mirrors.forget(row_id)
+
+    async def start(self, host: str) -> str:
+        """Listens on a free port of `host`; returns `host:port`."""
+        self._server = grpc.aio.server(options=OPTIONS)
+        service, method = METHOD.strip("/").split("/")
+        # Frames arrive as bytes: `framing` reads them without copying their payloads.
+        handler = grpc.stream_stream_rpc_method_handler(
+            self._publish, response_serializer=state_pb2.StateReceipt.SerializeToString
+        )
+        handlers = grpc.method_handlers_generic_handler(service, {method: handler})
+        self._server.add_generic_rpc_handlers((handlers,))
+        self._host = f"[{host}]" if ":" in host else host
+        port = self._server.add_insecure_port(f"{self._host}:0")
+        await self._server.start()
+        return f"{self._host}:{port}"
+
+    async def stop(self) -> None:
+        """Ends all streams and stops to listen."""
+        if self._server is not None:
+            await self._server.stop(grace=None)
+
+    async def _publish(
+        self, frames: AsyncIterator[bytes], context: Context
+    ) -> AsyncIterator[state_pb2.StateReceipt]:
+        """Serves one link until it ends or breaks a rule."""
+        await self._authenticate(context)
+        carrier = await self._admit(context)
+        stream = _Stream(self._mirrors, self._follow, self._max_update_bytes, carrier)
+        try:
+            async for raw in frames:
+                receipt = await stream.take(raw)
+                if receipt is not None:
+                    yield receipt
+        except framing.OversizedError as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        except framing.FrameError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except CarrierError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        finally:
+            stream.end()
+            carrier.close()
+
+    async def _authenticate(self, context: Context) -> None:
+        metadata = dict(context.invocation_metadata() or ())
+        given = metadata.get(TOKEN_KEY, "")
+        given_bytes = given if isinstance(given, bytes) else given.encode()
+        if not hmac.compare_digest(given_bytes, self._token):
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong or missing link token")
+        transport = metadata.get(TRANSPORT_KEY, "grpc")
+        if transport != self._transport:
+            message = f"transport: got {transport!r}, expected {self._transport!r}"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, message)
+
+    async def _admit(self, context: Context) -> Carrier:
+        # The sender waits for this before its first write: a write that meets an ended stream
+        # would hide why it has ended.
+        if self._transport == "grpc":
+            await context.send_initial_metadata(((ADMITTED_KEY, "1"),))
+            return InFrame()
+        rendezvous = Rendezvous(self._host)
+        try:
+            await context.send_initial_metadata(
+                ((ADMITTED_KEY, "1"), (STORE_PORT_KEY, str(rendezvous.port)))
+            )
+            end = await rendezvous.accept(self._transport, self._device, self._timeout)
+        except RuntimeError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"no process group: {error}")
+        finally:
+            rendezvous.close()
+        return BesideFrame(end, lambda _: None)
+
+
+class _Stream:
+    """The updates that one link has begun."""
+
+    def __init__(
+        self,
+        mirrors: Mirrors,
+        follow: Callable[[Mapping[str, Tensor]], None],
+        max_update_bytes: int,
+        carrier: Carrier,
+    ) -> None:
+        self._mirrors = mirrors
+        self._follow = follow
+        self._max_update_bytes = max_update_bytes
+        self._carrier = carrier
+        self._assemblies: dict[int, Assembly] = {}
+
+    async def take(self, raw: bytes) -> state_pb2.StateReceipt | None:
+        """Takes a frame; a receipt where it ends a row's update.
+
+        Raises FrameError or CarrierError.
+        """
+        frame, payload = framing.decode(raw)
+        if frame.HasField("header"):
+            self._begin(frame.sequence, frame.header)
+        assembly = self._assemblies.get(frame.sequence)
+        if assembly is None:
+            raise framing.FrameError(f"sequence: got {frame.sequence} without a header")
+        if frame.aborted:
+            del self._assemblies[frame.sequence]
+            self._mirrors.drop(assembly)
+            outcome = state_pb2.StateReceipt.OUTCOME_ABORTED
+            return state_pb2.StateReceipt(sequence=frame.sequence, outcome=outcome)
+        places = assembly.place(frame.pieces)
+        await self._carrier.receive(frame.pieces, places, payload)
+        return self._finish(frame.sequence, assembly) if frame.finished else None
+
+    def end(self) -> None:
+        """Drops what is unfinished."""
+        for assembly in self._assemblies.values():
+            self._mirrors.drop(assembly)
+        self._assemblies.clear()
+
+    def _begin(self, sequence: int, header: state_pb2.StateHeader) -> None:
+        if sequence in self._assemblies:
+            raise framing.FrameError(f"header: got one inside update {sequence}")
+        if len(self._assemblies) >= MAX_UNFINISHED:
+            raise framing.FrameError(f"header: got more than {MAX_UNFINISHED} unfinished updates")
+        framing.check_header(header, self._max_update_bytes)
+        keep = self._mirrors.admit(header)
+        assembly = Assembly(header, keep=keep, device=self._carrier.device)
+        self._assemblies[sequence] = assembly
+        self._mirrors.hold(assembly)
+
+    def _finish(self, sequence: int, assembly: Assembly) -> state_pb2.StateReceipt | None:
+        del self._assemblies[sequence]
+        if not assembly.complete:
+            self._mirrors.drop(assembly)
+            raise framing.FrameError(f"finished: got update {sequence} with bytes missing")
+        if assembly.header.row_id:
+            outcome = self._mirrors.settle(assembly)
+            return state_pb2.StateReceipt(sequence=sequence, outcome=outcome)
+        if assembly.keep:
+            try:
+                self._follow(assembly.tensors())
+            except ValueError as error:
+                raise framing.FrameError(str(error)) from None
+        return None

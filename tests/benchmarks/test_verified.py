@@ -1,0 +1,29 @@
+"""Where two outputs first differ, on outputs written by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.verified import Difference, first_difference
+from twotower.api import GenerationResult
+
+
+def result(token_ids: list[int], log_probs: list[float]) -> GenerationResult:
+    return GenerationResult(
+        token_ids, "", "length", 0, len(token_ids), 0, [], None, 0, 0, 0, log_probs
+    )
+
+
+def test_equal_outputs_have_no_difference() -> None:
+    assert first_difference(0, result([5, 6], [-1.0, -2.0]), result([5, 6], [-1.0, -2.0])) is None
+
+
+def test_the_first_of_two_differences_counts() -> None:
+    ar = result([5, 6, 7, 8], [-0.1, -0.2, -0.3, -0.4])
+    verified = result([5, 9, 7, 9], [-0.1, -0.6, -0.3, -0.8])
+    assert first_difference(3, ar, verified) == Difference(3, 1, 6, -0.2, 9, -0.6)
+
+
+def test_an_output_that_ends_early_is_an_error() -> None:
+    with pytest.raises(ValueError, match="prompt 4: got 1 tokens, expected ar's 2"):
+        first_difference(4, result([5, 6], [-1.0, -2.0]), result([5], [-1.0]))

@@ -1,0 +1,171 @@
+"""A sending and a receiving side of the state channel, joined by any transport."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import grpc.aio
+import torch
+from torch import Tensor
+
+from tests.random_model import small_config
+from twotower.cluster.channel.grpc import METHOD, TOKEN_KEY, TRANSPORT_KEY, GrpcStateLink, LinkSpec
+from twotower.cluster.channel.receiver import StateReceiver
+from twotower.protos.v1 import state_pb2
+from twotower.towers.link import LocalLink
+from twotower.towers.update import StateUpdate, UpdatePlan
+
+TRANSPORTS = ("in_process", "grpc", "gloo")
+TOKEN = "a" * 32
+MAX_BYTES = 8 << 20
+TIMEOUT_S = 10.0
+# Two layers of each kind; a token's K/V are 1 KiB a layer, so that kilotokens make megabytes.
+CONFIG = small_config(layer_pattern="M*M*", head_dim=64, num_key_value_heads=1)
+DTYPE = torch.float32
+WEIGHTS = {"a_log": torch.arange(8.0).reshape(2, 4), "dt_bias": torch.ones(2, 4)}
+
+
+class Recorder:
+    """Stands in for a denoiser engine: keeps what arrives, refuses gaps as a mirror does."""
+
+    def __init__(self) -> None:
+        self.tower = SimpleNamespace(device=torch.device("cpu"))
+        self.updates: list[tuple[str, StateUpdate]] = []
+        self.positions: dict[str, int] = {}
+        self.weights: list[Mapping[str, Tensor]] = []
+
+    def follow(self, tensors: Mapping[str, Tensor]) -> None:
+        if "a_log" not in tensors:
+            raise ValueError("replay weights: no a_log")
+        self.weights.append(tensors)
+
+    def receive(self, row_id: str, update: StateUpdate) -> None:
+        if update.plan.start != self.positions.get(row_id, 0):
+            raise ValueError("gap")
+        self.positions[row_id] = update.plan.position
+        self.updates.append((row_id, update))
+
+    def of(self, row_id: str) -> list[StateUpdate]:
+        return [update for row, update in self.updates if row == row_id]
+
+
+class Channel:
+    """A receiver in front of a recorder, and links to it."""
+
+    def __init__(self, transport: str, recorder: Any, timeout_s: float = TIMEOUT_S) -> None:
+        self.transport = transport
+        self.recorder = recorder
+        self.address = ""
+        self.receiver: StateReceiver | None = None
+        self._timeout = timeout_s
+        self._links: list[GrpcStateLink] = []
+
+    async def start(self) -> None:
+        if self.transport != "in_process":
+            self.receiver = StateReceiver(
+                self.recorder.receive,
+                self.recorder.follow,
+                TOKEN,
+                MAX_BYTES,
+                transport=self.transport,
+                timeout_s=self._timeout,
+            )
+            self.address = await self.receiver.start("127.0.0.1")
+
+    def link(
+        self,
+        *rows: str,
+        epoch: int = 1,
+        token: str = TOKEN,
+        weights: Mapping[str, Tensor] = WEIGHTS,
+        config: Any = CONFIG,
+    ) -> Any:
+        """A link that carries these rows, which the receiver follows already."""
+        if self.transport == "in_process":
+            tower = SimpleNamespace(config=config, dtype=DTYPE, replay_tensors=lambda: weights)
+            made: Any = LocalLink(tower, self.recorder, shared=False)
+        else:
+            spec = LinkSpec(self.address, token, epoch, self.transport)
+            made = GrpcStateLink(spec, config, DTYPE, weights, receipt_timeout_s=self._timeout)
+            self._links.append(made)
+        for row in rows:
+            made.open(row)
+        return made
+
+    def open(self, *rows: str) -> None:
+        for row in rows:
+            if self.receiver is not None:
+                self.receiver.open(row)
+
+    async def raw(self, *frames: bytes, receipts: int = 1) -> list[int]:
+        """Writes frames as they are; outcomes of so many receipts. Raises AioRpcError."""
+        async with self.stream() as call:
+            for frame in frames:
+                await call.write(frame)
+            return [(await call.read()).outcome for _ in range(receipts)]
+
+    @asynccontextmanager
+    async def stream(self) -> AsyncIterator[Any]:
+        """A bare stream to the receiver, which ends with the block."""
+        async with grpc.aio.insecure_channel(self.address) as channel:
+            publish = channel.stream_stream(
+                METHOD, response_deserializer=state_pb2.StateReceipt.FromString
+            )
+            metadata = ((TOKEN_KEY, TOKEN), (TRANSPORT_KEY, self.transport))
+            yield publish(metadata=metadata)
+
+    async def close(self) -> None:
+        for link in self._links:
+            await link.close()
+        if self.receiver is not None:
+            await self.receiver.stop()
+
+
+def shares_of(plan: UpdatePlan, seed: int) -> list[tuple[str, int, Tensor]]:
+    """Random shares of an update in the order in which layers compute them."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = plan.shapes(CONFIG)
+    return [
+        (name, layer, torch.randn(shape[1:], generator=generator))
+        for layer in range(2)
+        for name, shape in shapes.items()
+    ]
+
+
+def assert_holds(update: StateUpdate, shares: Sequence[tuple[str, int, Tensor]]) -> None:
+    """Every share arrived, bit by bit."""
+    assert sum(share.nbytes for _, _, share in shares) == update.num_bytes
+    for name, layer, share in shares:
+        got = update.tensors[name][layer]
+        assert torch.equal(got.view(torch.int32), share.view(torch.int32)), (name, layer)
+
+
+async def send(link: Any, row: str, plan: UpdatePlan, seed: int = 0) -> None:
+    """One whole update of random shares."""
+    writer = link.begin(row, None, plan)
+    for share in shares_of(plan, seed):
+        writer.put(*share)
+    await writer.finish()
+
+
+async def until(condition: Any, timeout_s: float = TIMEOUT_S) -> None:
+    """Waits for something that no call announces."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def some_plans(count: int, chooser: random.Random, most: int = 40) -> list[UpdatePlan]:
+    """A snapshot and then deltas and K/V updates of random lengths."""
+    plans, place = [], 0
+    for number in range(count):
+        kind = "snapshot" if number == 0 else chooser.choice(("delta", "kv"))
+        end = place + chooser.randint(1, most)
+        plans.append(UpdatePlan(kind, place, end))
+        place = end
+    return plans

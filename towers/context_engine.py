@@ -1,0 +1,420 @@
+"""The context tower's engine: prefill, extension, decoding and verification of many rows."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twotower.towers.admission import Admission
+from twotower.towers.config import ATTENTION
+from twotower.towers.context import ContextTower
+from twotower.towers.engine import Engine, EngineRow, ends_of, state_of
+from twotower.towers.errors import NumericalError, TwoTowerError
+from twotower.towers.memory import MemoryBudget, StatePool, pool_for
+from twotower.towers.params import GenerationParams
+from twotower.towers.prefill import PREFILL_CHUNK, KvFeed, prefill_pieces, send_update
+from twotower.towers.prefix_cache import PrefixCache, chain_keys, next_key
+from twotower.towers.protocols import Block, LayerSink, Prefilled, StateLink, UpdateWriter
+from twotower.towers.sampling import DOMAIN_AUTOREGRESSIVE, Drawn, Sampler
+from twotower.towers.scheduler import PassLimits
+from twotower.towers.state import ContextState
+from twotower.towers.update import UpdatePlan, plan_update
+
+# A snapshot of a hybrid's state is large: block ends enter the prefix cache this far apart.
+CACHE_INTERVAL = 256
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Draw a token from each of the last `len(positions)` logits of the pass."""
+
+    sampler: Sampler
+    positions: list[int]
+
+
+@dataclass(frozen=True)
+class _Work:
+    state: ContextState
+    tokens: Sequence[int]
+    advance: bool = True
+    draw: _Draw | None = None
+    targets: Sequence[int] | None = None
+    sink: LayerSink | None = None
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What a pass gave a row: its last hidden state [H] and what was asked for besides."""
+
+    hidden: Tensor
+    drawn: Drawn | None = None
+    logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Token:
+    token_id: int
+    confidence: float
+    log_prob: float
+
+
+@dataclass(eq=False)
+class _Row(EngineRow):
+    """`own` is the tower's token at the state's position, once drawn; `committed` tells whether
+    the output has it already. `key` names what was read, for the prefix cache."""
+
+    state: ContextState | None = None
+    own: _Token | None = None
+    committed: bool = False
+    key: bytes = b""
+    cached_to: int = 0
+
+
+class ContextEngine(Engine[_Row, _Work, _Result]):
+    """Rows in a context tower. `link` carries their states to a denoiser, if there is one."""
+
+    def __init__(
+        self,
+        tower: ContextTower,
+        link: StateLink | None = None,
+        *,
+        pool: StatePool | None = None,
+        limits: PassLimits | None = None,
+        max_waiting: int | None = None,
+        prefix_cache_bytes: int = 0,
+        threaded: bool = False,
+    ) -> None:
+        super().__init__("context", self._pass, limits or PassLimits(), threaded)
+        self.tower = tower
+        self.link = link
+        self.pool = pool or pool_for(tower.config, MemoryBudget(), tower.device, tower.dtype)
+        self.cache = PrefixCache(self.pool, prefix_cache_bytes) if prefix_cache_bytes else None
+        reclaim = self.cache.reclaim if self.cache else None
+        self._admission = Admission(self.pool, reclaim, max_waiting)
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start and the present load."""
+        cache = self.cache.stats() if self.cache is not None else {}
+        return {
+            **super().stats(),
+            **self.pool.stats(),
+            **{f"cache_{name}": value for name, value in cache.items()},
+            "queued_rows": self._admission.num_waiting,
+        }
+
+    async def open(self, row_id: str, capacity: int) -> None:
+        """Waits for the row's slot and pages."""
+        row = self._add(_Row(row_id))
+        try:
+            row.state = await self._owned(row, self._admission.acquire(row_id, capacity))
+        except BaseException:
+            await self.release(row_id)
+            raise
+        if self.link is not None:
+            self.link.open(row_id)
+
+    async def prefill(
+        self, row_id: str, prompt: Sequence[int], generated: Sequence[int], params: GenerationParams
+    ) -> Prefilled:
+        """Reads prompt and generated tokens, cut where the undisturbed row would have cut them."""
+        row = self._row(row_id)
+        return await self._owned(row, self._prefill(row, prompt, generated, params))
+
+    async def extend(self, row_id: str, token_ids: Sequence[int]) -> int:
+        """Appends a committed block, or one token of a mock_ar row, and publishes the state."""
+        row = self._row(row_id)
+        return await self._owned(row, self._extend(row, token_ids))
+
+    async def decode(self, row_id: str, count: int, params: GenerationParams) -> Block:
+        """Takes the token drawn last, then reads it and draws the next, up to `count` times."""
+        row = self._row(row_id)
+        return await self._owned(row, self._decode(row, count, params))
+
+    async def verify(self, row_id: str, draft: Sequence[int], params: GenerationParams) -> Block:
+        """Reads a draft, keeps what equals the tower's own tokens, and publishes that much."""
+        row = self._row(row_id)
+        return await self._owned(row, self._verify(row, draft, params))
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Natural-log probabilities of tokens 1..n-1; holds a row as long as the call."""
+        row = self._add(_Row(f"score-{secrets.token_hex(8)}"))
+        try:
+            return await self._owned(row, self._score(row, token_ids))
+        finally:
+            await self.release(row.row_id)
+
+    async def release(self, row_id: str) -> None:
+        """Frees the row, after the pass that may still hold its state."""
+        if self.link is not None:
+            self.link.forget(row_id)
+        if await self._close(row_id):
+            self._admission.release(row_id)
+
+    async def _prefill(
+        self,
+        row: _Row,
+        prompt: Sequence[int],
+        generated: Sequence[int],
+        params: GenerationParams,
+    ) -> Prefilled:
+        state = state_of(row.state)
+        pieces = prefill_pieces(prompt, generated, params)
+        # mock_ar reads the context as it was before its last token: that one stays in the log.
+        held = [pieces.pop()] if params.mode == "mock_ar" else []
+        own = _Draw(Sampler.from_params(params), [len(prompt) + len(generated)])
+        fresh = params.mode == "verified" and not generated
+        draw = own if params.mode == "ar" or fresh else None
+        feed = None
+        if self.link is not None and params.mode != "ar":
+            feed = KvFeed(self.link, row.row_id, state, len(self.tower.config.layers_of(ATTENTION)))
+        try:
+            hidden, saved = self._restore(row, pieces)
+            cached = state.position
+            if saved < len(pieces):
+                hidden = await self._read(row, pieces, saved, feed)
+            elif feed is not None:
+                await self._publish(row, 0)
+        finally:
+            if feed is not None:
+                await feed.close()
+        for piece in held:
+            await self._submit(_Work(state, piece, advance=False), prefill=True)
+        if draw is not None:
+            assert hidden is not None
+            row.own = self._first_token(draw, hidden)
+        if params.mode == "verified" and generated:
+            row.own, row.committed = _Token(generated[-1], 1.0, 0.0), True
+        return Prefilled(len(pieces) - saved + len(held), cached)
+
+    async def _read(
+        self, row: _Row, pieces: Sequence[Sequence[int]], first: int, feed: KvFeed | None
+    ) -> Tensor:
+        """Reads pieces from `first` on; the last pass brings the snapshot with it."""
+        state = state_of(row.state)
+        for piece in pieces[first:-1]:
+            if feed is not None and state.position:
+                feed.push()
+            result = await self._submit(_Work(state, piece), prefill=True)
+            self._note(row, piece, result.hidden)
+        if feed is not None:
+            await feed.flush()
+        piece = pieces[-1]
+        plan = UpdatePlan("snapshot", state.position, state.position + len(piece))
+        writer = None if feed is None else self._writer(row, plan)
+        result = await self._write_through(_Work(state, piece, sink=writer), writer, prefill=True)
+        self._note(row, piece, result.hidden, end=True)
+        return result.hidden
+
+    def _restore(self, row: _Row, pieces: Sequence[Sequence[int]]) -> tuple[Tensor | None, int]:
+        """Takes what the prefix cache has; the last hidden state and the pieces that it saves."""
+        if self.cache is None:
+            return None, 0
+        keys = chain_keys(pieces)
+        best = self.cache.longest(keys)
+        if best < 0:
+            return None, 0
+        state = state_of(row.state)
+        hidden = self.cache.restore(keys[best], state)
+        row.key, row.cached_to = keys[best], state.position
+        return hidden, best + 1
+
+    def _note(self, row: _Row, piece: Sequence[int], hidden: Tensor, *, end: bool = False) -> None:
+        """Names what has been read by now, and lets the prefix cache have it now and then."""
+        if self.cache is None:
+            return
+        state = state_of(row.state)
+        row.key = next_key(row.key, piece)
+        if end or state.position - row.cached_to >= CACHE_INTERVAL:
+            self.cache.insert(row.key, state, hidden)
+            row.cached_to = state.position
+
+    def _first_token(self, draw: _Draw, hidden: Tensor) -> _Token:
+        drawn = draw.sampler.draw(
+            self.tower.logits(hidden.unsqueeze(0)), draw.positions, 0, DOMAIN_AUTOREGRESSIVE
+        )
+        return _token(drawn, 0)
+
+    async def _extend(self, row: _Row, token_ids: Sequence[int]) -> int:
+        state = state_of(row.state)
+        start = state.position
+        if state.length > state.position:
+            # A mock_ar row: its last token moves from the log into the state, the new one follows.
+            self.tower.advance(state, 1)
+            await self._publish(row, start)
+            await self._submit(_Work(state, token_ids, advance=False))
+            return 1
+        plan = plan_update(self.tower.config, start, start + len(token_ids))
+        writer = self._writer(row, plan)
+        result = await self._write_through(_Work(state, token_ids, sink=writer), writer)
+        self._note(row, token_ids, result.hidden)
+        return 1
+
+    async def _decode(self, row: _Row, count: int, params: GenerationParams) -> Block:
+        state = state_of(row.state)
+        sampler = Sampler.from_params(params)
+        start = state.position
+        taken: list[_Token] = []
+        passes = 0
+        while len(taken) < count:
+            assert row.own is not None, "prefill comes first"
+            token = row.own
+            taken.append(token)
+            if token.token_id == params.eos_token_id or state.position + 1 >= state.capacity:
+                break
+            draw = _Draw(sampler, [state.position + 1])
+            result = await self._submit(_Work(state, [token.token_id], draw=draw))
+            passes += 1
+            assert result.drawn is not None
+            row.own = _token(result.drawn, 0)
+            self._note(row, [token.token_id], result.hidden)
+        steps = tuple(range(len(taken)))
+        return _block(start, taken, steps, context_passes=passes)
+
+    async def _verify(self, row: _Row, draft: Sequence[int], params: GenerationParams) -> Block:
+        state = state_of(row.state)
+        assert row.own is not None, "prefill comes first"
+        start, known = state.position, int(row.committed)
+        draw = _Draw(
+            Sampler.from_params(params), [start + 1 + offset for offset in range(len(draft))]
+        )
+        result = await self._submit(_Work(state, draft, advance=False, draw=draw))
+        assert result.drawn is not None
+        own = [row.own, *(_token(result.drawn, index) for index in range(len(draft)))]
+        accepted = 0
+        while accepted < len(draft) and draft[accepted] == own[accepted].token_id:
+            accepted += 1
+        self.tower.advance(state, accepted)
+        state.truncate()
+        row.own, row.committed = own[accepted], True
+        if accepted:
+            await self._publish(row, start)
+        return _block(
+            start + known,
+            own[known : accepted + 1],
+            (0,) * (accepted + 1 - known),
+            context_passes=1,
+            accepted=accepted - known,
+            drafted=len(draft) - known,
+        )
+
+    async def _score(self, row: _Row, token_ids: Sequence[int]) -> list[float]:
+        state = row.state = await self._admission.acquire(row.row_id, len(token_ids))
+        logprobs: list[float] = []
+        read = token_ids[:-1]
+        for start in range(0, len(read), PREFILL_CHUNK):
+            piece = read[start : start + PREFILL_CHUNK]
+            targets = token_ids[start + 1 : start + 1 + len(piece)]
+            result = await self._submit(_Work(state, piece, targets=targets), prefill=True)
+            logprobs.extend(result.logprobs)
+        return logprobs
+
+    async def _submit(self, work: _Work, *, prefill: bool = False) -> _Result:
+        return await self._loop.submit(work, len(work.tokens), prefill=prefill)
+
+    async def _write_through(
+        self, work: _Work, writer: UpdateWriter | None, *, prefill: bool = False
+    ) -> _Result:
+        """A pass whose update travels while it computes."""
+        try:
+            result = await self._submit(work, prefill=prefill)
+            if writer is not None:
+                await writer.finish()
+        finally:
+            if writer is not None:
+                writer.abort()
+        return result
+
+    def _writer(self, row: _Row, plan: UpdatePlan) -> UpdateWriter | None:
+        if self.link is None:
+            return None
+        return self.link.begin(row.row_id, state_of(row.state), plan)
+
+    async def _publish(self, row: _Row, start: int) -> None:
+        """Sends what has come to the state since `start`, for passes that could not do it."""
+        if self.link is None:
+            return
+        state = state_of(row.state)
+        update = state.export(start)
+        await send_update(self.link.begin(row.row_id, state, update.plan), update)
+
+    def _pass(self, works: Sequence[_Work]) -> list[_Result | BaseException]:
+        order = sorted(range(len(works)), key=lambda i: len(works[i].tokens))
+        ordered = [works[i] for i in order]
+        hidden = self.tower.forward(
+            [work.tokens for work in ordered],
+            [work.state for work in ordered],
+            [work.sink for work in ordered],
+        )
+        results = self._read_heads(ordered, hidden)
+        for work in ordered:
+            if work.advance:
+                self.tower.advance(work.state, len(work.tokens), work.sink)
+        return [result for _, result in sorted(zip(order, results, strict=True), key=lambda p: p[0])]
+
+    def _read_heads(self, works: Sequence[_Work], hidden: Tensor) -> list[_Result | BaseException]:
+        """What each row asked to know of its hidden states; one product serves all draws."""
+        ends = ends_of([len(work.tokens) for work in works])
+        drawn_lines = [
+            range(end - len(work.draw.positions), end) if work.draw else range(0)
+            for work, end in zip(works, ends, strict=True)
+        ]
+        lines = [line for part in drawn_lines for line in part]
+        counts = [len(part) for part in drawn_lines]
+        logits = self.tower.logits(hidden[lines]).split(counts) if lines else ()
+        results: list[_Result | BaseException] = []
+        for index, (work, end) in enumerate(zip(works, ends, strict=True)):
+            last = hidden[end - 1].clone()
+            if work.draw is not None:
+                results.append(_draw(work.draw, logits[index], last))
+            elif work.targets is not None:
+                span = slice(end - len(work.tokens), end)
+                results.append(_score(self.tower.logits(hidden[span]), work.targets, last))
+            else:
+                results.append(_Result(last))
+        return results
+
+
+def _draw(draw: _Draw, logits: Tensor, hidden: Tensor) -> _Result | BaseException:
+    try:
+        drawn = draw.sampler.draw(logits, draw.positions, 0, DOMAIN_AUTOREGRESSIVE)
+    except TwoTowerError as error:
+        return error
+    return _Result(hidden, drawn)
+
+
+def _score(logits: Tensor, targets: Sequence[int], hidden: Tensor) -> _Result | BaseException:
+    if not bool(torch.isfinite(logits).all()):
+        return NumericalError("non-finite logits while scoring")
+    chosen = torch.tensor(list(targets), device=logits.device).unsqueeze(1)
+    logprobs = torch.log_softmax(logits, dim=-1).gather(1, chosen).squeeze(1)
+    return _Result(hidden, logprobs=tuple(logprobs.tolist()))
+
+
+def _token(drawn: Drawn, index: int) -> _Token:
+    return _Token(drawn.token_ids[index], drawn.confidences[index], drawn.log_probs[index])
+
+
+def _block(
+    start: int,
+    tokens: Sequence[_Token],
+    steps: tuple[int, ...],
+    *,
+    context_passes: int,
+    accepted: int = 0,
+    drafted: int = 0,
+) -> Block:
+    return Block(
+        start,
+        tuple(token.token_id for token in tokens),
+        steps,
+        tuple(token.confidence for token in tokens),
+        nfe=0,
+        context_passes=context_passes,
+        log_probs=tuple(token.log_prob for token in tokens),
+        accepted_tokens=accepted,
+        drafted_tokens=drafted,
+    )

@@ -1,0 +1,97 @@
+"""How a row is read: the passes, and the K/V that travels while later passes compute."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+
+from twotower.towers.params import GenerationParams
+from twotower.towers.protocols import StateLink, UpdateWriter
+from twotower.towers.state import ContextState
+from twotower.towers.update import StateUpdate, UpdatePlan
+
+# Prompts are read on this grid whatever shares the pass, so that a prompt's state has the same
+# bits after a restart, in another batch and from the prefix cache.
+PREFILL_CHUNK = 64
+
+
+def prefill_pieces(
+    prompt: Sequence[int], generated: Sequence[int], params: GenerationParams
+) -> list[list[int]]:
+    """The passes that read a row: its prompt on the fixed grid, then what was generated in the
+    units in which it was committed.
+
+    The last token of a mock_ar row is a pass of its own. The last generated token of a verified
+    row is not read: it is the head of the next draft.
+    """
+    tokens = list(prompt)
+    unit = 1 if params.mode in ("ar", "mock_ar") else params.block_size
+    tail = [tokens.pop()] if params.mode == "mock_ar" else []
+    pieces = [tokens[i : i + PREFILL_CHUNK] for i in range(0, len(tokens), PREFILL_CHUNK)]
+    if tail:
+        pieces.append(tail)
+    read = generated[:-1] if params.mode == "verified" else generated
+    pieces += [list(read[i : i + unit]) for i in range(0, len(read), unit)]
+    return pieces
+
+
+async def send_update(writer: UpdateWriter, update: StateUpdate) -> None:
+    """Sends an update that is complete already."""
+    try:
+        for name, layer, part in update.parts():
+            writer.put(name, layer, part)
+        await writer.finish()
+    finally:
+        writer.abort()
+
+
+class KvFeed:
+    """Sends K/V of a prompt's earlier pieces while later ones are read, one update at a time."""
+
+    def __init__(
+        self, link: StateLink, row_id: str, state: ContextState, num_layers: int
+    ) -> None:
+        self.sent = 0
+        self._num_layers = num_layers
+        self._link = link
+        self._row_id = row_id
+        self._state = state
+        self._sending: asyncio.Task[None] | None = None
+
+    def push(self) -> None:
+        """Starts to send what was read since, unless an update is on its way."""
+        if self._sending is None or self._sending.done():
+            self._raise_failure()
+            self._sending = asyncio.ensure_future(self._send(self._state.position))
+
+    async def flush(self) -> None:
+        """Waits until everything read is sent."""
+        if self._sending is not None:
+            await self._sending
+        if self.sent < self._state.position:
+            await self._send(self._state.position)
+
+    async def close(self) -> None:
+        """Stops; an update on its way is given up."""
+        if self._sending is not None:
+            self._sending.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await self._sending
+
+    async def _send(self, position: int) -> None:
+        plan = UpdatePlan("kv", self.sent, position)
+        writer = self._link.begin(self._row_id, self._state, plan)
+        try:
+            for layer in range(self._num_layers):
+                k, v = self._state.kv(layer, self.sent, position)
+                writer.put("k", layer, k)
+                writer.put("v", layer, v)
+            await writer.finish()
+        finally:
+            writer.abort()
+        self.sent = position
+
+    def _raise_failure(self) -> None:
+        if self._sending is not None:
+            self._sending.result()
