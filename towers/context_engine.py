@@ -12,7 +12,7 @@ from torch import Tensor
 from twotower.towers.admission import Admission
 from twotower.towers.config import ATTENTION
 from twotower.towers.context import ContextTower
-from twotower.towers.engine import Engine, EngineRow, ends_of, state_of
+from twotower.towers.engine import Engine, EngineRow, ends_of, in_order, state_of
 from twotower.towers.errors import NumericalError, TwoTowerError
 from twotower.towers.memory import MemoryBudget, StatePool, pool_for
 from twotower.towers.params import GenerationParams
@@ -353,7 +353,7 @@ class ContextEngine(Engine[_Row, _Work, _Result]):
         for work in ordered:
             if work.advance:
                 self.tower.advance(work.state, len(work.tokens), work.sink)
-        return [result for _, result in sorted(zip(order, results, strict=True), key=lambda p: p[0])]
+        return in_order(order, results)
 
     def _read_heads(self, works: Sequence[_Work], hidden: Tensor) -> list[_Result | BaseException]:
         """What each row asked to know of its hidden states; one product serves all draws."""

@@ -12,7 +12,7 @@ from twotower.kernels.replay import ReplayWeights, unstack_weights
 from twotower.towers.admission import Admission
 from twotower.towers.context import replay_shapes
 from twotower.towers.denoiser import DenoiserTower
-from twotower.towers.engine import Engine, EngineRow, ends_of, state_of
+from twotower.towers.engine import Engine, EngineRow, ends_of, in_order, state_of
 from twotower.towers.errors import TwoTowerError, UnavailableError
 from twotower.towers.memory import StatePool
 from twotower.towers.params import GenerationParams
@@ -222,17 +222,13 @@ class DenoiserEngine(Engine[_Row, _Work, Drawn]):
         ]
         logits = self.tower.logits(hidden[wanted]).split([len(work.wanted) for work in ordered])
         results = [_predict(work, part) for work, part in zip(ordered, logits, strict=True)]
-        return [result for _, result in sorted(zip(order, results, strict=True), key=_place)]
+        return in_order(order, results)
 
 
 def commit_rule(params: GenerationParams) -> CommitRule:
     """The rule that a request's own parameters ask for."""
     steps = params.draft_steps if params.mode == "verified" else params.steps_per_block
     return ThresholdRule(params.confidence_threshold, steps)
-
-
-def _place(pair: tuple[int, Drawn | BaseException]) -> int:
-    return pair[0]
 
 
 def _predict(work: _Work, logits: torch.Tensor) -> Drawn | BaseException:

@@ -31,8 +31,8 @@ T = TypeVar("T")
 class EngineOptions:
     """What an operator decides about a pair of engines; the towers decide the rest."""
 
-    budget: MemoryBudget = MemoryBudget()
-    limits: PassLimits = PassLimits()
+    budget: MemoryBudget = field(default_factory=MemoryBudget)
+    limits: PassLimits = field(default_factory=PassLimits)
     max_waiting: int | None = None
     prefix_cache_bytes: int = PREFIX_CACHE_BYTES
 
@@ -131,6 +131,12 @@ def ends_of(lengths: Sequence[int]) -> list[int]:
         total += length
         ends.append(total)
     return ends
+
+
+def in_order(places: Sequence[int], results: Sequence[T]) -> list[T]:
+    """Results of a pass whose rows were sorted, back in the order of its works."""
+    pairs = sorted(zip(places, range(len(results)), strict=True))
+    return [results[index] for _, index in pairs]
 
 
 def state_of(state: ContextState | None) -> ContextState:

@@ -49,9 +49,7 @@ async def send_update(writer: UpdateWriter, update: StateUpdate) -> None:
 class KvFeed:
     """Sends K/V of a prompt's earlier pieces while later ones are read, one update at a time."""
 
-    def __init__(
-        self, link: StateLink, row_id: str, state: ContextState, num_layers: int
-    ) -> None:
+    def __init__(self, link: StateLink, row_id: str, state: ContextState, num_layers: int) -> None:
         self.sent = 0
         self._num_layers = num_layers
         self._link = link

@@ -7,7 +7,8 @@ deployment they are handles of two actors. Between the towers a `StateLink` carr
 Guarantees that every implementation gives:
 - a row exists on a side from `open` until `release`; `release` of an unknown row does nothing;
 - `open` waits, in order, until the row has its slot and pages;
-- calls for one row come one at a time, except that `denoise_block` and `next_token` may be called while `extend` runs; calls for different rows may overlap freely;
+- calls for one row come one at a time, except that `denoise_block` and `next_token` may be
+  called while `extend` runs; calls for different rows may overlap freely;
 - after `prefill`, `extend` or `verify` returns, the state up to that position has been handed to
   the link in order; the denoiser's calls wait until their own side has it.
 """

@@ -92,9 +92,7 @@ class UpdateBuilder:
     ) -> None:
         self.plan = plan
         self.tensors = {
-            name: torch.empty(
-                shape, device=device, dtype=torch.float32 if name == "ssm" else dtype
-            )
+            name: torch.empty(shape, device=device, dtype=torch.float32 if name == "ssm" else dtype)
             for name, shape in plan.shapes(config).items()
         }
         self._filled = dict.fromkeys(self.tensors, 0)

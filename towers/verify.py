@@ -22,14 +22,14 @@ from torch import Tensor
 
 from twotower.kernels import dispatch
 from twotower.towers.context import ContextTower
-from twotower.towers.denoiser import DenoiserTower, timestep_features
 from twotower.towers.context_engine import ContextEngine
+from twotower.towers.denoiser import DenoiserTower, timestep_features
 from twotower.towers.denoiser_engine import DenoiserEngine
-from twotower.towers.prefill import PREFILL_CHUNK
 from twotower.towers.errors import CheckpointError
 from twotower.towers.generation import generate_blocks
 from twotower.towers.link import LocalLink
 from twotower.towers.params import GenerationParams, Mode
+from twotower.towers.prefill import PREFILL_CHUNK
 from twotower.towers.sampling import Sampler, draw_scores
 from twotower.towers.state import ContextState
 from twotower.towers.unmasking import BlockDraft, ThresholdRule

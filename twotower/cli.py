@@ -54,6 +54,18 @@ def serve(
     max_num_seqs: Annotated[
         int | None, typer.Option(help="Requests that a pair of towers works on at once.")
     ] = None,
+    max_queued_requests: Annotated[
+        int | None, typer.Option(help="Requests that wait for a pair; more are refused.")
+    ] = None,
+    memory_fraction: Annotated[
+        float | None, typer.Option(help="Share of a device's free memory for states and K/V.")
+    ] = None,
+    prefix_cache_mib: Annotated[
+        int | None, typer.Option(help="MiB of snapshots in the prefix cache; 0 turns it off.")
+    ] = None,
+    transport: Annotated[
+        str | None, typer.Option(help="How states travel: grpc (default), gloo or nccl.")
+    ] = None,
     pairs: Annotated[int | None, typer.Option(help="Number of pairs of towers.")] = None,
     verbose: Verbose = False,
 ) -> None:
@@ -67,6 +79,10 @@ def serve(
         "threads_per_tower": threads,
         "max_context": max_context,
         "max_num_seqs": max_num_seqs,
+        "max_queued_requests": max_queued_requests,
+        "memory_fraction": memory_fraction,
+        "prefix_cache_mib": prefix_cache_mib,
+        "transport": transport,
         "num_pairs": pairs,
     }
     _shown_errors(lambda: _serve(config, settings, verbose))

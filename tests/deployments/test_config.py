@@ -9,6 +9,8 @@ import pytest
 
 from twotower.deployments.config import ServiceConfig
 from twotower.towers.errors import CheckpointError, ConfigError
+from twotower.towers.memory import MemoryBudget
+from twotower.towers.scheduler import PassLimits
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny_a"
 
@@ -28,6 +30,10 @@ def test_file_and_options(tmp_path: Path) -> None:
         ({"device": "tpu"}, "device"),
         ({"grpc_port": 70000}, "grpc_port"),
         ({"dtype": "int8"}, "dtype"),
+        ({"memory_fraction": 1.5}, "memory_fraction"),
+        ({"transport": "carrier pigeon"}, "transport"),
+        ({"prefix_cache_mib": -1}, "prefix_cache_mib"),
+        ({"max_num_batched_tokens": 0}, "max_num_batched_tokens"),
         ({"no_such_setting": 1}, "no_such_setting"),
         ({"num_pairs": 2, "autoscaling": {}}, "num_pairs"),
     ],
@@ -54,6 +60,25 @@ def test_topology_follows_the_device() -> None:
     assert ServiceConfig(model=str(TINY), device="cuda").topology().gpus == 1.0
     half = ServiceConfig(model=str(TINY), device="cuda", gpus_per_tower=0.5)
     assert half.topology().gpus == 0.5
+
+
+def test_engines_follow_the_settings() -> None:
+    settings = {
+        "max_num_seqs": 5,
+        "max_context": 300,
+        "memory_fraction": 0.1,
+        "max_queued_requests": 7,
+        "max_num_batched_tokens": 128,
+        "max_prefill_tokens": 32,
+        "prefix_cache_mib": 3,
+    }
+    options = ServiceConfig(model=str(TINY), **settings).topology().engine_options()
+    assert options.budget == MemoryBudget(5, 300, 0.1)
+    assert options.limits == PassLimits(128, prefill_tokens=32)
+    assert options.max_waiting == 7
+    assert options.prefix_cache_bytes == 3 << 20
+    unlimited = ServiceConfig(model=str(TINY), max_queued_requests=-1).topology()
+    assert unlimited.engine_options().max_waiting is None
 
 
 def test_a_faulty_checkpoint_is_named_before_anything_starts(tmp_path: Path) -> None:

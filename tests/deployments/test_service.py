@@ -83,6 +83,16 @@ def await_true(condition: Callable[[], bool], what: str, timeout_s: float = 90.0
 def await_no_rows() -> None:
     # Well below the time that a row of LONG tokens takes to its end, on a slow machine too.
     await_true(lambda: rows_held() == (0, 0, 0), "rows are left", timeout_s=8)
+    assert memory_held() == 0
+
+
+def memory_held() -> float:
+    """Slots of both towers, and pages of the denoiser: the context tower's may be cached."""
+    handle = serve.get_deployment_handle("TowerPair", APP_NAME)
+    stats = handle.stats.remote().result(timeout_s=60)
+    denoiser = stats["denoiser"]
+    used: float = stats["context"]["slots_used"] + denoiser["slots_used"] + denoiser["pages_used"]
+    return used
 
 
 def tokens(client: Client, prompt: list[int], **options: object) -> list[int]:
@@ -108,6 +118,64 @@ def test_two_clients_get_what_each_gets_alone(service: LocalService, tiny_text: 
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(ask, PROMPTS)) == alone
+
+
+def test_rows_of_all_modes_at_once_get_what_each_gets_alone(
+    service: LocalService, tiny_text: Path
+) -> None:
+    """Modes, lengths, seeds and temperatures mixed, with bits compared: floats too."""
+    asked: list[tuple[list[int], dict[str, object]]] = [
+        (list(range(10, 10 + length)), {"mode": mode, "temperature": heat, "seed": seed})
+        for seed, (mode, length, heat) in enumerate(
+            [
+                ("mask_diffusion", 3, 0.0),
+                ("ar", 70, 1.0),
+                ("verified", 33, 1.0),
+                ("mock_ar", 5, 0.7),
+                ("verified", 130, 0.0),
+                ("mask_diffusion", 90, 1.0),
+            ]
+        )
+    ]
+    model = TwoTower.from_pretrained(tiny_text)
+    limits: dict[str, object] = {"max_tokens": 30, "block_size": 8}
+
+    def ask(
+        request: tuple[list[int], dict[str, object]],
+    ) -> tuple[list[int], list[tuple[float, ...]]]:
+        with Client(service.address) as own:
+            stream = own.generate(
+                request[0],
+                ignore_eos=True,
+                timeout=120,
+                **limits,
+                **request[1],  # type: ignore[arg-type]
+            )
+            return stream.token_ids, [block.confidences for block in stream]
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        together = list(pool.map(ask, asked))
+    for (prompt, options), (token_ids, confidences) in zip(asked, together, strict=True):
+        alone = model.generate([prompt], **limits, **options)[0]  # type: ignore[arg-type]
+        assert token_ids == alone.token_ids
+        # On the wire a probability is a float of 32 bits, as it was in the tower.
+        flat = [value for block in confidences for value in block]
+        assert flat == [value for block in alone.blocks for value in block.confidences]
+    await_no_rows()
+
+
+def test_a_repeated_prompt_comes_from_the_prefix_cache(client: Client) -> None:
+    prompt = list(range(5, 95))
+    streams, outputs = [], []
+    for _ in range(2):
+        stream = client.generate(prompt, max_tokens=16, seed=1, ignore_eos=True, timeout=120)
+        outputs.append([token for block in stream for token in block.token_ids])
+        streams.append(stream)
+    assert outputs[0] == outputs[1]
+    first, again = (stream.usage for stream in streams)
+    assert first is not None
+    assert again is not None
+    assert (first.cached_tokens, again.cached_tokens) == (0, len(prompt))
     await_no_rows()
 
 

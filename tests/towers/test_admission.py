@@ -26,6 +26,12 @@ def start(admission: Admission, row_id: str, pages: int = 1) -> Wait:
     return asyncio.create_task(admission.acquire(row_id, pages * PAGE))
 
 
+async def turn(wait: Wait) -> ContextState:
+    """The result of a wait that must end."""
+    async with asyncio.timeout(30):
+        return await wait
+
+
 async def settle() -> None:
     for _ in range(5):
         await asyncio.sleep(0)
@@ -88,7 +94,8 @@ async def test_a_newcomer_does_not_overtake_the_queue() -> None:
     assert not small.done()
     assert pool.pages.num_free == 2
     admission.release("a")
-    await asyncio.gather(wait, small)
+    await turn(wait)
+    await turn(small)
 
 
 async def test_a_row_that_can_never_fit_is_refused_at_once() -> None:
@@ -117,7 +124,8 @@ async def test_the_queue_has_a_limit() -> None:
     await settle()
     assert admission.num_waiting == 2
     admission.release("a")
-    await asyncio.gather(*waits[1:])
+    for wait in waits[1:]:
+        await turn(wait)
 
 
 async def test_without_a_queue_rows_enter_or_are_refused() -> None:
@@ -146,9 +154,9 @@ async def test_a_release_ends_the_wait() -> None:
     await settle()
     admission.release("b")
     with pytest.raises(UnavailableError, match="the row was released"):
-        await head
+        await turn(head)
     # What waited behind it fits and enters.
-    assert (await behind).capacity == PAGE
+    assert (await turn(behind)).capacity == PAGE
     admission.release("a")
     admission.release("c")
     assert_empty(admission, pool)
@@ -162,8 +170,8 @@ async def test_a_cancelled_wait_leaves_the_queue() -> None:
     await settle()
     head.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await head
-    await behind
+        await turn(head)
+    await turn(behind)
     assert admission.num_waiting == 0
     assert set(admission.rows) == {"a", "c"}
 
@@ -183,7 +191,7 @@ async def test_a_row_that_ends_between_its_turn_and_its_return_holds_nothing(end
     else:
         admission.release("b")
     with pytest.raises(asyncio.CancelledError if end == "cancel" else UnavailableError):
-        await wait
+        await turn(wait)
     assert_empty(admission, pool)
 
 
@@ -197,8 +205,8 @@ async def test_a_row_released_and_opened_again_gets_a_state_of_its_own() -> None
     admission.release("b")
     again = start(admission, "b", 4)
     with pytest.raises(UnavailableError):
-        await wait
-    assert admission.rows["b"] is await again
+        await turn(wait)
+    assert admission.rows["b"] is await turn(again)
 
 
 async def test_pages_are_reclaimed_before_a_row_waits() -> None:
@@ -223,7 +231,7 @@ async def test_pages_are_reclaimed_before_a_row_waits() -> None:
     assert asked == [2, 2]
     assert not wait.done()
     admission.release("a")
-    await wait
+    await turn(wait)
     assert asked == [2, 2, 1]
 
 
@@ -241,7 +249,7 @@ async def test_without_a_slot_nothing_is_reclaimed() -> None:
     await settle()
     assert pool.pages.num_free == 0
     admission.release("a")
-    await wait
+    await turn(wait)
 
 
 async def test_admit_lets_rows_in_after_pages_came_free() -> None:
@@ -254,7 +262,7 @@ async def test_admit_lets_rows_in_after_pages_came_free() -> None:
     await settle()
     assert not wait.done()
     admission.admit()
-    await wait
+    await turn(wait)
 
 
 class Entries(dict[str, ContextState]):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from twotower import GenerationParams, Request, TwoTower
-from twotower.towers.prefill import prefill_pieces
 from twotower.towers.link import LocalLink
+from twotower.towers.prefill import prefill_pieces
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

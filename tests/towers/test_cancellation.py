@@ -15,6 +15,7 @@ from tests.towers.rows import Pair, tokens_of
 from twotower.towers.context import ContextTower
 from twotower.towers.denoiser import DenoiserTower
 from twotower.towers.errors import CapacityError
+from twotower.towers.generation import generate_blocks
 from twotower.towers.link import LocalLink
 from twotower.towers.memory import MemoryBudget
 from twotower.towers.params import GenerationParams
@@ -90,7 +91,14 @@ async def cancel(task: asyncio.Future[Any]) -> None:
 
 @pytest.mark.parametrize(
     ("tower", "after"),
-    [("context", 1), ("context", 2), ("context", 3), ("context", 4), ("denoiser", 1), ("denoiser", 9)],
+    [
+        ("context", 1),
+        ("context", 2),
+        ("context", 3),
+        ("context", 4),
+        ("denoiser", 1),
+        ("denoiser", 9),
+    ],
     ids=["first chunk", "second chunk", "last chunk", "extension", "first step", "second block"],
 )
 @pytest.mark.parametrize("shared", [True, False])
@@ -161,8 +169,6 @@ def test_in_the_queue(towers: Towers, shared: bool) -> None:
 
 def test_between_a_block_and_its_extension(towers: Towers) -> None:
     """The consumer stops while it holds a block: the extension has been asked for just before."""
-    from twotower.towers.generation import generate_blocks
-
     pair = Pair.of(*towers, shared=False, threaded=True)
 
     async def run() -> None:

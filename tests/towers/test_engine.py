@@ -17,11 +17,11 @@ from tests.towers.test_sampling import chi_square
 from twotower.towers import denoiser_engine as module
 from twotower.towers.context import ContextTower
 from twotower.towers.denoiser import DenoiserTower
-from twotower.towers.prefill import prefill_pieces
 from twotower.towers.errors import CapacityError, NumericalError, UnavailableError
 from twotower.towers.generation import generate_blocks
 from twotower.towers.link import LocalLink
 from twotower.towers.params import GenerationParams
+from twotower.towers.prefill import prefill_pieces
 from twotower.towers.protocols import Block, UpdateWriter
 from twotower.towers.state import ContextState
 from twotower.towers.update import UpdatePlan

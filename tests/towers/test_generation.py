@@ -12,7 +12,7 @@ import pytest
 from twotower.towers.errors import CapacityError, NumericalError, UnavailableError
 from twotower.towers.generation import cut, generate_blocks
 from twotower.towers.params import GenerationParams
-from twotower.towers.protocols import Block
+from twotower.towers.protocols import Block, Prefilled
 
 PROMPT = [7, 8, 9]
 EOS = 2
@@ -69,12 +69,12 @@ class ScriptedContext(Side):
 
     async def prefill(
         self, row_id: str, prompt: Sequence[int], generated: Sequence[int], params: GenerationParams
-    ) -> int:
+    ) -> Prefilled:
         assert row_id in self.rows
         assert params.seed is not None
         self.position = len(prompt) + len(generated)
         await self.script.step("prefill", *prompt, *generated)
-        return 5
+        return Prefilled(5)
 
     async def extend(self, row_id: str, token_ids: Sequence[int]) -> int:
         assert row_id in self.rows
@@ -90,6 +90,9 @@ class ScriptedContext(Side):
         start, self.position = self.position, self.position + len(tokens)
         return block_of(tokens, start, nfe=0, passes=len(tokens))
 
+    async def verify(self, row_id: str, draft: Sequence[int], params: GenerationParams) -> Block:
+        raise NotImplementedError
+
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         raise NotImplementedError
 
@@ -101,7 +104,10 @@ class ScriptedDenoiser(Side):
         super().__init__(script, "denoiser")
         self.context = context
 
-    async def denoise_block(self, row_id: str, position: int, params: GenerationParams) -> Block:
+    async def denoise_block(
+        self, row_id: str, position: int, params: GenerationParams, known: Sequence[int] = ()
+    ) -> Block:
+        assert not known
         assert row_id in self.rows
         await self._at(position)
         await self.script.step("denoise", position)
@@ -168,8 +174,8 @@ async def test_a_diffusion_row_call_by_call() -> None:
         ("denoise", 7),
         ("extend", 14, 15, 16, 17),
         ("denoise", 11),
-        ("context release",),
         ("denoiser release",),
+        ("context release",),
     ]
 
 
@@ -305,15 +311,15 @@ async def test_an_error_ends_the_row_and_frees_it(
         await exhaust(make_row(script, params_of(mode, max_tokens=16)), seen)
     assert len(seen) == blocks
     assert script.rows == {"context": set(), "denoiser": set()}
-    assert names(script)[-2:] == ["context release", "denoiser release"]
+    assert names(script)[-2:] == ["denoiser release", "context release"]
 
 
 async def test_a_failing_release_still_frees_the_other_side() -> None:
-    script = Script(range(10, 40), fail={"context release": UnavailableError("gone")})
+    script = Script(range(10, 40), fail={"denoiser release": UnavailableError("gone")})
     with pytest.raises(UnavailableError):
         await collect(script, params_of(max_tokens=4))
-    assert script.rows["denoiser"] == set()
-    assert names(script)[-1] == "denoiser release"
+    assert script.rows["context"] == set()
+    assert names(script)[-1] == "context release"
 
 
 @pytest.mark.parametrize("turns", range(14))
@@ -336,7 +342,7 @@ async def test_a_reader_that_leaves_frees_the_row(taken: int) -> None:
         await anext(row)
     await row.aclose()
     assert script.rows == {"context": set(), "denoiser": set()}
-    assert names(script)[-2:] == ["context release", "denoiser release"]
+    assert names(script)[-2:] == ["denoiser release", "context release"]
 
 
 async def test_a_reader_that_leaves_does_not_wait_for_a_stuck_context() -> None:

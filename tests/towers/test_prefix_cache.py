@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,9 @@ def test_a_key_fixes_tokens_and_borders() -> None:
     ends = {chain_keys(own)[-1] for own in others} | {keys[-1]}
     assert len(ends) == len(others) + 1
     assert chain_keys([]) == []
+    # Tokens that spell a key are no key.
+    spelled = [*array("q", keys[0]), 4, 5]
+    assert next_key(b"", spelled) != keys[1]
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 128, 150])
