@@ -28,8 +28,8 @@ from benchmarks.floor import ExpertCounter, product_sets, products
 from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
 from benchmarks.schedules import PROFILES
 from twotower.towers.context import ContextTower
-from twotower.towers.denoiser import DenoiserTower
 from twotower.towers.context_engine import ContextEngine
+from twotower.towers.denoiser import DenoiserTower
 from twotower.towers.denoiser_engine import DenoiserEngine, commit_rule
 from twotower.towers.generation import generate_blocks
 from twotower.towers.link import LocalLink

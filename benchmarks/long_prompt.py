@@ -8,7 +8,8 @@ with the prompt, which lasts until the prompt is read, and one of the same block
 `growth_over_chunk` is what p99 of the block latency grows by, over the time of a prefill pass that
 runs alone at the end of the prompt. Towers that share a machine slow each other down besides: what
 the prompt's place in the queue costs a block is the growth of the extension alone, and
-`denoiser_pass_ms` shows the rest. Memory is anonymous memory over that before the rows open.
+`denoiser_pass_ms` shows the rest. Memory is anonymous memory over that before the rows open, on
+engines that have run before, beside the bytes of the states in use and of the whole pool.
 Prints one JSON object. Linux only.
 """
 
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import statistics
 import tempfile
 import time
@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.figures import median, percentile
 from benchmarks.machine import machine
 from benchmarks.memory import anonymous_bytes
 from benchmarks.random_checkpoint import write_random_checkpoint
@@ -90,29 +91,30 @@ async def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one run of the benchmark."""
     schedules = draw_rows(args.profile, args.rows, DRAWN_BLOCKS, 0)
 
-    def engines() -> Engines:
-        # Fresh for every run, so that all replay the same schedules and own untouched memory.
+    async def engines() -> Engines:
+        # Fresh for every run, so that all replay the same schedules.
         room = MemoryBudget(max_num_seqs=args.rows + 1, max_context=args.prompt + BLOCK)
         context, denoiser = load_engines(
             folder,
             "cpu",
             "cpu",
             torch.float32,
-            options=EngineOptions(room),
+            options=EngineOptions(room, prefix_cache_bytes=0),
             threaded=True,
             rule=replaying(schedules),
         )
         prompt = torch.randint(
             4, SHAPE.vocab_size, (args.prompt,), generator=torch.Generator().manual_seed(0)
         )
-        return Engines(context, denoiser, args.rows, prompt.tolist())
+        fresh = Engines(context, denoiser, args.rows, prompt.tolist())
+        await beside_nothing(fresh, [1] * args.rows)
+        return fresh
 
-    await beside_nothing(engines(), [1] * args.rows)
-    alone = await chunk_times(engines())
+    alone = await chunk_times(await engines())
     pairs = []
     for _ in range(args.pairs):
-        beside = await beside_the_prompt(engines())
-        without = await beside_nothing(engines(), [len(row) for row in beside.blocks])
+        beside = await beside_the_prompt(await engines())
+        without = await beside_nothing(await engines(), [len(row) for row in beside.blocks])
         pairs.append((beside, without))
     chunk = statistics.median(alone[-len(alone) // 16 :])
     return {
@@ -133,10 +135,7 @@ async def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "without": time_figures([without for _, without in pairs]),
         "beside_prompt": time_figures([beside for beside, _ in pairs]),
         "growth_over_chunk": growth_figures(pairs, chunk),
-        "memory": {
-            "without": memory_figures([without for _, without in pairs]),
-            "beside_prompt": memory_figures([beside for beside, _ in pairs]),
-        },
+        "memory": await memory_figures(await engines()),
     }
 
 
@@ -237,51 +236,49 @@ async def watched(engines: Engines) -> AsyncIterator[Run]:
 
 
 def growth_figures(pairs: Sequence[tuple[Run, Run]], chunk: float) -> dict[str, Any]:
-    """What p99 grows by, in times of a chunk: every pair's blocks, and the medians."""
-    blocks = [(block_p99(beside) - block_p99(without)) / chunk for beside, without in pairs]
-    extensions = [
-        (quantile(beside.extensions, 0.99) - quantile(without.extensions, 0.99)) / chunk
-        for beside, without in pairs
-    ]
+    """What p99 grows by, in times of a chunk of `chunk` s: the medians, and every pair's blocks."""
+    blocks, extensions = (
+        [(percentile(of(a), 99) - percentile(of(b), 99)) / milli(chunk) for a, b in pairs]
+        for of in (block_ms, extension_ms)
+    )
     return {
-        "block": round(statistics.median(blocks), 3),
-        "extension": round(statistics.median(extensions), 3),
+        "block": median(blocks),
+        "extension": median(extensions),
         "block_pairs": [round(each, 3) for each in blocks],
     }
 
 
-def block_p99(run: Run) -> float:
-    return quantile([latency for row in run.blocks for latency in row], 0.99)
+def block_ms(run: Run) -> list[float]:
+    """Latencies of all rows' blocks."""
+    return [1e3 * latency for row in run.blocks for latency in row]
 
 
-def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of all do not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+def extension_ms(run: Run) -> list[float]:
+    """Times of all rows' extensions, their wait for a pass included."""
+    return [1e3 * seconds for seconds in run.extensions]
 
 
 def time_figures(runs: Sequence[Run]) -> dict[str, float]:
     """Medians over runs, in ms."""
-    blocks = [[latency for row in run.blocks for latency in row] for run in runs]
-    extensions = [run.extensions for run in runs]
     figures = {
-        f"{name}_p{percent}_ms": milli(
-            statistics.median(quantile(values, percent / 100) for values in every)
-        )
-        for name, every in (("block", blocks), ("extension", extensions))
+        f"{name}_p{percent}_ms": median(percentile(of(run), percent) for run in runs)
+        for name, of in (("block", block_ms), ("extension", extension_ms))
         for percent in (50, 99)
     }
-    passes = milli(statistics.median(run.denoiser_pass for run in runs))
-    return {"blocks": len(blocks[0]), **figures, "denoiser_pass_ms": passes}
+    passes = median(1e3 * run.denoiser_pass for run in runs)
+    return {"blocks": len(block_ms(runs[0])), **figures, "denoiser_pass_ms": passes}
 
 
-def memory_figures(runs: Sequence[Run]) -> dict[str, int]:
-    """The largest growth of any run, beside the bytes of states in use at their peak."""
-    worst = max(runs, key=lambda run: run.peak_bytes)
+async def memory_figures(engines: Engines) -> dict[str, int]:
+    """What memory grows by, beside the bytes of the states in use and of the whole budget."""
+    # The first passes of every width take buffers once and for all, whatever the prompt's length.
+    short = engines.long_prompt[: len(engines.long_prompt) // 8]
+    await beside_the_prompt(replace(engines, long_prompt=short))
+    run = await beside_the_prompt(engines)
     return {
-        "peak_bytes": worst.peak_bytes,
-        "state_bytes": worst.state_bytes,
-        "over_states": worst.peak_bytes - worst.state_bytes,
+        "peak_bytes": run.peak_bytes,
+        "state_bytes": run.state_bytes,
+        "pool_bytes": int(engines.context.stats()["pool_bytes"]),
     }
 
 

@@ -76,8 +76,7 @@ def replaying(rows: Sequence[Sequence[Schedule]]) -> Callable[[GenerationParams]
 def lockstep_passes(rows: Sequence[Sequence[Schedule]], width: int) -> int:
     """Denoiser passes if `width` rows at a time start a block together and all wait for the last
     to end. Rows take turns, so that every round but the last is full."""
-    turns: list[tuple[int, int]] = sorted(
-        (index, row) for row, blocks in enumerate(rows) for index in range(len(blocks))
-    )
-    steps = [len(rows[row][index]) for index, row in turns]
+    width = min(width, len(rows))
+    longest = max(map(len, rows))
+    steps = [len(row[index]) for index in range(longest) for row in rows if index < len(row)]
     return sum(max(steps[start : start + width]) for start in range(0, len(steps), width))

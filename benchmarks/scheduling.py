@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import json
 import math
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.figures import median
 from benchmarks.machine import machine
 from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
 from benchmarks.schedules import PROFILES, Schedule, draw_rows, lockstep_passes, replaying
@@ -90,7 +90,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             "prompt": args.prompt,
             "profile": args.profile,
         },
-        "median": {name: round(statistics.median(every), 3) for name, every in figures.items()},
+        "median": {name: median(every) for name, every in figures.items()},
         "worst": {
             name: max(figures[name]) for name in ("passes_over_ideal", "makespan_over_busier")
         },

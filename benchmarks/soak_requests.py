@@ -82,7 +82,7 @@ class RequestMaker:
             block_size=draw.choice(BLOCK_SIZES),
             steps_per_block=draw.choice((2, 4, 8)),
             draft_steps=draw.choice((1, 2, 4)),
-            temperature=draw.choice((0.0, 0.7, 1.0)),
+            temperature=draw.choice((0.0, 0.0, 0.7, 1.0)),
             top_p=draw.choice((None, 0.9)),
             top_k=draw.choice((None, 20)),
             seed=draw.getrandbits(32),

@@ -5,7 +5,8 @@
 First every held-out prompt is decoded in both modes, greedy and drawn (temperature 1, top_p 0.9,
 a seed per prompt), and the outputs are compared token for token. Then a smaller set is decoded
 with 1, 2, ... draft steps: accepted tokens a draft, tokens per (denoiser + context) pass and
-tokens/s, with an ar run beside each. Passes that read the prompt are not counted. Prints one JSON
+tokens/s, with an ar run beside each. Passes that read the prompt are not counted; they give ar its
+first token. Prints one JSON
 object; the exit code is 1 if an output differs.
 """
 
@@ -31,7 +32,10 @@ from twotower.towers.params import GenerationParams
 from twotower.towers.prefill import PREFILL_CHUNK
 from twotower.towers.training.corpus import read_corpus, standard_library
 
-DRAWS = {"greedy": {}, "drawn": {"temperature": 1.0, "top_p": 0.9}}
+DRAWS = {
+    "greedy": GenerationParams(mode="ar"),
+    "drawn": GenerationParams(mode="ar", temperature=1.0, top_p=0.9),
+}
 MAX_CONTEXT = 1024
 
 
@@ -87,8 +91,12 @@ def token_ids(local: Local, count: int) -> list[list[int]]:
 def measure(local: Local, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one run."""
     config = local.model.config
-    base = GenerationParams(mode="ar", max_tokens=args.tokens, block_size=args.block)
-    decode(local, prompts[: args.batch], replace(base, mode="verified", max_tokens=16))
+    draws = {
+        name: replace(draw, max_tokens=args.tokens, block_size=args.block)
+        for name, draw in DRAWS.items()
+    }
+    greedy = draws["greedy"]
+    decode(local, prompts[: args.batch], replace(greedy, mode="verified", max_tokens=16))
     return {
         "machine": machine(args.threads) | {"python": platform.python_version()},
         "shape": {
@@ -98,17 +106,14 @@ def measure(local: Local, prompts: list[list[int]], args: argparse.Namespace) ->
             "block": args.block,
             "batch": args.batch,
             "tokens": args.tokens,
-            "confidence_threshold": base.confidence_threshold,
+            "confidence_threshold": greedy.confidence_threshold,
         },
         "against_ar": {
-            name: against_ar(local, prompts[: args.prompts], replace(base, **draw))
-            for name, draw in DRAWS.items()
+            name: against_ar(local, prompts[: args.prompts], draw) for name, draw in draws.items()
         },
         "draft_steps": {
-            name: sweep(
-                local, prompts[: args.sweep_prompts], replace(base, **draw), args.max_draft_steps
-            )
-            for name, draw in DRAWS.items()
+            name: sweep(local, prompts[: args.sweep_prompts], draw, args.max_draft_steps)
+            for name, draw in draws.items()
         },
     }
 

@@ -18,7 +18,7 @@ from twotower import GenerationParams, GenerationResult, Request, TwoTower
 from twotower.towers.errors import CheckpointError, InvalidRequestError
 
 PROMPT = [5, 3, 17, 3, 9]
-MODES: list[Any] = ["mask_diffusion", "ar", "mock_ar"]
+MODES: list[Any] = ["mask_diffusion", "ar", "mock_ar", "verified"]
 
 
 def defaults_of(function: Any) -> list[tuple[str, Any]]:

@@ -219,6 +219,8 @@ class ContextEngine(Engine[_Row, _Work, _Result]):
             return None, 0
         state = state_of(row.state)
         hidden = self.cache.restore(keys[best], state)
+        # Pages that the row had reserved are free again: somebody may wait for them.
+        self._admission.admit()
         row.key, row.cached_to = keys[best], state.position
         return hidden, best + 1
 

@@ -119,9 +119,12 @@ def decode(raw: bytes) -> tuple[state_pb2.StateFrame, memoryview]:
     view = memoryview(raw)
     try:
         begin, payload, end = _find_payload(view)
-        return state_pb2.StateFrame.FromString(raw[:begin] + raw[end:]), payload
+        frame = state_pb2.StateFrame.FromString(raw[:begin] + raw[end:])
     except (DecodeError, IndexError) as error:
         raise FrameError(f"frame: got {len(raw)} bytes, expected a StateFrame") from error
+    if frame.payload:
+        raise FrameError("payload: got a second one, expected at most one in a frame")
+    return frame, payload
 
 
 def check_header(header: state_pb2.StateHeader, max_bytes: int) -> None:
@@ -179,7 +182,7 @@ def _check_spec(spec: state_pb2.TensorSpec, names: frozenset[str]) -> None:
 def _find_payload(view: memoryview) -> tuple[int, memoryview, int]:
     """Begin of the payload's field, the payload, end of the field; all at the end if there is none.
 
-    Walks the top-level fields only. A second payload is left to the parser as an error.
+    Walks the top-level fields only.
     """
     place = 0
     while place < len(view):

@@ -15,7 +15,7 @@ from twotower.cluster.topology import (
     max_update_bytes,
 )
 from twotower.towers.config import TwoTowerConfig
-from twotower.towers.state import ContextState
+from twotower.towers.update import UpdateBuilder, UpdatePlan
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny_a"
 PAIR = PairTopology(
@@ -38,7 +38,16 @@ def test_towers_ask_for_cpu_shares_or_for_gpus() -> None:
     assert on_gpu[CONTEXT_BUNDLE] == on_gpu[DENOISER_BUNDLE] == {"CPU": 0.4, "GPU": 1.0}
 
 
-@pytest.mark.parametrize("wrong", [{"max_rows": 0}, {"gpus": -1.0}, {"device": "cuda"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_rows": 0},
+        {"gpus": -1.0},
+        {"device": "cuda"},
+        {"transport": "mpi"},
+        {"transport": "nccl"},
+    ],
+)
 def test_impossible_shapes_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"got .*expected"):
         replace(PAIR, **wrong)  # type: ignore[arg-type]
@@ -46,6 +55,7 @@ def test_impossible_shapes_are_refused(wrong: dict[str, object]) -> None:
 
 def test_a_full_row_fits_the_largest_update() -> None:
     config = TwoTowerConfig.from_file(TINY / "config.json")
-    state = ContextState(config, 1024, torch.device("cpu"), torch.float32)
-    state.position = 1024
-    assert state.export(0).num_bytes <= max_update_bytes(config, 1024)
+    for plan in (UpdatePlan("snapshot", 0, 1024), UpdatePlan("kv", 0, 1024)):
+        builder = UpdateBuilder(config, plan, torch.device("cpu"), torch.float32)
+        num_bytes = sum(tensor.nbytes for tensor in builder.tensors.values())
+        assert num_bytes <= max_update_bytes(config, 1024)
