@@ -138,3 +138,13 @@ async def test_bytes_that_are_no_frame_end_their_stream_only(channel: Channel, r
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await channel.raw(raw)
     assert caught.value.code() == INVALID
+
+
+async def test_replay_weights_of_another_model_are_refused(channel: Channel) -> None:
+    header = framing.make_weights_header({"dt_bias": torch.zeros(2)}, epoch=1)
+    pieces, payload = [framing.Piece(0, 0, 8)], [torch.zeros(8, dtype=torch.uint8).numpy()]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await channel.raw(framing.encode(0, pieces, payload, header, finished=True))
+    assert caught.value.code() == INVALID
+    assert "a_log" in (caught.value.details() or "")
+    assert channel.recorder.weights == []
