@@ -10,6 +10,7 @@ from ray.serve import Application
 
 from twotower.cluster.tower_actors import start_towers
 from twotower.deployments.config import ServiceConfig
+from twotower.deployments.metrics import PairMetrics
 from twotower.deployments.pair import TowerPair
 from twotower.deployments.router import Router
 
@@ -48,7 +49,7 @@ def build_app(config: ServiceConfig) -> Application:
         graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
     )
-    return router.bind(config, pair.bind(partial(start_towers, topology)))
+    return router.bind(config, pair.bind(partial(start_towers, topology), PairMetrics))
 
 
 def build_app_from_settings(settings: dict[str, Any]) -> Application:

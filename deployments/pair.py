@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from twotower.cluster.remote import PairServices
+from twotower.deployments.metrics import PairMetrics
 from twotower.towers.generation import generate_blocks
 from twotower.towers.params import GenerationParams
 from twotower.towers.protocols import Block
@@ -30,8 +31,13 @@ class TowerPair:
     it sends any request.
     """
 
-    def __init__(self, start: Callable[[], Awaitable[PairServices]]) -> None:
+    def __init__(
+        self,
+        start: Callable[[], Awaitable[PairServices]],
+        metrics: Callable[[], PairMetrics] | None = None,
+    ) -> None:
         self._start = start
+        self._metrics = metrics() if metrics is not None else None
         self._services: PairServices | None = None
 
     async def check_health(self) -> None:
@@ -39,6 +45,8 @@ class TowerPair:
         if self._services is None:
             self._services = await self._start()
         await asyncio.gather(self._services.context.check(), self._services.denoiser.check())
+        if self._metrics is not None:
+            self._metrics.report(await self.stats())
 
     async def generate(self, job: Job) -> AsyncGenerator[Block, None]:
         """Yields the row's blocks as they come; the last has a finish reason.
