@@ -110,19 +110,21 @@ class StateReceiver:
         carrier = await self._admit(context)
         stream = _Stream(self._mirrors, self._follow, self._max_update_bytes, carrier)
         try:
-            async for raw in frames:
-                receipt = await stream.take(raw)
-                if receipt is not None:
-                    yield receipt
+            # What is unfinished goes first: once the sender knows, nothing of it is left.
+            try:
+                async for raw in frames:
+                    receipt = await stream.take(raw)
+                    if receipt is not None:
+                        yield receipt
+            finally:
+                stream.end()
+                carrier.close()
         except framing.OversizedError as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         except framing.FrameError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except CarrierError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
-        finally:
-            stream.end()
-            carrier.close()
 
     async def _authenticate(self, context: Context) -> None:
         metadata = dict(context.invocation_metadata() or ())

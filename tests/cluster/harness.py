@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import grpc.aio
+import grpc
 import torch
 from torch import Tensor
 
@@ -103,21 +102,19 @@ class Channel:
                 self.receiver.open(row)
 
     async def raw(self, *frames: bytes, receipts: int = 1) -> list[int]:
-        """Writes frames as they are; outcomes of so many receipts. Raises AioRpcError."""
-        async with self.stream() as call:
-            for frame in frames:
-                await call.write(frame)
-            return [(await call.read()).outcome for _ in range(receipts)]
-
-    @asynccontextmanager
-    async def stream(self) -> AsyncIterator[Any]:
-        """A bare stream to the receiver, which ends with the block."""
-        async with grpc.aio.insecure_channel(self.address) as channel:
+        """Writes frames as they are; outcomes of so many receipts. Raises grpc.RpcError."""
+        metadata = ((TOKEN_KEY, TOKEN), (TRANSPORT_KEY, self.transport))
+        with grpc.insecure_channel(self.address) as channel:
             publish = channel.stream_stream(
                 METHOD, response_deserializer=state_pb2.StateReceipt.FromString
             )
-            metadata = ((TOKEN_KEY, TOKEN), (TRANSPORT_KEY, self.transport))
-            yield publish(metadata=metadata)
+
+            # Not grpc.aio: there a write that meets the end of the stream hides its status.
+            def exchange() -> list[int]:
+                call = publish(iter(frames), metadata=metadata, timeout=self._timeout)
+                return [next(call).outcome for _ in range(receipts)]
+
+            return await asyncio.to_thread(exchange)
 
     async def close(self) -> None:
         for link in self._links:
