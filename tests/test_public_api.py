@@ -61,7 +61,7 @@ def test_the_signatures() -> None:
         ("min_p", None),
         ("seed", None),
         ("eos_token_id", None),
-        ("draft_steps", 4),
+        ("draft_steps", 1),
         ("min_tokens", 0),
         ("stop", None),
     ]

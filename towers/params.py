@@ -44,7 +44,7 @@ class GenerationParams:
     min_p: float | None = None
     seed: int | None = None
     eos_token_id: int | None = None
-    draft_steps: int = 4
+    draft_steps: int = 1
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
     eos_from: int = 0

@@ -110,7 +110,7 @@ class TwoTower:
         min_p: float | None = None,
         seed: int | None = None,
         eos_token_id: int | None = None,
-        draft_steps: int = 4,
+        draft_steps: int = 1,
         min_tokens: int = 0,
         stop: Sequence[str] | None = None,
     ) -> list[GenerationResult]:

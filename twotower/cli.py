@@ -120,7 +120,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Repeats a draw exactly.")] = None,
     draft_steps: Annotated[
         int, typer.Option(help="Most denoiser passes per draft in verified.")
-    ] = 4,
+    ] = 1,
     min_tokens: Annotated[int, typer.Option(help="Nothing ends the text before so many.")] = 0,
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text; may be given several times.")
