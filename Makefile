@@ -58,7 +58,13 @@ bench: $(STAMP) ## Speed and memory on this machine
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.decode --model shipped --tokens 96
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.scheduling
+	$(BIN)/python -m benchmarks.long_prompt
+	$(BIN)/python -m benchmarks.channel
 	$(BIN)/python -m benchmarks.service
+	$(BIN)/python -m benchmarks.concurrency
+	$(BIN)/python -m benchmarks.verified
+	$(BIN)/python -m benchmarks.soak
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

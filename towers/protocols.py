@@ -127,8 +127,11 @@ class LayerSink(Protocol):
     """Takes shares of a row's update while a pass computes them, from the pass's own thread."""
 
     def put(self, name: str, layer: int, tensor: Tensor) -> None:
-        """One layer's share, named and shaped as `UpdatePlan.shapes` without its first dimension;
-        copied before this returns. Names that the plan does not hold are passed over."""
+        """One layer's share, named and shaped as `UpdatePlan.shapes` without its first dimension.
+
+        It is not copied: it stays unchanged until `finish` has returned or the row is given up.
+        Names that the plan does not hold are passed over.
+        """
 
 
 class UpdateWriter(LayerSink, Protocol):

@@ -123,12 +123,13 @@ class ContextState:
         A delta if the last `advance` began at `start` and its log is smaller than the snapshot.
         """
         k, v = self._gather(start, self.position)
-        tensors = {"conv": self.conv, "ssm": self.ssm, "k": k, "v": v}
+        held = {"conv": self.conv, "ssm": self.ssm, "k": k, "v": v}
+        tensors = {name: list(tensor) for name, tensor in held.items()}
         kind: UpdateKind = "snapshot"
         if self._replayed and self._replayed_from == start:
             kind = "delta"
-            tensors["xbc"] = torch.stack([log.xbc for log in self._replayed])
-            tensors["dt"] = torch.stack([log.dt for log in self._replayed])
+            tensors["xbc"] = [log.xbc for log in self._replayed]
+            tensors["dt"] = [log.dt for log in self._replayed]
             self._replayed = []
         plan = UpdatePlan(kind, start, self.position)
         return StateUpdate(plan, {name: tensors[name] for name in plan.shapes(self._pool.config)})
@@ -140,19 +141,20 @@ class ContextState:
         """
         self._check_order(update.plan)
         self._check_shapes(update)
-        delta, tensors = update.plan.kind == "delta", update.tensors
+        delta = update.plan.kind == "delta"
         if delta and (weights is None or len(weights) != self.ssm.shape[0]):
             raise ValueError("update: got a delta, expected a snapshot without replay weights")
-        if "k" in tensors:
-            self._write(slice(None), tensors["k"], tensors["v"])
+        tensors = {name: self._moved(shares) for name, shares in update.tensors.items()}
+        for layer, (k, v) in enumerate(zip(tensors.get("k", ()), tensors.get("v", ()), strict=True)):
+            self._write(layer, k, v)
         if delta:
-            xbc = tensors["xbc"].to(self.conv.device)
-            dt = tensors["dt"].to(self.conv.device)
             for layer, own in enumerate(weights or ()):
-                dispatch.replay(self.ssm[layer], self.conv[layer], xbc[layer], dt[layer], own)
+                xbc, dt = tensors["xbc"][layer], tensors["dt"][layer]
+                dispatch.replay(self.ssm[layer], self.conv[layer], xbc, dt, own)
         elif "ssm" in tensors:
-            self.conv.copy_(tensors["conv"])
-            self.ssm.copy_(tensors["ssm"])
+            for layer in range(len(self.ssm)):
+                self.conv[layer].copy_(tensors["conv"][layer])
+                self.ssm[layer].copy_(tensors["ssm"][layer])
         self.length = update.plan.position
         if update.plan.kind != "kv":
             self.position = self.length
@@ -196,13 +198,20 @@ class ContextState:
         k, v = ([held[:, :, run] for run in runs] for held in (self._pool.k, self._pool.v))
         return (k[0], v[0]) if len(runs) == 1 else (torch.cat(k, dim=2), torch.cat(v, dim=2))
 
-    def _write(self, layers: int | slice, k: Tensor, v: Tensor) -> None:
-        """Puts K/V [..., nkv, n, hd] behind what is there."""
+    def _moved(self, shares: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Layers' shares on the state's device."""
+        if all(share.device == self.conv.device for share in shares):
+            return shares
+        # One transfer: each layer's own would cost more in launches than in bytes.
+        return list(torch.stack(list(shares)).to(self.conv.device))
+
+    def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Puts one attention layer's K/V [nkv, n, hd] behind what is there."""
         at, end = 0, self.length + k.shape[-2]
         for run in self._pool.runs(self.pages, self.length, end):
             part = slice(at, at + run.stop - run.start)
-            self._pool.k[layers, :, run] = k[..., part, :]
-            self._pool.v[layers, :, run] = v[..., part, :]
+            self._pool.k[layer, :, run] = k[:, part]
+            self._pool.v[layer, :, run] = v[:, part]
             at = part.stop
 
     def _check_order(self, plan: UpdatePlan) -> None:
@@ -223,7 +232,9 @@ class ContextState:
             if name not in expected:
                 raise ValueError(f"{name}: got a tensor, expected none in a {update.plan.kind}")
         for name, shape in expected.items():
-            source = update.tensors.get(name)
-            if source is None or tuple(source.shape) != shape:
-                got = "nothing" if source is None else f"shape {list(source.shape)}"
-                raise ValueError(f"{name}: got {got}, expected shape {list(shape)}")
+            shares = update.tensors.get(name)
+            if shares is None:
+                raise ValueError(f"{name}: got nothing, expected shape {list(shape)}")
+            got = [list(share.shape) for share in shares]
+            if got != [list(shape[1:])] * shape[0]:
+                raise ValueError(f"{name}: got layers of shapes {got}, expected {list(shape)}")

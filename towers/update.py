@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,6 +54,13 @@ class UpdatePlan:
             shapes |= {"k": kv, "v": kv}
         return shapes
 
+    def layout(self, config: TwoTowerConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The update's tensors without memory; all but `ssm`, which is fp32, as `dtype`."""
+        return {
+            name: torch.empty(shape, dtype=torch.float32 if name == "ssm" else dtype, device="meta")
+            for name, shape in self.shapes(config).items()
+        }
+
 
 def plan_update(config: TwoTowerConfig, start: int, position: int) -> UpdatePlan:
     """A delta where it has fewer values than a snapshot, otherwise a snapshot."""
@@ -64,61 +71,75 @@ def plan_update(config: TwoTowerConfig, start: int, position: int) -> UpdatePlan
 
 @dataclass(frozen=True)
 class StateUpdate:
-    """A complete update; tensors as `UpdatePlan.shapes`."""
+    """A complete update: of each tensor of `UpdatePlan.shapes` the layers' shares in order."""
 
     plan: UpdatePlan
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Sequence[Tensor]]
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return sum(part.nbytes for _, _, part in self.parts())
 
     def parts(self) -> Iterator[tuple[str, int, Tensor]]:
         """Name, layer and tensor of every layer's share."""
-        for name, tensor in self.tensors.items():
-            for layer, part in enumerate(tensor):
+        for name, shares in self.tensors.items():
+            for layer, part in enumerate(shares):
                 yield name, layer, part
 
 
 class UpdateBuilder:
-    """Gathers the parts of an update as a pass computes them.
+    """Gathers the shares of an update as a pass computes them.
 
     The layers of one name come in order. `dtype` is that of everything but `ssm`, which is fp32.
+    With `copy` false a share that is contiguous, on `device` and of the right dtype is kept as it
+    is: whoever puts it must leave it unchanged for as long as the update is read.
     """
 
     def __init__(
-        self, config: TwoTowerConfig, plan: UpdatePlan, device: torch.device, dtype: torch.dtype
+        self,
+        config: TwoTowerConfig,
+        plan: UpdatePlan,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        copy: bool = True,
     ) -> None:
         self.plan = plan
-        self.tensors = {
-            name: torch.empty(shape, device=device, dtype=torch.float32 if name == "ssm" else dtype)
-            for name, shape in plan.shapes(config).items()
-        }
-        self._filled = dict.fromkeys(self.tensors, 0)
+        self.layout = plan.layout(config, dtype)
+        self._device = device
+        self._copy = copy
+        self._shares: dict[str, list[Tensor]] = {name: [] for name in self.layout}
 
     def put(self, name: str, layer: int, tensor: Tensor) -> None:
         """Takes one layer's share; names that the plan does not hold are passed over.
 
-        Raises ValueError for a layer out of turn.
+        Raises ValueError for a layer out of turn or a share of another shape.
         """
-        if name not in self.tensors:
-            return
-        if layer != self._filled[name]:
-            raise ValueError(f"{name}: got layer {layer}, expected layer {self._filled[name]}")
-        self.tensors[name][layer].copy_(tensor)
-        self._filled[name] += 1
+        self.keep(name, layer, tensor)
 
-    def filled_bytes(self, name: str) -> int:
-        """Bytes at the head of a tensor that are final."""
-        tensor = self.tensors[name]
-        return self._filled[name] * (tensor.nbytes // max(1, tensor.shape[0]))
+    def keep(self, name: str, layer: int, tensor: Tensor) -> Tensor | None:
+        """As `put`; returns the share as it is kept, contiguous, or None if it was passed over."""
+        whole = self.layout.get(name)
+        if whole is None:
+            return None
+        shares = self._shares[name]
+        if layer != len(shares) or layer >= whole.shape[0]:
+            raise ValueError(f"{name}: got layer {layer}, expected layer {len(shares)}")
+        if tensor.shape != whole.shape[1:]:
+            raise ValueError(
+                f"{name}: got a share of shape {list(tensor.shape)}, "
+                f"expected {list(whole.shape[1:])}"
+            )
+        share = tensor.to(self._device, whole.dtype, copy=self._copy).contiguous()
+        shares.append(share)
+        return share
 
     @property
     def complete(self) -> bool:
-        return all(count == self.tensors[name].shape[0] for name, count in self._filled.items())
+        return all(len(self._shares[name]) == len(whole) for name, whole in self.layout.items())
 
     def update(self) -> StateUpdate:
         """The update, once complete."""
         assert self.complete
-        return StateUpdate(self.plan, self.tensors)
+        return StateUpdate(self.plan, self._shares)

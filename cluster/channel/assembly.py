@@ -1,4 +1,4 @@
-"""The receiver's side of one update: where its pieces go, and when it is complete."""
+"""The receiver's side of one update: what its pieces become, and when it is complete."""
 
 from __future__ import annotations
 
@@ -13,67 +13,125 @@ from twotower.towers.update import StateUpdate
 
 
 class Assembly:
-    """Collects the pieces of one checked header on a device.
+    """Collects the pieces of one checked header.
 
-    With `keep` false, or once discarded, the bytes are only counted: a stream has to be read past
+    A layer's share that comes in one piece stays where it arrived; others are put together. With
+    `keep` false, or once discarded, the bytes are only counted: a stream has to be read past
     updates that nobody wants.
     """
 
-    def __init__(
-        self, header: state_pb2.StateHeader, *, keep: bool, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, header: state_pb2.StateHeader, *, keep: bool) -> None:
         self.header = header
         self.keep = keep
-        self._sizes = [int(spec.bytes) for spec in header.tensors]
-        self._filled = [0] * len(self._sizes)
-        self._missing = sum(self._sizes)
-        self._buffers = [
-            torch.empty(size if keep else 0, dtype=torch.uint8, device=device)
-            for size in self._sizes
-        ]
+        # Replay weights belong to no layer's pass: each of their tensors is one share.
+        self._parts = [_Part(spec, stacked=bool(header.row_id)) for spec in header.tensors]
+        self._missing = sum(part.missing for part in self._parts)
 
     @property
     def complete(self) -> bool:
         return self._missing == 0
 
-    def place(self, pieces: Iterable[state_pb2.Piece]) -> list[Tensor | None]:
-        """Where each piece's bytes go: uint8 views, None for bytes that nobody wants.
+    def announce(self, pieces: Iterable[state_pb2.Piece]) -> int:
+        """Counts pieces that are about to arrive; their bytes together.
 
         Raises FrameError for a piece that leaves a gap, overlaps or reaches past its tensor.
         """
-        return [self._place(piece.tensor, piece.offset, piece.size) for piece in pieces]
+        total = 0
+        for piece in pieces:
+            if piece.tensor >= len(self._parts):
+                raise framing.FrameError(
+                    f"pieces: got tensor {piece.tensor}, expected less than {len(self._parts)}"
+                )
+            self._parts[piece.tensor].announce(piece.offset, piece.size)
+            total += piece.size
+        self._missing -= total
+        return total
+
+    def fill(self, pieces: Iterable[state_pb2.Piece], data: Tensor) -> None:
+        """Takes the bytes of announced pieces, uint8 [n], one after the other.
+
+        Shares become views of `data`, which nobody may change from now on.
+        """
+        if not self.keep:
+            return
+        begin = 0
+        for piece in pieces:
+            end = begin + piece.size
+            self._parts[piece.tensor].fill(piece.offset, data, begin, end)
+            begin = end
 
     def discard(self) -> None:
         """Lets go of what has arrived."""
         self.keep = False
-        self._buffers = []
+        for part in self._parts:
+            part.shares = []
+            part.unfinished = None
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors, once complete and kept; they own their memory."""
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """The shares of all tensors, once complete and kept."""
         assert self.complete
         assert self.keep
-        return {
-            spec.name: buffer.view(framing.DTYPES[spec.dtype]).reshape(tuple(spec.shape))
-            for spec, buffer in zip(self.header.tensors, self._buffers, strict=True)
-        }
+        return {part.name: part.all_shares() for part in self._parts}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Complete replay weights; they own their memory."""
+        return {name: whole.clone() for name, (whole,) in self.tensors().items()}
 
     def update(self) -> StateUpdate:
         """The complete update of a row."""
         return StateUpdate(framing.plan_of(self.header), self.tensors())
 
-    def _place(self, index: int, offset: int, size: int) -> Tensor | None:
-        if index >= len(self._sizes):
+
+class _Part:
+    """One tensor of an update: shares of one size, the last of them perhaps unfinished."""
+
+    def __init__(self, spec: state_pb2.TensorSpec, *, stacked: bool) -> None:
+        self.name = spec.name
+        self.missing = int(spec.bytes)
+        self.shares: list[Tensor] = []
+        self.unfinished: Tensor | None = None
+        self._announced = 0
+        self._dtype = framing.DTYPES[spec.dtype]
+        self._count, *shape = spec.shape if stacked else (1, *spec.shape)
+        self._shape = tuple(shape)
+        self._size = self.missing // max(1, self._count)
+
+    def announce(self, offset: int, size: int) -> None:
+        if offset != self._announced:
             raise framing.FrameError(
-                f"pieces: got tensor {index}, expected less than {len(self._sizes)}"
+                f"{self.name}: got a piece at {offset}, expected one at {self._announced}"
             )
-        filled, left = self._filled[index], self._sizes[index] - self._filled[index]
-        name = self.header.tensors[index].name
-        if offset != filled:
-            raise framing.FrameError(f"{name}: got a piece at {offset}, expected one at {filled}")
-        if not 0 < size <= left:
+        if not 0 < size <= self.missing:
             raise framing.FrameError(
-                f"{name}: got a piece of {size} bytes, expected 1 to {left} more"
+                f"{self.name}: got a piece of {size} bytes, expected 1 to {self.missing} more"
             )
-        self._filled[index] += size
-        self._missing -= size
-        return self._buffers[index][offset : offset + size] if self.keep else None
+        self._announced += size
+        self.missing -= size
+
+    def fill(self, offset: int, data: Tensor, begin: int, end: int) -> None:
+        """Takes data[begin:end], the bytes from `offset` on."""
+        while begin < end:
+            at = offset % self._size
+            stop = min(begin + self._size - at, end)
+            self._take(at, data[begin:stop])
+            offset += stop - begin
+            begin = stop
+
+    def all_shares(self) -> list[Tensor]:
+        """The shares, once all bytes are there."""
+        if self._size:
+            return self.shares
+        return [torch.empty(self._shape, dtype=self._dtype) for _ in range(self._count)]
+
+    def _take(self, at: int, data: Tensor) -> None:
+        """Takes the next share's bytes from `at` on."""
+        if data.shape[0] < self._size:
+            if self.unfinished is None:
+                self.unfinished = torch.empty(self._size, dtype=torch.uint8, device=data.device)
+            self.unfinished[at : at + data.shape[0]] = data
+            if at + data.shape[0] < self._size:
+                return
+            data, self.unfinished = self.unfinished, None
+        if (data.data_ptr() | data.storage_offset()) % self._dtype.itemsize:
+            data = data.clone()
+        self.shares.append(data.view(self._dtype).view(self._shape))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,40 +19,44 @@ def flat_bytes(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-class Pieces:
-    """Cuts tensors into pieces in order."""
+class ShareQueue:
+    """Shares that wait to be sent, in the order in which they came; nothing is copied."""
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._flat = [flat_bytes(tensor) for tensor in tensors]
-        self._taken = [0] * len(self._flat)
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Piece, Tensor]] = deque()
 
-    def take(self, final: Iterable[int], limit: int) -> list[Piece]:
-        """The next pieces, at most `limit` bytes; `final` counts each tensor's bytes that are."""
-        pieces = []
-        for index, end in enumerate(final):
-            begin = self._taken[index]
-            size = min(end - begin, limit)
-            if size > 0:
-                pieces.append(Piece(index, begin, size))
-                self._taken[index] += size
-                limit -= size
-        return pieces
+    def put(self, tensor: int, offset: int, share: Tensor) -> None:
+        """Appends a contiguous share, which begins at byte `offset` of the header's tensor."""
+        if share.nbytes:
+            self._waiting.append((Piece(tensor, offset, share.nbytes), flat_bytes(share)))
 
-    def slices(self, pieces: Iterable[Piece]) -> list[Tensor]:
-        """The pieces' bytes, uint8 views."""
-        return [
-            self._flat[piece.tensor][piece.offset : piece.offset + piece.size] for piece in pieces
-        ]
+    def take(self, limit: int) -> tuple[list[Piece], list[Tensor]]:
+        """The next frame's pieces, at most `limit` bytes, and their bytes.
 
-    def sizes(self) -> list[int]:
-        """Bytes of every tensor."""
-        return [flat.numel() for flat in self._flat]
+        Only a share above the limit is cut: the receiver need not copy one that arrives whole.
+        """
+        pieces, slices = list[Piece](), list[Tensor]()
+        room = limit
+        while self._waiting and (not pieces or self._waiting[0][0].size <= room):
+            piece, data = self._waiting.popleft()
+            if piece.size > room:
+                rest = Piece(piece.tensor, piece.offset + room, piece.size - room)
+                self._waiting.appendleft((rest, data[room:]))
+                piece, data = Piece(piece.tensor, piece.offset, room), data[:room]
+            pieces.append(piece)
+            slices.append(data)
+            room -= piece.size
+        return pieces, slices
+
+    def clear(self) -> None:
+        """Lets go of everything."""
+        self._waiting.clear()
 
 
 class Outgoing:
     """One update on its way. `put` runs in the engine's thread, everything else in the loop's.
 
-    Each counter has one writer: a share counts only once its bytes are in place.
+    Each counter has one writer: a share counts only once it is in the queue.
     """
 
     def __init__(
@@ -68,26 +73,29 @@ class Outgoing:
         self.dropped = False
         self.written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.receipt: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.num_bytes = sum(tensor.nbytes for tensor in builder.layout.values())
         self._builder = builder
         self._wake = wake
-        self._names = list(builder.tensors)
-        self._layer_bytes = {
-            name: tensor[0].nbytes if len(tensor) else 0 for name, tensor in builder.tensors.items()
-        }
-        self._pieces = Pieces(builder.tensors.values())
-        self.num_bytes = sum(self._pieces.sizes())
-        self._final = 0
+        self._indices = {name: index for index, name in enumerate(builder.layout)}
+        self._queue = ShareQueue()
+        self._put = 0
         self._taken = 0
 
     def put(self, name: str, layer: int, tensor: Tensor) -> None:
-        """Copies one layer's share; wakes the sender for each full portion."""
-        if self.dropped or name not in self._layer_bytes:
+        """Takes one layer's share; wakes the sender for each full portion."""
+        if self.dropped or (share := self._builder.keep(name, layer, tensor)) is None:
             return
-        self._builder.put(name, layer, tensor)
-        before = self._final
-        self._final += self._layer_bytes[name]
-        if before // CHUNK_BYTES != self._final // CHUNK_BYTES:
+        size = share.nbytes
+        self._queue.put(self._indices[name], layer * size, share)
+        before = self._put
+        self._put += size
+        if before // CHUNK_BYTES != self._put // CHUNK_BYTES:
             self._wake()
+
+    def drop(self) -> None:
+        """Gives the update up: what has not been sent will not be."""
+        self.dropped = True
+        self._queue.clear()
 
     @property
     def complete(self) -> bool:
@@ -97,7 +105,7 @@ class Outgoing:
     @property
     def ready(self) -> bool:
         """Whether a frame is worth writing now."""
-        return self.finished or self.dropped or self._final - self._taken >= CHUNK_BYTES
+        return self.finished or self.dropped or self._put - self._taken >= CHUNK_BYTES
 
     @property
     def sent(self) -> bool:
@@ -106,10 +114,9 @@ class Outgoing:
 
     def take(self, limit: int) -> tuple[list[Piece], list[Tensor]]:
         """The next frame's pieces, at most `limit` bytes, and their bytes."""
-        final = [self._builder.filled_bytes(name) for name in self._names]
-        pieces = self._pieces.take(final, limit)
+        pieces, slices = self._queue.take(limit)
         self._taken += sum(piece.size for piece in pieces)
-        return pieces, self._pieces.slices(pieces)
+        return pieces, slices
 
     def fail(self, error: Exception) -> None:
         """Tells whoever waits for the update."""
