@@ -117,9 +117,9 @@ def built(kind: UpdateKind, context: int, block: int) -> StateUpdate:
     """An update of random values."""
     plan = UpdatePlan(kind, context, context + block)
     builder = UpdateBuilder(NEMOTRON_30B, plan, CPU, torch.bfloat16)
-    for name, tensor in builder.tensors.items():
-        for layer, share in enumerate(tensor):
-            builder.put(name, layer, torch.randn(share.shape))
+    for name, tensor in builder.layout.items():
+        for layer in range(len(tensor)):
+            builder.put(name, layer, torch.randn(tensor.shape[1:]))
     return builder.update()
 
 

@@ -6,19 +6,18 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from twotower.towers.admission import Admission
 from twotower.towers.config import ATTENTION
 from twotower.towers.context import ContextTower
-from twotower.towers.engine import Engine, EngineRow, ends_of, in_order, state_of
-from twotower.towers.errors import NumericalError, TwoTowerError
+from twotower.towers.context_pass import ContextPass, ContextResult, ContextWork, Draw
+from twotower.towers.engine import Engine, EngineRow, state_of
 from twotower.towers.memory import MemoryBudget, StatePool, pool_for
 from twotower.towers.params import GenerationParams
 from twotower.towers.prefill import PREFILL_CHUNK, KvFeed, prefill_pieces, send_update
 from twotower.towers.prefix_cache import PrefixCache, chain_keys, next_key
-from twotower.towers.protocols import Block, LayerSink, Prefilled, StateLink, UpdateWriter
+from twotower.towers.protocols import Block, Prefilled, StateLink, UpdateWriter
 from twotower.towers.sampling import DOMAIN_AUTOREGRESSIVE, Drawn, Sampler
 from twotower.towers.scheduler import PassLimits
 from twotower.towers.state import ContextState
@@ -26,33 +25,6 @@ from twotower.towers.update import UpdatePlan, plan_update
 
 # A snapshot of a hybrid's state is large: block ends enter the prefix cache this far apart.
 CACHE_INTERVAL = 256
-
-
-@dataclass(frozen=True)
-class _Draw:
-    """Draw a token from each of the last `len(positions)` logits of the pass."""
-
-    sampler: Sampler
-    positions: list[int]
-
-
-@dataclass(frozen=True)
-class _Work:
-    state: ContextState
-    tokens: Sequence[int]
-    advance: bool = True
-    draw: _Draw | None = None
-    targets: Sequence[int] | None = None
-    sink: LayerSink | None = None
-
-
-@dataclass(frozen=True)
-class _Result:
-    """What a pass gave a row: its last hidden state [H] and what was asked for besides."""
-
-    hidden: Tensor
-    drawn: Drawn | None = None
-    logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +46,7 @@ class _Row(EngineRow):
     cached_to: int = 0
 
 
-class ContextEngine(Engine[_Row, _Work, _Result]):
+class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
     """Rows in a context tower. `link` carries their states to a denoiser, if there is one."""
 
     def __init__(
@@ -88,7 +60,7 @@ class ContextEngine(Engine[_Row, _Work, _Result]):
         prefix_cache_bytes: int = 0,
         threaded: bool = False,
     ) -> None:
-        super().__init__("context", self._pass, limits or PassLimits(), threaded)
+        super().__init__("context", ContextPass(tower).run, limits or PassLimits(), threaded)
         self.tower = tower
         self.link = link
         self.pool = pool or pool_for(tower.config, MemoryBudget(), tower.device, tower.dtype)
@@ -165,7 +137,7 @@ class ContextEngine(Engine[_Row, _Work, _Result]):
         pieces = prefill_pieces(prompt, generated, params)
         # mock_ar reads the context as it was before its last token: that one stays in the log.
         held = [pieces.pop()] if params.mode == "mock_ar" else []
-        own = _Draw(Sampler.from_params(params), [len(prompt) + len(generated)])
+        own = Draw(Sampler.from_params(params), [len(prompt) + len(generated)])
         fresh = params.mode == "verified" and not generated
         draw = own if params.mode == "ar" or fresh else None
         feed = None
@@ -182,7 +154,7 @@ class ContextEngine(Engine[_Row, _Work, _Result]):
             if feed is not None:
                 await feed.close()
         for piece in held:
-            await self._submit(_Work(state, piece, advance=False), prefill=True)
+            await self._submit(ContextWork(state, piece, advance=False), prefill=True)
         if draw is not None:
             assert hidden is not None
             row.own = self._first_token(draw, hidden)
@@ -198,14 +170,16 @@ class ContextEngine(Engine[_Row, _Work, _Result]):
         for piece in pieces[first:-1]:
             if feed is not None and state.position:
                 feed.push()
-            result = await self._submit(_Work(state, piece), prefill=True)
+            result = await self._submit(ContextWork(state, piece), prefill=True)
             self._note(row, piece, result.hidden)
         if feed is not None:
             await feed.flush()
         piece = pieces[-1]
         plan = UpdatePlan("snapshot", state.position, state.position + len(piece))
         writer = None if feed is None else self._writer(row, plan)
-        result = await self._write_through(_Work(state, piece, sink=writer), writer, prefill=True)
+        result = await self._write_through(
+            ContextWork(state, piece, sink=writer), writer, prefill=True
+        )
         self._note(row, piece, result.hidden, end=True)
         return result.hidden
 
@@ -234,7 +208,7 @@ class ContextEngine(Engine[_Row, _Work, _Result]):
             self.cache.insert(row.key, state, hidden)
             row.cached_to = state.position
 
-    def _first_token(self, draw: _Draw, hidden: Tensor) -> _Token:
+    def _first_token(self, draw: Draw, hidden: Tensor) -> _Token:
         drawn = draw.sampler.draw(
             self.tower.logits(hidden.unsqueeze(0)), draw.positions, 0, DOMAIN_AUTOREGRESSIVE
         )
@@ -247,11 +221,11 @@ class ContextEngine(Engine[_Row, _Work, _Result]):
             # A mock_ar row: its last token moves from the log into the state, the new one follows.
             self.tower.advance(state, 1)
             await self._publish(row, start)
-            await self._submit(_Work(state, token_ids, advance=False))
+            await self._submit(ContextWork(state, token_ids, advance=False))
             return 1
         plan = plan_update(self.tower.config, start, start + len(token_ids))
         writer = self._writer(row, plan)
-        result = await self._write_through(_Work(state, token_ids, sink=writer), writer)
+        result = await self._write_through(ContextWork(state, token_ids, sink=writer), writer)
         self._note(row, token_ids, result.hidden)
         return 1
 
@@ -267,8 +241,8 @@ class ContextEngine(Engine[_Row, _Work, _Result]):
             taken.append(token)
             if token.token_id == params.eos_token_id or state.position + 1 >= state.capacity:
                 break
-            draw = _Draw(sampler, [state.position + 1])
-            result = await self._submit(_Work(state, [token.token_id], draw=draw))
+            draw = Draw(sampler, [state.position + 1])
+            result = await self._submit(ContextWork(state, [token.token_id], draw=draw))
             passes += 1
             assert result.drawn is not None
             row.own = _token(result.drawn, 0)
@@ -280,10 +254,10 @@ class ContextEngine(Engine[_Row, _Work, _Result]):
         state = state_of(row.state)
         assert row.own is not None, "prefill comes first"
         start, known = state.position, int(row.committed)
-        draw = _Draw(
+        draw = Draw(
             Sampler.from_params(params), [start + 1 + offset for offset in range(len(draft))]
         )
-        result = await self._submit(_Work(state, draft, advance=False, draw=draw))
+        result = await self._submit(ContextWork(state, draft, advance=False, draw=draw))
         assert result.drawn is not None
         own = [row.own, *(_token(result.drawn, index) for index in range(len(draft)))]
         accepted = 0
@@ -310,16 +284,16 @@ class ContextEngine(Engine[_Row, _Work, _Result]):
         for start in range(0, len(read), PREFILL_CHUNK):
             piece = read[start : start + PREFILL_CHUNK]
             targets = token_ids[start + 1 : start + 1 + len(piece)]
-            result = await self._submit(_Work(state, piece, targets=targets), prefill=True)
+            result = await self._submit(ContextWork(state, piece, targets=targets), prefill=True)
             logprobs.extend(result.logprobs)
         return logprobs
 
-    async def _submit(self, work: _Work, *, prefill: bool = False) -> _Result:
+    async def _submit(self, work: ContextWork, *, prefill: bool = False) -> ContextResult:
         return await self._loop.submit(work, len(work.tokens), prefill=prefill)
 
     async def _write_through(
-        self, work: _Work, writer: UpdateWriter | None, *, prefill: bool = False
-    ) -> _Result:
+        self, work: ContextWork, writer: UpdateWriter | None, *, prefill: bool = False
+    ) -> ContextResult:
         """A pass whose update travels while it computes."""
         try:
             result = await self._submit(work, prefill=prefill)
@@ -342,58 +316,6 @@ class ContextEngine(Engine[_Row, _Work, _Result]):
         state = state_of(row.state)
         update = state.export(start)
         await send_update(self.link.begin(row.row_id, state, update.plan), update)
-
-    def _pass(self, works: Sequence[_Work]) -> list[_Result | BaseException]:
-        order = sorted(range(len(works)), key=lambda i: len(works[i].tokens))
-        ordered = [works[i] for i in order]
-        hidden = self.tower.forward(
-            [work.tokens for work in ordered],
-            [work.state for work in ordered],
-            [work.sink for work in ordered],
-        )
-        results = self._read_heads(ordered, hidden)
-        for work in ordered:
-            if work.advance:
-                self.tower.advance(work.state, len(work.tokens), work.sink)
-        return in_order(order, results)
-
-    def _read_heads(self, works: Sequence[_Work], hidden: Tensor) -> list[_Result | BaseException]:
-        """What each row asked to know of its hidden states; one product serves all draws."""
-        ends = ends_of([len(work.tokens) for work in works])
-        drawn_lines = [
-            range(end - len(work.draw.positions), end) if work.draw else range(0)
-            for work, end in zip(works, ends, strict=True)
-        ]
-        lines = [line for part in drawn_lines for line in part]
-        counts = [len(part) for part in drawn_lines]
-        logits = self.tower.logits(hidden[lines]).split(counts) if lines else ()
-        results: list[_Result | BaseException] = []
-        for index, (work, end) in enumerate(zip(works, ends, strict=True)):
-            last = hidden[end - 1].clone()
-            if work.draw is not None:
-                results.append(_draw(work.draw, logits[index], last))
-            elif work.targets is not None:
-                span = slice(end - len(work.tokens), end)
-                results.append(_score(self.tower.logits(hidden[span]), work.targets, last))
-            else:
-                results.append(_Result(last))
-        return results
-
-
-def _draw(draw: _Draw, logits: Tensor, hidden: Tensor) -> _Result | BaseException:
-    try:
-        drawn = draw.sampler.draw(logits, draw.positions, 0, DOMAIN_AUTOREGRESSIVE)
-    except TwoTowerError as error:
-        return error
-    return _Result(hidden, drawn)
-
-
-def _score(logits: Tensor, targets: Sequence[int], hidden: Tensor) -> _Result | BaseException:
-    if not bool(torch.isfinite(logits).all()):
-        return NumericalError("non-finite logits while scoring")
-    chosen = torch.tensor(list(targets), device=logits.device).unsqueeze(1)
-    logprobs = torch.log_softmax(logits, dim=-1).gather(1, chosen).squeeze(1)
-    return _Result(hidden, logprobs=tuple(logprobs.tolist()))
 
 
 def _token(drawn: Drawn, index: int) -> _Token:

@@ -74,7 +74,8 @@ class DenoiserEngine(Engine[_Row, _Work, Drawn]):
     def stats(self) -> dict[str, float]:
         """Counters since the start and the present load."""
         pool = self.pool.stats() if self.pool is not None else {}
-        return {**super().stats(), **pool}
+        queued = self._admission.num_waiting if self._admission is not None else 0
+        return {**super().stats(), **pool, "queued_rows": queued}
 
     async def open(self, row_id: str, capacity: int) -> None:
         """Waits for the slot and pages of the row's mirror."""
