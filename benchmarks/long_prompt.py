@@ -3,13 +3,13 @@
     python -m benchmarks.long_prompt
     python -m benchmarks.long_prompt --prompt 8192 --pairs 3
 
-Real engines on a random checkpoint, each tower's passes in a thread of its own. A pair is a run
-with the prompt, which lasts until the prompt is read, and one of the same blocks without it.
-`growth_over_chunk` is what p99 of the block latency grows by, over the time of a prefill pass that
-runs alone at the end of the prompt. Towers that share a machine slow each other down besides: what
-the prompt's place in the queue costs a block is the growth of the extension alone, and
-`denoiser_pass_ms` shows the rest. Memory is anonymous memory over that before the rows open, on
-engines that have run before, beside the bytes of the states in use and of the whole pool.
+Real tower actors in processes of their own, with the state channel between them, on a random
+checkpoint. A pair is a run with the prompt, which lasts until the prompt is read, and one of as
+many blocks without it. `growth_over_chunk` is what p99 of the block latency grows by, over the time
+of a prefill pass that runs alone at the end of the prompt; the median of the pairs counts. Towers
+that share a machine's cores slow each other down besides: what the prompt's place in the queue
+costs a block is the growth of the extension alone. Memory is the anonymous memory of both actors
+over that before the rows open, beside the bytes of their states in use and of their whole pools.
 Prints one JSON object. Linux only.
 """
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import statistics
+import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -27,29 +27,29 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 
 from benchmarks.figures import median, percentile
 from benchmarks.machine import machine
 from benchmarks.memory import anonymous_bytes
 from benchmarks.random_checkpoint import write_random_checkpoint
-from benchmarks.schedules import draw_rows, replaying
 from benchmarks.scheduling import BLOCK
 from benchmarks.scheduling import SHAPE as MIXED_SHAPE
-from twotower.towers.context_engine import ContextEngine
-from twotower.towers.denoiser_engine import DenoiserEngine
-from twotower.towers.engine import EngineOptions
+from twotower.cluster.remote import PairServices
+from twotower.cluster.topology import PairTopology
+from twotower.cluster.tower_actors import start_towers
 from twotower.towers.generation import generate_blocks
-from twotower.towers.link import load_engines
-from twotower.towers.memory import MemoryBudget
 from twotower.towers.params import GenerationParams
 
 # Attention over the prompt must not make a chunk so long that few of them meet a block.
 SHAPE = replace(MIXED_SHAPE, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
 ROW_PROMPT = 64
 MAX_BLOCKS = 256
-DRAWN_BLOCKS = 64
+# A random model is never sure of a token: the steps alone say how many passes a block takes.
+STEPS = 8
 LONG_ROW = "long"
+ACTORS = ("ray::ContextTowerActor", "ray::DenoiserTowerActor")
 
 
 def main() -> None:
@@ -58,65 +58,63 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=32768, help="tokens of the long prompt")
     parser.add_argument("--rows", type=int, default=8, help="streaming rows")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--profile", default="mixed")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        write_random_checkpoint(Path(folder), SHAPE)
-        print(json.dumps(asyncio.run(measure(Path(folder), args)), indent=2))
-
-
-@dataclass(frozen=True)
-class Engines:
-    """Both engines and the prompts of a run."""
-
-    context: ContextEngine
-    denoiser: DenoiserEngine
-    rows: int
-    long_prompt: list[int]
+    with tempfile.TemporaryDirectory(prefix="tt-") as folder:
+        checkpoint = Path(folder) / "model"
+        checkpoint.mkdir()
+        write_random_checkpoint(checkpoint, SHAPE)
+        print(json.dumps(asyncio.run(measure(checkpoint, args)), indent=2))
 
 
 @dataclass
 class Run:
-    """Seconds of blocks, row by row, and of extensions and a denoiser pass; bytes at their peak."""
+    """Seconds of blocks, row by row, and of extensions; bytes of both actors at their peak."""
 
     blocks: list[list[float]] = field(default_factory=list)
     extensions: list[float] = field(default_factory=list)
-    denoiser_pass: float = 0.0
     peak_bytes: int = 0
     state_bytes: int = 0
 
 
+class Towers:
+    """Two tower actors, the prompts of a run, and names of rows that are used once."""
+
+    def __init__(self, services: PairServices, args: argparse.Namespace) -> None:
+        generator = torch.Generator().manual_seed(0)
+        prompt = torch.randint(4, SHAPE.vocab_size, (args.prompt,), generator=generator)
+        self.long_prompt: list[int] = prompt.tolist()
+        self.context, self.denoiser = services.context, services.denoiser
+        self.rows = args.rows
+        self.processes = [process for title in ACTORS for process in own_processes(title)]
+        self._names = 0
+
+    def name(self) -> str:
+        """A row id that was never used."""
+        self._names += 1
+        return f"row-{self._names}"
+
+    def num_bytes(self) -> int:
+        """Anonymous memory of both actors."""
+        return sum(map(anonymous_bytes, self.processes))
+
+    async def state_bytes(self, name: str = "state_bytes") -> int:
+        """A count of bytes, of both actors together."""
+        stats = await asyncio.gather(self.context.stats(), self.denoiser.stats())
+        return int(sum(one[name] for one in stats))
+
+
 async def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one run of the benchmark."""
-    schedules = draw_rows(args.profile, args.rows, DRAWN_BLOCKS, 0)
-
-    async def engines() -> Engines:
-        # Fresh for every run, so that all replay the same schedules.
-        room = MemoryBudget(max_num_seqs=args.rows + 1, max_context=args.prompt + BLOCK)
-        context, denoiser = load_engines(
-            folder,
-            "cpu",
-            "cpu",
-            torch.float32,
-            options=EngineOptions(room, prefix_cache_bytes=0),
-            threaded=True,
-            rule=replaying(schedules),
-        )
-        prompt = torch.randint(
-            4, SHAPE.vocab_size, (args.prompt,), generator=torch.Generator().manual_seed(0)
-        )
-        fresh = Engines(context, denoiser, args.rows, prompt.tolist())
-        await beside_nothing(fresh, [1] * args.rows)
-        return fresh
-
-    alone = await chunk_times(await engines())
-    pairs = []
-    for _ in range(args.pairs):
-        beside = await beside_the_prompt(await engines())
-        without = await beside_nothing(await engines(), [len(row) for row in beside.blocks])
-        pairs.append((beside, without))
-    chunk = statistics.median(alone[-len(alone) // 16 :])
+    async with actors(folder, args) as services:
+        towers = Towers(services, args)
+        await beside_nothing(towers, [2] * args.rows)
+        chunks = await chunk_times(towers)
+        pairs = []
+        for _ in range(args.pairs):
+            beside = await beside_the_prompt(towers)
+            without = await beside_nothing(towers, [len(row) for row in beside.blocks])
+            pairs.append((beside, without))
+        pool_bytes = await towers.state_bytes("pool_bytes")
     return {
         "machine": machine(threads=2),
         "shape": {
@@ -125,75 +123,128 @@ async def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             "dtype": "float32",
             "rows": args.rows,
             "prompt": args.prompt,
-            "profile": args.profile,
+            "passes_per_block": STEPS,
         },
-        "chunk_ms": {
-            "passes": len(alone),
-            "at_start": milli(statistics.median(alone[: len(alone) // 16])),
-            "at_end": milli(chunk),
-        },
+        "chunk_ms": {"at_start": milli(chunks[0]), "at_end": milli(chunks[-1])},
         "without": time_figures([without for _, without in pairs]),
         "beside_prompt": time_figures([beside for beside, _ in pairs]),
-        "growth_over_chunk": growth_figures(pairs, chunk),
-        "memory": await memory_figures(await engines()),
+        "growth_over_chunk": growth_figures(pairs, chunks[-1]),
+        "memory": {
+            "peak_bytes": max(beside.peak_bytes for beside, _ in pairs[1:] or pairs),
+            "state_bytes": max(beside.state_bytes for beside, _ in pairs),
+            "pool_bytes": pool_bytes,
+        },
     }
 
 
-async def beside_the_prompt(engines: Engines) -> Run:
+@asynccontextmanager
+async def actors(folder: Path, args: argparse.Namespace) -> AsyncIterator[PairServices]:
+    """Both towers of a checkpoint as actors of a Ray of their own."""
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=200 << 20,
+        log_to_driver=False,
+        _temp_dir=str(folder.parent),
+    )
+    try:
+        yield await start_towers(
+            PairTopology(
+                model_path=str(folder),
+                device="cpu",
+                dtype="float32",
+                cpus=0.4,
+                gpus=0.0,
+                num_threads=1,
+                max_rows=args.rows + 1,
+                max_context=args.prompt + BLOCK,
+            )
+        )
+    finally:
+        ray.shutdown()
+
+
+async def beside_the_prompt(towers: Towers) -> Run:
     """Rows stream until the long prompt is read; blocks that were whole by then count."""
     read = asyncio.Event()
-    async with watched(engines) as run:
+    async with watched(towers) as run:
         rows = [
-            asyncio.ensure_future(stream(engines, index, MAX_BLOCKS, read))
-            for index in range(engines.rows)
+            asyncio.ensure_future(stream(towers, run, index, MAX_BLOCKS, read))
+            for index in range(towers.rows)
         ]
-        await read_prompt(engines)
+        await read_prompt(towers)
         read.set()
         run.blocks = await asyncio.gather(*rows)
     return run
 
 
-async def beside_nothing(engines: Engines, blocks: Sequence[int]) -> Run:
+async def beside_nothing(towers: Towers, blocks: Sequence[int]) -> Run:
     """Row i streams until it has blocks[i] latencies."""
     never = asyncio.Event()
-    async with watched(engines) as run:
-        rows = (stream(engines, i, count + 1, never) for i, count in enumerate(blocks))
+    async with watched(towers) as run:
+        rows = (stream(towers, run, i, count + 1, never) for i, count in enumerate(blocks))
         run.blocks = await asyncio.gather(*rows)
     return run
 
 
-async def chunk_times(engines: Engines) -> list[float]:
-    """Seconds of every pass of the long prompt while nothing else runs."""
-    reading = asyncio.ensure_future(read_prompt(engines))
+async def chunk_times(towers: Towers) -> list[float]:
+    """Seconds of a pass in each sixteenth of the long prompt while nothing else runs."""
+    reading = asyncio.ensure_future(read_prompt(towers))
+    first = last = await towers.context.stats()
+    share = len(towers.long_prompt) // 16
     times: list[float] = []
-    before = engines.context.stats()
     while not reading.done():
-        await asyncio.sleep(0.001)
-        now = engines.context.stats()
-        if passes := int(now["passes"] - before["passes"]):
-            times += [(now["pass_seconds"] - before["pass_seconds"]) / passes] * passes
-            before = now
+        await asyncio.sleep(0.02)
+        now = await towers.context.stats()
+        if now["prefill_tokens"] - last["prefill_tokens"] >= share:
+            passes = now["passes"] - last["passes"]
+            times.append((now["pass_seconds"] - last["pass_seconds"]) / passes)
+            last = now
     await reading
+    assert last is not first
     return times
 
 
-async def read_prompt(engines: Engines) -> None:
+async def read_prompt(towers: Towers) -> None:
     """Opens a row, reads the long prompt into it and gives it up."""
     params = GenerationParams(mode="ar", max_tokens=1, seed=0)
     try:
-        await engines.context.open(LONG_ROW, len(engines.long_prompt) + 1)
-        await engines.context.prefill(LONG_ROW, engines.long_prompt, (), params)
+        await towers.context.open(LONG_ROW, len(towers.long_prompt) + 1)
+        await towers.context.prefill(LONG_ROW, towers.long_prompt, (), params)
     finally:
-        await engines.context.release(LONG_ROW)
+        await towers.context.release(LONG_ROW)
 
 
-async def stream(engines: Engines, index: int, blocks: int, ended: asyncio.Event) -> list[float]:
+class TimedContext:
+    """A context tower whose extensions are timed; the rest is passed on."""
+
+    def __init__(self, context: Any, seconds: list[float]) -> None:
+        self._context = context
+        self._seconds = seconds
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def extend(self, row_id: str, token_ids: Sequence[int]) -> int:
+        """Extends a row and notes how long it took, its wait for a pass included."""
+        started = time.monotonic()
+        passes: int = await self._context.extend(row_id, token_ids)
+        self._seconds.append(time.monotonic() - started)
+        return passes
+
+
+async def stream(
+    towers: Towers, run: Run, index: int, blocks: int, ended: asyncio.Event
+) -> list[float]:
     """Latencies of a row's blocks until it has `blocks` of them or the run has ended."""
-    prompt = engines.long_prompt[index * ROW_PROMPT : (index + 1) * ROW_PROMPT]
-    params = GenerationParams(max_tokens=BLOCK * blocks, seed=index)
+    prompt = towers.long_prompt[index * ROW_PROMPT : (index + 1) * ROW_PROMPT]
+    params = GenerationParams(max_tokens=BLOCK * blocks, steps_per_block=STEPS, seed=index)
     latencies = []
     before = 0.0
-    row = generate_blocks(engines.context, engines.denoiser, f"row-{index}", prompt, params)
+    context: Any = TimedContext(towers.context, run.extensions)
+    row = generate_blocks(context, towers.denoiser, towers.name(), prompt, params)
     async with aclosing(row):
         async for _ in row:
             now = time.monotonic()
@@ -206,33 +257,23 @@ async def stream(engines: Engines, index: int, blocks: int, ended: asyncio.Event
 
 
 @asynccontextmanager
-async def watched(engines: Engines) -> AsyncIterator[Run]:
-    """A run whose extensions, passes and memory are noted while it lasts."""
+async def watched(towers: Towers) -> AsyncIterator[Run]:
+    """A run whose memory is noted while it lasts."""
     run = Run()
-    start = anonymous_bytes()
-    extend = engines.context.extend
-
-    async def timed(row_id: str, token_ids: Sequence[int]) -> int:
-        started = time.monotonic()
-        passes = await extend(row_id, token_ids)
-        run.extensions.append(time.monotonic() - started)
-        return passes
+    start = towers.num_bytes()
 
     async def watch() -> None:
         while True:
-            run.peak_bytes = max(run.peak_bytes, anonymous_bytes() - start)
-            run.state_bytes = max(run.state_bytes, int(engines.context.stats()["state_bytes"]))
-            await asyncio.sleep(0.02)
+            run.peak_bytes = max(run.peak_bytes, towers.num_bytes() - start)
+            run.state_bytes = max(run.state_bytes, await towers.state_bytes())
+            await asyncio.sleep(0.25)
 
-    engines.context.extend = timed  # type: ignore[method-assign]
     watcher = asyncio.ensure_future(watch())
     try:
         yield run
     finally:
         watcher.cancel()
         await asyncio.gather(watcher, return_exceptions=True)
-    stats = engines.denoiser.stats()
-    run.denoiser_pass = stats["pass_seconds"] / stats["passes"]
 
 
 def growth_figures(pairs: Sequence[tuple[Run, Run]], chunk: float) -> dict[str, Any]:
@@ -265,21 +306,28 @@ def time_figures(runs: Sequence[Run]) -> dict[str, float]:
         for name, of in (("block", block_ms), ("extension", extension_ms))
         for percent in (50, 99)
     }
-    passes = median(1e3 * run.denoiser_pass for run in runs)
-    return {"blocks": len(block_ms(runs[0])), **figures, "denoiser_pass_ms": passes}
+    return {"blocks": len(block_ms(runs[0])), **figures}
 
 
-async def memory_figures(engines: Engines) -> dict[str, int]:
-    """What memory grows by, beside the bytes of the states in use and of the whole budget."""
-    # The first passes of every width take buffers once and for all, whatever the prompt's length.
-    short = engines.long_prompt[: len(engines.long_prompt) // 8]
-    await beside_the_prompt(replace(engines, long_prompt=short))
-    run = await beside_the_prompt(engines)
-    return {
-        "peak_bytes": run.peak_bytes,
-        "state_bytes": run.state_bytes,
-        "pool_bytes": int(engines.context.stats()["pool_bytes"]),
-    }
+def own_processes(title: str) -> list[int]:
+    """Process ids of that title among this process's descendants."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and title in _read(entry / "cmdline"):
+            parent = int(entry.name)
+            while parent > 1 and parent != os.getpid():
+                fields = _read(Path(f"/proc/{parent}/stat")).rpartition(")")[2].split()
+                parent = int(fields[1]) if fields else 0
+            if parent == os.getpid():
+                found.append(int(entry.name))
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def milli(seconds: float) -> float:

@@ -116,12 +116,13 @@ def peak_over_start(work: Callable[[], T]) -> tuple[T, int]:
     return result, max(peak, anonymous_bytes()) - start
 
 
-def anonymous_bytes() -> int:
-    """Resident anonymous memory of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def anonymous_bytes(process: int | None = None) -> int:
+    """Resident anonymous memory of a process, this one if left out."""
+    status = Path(f"/proc/{process or 'self'}/status")
+    for line in status.read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no RssAnon line")
+    raise RuntimeError(f"{status} has no RssAnon line")
 
 
 if __name__ == "__main__":

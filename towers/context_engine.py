@@ -20,7 +20,6 @@ from twotower.towers.prefix_cache import PrefixCache, chain_keys, next_key
 from twotower.towers.protocols import Block, Prefilled, StateLink, UpdateWriter
 from twotower.towers.sampling import DOMAIN_AUTOREGRESSIVE, Drawn, Sampler
 from twotower.towers.scheduler import PassLimits
-from twotower.towers.state import ContextState
 from twotower.towers.update import UpdatePlan, plan_update
 
 # A snapshot of a hybrid's state is large: block ends enter the prefix cache this far apart.
@@ -39,7 +38,6 @@ class _Row(EngineRow):
     """`own` is the tower's token at the state's position, once drawn; `committed` tells whether
     the output has it already. `key` names what was read, for the prefix cache."""
 
-    state: ContextState | None = None
     own: _Token | None = None
     committed: bool = False
     key: bytes = b""

@@ -43,7 +43,6 @@ class _Work:
 class _Row(EngineRow):
     """`arrived` is set whenever the mirror has moved."""
 
-    state: ContextState | None = None
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
 

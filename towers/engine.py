@@ -43,9 +43,11 @@ class EngineOptions:
 
 @dataclass(eq=False)
 class EngineRow:
-    """A row that is open on one side, with the calls that work on it now."""
+    """A row that is open on one side, with the calls that work on it now; without a state as long
+    as it waits for room or for the state itself."""
 
     row_id: str
+    state: ContextState | None = None
     tasks: set[asyncio.Future[Any]] = field(default_factory=set)
     released: bool = False
 
@@ -115,7 +117,8 @@ class Engine(Generic[Row, Work, Result]):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._loop.settle()
+        if row.state is not None:
+            await self._loop.settle()
         return True
 
 

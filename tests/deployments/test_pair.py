@@ -76,11 +76,12 @@ async def closed(actors: Actors) -> None:
 
 
 async def settled(pair: TowerPair) -> None:
-    """Waits until nothing of any row is left on either side; fails after a second."""
-    for _ in range(100):
-        stats = await pair.stats()
-        left = stats["context"]["rows"], stats["denoiser"]["rows"], stats["denoiser"]["mirrors"]
-        if left == (0, 0, 0):
+    """Waits until nothing of any row is left on either side; fails after ten seconds."""
+    for _ in range(1000):
+        context, denoiser = (await pair.stats()).values()
+        left = [context["rows"], denoiser["rows"], denoiser["mirrors"]]
+        left += [context["slots_used"], denoiser["slots_used"], denoiser["pages_used"]]
+        if not any(left):
             return
         await asyncio.sleep(0.01)
     raise AssertionError(f"rows left: {left}")

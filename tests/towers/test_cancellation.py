@@ -146,20 +146,24 @@ def test_while_an_update_is_on_the_wire(towers: Towers, after: int) -> None:
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_in_the_queue(towers: Towers, shared: bool) -> None:
+def test_in_the_queue(towers: Towers, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
     budget = MemoryBudget(max_num_seqs=1, max_context=256)
     pair = Pair.of(*towers, shared=shared, budget=budget, max_waiting=2, threaded=True)
+    # The row that has the only slot stays where it is until the queue has been looked at.
+    gate = Gate(pair.context.tower.forward, 1)
+    monkeypatch.setattr(pair.context.tower, "forward", gate)
 
     async def run() -> None:
         first, second, third = (
             asyncio.ensure_future(pair.blocks(name, PROMPT, PARAMS)) for name in ("a", "b", "c")
         )
-        await asyncio.sleep(0.005)
+        await reached(gate.reached)
         assert pair.context.stats()["queued_rows"] == 2
         with pytest.raises(CapacityError, match="2"):
             await pair.blocks("d", PROMPT, PARAMS)
         await cancel(second)
         assert pair.context.stats()["queued_rows"] == 1
+        gate.opened.set()
         rows = await asyncio.gather(first, third)
         assert tokens_of(rows[0]) == tokens_of(rows[1])
         pair.assert_empty()
