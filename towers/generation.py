@@ -57,15 +57,7 @@ def cut(block: Block, left: int, eos_token_id: int | None) -> Block:
     if eos_token_id in tokens:
         tokens = tokens[: tokens.index(eos_token_id) + 1]
         reason = "stop"
-    count = len(tokens)
-    return replace(
-        block,
-        token_ids=tokens,
-        commit_steps=block.commit_steps[:count],
-        confidences=block.confidences[:count],
-        log_probs=block.log_probs[:count],
-        finish_reason=reason,
-    )
+    return replace(block.first(len(tokens)), finish_reason=reason)
 
 
 class _RowLoop:

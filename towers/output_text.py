@@ -58,7 +58,7 @@ class OutputText:
         kept, text = self._push(block.token_ids, last=block.finish_reason is not None)
         if self.matched_stop is None:
             return block, text
-        return replace(first_tokens(block, kept), finish_reason="stop"), text
+        return replace(block.first(kept), finish_reason="stop"), text
 
     def _push(self, token_ids: Sequence[int], *, last: bool) -> tuple[int, str]:
         """Tokens up to the end of a stop string, or all of them, and the text that they settle."""
@@ -125,14 +125,3 @@ class StopSearch:
             if any(len(stop) > length and stop.startswith(tail) for stop in self._stop):
                 return length
         return 0
-
-
-def first_tokens(block: Block, count: int) -> Block:
-    """The block's first `count` tokens with what is known of each; its sums stay whole."""
-    return replace(
-        block,
-        token_ids=block.token_ids[:count],
-        commit_steps=block.commit_steps[:count],
-        confidences=block.confidences[:count],
-        log_probs=block.log_probs[:count],
-    )

@@ -16,7 +16,7 @@ Guarantees that every implementation gives:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from twotower.towers.params import FinishReason, GenerationParams
@@ -52,6 +52,16 @@ class Block:
     accepted_tokens: int = 0
     drafted_tokens: int = 0
     cached_tokens: int = 0
+
+    def first(self, count: int) -> Block:
+        """The first `count` tokens with what is known of each; sums stay whole."""
+        return replace(
+            self,
+            token_ids=self.token_ids[:count],
+            commit_steps=self.commit_steps[:count],
+            confidences=self.confidences[:count],
+            log_probs=self.log_probs[:count],
+        )
 
 
 @dataclass(frozen=True)
