@@ -145,7 +145,9 @@ class ContextState:
         if delta and (weights is None or len(weights) != self.ssm.shape[0]):
             raise ValueError("update: got a delta, expected a snapshot without replay weights")
         tensors = {name: self._moved(shares) for name, shares in update.tensors.items()}
-        for layer, (k, v) in enumerate(zip(tensors.get("k", ()), tensors.get("v", ()), strict=True)):
+        for layer, (k, v) in enumerate(
+            zip(tensors.get("k", ()), tensors.get("v", ()), strict=True)
+        ):
             self._write(layer, k, v)
         if delta:
             for layer, own in enumerate(weights or ()):

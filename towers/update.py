@@ -107,6 +107,10 @@ class UpdateBuilder:
     ) -> None:
         self.plan = plan
         self.layout = plan.layout(config, dtype)
+        self._expected = {
+            name: (tensor.dtype, tuple(tensor.shape[1:]), len(tensor))
+            for name, tensor in self.layout.items()
+        }
         self._device = device
         self._copy = copy
         self._shares: dict[str, list[Tensor]] = {name: [] for name in self.layout}
@@ -120,24 +124,24 @@ class UpdateBuilder:
 
     def keep(self, name: str, layer: int, tensor: Tensor) -> Tensor | None:
         """As `put`; returns the share as it is kept, contiguous, or None if it was passed over."""
-        whole = self.layout.get(name)
-        if whole is None:
+        if name not in self._expected:
             return None
-        shares = self._shares[name]
-        if layer != len(shares) or layer >= whole.shape[0]:
-            raise ValueError(f"{name}: got layer {layer}, expected layer {len(shares)}")
-        if tensor.shape != whole.shape[1:]:
+        (dtype, shape, count), shares = self._expected[name], self._shares[name]
+        if layer != len(shares) or layer >= count:
+            raise ValueError(f"{name}: got layer {layer}, expected layer {len(shares)} of {count}")
+        if tensor.shape != shape:
             raise ValueError(
-                f"{name}: got a share of shape {list(tensor.shape)}, "
-                f"expected {list(whole.shape[1:])}"
+                f"{name}: got a share of shape {list(tensor.shape)}, expected {list(shape)}"
             )
-        share = tensor.to(self._device, whole.dtype, copy=self._copy).contiguous()
+        share = tensor.to(self._device, dtype, copy=self._copy).contiguous()
         shares.append(share)
         return share
 
     @property
     def complete(self) -> bool:
-        return all(len(self._shares[name]) == len(whole) for name, whole in self.layout.items())
+        return all(
+            len(self._shares[name]) == count for name, (_, _, count) in self._expected.items()
+        )
 
     def update(self) -> StateUpdate:
         """The update, once complete."""

@@ -112,8 +112,12 @@ class _Part:
         """Takes data[begin:end], the bytes from `offset` on."""
         while begin < end:
             at = offset % self._size
-            stop = min(begin + self._size - at, end)
-            self._take(at, data[begin:stop])
+            whole = 0 if at else (end - begin) // self._size
+            stop = begin + whole * self._size if whole else min(begin + self._size - at, end)
+            if whole:
+                self._add(data[begin:stop], whole)
+            else:
+                self._take(at, data[begin:stop])
             offset += stop - begin
             begin = stop
 
@@ -124,14 +128,18 @@ class _Part:
         return [torch.empty(self._shape, dtype=self._dtype) for _ in range(self._count)]
 
     def _take(self, at: int, data: Tensor) -> None:
-        """Takes the next share's bytes from `at` on."""
-        if data.shape[0] < self._size:
-            if self.unfinished is None:
-                self.unfinished = torch.empty(self._size, dtype=torch.uint8, device=data.device)
-            self.unfinished[at : at + data.shape[0]] = data
-            if at + data.shape[0] < self._size:
-                return
+        """Takes a part of the next share, its bytes from `at` on."""
+        if self.unfinished is None:
+            self.unfinished = torch.empty(self._size, dtype=torch.uint8, device=data.device)
+        end = at + data.shape[0]
+        self.unfinished[at:end] = data
+        if end == self._size:
             data, self.unfinished = self.unfinished, None
-        if (data.data_ptr() | data.storage_offset()) % self._dtype.itemsize:
+            self._add(data, 1)
+
+    def _add(self, data: Tensor, count: int) -> None:
+        """Takes whole shares."""
+        width = self._dtype.itemsize
+        if data.data_ptr() % width or data.storage_offset() % width:
             data = data.clone()
-        self.shares.append(data.view(self._dtype).view(self._shape))
+        self.shares.extend(data.view(self._dtype).view(count, *self._shape).unbind(0))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from twotower.cluster.channel.framing import CHUNK_BYTES, FrameError
+from twotower.cluster.channel.framing import CHUNK_BYTES, FrameError, Memory
 from twotower.cluster.channel.process_group import GROUP_FRAME_BYTES, GroupEnd
-from twotower.protos.v1 import state_pb2
+
+with warnings.catch_warnings():
+    # torch warns once that frombuffer's memory is not to be written; nobody writes to an update.
+    warnings.simplefilter("ignore")
+    torch.frombuffer(bytes(1), dtype=torch.uint8)
 
 
 class CarrierError(RuntimeError):
@@ -28,8 +33,8 @@ class Carrier(Protocol):
     frame_bytes: int
     device: torch.device
 
-    def payload(self, slices: Sequence[Tensor]) -> list[np.ndarray]:
-        """What of the bytes goes into the frame itself."""
+    def payload(self, slices: Sequence[Tensor]) -> list[Memory]:
+        """What of the bytes goes into the frame itself; read while the tensors live."""
 
     async def send(self, slices: Sequence[Tensor]) -> None:
         """Called when the frame is written: sends what did not go into it.
@@ -38,13 +43,11 @@ class Carrier(Protocol):
         CarrierError.
         """
 
-    async def receive(
-        self,
-        pieces: Sequence[state_pb2.Piece],
-        places: Sequence[Tensor | None],
-        payload: memoryview,
-    ) -> None:
-        """Fills the places of a frame's pieces. Raises FrameError or CarrierError."""
+    async def receive(self, size: int, payload: memoryview) -> Tensor:
+        """The bytes of a frame that announces `size` of them: uint8 [size], to be read only.
+
+        Raises FrameError or CarrierError.
+        """
 
     def close(self) -> None:
         """Gives up what is on the way."""
@@ -56,24 +59,16 @@ class InFrame:
     frame_bytes = CHUNK_BYTES
     device = torch.device("cpu")
 
-    def payload(self, slices: Sequence[Tensor]) -> list[np.ndarray]:
-        return [one.numpy() for one in slices]
+    def payload(self, slices: Sequence[Tensor]) -> list[Memory]:
+        # Through the address: views and arrays of small shares cost more than their bytes.
+        return [(ctypes.c_char * one.nbytes).from_address(one.data_ptr()) for one in slices]
 
     async def send(self, slices: Sequence[Tensor]) -> None:
         """Nothing is left to send."""
 
-    async def receive(
-        self,
-        pieces: Sequence[state_pb2.Piece],
-        places: Sequence[Tensor | None],
-        payload: memoryview,
-    ) -> None:
-        check_sizes(pieces, len(payload), self.frame_bytes)
-        begin = 0
-        for piece, place in zip(pieces, places, strict=True):
-            if place is not None:
-                place.numpy()[:] = np.frombuffer(payload, np.uint8, piece.size, begin)
-            begin += piece.size
+    async def receive(self, size: int, payload: memoryview) -> Tensor:
+        check_size(size, len(payload), self.frame_bytes)
+        return torch.frombuffer(payload, dtype=torch.uint8) if size else torch.empty(0)
 
     def close(self) -> None:
         """Nothing is on the way."""
@@ -90,28 +85,29 @@ class BesideFrame:
         self._failed = failed
         self._last: asyncio.Future[None] | None = None
 
-    def payload(self, slices: Sequence[Tensor]) -> list[np.ndarray]:  # noqa: ARG002
+    def payload(self, slices: Sequence[Tensor]) -> list[Memory]:  # noqa: ARG002
         return []
 
     async def send(self, slices: Sequence[Tensor]) -> None:
-        # The next frame is announced while these bytes go: the receiver never waits for news.
-        before, self._last = self._last, self._end.send(slices)
+        if not slices:
+            return
+        # One transfer a frame: what the peers agree on for each costs more than a copy. The next
+        # frame is announced while these bytes go: the receiver never waits for news.
+        flat = [one.view(-1).view(torch.uint8) for one in slices]
+        whole = flat[0] if len(flat) == 1 else torch.cat(flat)
+        before, self._last = self._last, self._end.send(whole)
         self._last.add_done_callback(self._look_at)
         if before is not None:
             await _carried(before)
 
-    async def receive(
-        self,
-        pieces: Sequence[state_pb2.Piece],
-        places: Sequence[Tensor | None],
-        payload: memoryview,
-    ) -> None:
+    async def receive(self, size: int, payload: memoryview) -> Tensor:
         if payload:
             raise FrameError(f"payload: got {len(payload)} bytes, expected none beside a group")
-        sizes = [int(piece.size) for piece in pieces]
-        check_sizes(pieces, sum(sizes), self.frame_bytes)
-        if sizes:
-            await _carried(self._end.receive(places, sizes))
+        check_size(size, size, self.frame_bytes)
+        data = torch.empty(size, dtype=torch.uint8, device=self.device)
+        if size:
+            await _carried(self._end.receive(data))
+        return data
 
     def close(self) -> None:
         self._end.close()
@@ -121,9 +117,8 @@ class BesideFrame:
             self._failed(str(error))
 
 
-def check_sizes(pieces: Sequence[state_pb2.Piece], num_bytes: int, limit: int) -> None:
-    """Raises FrameError unless the pieces are `num_bytes` together, and these within the limit."""
-    announced = sum(piece.size for piece in pieces)
+def check_size(announced: int, num_bytes: int, limit: int) -> None:
+    """Raises FrameError unless as many bytes came as were announced, and these within the limit."""
     if announced != num_bytes or announced > limit:
         raise FrameError(
             f"payload: got {num_bytes} bytes, expected the {announced} of the pieces, "

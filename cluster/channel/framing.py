@@ -7,10 +7,10 @@ oversized header costs nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from google.protobuf.message import DecodeError
 from torch import Tensor
@@ -21,12 +21,15 @@ from twotower.towers.update import UpdateKind, UpdatePlan
 CHUNK_BYTES = 1 << 20
 MAX_ROW_ID = 256
 MAX_DIMENSIONS = 8
+MAX_LAYERS = 1024
 STATE_TENSORS: dict[UpdateKind, frozenset[str]] = {
     "snapshot": frozenset(("conv", "ssm", "k", "v")),
     "delta": frozenset(("xbc", "dt", "k", "v")),
     "kv": frozenset(("k", "v")),
 }
 WEIGHT_TENSORS = frozenset(("conv_weight", "conv_bias", "a_log", "dt_bias"))
+# What bytes.join takes: an object with the buffer protocol.
+Memory = Any
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -40,7 +43,11 @@ _KINDS: dict[UpdateKind, state_pb2.UpdateKind] = {
 }
 _KIND_NAMES = {number: kind for kind, number in _KINDS.items()}
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_SEQUENCE_TAG = state_pb2.StateFrame.SEQUENCE_FIELD_NUMBER << 3 | _VARINT
 _PAYLOAD_TAG = state_pb2.StateFrame.PAYLOAD_FIELD_NUMBER << 3 | _BYTES
+
+# Of the widest dtype on the wire.
+_ALIGNMENT = 4
 
 
 class FrameError(ValueError):
@@ -89,26 +96,27 @@ def plan_of(header: state_pb2.StateHeader) -> UpdatePlan:
 def encode(
     sequence: int,
     pieces: Sequence[Piece] = (),
-    payload: Iterable[np.ndarray] = (),
+    payload: Sequence[Memory] = (),
     header: state_pb2.StateHeader | None = None,
     finished: bool = False,
     aborted: bool = False,
 ) -> bytes:
-    """A serialized StateFrame; `payload` are the pieces' bytes, uint8.
+    """A serialized StateFrame; `payload` are the pieces' bytes, contiguous.
 
-    The payload is put behind the other fields by hand: protobuf would copy it twice more.
+    Number and payload are put behind the other fields by hand: protobuf would copy the payload
+    twice more, and the padded number lets it begin where the receiver reads it as tensors.
     """
-    frame = state_pb2.StateFrame(
-        sequence=sequence, header=header, finished=finished, aborted=aborted
-    )
+    frame = state_pb2.StateFrame(header=header, finished=finished, aborted=aborted)
     for piece in pieces:
         frame.pieces.add(tensor=piece.tensor, offset=piece.offset, size=piece.size)
-    views = list(payload)
-    length = sum(view.nbytes for view in views)
-    if not length:
-        return frame.SerializeToString()
-    start = frame.SerializeToString() + bytes((_PAYLOAD_TAG,)) + _varint(length)
-    return b"".join((start, *(view.data for view in views)))
+    length = sum(piece.size for piece in pieces) if payload else 0
+    number, tail = _varint(sequence), b""
+    if length:
+        tail = bytes((_PAYLOAD_TAG,)) + _varint(length)
+    start = frame.SerializeToString() + bytes((_SEQUENCE_TAG,))
+    padding = -(len(start) + len(number) + len(tail)) % _ALIGNMENT
+    start += _padded(number, padding) + tail
+    return b"".join((start, *payload))
 
 
 def decode(raw: bytes) -> tuple[state_pb2.StateFrame, memoryview]:
@@ -136,8 +144,13 @@ def check_header(header: state_pb2.StateHeader, max_bytes: int) -> None:
     if header.start > header.position:
         raise FrameError(f"start: got {header.start}, expected at most {header.position}")
     names, seen = _expected_names(header), set[str]()
+    layered = bool(header.row_id)
     for spec in header.tensors:
         _check_spec(spec, names)
+        if layered and not (spec.shape and spec.shape[0] <= MAX_LAYERS):
+            raise FrameError(
+                f"{spec.name}: got shape {list(spec.shape)}, expected at most {MAX_LAYERS} layers"
+            )
         if spec.name in seen:
             raise FrameError(f"tensors: {spec.name} appears twice")
         seen.add(spec.name)
@@ -212,6 +225,14 @@ def _varint(value: int) -> bytes:
         value >>= 7
     groups.append(value)
     return bytes(groups)
+
+
+def _padded(varint: bytes, count: int) -> bytes:
+    """The same number in `count` bytes more, zeros that any reader passes over."""
+    if not count:
+        return varint
+    more = bytes((varint[-1] | 0x80,)) + b"\x80" * (count - 1)
+    return varint[:-1] + more + b"\0"
 
 
 def _read_varint(view: memoryview, place: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The sending side of the state channel, beside the context tower.
 
 One bidirectional gRPC stream per link carries frames of many rows' updates, written by one task in
-turn, a frame of each at a time. A row has at most one update on the way and HTTP/2 flow control
+turn, some frames of each at a time. A row has at most one update on the way and HTTP/2 flow control
 holds the writer back, which bounds what a slow receiver makes the sender hold. A stream that broke
 stays broken: whoever owns the pair replaces the link whole.
 """
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from twotower.cluster.channel import framing, process_group
 from twotower.cluster.channel.carrier import BesideFrame, Carrier, CarrierError, InFrame
-from twotower.cluster.channel.outgoing import Outgoing, Pieces
+from twotower.cluster.channel.memory import keep_freed_memory
+from twotower.cluster.channel.outgoing import Outgoing, ShareQueue
 from twotower.cluster.topology import Transport
 from twotower.protos.v1 import state_pb2
 from twotower.towers.config import TwoTowerConfig
@@ -35,6 +36,7 @@ TRANSPORT_KEY = "twotower-link-transport"
 ADMITTED_KEY = "twotower-link-admitted"
 STORE_PORT_KEY = "twotower-link-store-port"
 RECEIPT_TIMEOUT_S = 30.0
+TURN_BYTES = 8 * framing.CHUNK_BYTES
 CPU = torch.device("cpu")
 OPTIONS = [
     ("grpc.max_send_message_length", 4 * framing.CHUNK_BYTES),
@@ -61,9 +63,9 @@ class LinkSpec:
 class GrpcStateLink:
     """The sending side; fulfils `StateLink`. Use it from one event loop only.
 
-    Updates are gathered on `device` (the tower's own for NCCL, otherwise the CPU) as `dtype`, the
-    tower's. `replay_tensors` are the context tower's, sent when the stream opens: with them the
-    receiver replays deltas.
+    Updates leave from `device` (the tower's own for NCCL, otherwise the CPU) as `dtype`, the
+    tower's; shares that are there already are read where they stand. `replay_tensors` are the
+    context tower's, sent when the stream opens: with them the receiver replays deltas.
     """
 
     def __init__(
@@ -124,11 +126,11 @@ class GrpcStateLink:
         self.check()
         if row_id in self._on_the_way:
             raise ValueError(f"row {row_id!r}: got a new update before the last one has finished")
-        builder = UpdateBuilder(self._config, plan, self._device, self._dtype)
+        builder = UpdateBuilder(self._config, plan, self._device, self._dtype, copy=False)
         self._sequence += 1
         header = framing.make_header(
             plan,
-            builder.tensors,
+            builder.layout,
             row_id=row_id,
             epoch=self._spec.epoch,
             block_index=self._next_index.get(row_id, 0),
@@ -139,14 +141,14 @@ class GrpcStateLink:
             self._unanswered[one.sequence] = one
             self._start()
         else:
-            one.dropped = True
+            one.drop()
         return _Writer(self, one)
 
     def abort(self, one: Outgoing) -> None:
         """Gives an update up unless it has finished."""
         if one.finished:
             return
-        one.dropped = True
+        one.drop()
         if not one.begun:
             self._unsent.pop(one.sequence, None)
         self._settled(one)
@@ -231,11 +233,20 @@ class GrpcStateLink:
                 self._wake.clear()
                 self._idle = False
                 for one in ready:
-                    await self._send_frame(one)
+                    await self._send_turn(one)
         except TimeoutError:
             self._break(f"nothing moved within {self._timeout:g} s")
         except _Broken as error:
             self._break(await self._reason(error))
+
+    async def _send_turn(self, one: Outgoing) -> None:
+        # Several frames at once: a block's delta arrives before the next begins, and the receiver
+        # holds one rather than a part of each. A long update still lets the others in between.
+        sent = 0
+        while sent < TURN_BYTES and one.ready and one.sequence in self._unsent:
+            before = one.sent_bytes
+            await self._send_frame(one)
+            sent += one.sent_bytes - before
 
     async def _send_frame(self, one: Outgoing) -> None:
         if one.dropped:
@@ -260,11 +271,13 @@ class GrpcStateLink:
             name: tensor.detach().contiguous().to(self._device)
             for name, tensor in self._replay_tensors.items()
         }
-        source = Pieces(tensors.values())
+        queue = ShareQueue()
+        for index, tensor in enumerate(tensors.values()):
+            queue.put(index, 0, tensor)
         header: state_pb2.StateHeader | None
         header = framing.make_weights_header(tensors, self._spec.epoch)
-        while pieces := source.take(source.sizes(), self._carrier.frame_bytes):
-            slices = source.slices(pieces)
+        while (taken := queue.take(self._carrier.frame_bytes))[0]:
+            pieces, slices = taken
             payload = self._carrier.payload(slices)
             await self._write(framing.encode(_WEIGHTS_SEQUENCE, pieces, payload, header))
             await self._carrier.send(slices)
@@ -276,6 +289,7 @@ class GrpcStateLink:
             await self._call.write(frame)
 
     async def _connect(self) -> None:
+        keep_freed_memory()
         self._channel = grpc.aio.insecure_channel(self._spec.address, options=OPTIONS)
         # Frames are serialized by `framing`.
         publish: Any = self._channel.stream_stream(
@@ -330,7 +344,7 @@ class GrpcStateLink:
             return
         self._broken = reason
         for one in self._unanswered.values():
-            one.dropped = True
+            one.drop()
             one.fail(UnavailableError(f"the state link is broken: {reason}"))
         self._unsent.clear()
         if self._call is not None:

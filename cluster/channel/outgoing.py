@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -13,44 +14,58 @@ from twotower.cluster.channel.framing import CHUNK_BYTES, Piece
 from twotower.protos.v1 import state_pb2
 from twotower.towers.update import UpdateBuilder
 
-
-def flat_bytes(tensor: Tensor) -> Tensor:
-    """A contiguous tensor's memory, uint8 [n]."""
-    return tensor.view(-1).view(torch.uint8)
+_PLACE = itemgetter(0, 1)
 
 
 class ShareQueue:
     """Shares that wait to be sent, in the order in which they came; nothing is copied."""
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[Piece, Tensor]] = deque()
+        # Index of the header's tensor, offset in it, size, the contiguous share.
+        self._waiting: deque[tuple[int, int, int, Tensor]] = deque()
 
     def put(self, tensor: int, offset: int, share: Tensor) -> None:
         """Appends a contiguous share, which begins at byte `offset` of the header's tensor."""
         if share.nbytes:
-            self._waiting.append((Piece(tensor, offset, share.nbytes), flat_bytes(share)))
+            self._waiting.append((tensor, offset, share.nbytes, share))
 
     def take(self, limit: int) -> tuple[list[Piece], list[Tensor]]:
-        """The next frame's pieces, at most `limit` bytes, and their bytes.
+        """The next frame's pieces, at most `limit` bytes, and their contiguous tensors.
 
         Only a share above the limit is cut: the receiver need not copy one that arrives whole.
+        Shares of one tensor are put together, so that a frame has few pieces.
         """
-        pieces, slices = list[Piece](), list[Tensor]()
-        room = limit
-        while self._waiting and (not pieces or self._waiting[0][0].size <= room):
-            piece, data = self._waiting.popleft()
-            if piece.size > room:
-                rest = Piece(piece.tensor, piece.offset + room, piece.size - room)
-                self._waiting.appendleft((rest, data[room:]))
-                piece, data = Piece(piece.tensor, piece.offset, room), data[:room]
-            pieces.append(piece)
-            slices.append(data)
-            room -= piece.size
-        return pieces, slices
+        chosen, room = list[tuple[int, int, int, Tensor]](), limit
+        while self._waiting and (not chosen or self._waiting[0][2] <= room):
+            one = self._waiting.popleft()
+            if one[2] > room:
+                index, offset, size, share = one
+                data = share.view(-1).view(torch.uint8)
+                self._waiting.appendleft((index, offset + room, size - room, data[room:]))
+                one = (index, offset, room, data[:room])
+            chosen.append(one)
+            room -= one[2]
+        chosen.sort(key=_PLACE)
+        return _merged(chosen), [share for _, _, _, share in chosen]
 
     def clear(self) -> None:
         """Lets go of everything."""
         self._waiting.clear()
+
+
+def _merged(shares: Sequence[tuple[int, int, int, Tensor]]) -> list[Piece]:
+    """The pieces that neighbouring shares make."""
+    pieces = list[Piece]()
+    last, begin, end = -1, 0, 0
+    for index, offset, size, _ in shares:
+        if index != last:
+            if last >= 0:
+                pieces.append(Piece(last, begin, end - begin))
+            last, begin = index, offset
+        end = offset + size
+    if last >= 0:
+        pieces.append(Piece(last, begin, end - begin))
+    return pieces
 
 
 class Outgoing:
@@ -79,7 +94,7 @@ class Outgoing:
         self._indices = {name: index for index, name in enumerate(builder.layout)}
         self._queue = ShareQueue()
         self._put = 0
-        self._taken = 0
+        self.sent_bytes = 0
 
     def put(self, name: str, layer: int, tensor: Tensor) -> None:
         """Takes one layer's share; wakes the sender for each full portion."""
@@ -105,17 +120,17 @@ class Outgoing:
     @property
     def ready(self) -> bool:
         """Whether a frame is worth writing now."""
-        return self.finished or self.dropped or self._put - self._taken >= CHUNK_BYTES
+        return self.finished or self.dropped or self._put - self.sent_bytes >= CHUNK_BYTES
 
     @property
     def sent(self) -> bool:
         """Whether what was taken is all that there will be."""
-        return self.finished and self._taken == self.num_bytes
+        return self.finished and self.sent_bytes == self.num_bytes
 
     def take(self, limit: int) -> tuple[list[Piece], list[Tensor]]:
         """The next frame's pieces, at most `limit` bytes, and their bytes."""
         pieces, slices = self._queue.take(limit)
-        self._taken += sum(piece.size for piece in pieces)
+        self.sent_bytes += sum(piece.size for piece in pieces)
         return pieces, slices
 
     def fail(self, error: Exception) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed
@@ -23,7 +23,6 @@ from twotower.cluster.topology import Transport
 GROUP_FRAME_BYTES = 8 << 20
 _RECEIVER, _SENDER = 0, 1
 _TAG = 0
-T = TypeVar("T")
 # These classes are real but not in torch's type hints.
 _dist: Any = torch.distributed
 
@@ -42,13 +41,13 @@ class GroupEnd:
         self._executor = executor
         self.device = device
 
-    def send(self, tensors: Sequence[Tensor]) -> asyncio.Future[None]:
-        """Starts to send uint8 tensors; they stay as they are until the result is there."""
-        return self._start(self._exchange, "send", list(tensors))
+    def send(self, tensor: Tensor) -> asyncio.Future[None]:
+        """Starts to send a uint8 tensor; it stays as it is until the result is there."""
+        return self._start("send", tensor)
 
-    def receive(self, places: Sequence[Tensor | None], sizes: Sequence[int]) -> Any:
-        """Starts to receive so many bytes into uint8 tensors, or into nowhere for None."""
-        return self._start(self._fill, list(places), list(sizes))
+    def receive(self, tensor: Tensor) -> asyncio.Future[None]:
+        """Starts to fill a uint8 tensor."""
+        return self._start("recv", tensor)
 
     def close(self) -> None:
         """Leaves the group: the peer's pending calls fail, those here end within the timeout."""
@@ -56,23 +55,15 @@ class GroupEnd:
         self.group = None
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _start(self, call: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
-        return asyncio.get_running_loop().run_in_executor(self._executor, call, *arguments)
+    def _start(self, verb: str, tensor: Tensor) -> asyncio.Future[None]:
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self._executor, self._exchange, verb, tensor)
 
-    def _fill(self, places: list[Tensor | None], sizes: list[int]) -> None:
-        targets = [
-            torch.empty(size, dtype=torch.uint8, device=self.device) if place is None else place
-            for place, size in zip(places, sizes, strict=True)
-        ]
-        self._exchange("recv", targets)
-
-    def _exchange(self, verb: str, tensors: list[Tensor]) -> None:
+    def _exchange(self, verb: str, tensor: Tensor) -> None:
         group = self.group
         if group is None:
             raise RuntimeError("the group is closed")
-        works = [getattr(group, verb)([tensor], self._peer, _TAG) for tensor in tensors]
-        for work in works:
-            work.wait()
+        getattr(group, verb)([tensor], self._peer, _TAG).wait()
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 

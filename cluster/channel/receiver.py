@@ -24,6 +24,7 @@ from twotower.cluster.channel.grpc import (
     TOKEN_KEY,
     TRANSPORT_KEY,
 )
+from twotower.cluster.channel.memory import keep_freed_memory
 from twotower.cluster.channel.mirrors import Mirrors
 from twotower.cluster.channel.process_group import Rendezvous
 from twotower.cluster.topology import Transport
@@ -84,6 +85,7 @@ class StateReceiver:
 
     async def start(self, host: str) -> str:
         """Listens on a free port of `host`; returns `host:port`."""
+        keep_freed_memory()
         self._server = grpc.aio.server(options=OPTIONS)
         service, method = METHOD.strip("/").split("/")
         # Frames arrive as bytes: `framing` reads them without copying their payloads.
@@ -188,8 +190,8 @@ class _Stream:
             self._mirrors.drop(assembly)
             outcome = state_pb2.StateReceipt.OUTCOME_ABORTED
             return state_pb2.StateReceipt(sequence=frame.sequence, outcome=outcome)
-        places = assembly.place(frame.pieces)
-        await self._carrier.receive(frame.pieces, places, payload)
+        size = assembly.announce(frame.pieces)
+        assembly.fill(frame.pieces, await self._carrier.receive(size, payload))
         return self._finish(frame.sequence, assembly) if frame.finished else None
 
     def end(self) -> None:
@@ -205,7 +207,7 @@ class _Stream:
             raise framing.FrameError(f"header: got more than {MAX_UNFINISHED} unfinished updates")
         framing.check_header(header, self._max_update_bytes)
         keep = self._mirrors.admit(header)
-        assembly = Assembly(header, keep=keep, device=self._carrier.device)
+        assembly = Assembly(header, keep=keep)
         self._assemblies[sequence] = assembly
         self._mirrors.hold(assembly)
 
@@ -219,7 +221,7 @@ class _Stream:
             return state_pb2.StateReceipt(sequence=sequence, outcome=outcome)
         if assembly.keep:
             try:
-                self._follow(assembly.tensors())
+                self._follow(assembly.weights())
             except ValueError as error:
                 raise framing.FrameError(str(error)) from None
         return None

@@ -109,16 +109,32 @@ async def test_shares_come_from_another_thread(channel: Channel) -> None:
     assert_holds(channel.recorder.of("a")[0], shares)
 
 
-async def test_a_share_is_copied_by_put(channel: Channel) -> None:
+@pytest.mark.parametrize("plan", [SMALL, LARGE])
+async def test_after_finish_a_share_may_change(channel: Channel, plan: UpdatePlan) -> None:
+    channel.open("a")
+    link = channel.link("a")
+    writer = link.begin("a", None, plan)
+    shares = shares_of(plan, 1)
+    given = [(name, layer, share.clone()) for name, layer, share in shares]
+    for share in given:
+        writer.put(*share)
+    writer.put("other", 0, torch.zeros(3))
+    await writer.finish()
+    for _, _, own in given:
+        own.zero_()
+    assert_holds(channel.recorder.of("a")[0], shares)
+
+
+async def test_shares_of_any_strides_and_dtype(channel: Channel) -> None:
+    """As a pass has them: views of pages, and an `ssm` that stays fp32."""
     channel.open("a")
     link = channel.link("a")
     writer = link.begin("a", None, SMALL)
-    shares = shares_of(SMALL, 1)
+    shares = shares_of(SMALL, 2)
     for name, layer, share in shares:
-        own = share.clone()
-        writer.put(name, layer, own)
-        own.zero_()
-    writer.put("other", 0, torch.zeros(3))
+        wide = torch.zeros(*share.shape[:-1], share.shape[-1] * 2, dtype=torch.float64)
+        wide[..., ::2] = share
+        writer.put(name, layer, wide[..., ::2])
     await writer.finish()
     assert_holds(channel.recorder.of("a")[0], shares)
 
@@ -153,6 +169,8 @@ async def test_misuse_is_named(channel: Channel) -> None:
         await writer.finish()
     with pytest.raises(ValueError, match="expected layer 0"):
         writer.put("k", 1, torch.zeros(1, 4, 64))
+    with pytest.raises(ValueError, match=r"shape \[1, 3, 64\], expected \[1, 4, 64\]"):
+        writer.put("k", 0, torch.zeros(1, 3, 64))
 
 
 async def test_an_aborted_update_leaves_the_mirror(channel: Channel) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from twotower.cluster.channel import framing
 from twotower.cluster.channel.assembly import Assembly
-from twotower.cluster.channel.outgoing import Pieces
+from twotower.cluster.channel.carrier import InFrame
+from twotower.cluster.channel.outgoing import ShareQueue
 from twotower.protos.v1 import state_pb2
 from twotower.towers.update import UpdatePlan
 
@@ -76,33 +77,68 @@ def test_a_second_payload_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("limit", [1, 7, 64, 1 << 20])
-def test_tensors_cross_bit_by_bit(dtype: torch.dtype, limit: int) -> None:
+@pytest.mark.parametrize("limit", [1, 7, 64, 200, 1 << 20])
+@pytest.mark.parametrize("whole", [False, True])
+async def test_tensors_cross_bit_by_bit(dtype: torch.dtype, limit: int, whole: bool) -> None:
+    """However the sender queues them: layer by layer or a tensor at once."""
     parts = tensors(dtype)
     parts["ssm"][0, 0, 0, 0] = float("nan")
     header = state_pb2.StateHeader.FromString(header_of(parts).SerializeToString())
     framing.check_header(header, max_bytes=1 << 30)
-    source, assembly = Pieces(parts.values()), Assembly(header, keep=True)
-    while pieces := source.take(source.sizes(), limit):
+    queue, carrier, assembly = ShareQueue(), InFrame(), Assembly(header, keep=True)
+    for layer in range(1 if whole else 2):
+        for index, tensor in enumerate(parts.values()):
+            share = tensor if whole else tensor[layer]
+            queue.put(index, layer * share.nbytes, share)
+    while (taken := queue.take(limit))[0]:
+        pieces, slices = taken
         assert sum(piece.size for piece in pieces) <= limit
         assert not assembly.complete
-        sent = [state_pb2.Piece(tensor=p.tensor, offset=p.offset, size=p.size) for p in pieces]
-        for place, data in zip(assembly.place(sent), source.slices(pieces), strict=True):
-            place.copy_(data)
+        raw = framing.encode(1, pieces, carrier.payload(slices))
+        frame, payload = framing.decode(raw)
+        size = assembly.announce(frame.pieces)
+        assembly.fill(frame.pieces, await carrier.receive(size, payload))
     update = assembly.update()
     assert update.plan == PLAN
     for name, tensor in parts.items():
-        got = update.tensors[name]
+        shares = update.tensors[name]
+        assert {share.data_ptr() % share.itemsize for share in shares} == {0}
+        got = torch.stack(list(shares))
         assert (got.dtype, got.shape) == (tensor.dtype, tensor.shape)
         assert torch.equal(got.view(torch.uint8), tensor.view(torch.uint8))
 
 
-def test_pieces_are_cut_from_what_is_final() -> None:
-    source = Pieces([torch.zeros(10, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8)])
-    assert source.take([3, 0], 100) == [framing.Piece(0, 0, 3)]
-    assert source.take([3, 0], 100) == []
-    assert source.take([10, 4], 8) == [framing.Piece(0, 3, 7), framing.Piece(1, 0, 1)]
-    assert source.take([10, 4], 8) == [framing.Piece(1, 1, 3)]
+@pytest.mark.parametrize("sequence", [1, 127, 128, 300, 1 << 40])
+@pytest.mark.parametrize("named", ["row", "another row", "a third one's name"])
+async def test_a_share_that_fits_into_a_frame_is_read_where_it_arrived(
+    sequence: int, named: str
+) -> None:
+    parts = tensors()
+    header = framing.make_header(PLAN, parts, row_id=named, epoch=1, block_index=2)
+    queue, carrier, assembly = ShareQueue(), InFrame(), Assembly(header, keep=True)
+    for index, tensor in enumerate(parts.values()):
+        queue.put(index, 0, tensor)
+    pieces, slices = queue.take(1 << 20)
+    raw = framing.encode(sequence, pieces, carrier.payload(slices), header)
+    frame, payload = framing.decode(raw)
+    data = await carrier.receive(assembly.announce(frame.pieces), payload)
+    assembly.fill(frame.pieces, data)
+    for _, _, share in assembly.update().parts():
+        assert data.data_ptr() <= share.data_ptr() < data.data_ptr() + data.nbytes
+
+
+def test_shares_travel_whole_where_they_fit() -> None:
+    queue = ShareQueue()
+    for tensor, offset, size in ((0, 0, 6), (1, 0, 2), (0, 6, 6), (1, 2, 2), (2, 0, 25)):
+        queue.put(tensor, offset, torch.zeros(size, dtype=torch.uint8))
+    queue.put(3, 0, torch.zeros(0))
+    pieces, slices = queue.take(15)
+    assert pieces == [framing.Piece(0, 0, 12), framing.Piece(1, 0, 2)]
+    assert [one.nbytes for one in slices] == [6, 6, 2]
+    assert queue.take(15)[0] == [framing.Piece(1, 2, 2)]
+    assert queue.take(15)[0] == [framing.Piece(2, 0, 15)]
+    assert queue.take(15)[0] == [framing.Piece(2, 15, 10)]
+    assert queue.take(15) == ([], [])
 
 
 def test_an_assembly_that_is_not_kept_only_counts() -> None:
@@ -112,7 +148,9 @@ def test_an_assembly_that_is_not_kept_only_counts() -> None:
         assembly.discard()
         for index, spec in enumerate(header.tensors):
             piece = state_pb2.Piece(tensor=index, size=spec.bytes)
-            assert assembly.place([piece]) == [None]
+            assert assembly.announce([piece]) == spec.bytes
+            assembly.fill([piece], torch.zeros(spec.bytes, dtype=torch.uint8))
+        assert not assembly.keep
         assert assembly.complete
 
 
@@ -142,6 +180,22 @@ def test_corrupt_headers_are_refused(mutate: Mutation, named: str) -> None:
     mutate(header)
     with pytest.raises(framing.FrameError, match=named):
         framing.check_header(header, max_bytes=1 << 30)
+
+
+@pytest.mark.parametrize("layers", [1, 1024, 1025])
+def test_the_number_of_layers_is_bounded(layers: int) -> None:
+    """A share is an object of its own: many small ones would cost more than their bytes."""
+    header = header_of({**tensors(), "k": torch.zeros(layers, 1)})
+    if layers <= framing.MAX_LAYERS:
+        framing.check_header(header, max_bytes=1 << 30)
+        return
+    with pytest.raises(framing.FrameError, match="at most 1024 layers"):
+        framing.check_header(header, max_bytes=1 << 30)
+
+
+def test_a_tensor_without_layers_is_refused() -> None:
+    with pytest.raises(framing.FrameError, match="layers"):
+        framing.check_header(header_of({"k": torch.tensor(1.0)}), max_bytes=1 << 30)
 
 
 def test_oversized_headers_are_refused_by_their_sum() -> None:

@@ -12,7 +12,7 @@ import torch
 from tests.cluster.harness import CONFIG, DTYPE, Channel, Recorder, send
 from twotower.cluster.channel import framing
 from twotower.protos.v1 import state_pb2
-from twotower.towers.update import UpdateBuilder, UpdatePlan
+from twotower.towers.update import UpdatePlan
 
 APPLIED = state_pb2.StateReceipt.OUTCOME_APPLIED
 IGNORED = state_pb2.StateReceipt.OUTCOME_IGNORED
@@ -33,7 +33,7 @@ async def channel() -> AsyncIterator[Channel]:
 
 def frame(plan: UpdatePlan, sequence: int, row: str = "a", index: int = 0, epoch: int = 1) -> bytes:
     """A whole update of zeros as one frame."""
-    tensors = UpdateBuilder(CONFIG, plan, torch.device("cpu"), DTYPE).tensors
+    tensors = plan.layout(CONFIG, DTYPE)
     header = framing.make_header(plan, tensors, row_id=row, epoch=epoch, block_index=index)
     pieces = [framing.Piece(i, 0, tensor.nbytes) for i, tensor in enumerate(tensors.values())]
     payload = [torch.zeros(piece.size, dtype=torch.uint8).numpy() for piece in pieces]
@@ -73,7 +73,7 @@ def corrupt_header() -> Any:
 
 def oversized_header() -> Any:
     made = header_frame()
-    made.header.tensors[0].shape[:] = [1 << 22]
+    made.header.tensors[0].shape[:] = [1, 1 << 22]
     made.header.tensors[0].bytes = 1 << 24
     return made
 

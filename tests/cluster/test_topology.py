@@ -57,5 +57,5 @@ def test_a_full_row_fits_the_largest_update() -> None:
     config = TwoTowerConfig.from_file(TINY / "config.json")
     for plan in (UpdatePlan("snapshot", 0, 1024), UpdatePlan("kv", 0, 1024)):
         builder = UpdateBuilder(config, plan, torch.device("cpu"), torch.float32)
-        num_bytes = sum(tensor.nbytes for tensor in builder.tensors.values())
+        num_bytes = sum(tensor.nbytes for tensor in builder.layout.values())
         assert num_bytes <= max_update_bytes(config, 1024)

@@ -55,14 +55,14 @@ def log_of(tokens: int, seed: int) -> LayerLog:
     return LayerLog(normal(tokens, SMALL.conv_dim, seed=seed), normal(tokens, 4, seed=seed + 1))
 
 
-def snapshot_of(state: ContextState, start: int, stop: int) -> dict[str, Tensor]:
+def snapshot_of(state: ContextState, start: int, stop: int) -> dict[str, list[Tensor]]:
     k, v = state.kv(0, start, stop)
-    return {"conv": state.conv, "ssm": state.ssm, "k": k[None], "v": v[None]}
+    return {"conv": list(state.conv), "ssm": list(state.ssm), "k": [k], "v": [v]}
 
 
 def kv_update(state: ContextState, start: int, stop: int) -> StateUpdate:
     k, v = state.kv(0, start, stop)
-    return StateUpdate(UpdatePlan("kv", start, stop), {"k": k[None], "v": v[None]})
+    return StateUpdate(UpdatePlan("kv", start, stop), {"k": [k], "v": [v]})
 
 
 def assert_equal_states(got: ContextState, want: ContextState) -> None:
@@ -210,7 +210,7 @@ def test_a_delta_is_sent_where_it_is_the_smaller_one() -> None:
     update = state.export(0)
     assert update.plan == UpdatePlan("delta", 0, 1)
     assert set(update.tensors) == {"xbc", "dt", "k", "v"}
-    assert update.tensors["xbc"].shape[1] == 1
+    assert [share.shape for share in update.tensors["xbc"]] == [(1, SMALL.conv_dim)]
     snapshot = sum(tensor.nbytes for tensor in (state.conv, state.ssm))
     assert update.num_bytes < snapshot
     with pytest.raises(ValueError, match="got a delta, expected a snapshot"):
@@ -235,7 +235,7 @@ def test_an_update_holds_the_new_tokens_only() -> None:
     state.advance([WEIGHTS], 5)
     update = state.export(3)
     assert (update.plan.start, update.plan.position) == (3, 5)
-    assert update.tensors["k"].shape == (1, 2, 2, 4)
+    assert [share.shape for share in update.tensors["k"]] == [(2, 2, 4)]
     assert_same_bits(update.tensors["v"][0], state.kv(0, 3, 5)[1])
 
 
@@ -262,7 +262,7 @@ def update_of(plan: UpdatePlan) -> StateUpdate:
     """An update of ones with the shapes of a plan; no tokens where it ends before its start."""
     fitting = replace(plan, position=max(plan.start, plan.position))
     return StateUpdate(
-        plan, {name: torch.ones(shape) for name, shape in fitting.shapes(SMALL).items()}
+        plan, {name: list(torch.ones(shape)) for name, shape in fitting.shapes(SMALL).items()}
     )
 
 
@@ -277,22 +277,25 @@ def test_a_delta_needs_the_snapshot_at_its_start() -> None:
     assert (mirror.position, mirror.length) == (6, 6)
 
 
-@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("wrong", ["missing", "too short", "a layer too many", "uneven"])
 @pytest.mark.parametrize(
     ("kind", "name"),
     [("snapshot", name) for name in ("conv", "ssm", "k", "v")]
     + [("delta", name) for name in ("xbc", "dt", "k", "v")]
     + [("kv", "k"), ("kv", "v")],
 )
-def test_a_misshapen_update_changes_nothing(kind: UpdateKind, name: str, missing: bool) -> None:
+def test_a_misshapen_update_changes_nothing(kind: UpdateKind, name: str, wrong: str) -> None:
     update, mirror = update_of(UpdatePlan(kind, 0, 5)), new_state()
-    wrong = dict(update.tensors)
-    if missing:
-        del wrong[name]
+    tensors = {name: list(shares) for name, shares in update.tensors.items()}
+    share = tensors[name][0]
+    if wrong == "missing":
+        del tensors[name]
+    elif wrong == "too short":
+        tensors[name] = [share[..., :-1]]
     else:
-        wrong[name] = wrong[name][..., :-1]
+        tensors[name] = [share, share if wrong == "a layer too many" else share[:1]]
     with pytest.raises(ValueError, match=rf"^{name}: got "):
-        mirror.apply(replace(update, tensors=wrong), [WEIGHTS])
+        mirror.apply(replace(update, tensors=tensors), [WEIGHTS])
     assert mirror.position == mirror.length == 0
     assert not mirror.ssm.any()
     assert not mirror.conv.any()
@@ -300,7 +303,7 @@ def test_a_misshapen_update_changes_nothing(kind: UpdateKind, name: str, missing
 
 def test_a_tensor_too_many_is_refused() -> None:
     update = update_of(UpdatePlan("kv", 0, 5))
-    wrong = {**update.tensors, "ssm": torch.ones(1, 4, 4, 4)}
+    wrong = {**update.tensors, "ssm": list(torch.ones(1, 4, 4, 4))}
     with pytest.raises(ValueError, match="ssm: got a tensor, expected none in a kv"):
         new_state().apply(replace(update, tensors=wrong))
 
