@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +38,10 @@ from twotower.towers.protocols import Block, Prefilled
 from twotower.towers.weights import load_context_tower, load_denoiser_tower, parse_dtype
 
 logger = logging.getLogger(__name__)
+
+# A pass's thread and the event loop share the interpreter: calls and updates of other rows should
+# not wait for it as long as a small pass takes.
+SWITCH_INTERVAL_S = 0.0005
 T = TypeVar("T")
 
 
@@ -213,6 +218,7 @@ async def start_towers(topology: PairTopology) -> PairServices:
 
 async def _loaded(load: Callable[[Path, str, torch.dtype], T], topology: PairTopology) -> T:
     torch.set_num_threads(topology.num_threads)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     dtype = parse_dtype(topology.dtype)
     return await asyncio.to_thread(load, Path(topology.model_path), topology.device, dtype)
 
