@@ -15,10 +15,13 @@ Source: Dao and Gu 2024 (Mamba-2), sections 5 and 6.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Differences of cumulative sums lose digits as they grow; short chunks are the accurate ones.
 _CHUNK = 32
+# Rows that are not whole vectors: MKL sums some by their place in memory (seen on Zen 4).
+_VECTOR = 8
 
 
 def chunk_scan(
@@ -26,6 +29,12 @@ def chunk_scan(
 ) -> Tensor:
     """x [B, L, H, P], dt [B, L, H] after softplus, a_log and d [H], b and c [B, L, G, N],
     state [B, H, P, N], all fp32 -> y [B, L, H, P] fp32. Head h uses group h // (H / G)."""
+    width, n = state.shape[-2:]
+    if width % _VECTOR or n % _VECTOR:
+        more, further = -width % _VECTOR, -n % _VECTOR
+        x, state = F.pad(x, (0, more)), F.pad(state, (0, further, 0, more))
+        b, c = F.pad(b, (0, further)), F.pad(c, (0, further))
+        return chunk_scan(x, dt, a_log, b, c, d, state)[..., :width]
     a = -torch.exp(a_log)
     outputs = []
     length = x.shape[1]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _TILE_ROWS = 16
+_VECTOR = 16
 _PACKED_FOR_ROWS = 16
 _HAS_ONEDNN = (
     torch.backends.mkldnn.is_available()
@@ -50,9 +51,14 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def linear_tiled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same product in tiles of exactly 16 rows, the last one padded with zeros."""
-    rows = x.shape[0]
-    padded = F.pad(x, (0, 0, 0, -rows % _TILE_ROWS))
+    """The same product in tiles of exactly 16 rows, the last one padded with zeros.
+
+    MKL sums a row by its place in the tile where rows are not whole vectors: they are made so.
+    """
+    rows, width = x.shape
+    padded = F.pad(x, (0, -width % _VECTOR, 0, -rows % _TILE_ROWS))
+    if width % _VECTOR:
+        weight = F.pad(weight, (0, -width % _VECTOR))
     tiles = [F.linear(tile, weight, bias) for tile in padded.split(_TILE_ROWS)]
     return (tiles[0] if len(tiles) == 1 else torch.cat(tiles))[:rows]
 

@@ -118,7 +118,7 @@ def test_results_are_consistent(model: TwoTower, mode: Any) -> None:
         assert [len(block.token_ids) for block in results[0].blocks] == [16, 16, 5]
         assert 3 <= results[0].nfe <= 48
         assert results[0].context_passes == 3
-    else:
+    elif mode != "verified":
         assert [len(result.blocks) for result in results] == [1, 1]
         assert results[0].blocks[0].commit_steps == tuple(range(37))
         assert results[0].nfe == (0 if mode == "ar" else 37)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from twotower import GenerationParams, Request, TwoTower
+from twotower.towers.denoiser_engine import DenoiserEngine
+from twotower.towers.engine import EngineOptions
 from twotower.towers.link import LocalLink
 from twotower.towers.prefill import prefill_pieces
 
@@ -34,6 +36,11 @@ def mixed_requests(vocab_size: int) -> list[Request]:
             prompt(33), GenerationParams(mode="mock_ar", max_tokens=9, temperature=0.7, seed=7)
         ),
         Request(
+            prompt(40),
+            GenerationParams(mode="verified", max_tokens=25, temperature=1.0, top_p=0.9, seed=9),
+        ),
+        Request(prompt(3), GenerationParams(mode="verified", max_tokens=18, block_size=8, seed=10)),
+        Request(
             prompt(17),
             GenerationParams(max_tokens=64, confidence_threshold=0.3, eos_token_id=11, seed=8),
         ),
@@ -56,13 +63,14 @@ def test_a_mixed_batch_gives_what_its_rows_give_alone(name: str) -> None:
 
 
 def test_two_threads_give_what_one_gives() -> None:
-    model = TwoTower.from_pretrained(GOLDEN / "tiny_b")
+    # Two models: the second must not find the first one's work in a prefix cache.
+    model, other = (TwoTower.from_pretrained(GOLDEN / "tiny_b") for _ in range(2))
     requests = mixed_requests(model.config.vocab_size)[:3]
     single = model.generate_requests(requests)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        double = model.generate_requests(requests)
+        double = other.generate_requests(requests)
     finally:
         torch.set_num_threads(before)
     assert [result.blocks for result in double] == [result.blocks for result in single]
@@ -75,11 +83,13 @@ def test_the_batch_really_shared_passes() -> None:
     assert stats["pass_rows"] > 1.5 * stats["passes"]
 
 
-@pytest.mark.parametrize("mode", ["mask_diffusion", "ar", "mock_ar"])
+@pytest.mark.parametrize("mode", ["mask_diffusion", "ar", "mock_ar", "verified"])
 def test_separate_devices_give_what_shared_ones_give(mode: str) -> None:
     """A copied mirror against a shared state: the copy path has the same bits."""
     shared = TwoTower.from_pretrained(GOLDEN / "tiny_b")
     copied = TwoTower.from_pretrained(GOLDEN / "tiny_b")
+    tower = copied._denoiser.tower
+    copied._denoiser = DenoiserEngine(tower, pool=EngineOptions().pool_for(tower))
     copied._context.link = LocalLink(copied._context.tower, copied._denoiser, shared=False)
     params = GenerationParams(mode=mode, max_tokens=24, seed=3, temperature=0.8)  # type: ignore[arg-type]
     request = Request([7, 8, 9, 3, 1], params)
