@@ -30,6 +30,9 @@ _ENVIRONMENT = {
     "RAY_ENABLE_AUTO_CONNECT": "0",
     # The library's own telemetry aside, its workers otherwise take every core for arithmetic.
     "OMP_NUM_THREADS": "1",
+    # By default a proxy that is not up within 5 s is killed and started anew, which on a machine
+    # with other work on it only makes the start fail.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
 
 
