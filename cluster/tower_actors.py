@@ -69,15 +69,7 @@ class ContextTowerActor:
             device=tower.device if link.transport == "nccl" else CPU,
         )
         options = self._topology.engine_options()
-        engine = ContextEngine(
-            tower,
-            state_link,
-            pool=options.pool_for(tower),
-            limits=options.limits,
-            max_waiting=options.max_waiting,
-            prefix_cache_bytes=options.prefix_cache_bytes,
-            threaded=True,
-        )
+        engine = ContextEngine.with_options(tower, state_link, options, threaded=True)
         self._running = engine, state_link
 
     async def open(self, row_id: str, capacity: int) -> None:

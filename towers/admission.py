@@ -34,7 +34,7 @@ class Admission:
         max_waiting: int | None = None,
     ) -> None:
         self.rows: dict[str, ContextState] = {}
-        self._pool = pool
+        self.pool = pool
         self._reclaim = reclaim
         self._max_waiting = max_waiting
         self._queue: deque[_Waiter] = deque()
@@ -51,11 +51,11 @@ class Admission:
         """
         if row_id in self.rows or any(waiter.row_id == row_id for waiter in self._queue):
             raise ValueError(f"row_id: {row_id} is open already")
-        if not self._pool.could_ever_hold(capacity):
-            limit = self._pool.pages.num_pages
+        if not self.pool.could_ever_hold(capacity):
+            limit = self.pool.pages.num_pages
             raise CapacityError(
                 f"row: got {capacity} tokens = {pages_for(capacity)} pages, expected at most "
-                f"{limit * self._pool.page_tokens} tokens = {limit} pages, all that there are"
+                f"{limit * self.pool.page_tokens} tokens = {limit} pages, all that there are"
             )
         if not self._queue and self._has_room(capacity):
             return self._give(row_id, capacity)
@@ -72,7 +72,7 @@ class Admission:
         """Frees the row's state, or takes it out of the queue; an unknown row is fine."""
         state = self.rows.pop(row_id, None)
         if state is not None:
-            self._pool.close(state)
+            self.pool.close(state)
         for waiter in [own for own in self._queue if own.row_id == row_id]:
             self._queue.remove(waiter)
             if not waiter.admitted.done():
@@ -109,14 +109,14 @@ class Admission:
             self.release(waiter.row_id)
 
     def _has_room(self, capacity: int) -> bool:
-        pool = self._pool
+        pool = self.pool
         missing = pages_for(capacity) - pool.pages.num_free
         if missing > 0 and pool.slots.num_free and self._reclaim is not None:
             self._reclaim(missing)
         return pool.room_for(capacity)
 
     def _give(self, row_id: str, capacity: int) -> ContextState:
-        state = self.rows[row_id] = self._pool.open(capacity)
+        state = self.rows[row_id] = self.pool.open(capacity)
         return state
 
 

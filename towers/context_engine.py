@@ -12,7 +12,7 @@ from twotower.towers.admission import Admission
 from twotower.towers.config import ATTENTION
 from twotower.towers.context import ContextTower
 from twotower.towers.context_pass import ContextPass, ContextResult, ContextWork, Draw
-from twotower.towers.engine import Engine, EngineRow, state_of
+from twotower.towers.engine import Engine, EngineOptions, EngineRow, state_of
 from twotower.towers.memory import MemoryBudget, StatePool, pool_for
 from twotower.towers.params import GenerationParams
 from twotower.towers.prefill import PREFILL_CHUNK, KvFeed, prefill_pieces, send_update
@@ -47,6 +47,8 @@ class _Row(EngineRow):
 class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
     """Rows in a context tower. `link` carries their states to a denoiser, if there is one."""
 
+    _admission: Admission
+
     def __init__(
         self,
         tower: ContextTower,
@@ -58,32 +60,41 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         prefix_cache_bytes: int = 0,
         threaded: bool = False,
     ) -> None:
-        super().__init__("context", ContextPass(tower).run, limits or PassLimits(), threaded)
+        pool = pool or pool_for(tower.config, MemoryBudget(), tower.device, tower.dtype)
+        cache = PrefixCache(pool, prefix_cache_bytes) if prefix_cache_bytes else None
+        admission = Admission(pool, cache.reclaim if cache else None, max_waiting)
+        super().__init__("context", ContextPass(tower).run, admission, limits, threaded)
         self.tower = tower
         self.link = link
-        self.pool = pool or pool_for(tower.config, MemoryBudget(), tower.device, tower.dtype)
-        self.cache = PrefixCache(self.pool, prefix_cache_bytes) if prefix_cache_bytes else None
-        reclaim = self.cache.reclaim if self.cache else None
-        self._admission = Admission(self.pool, reclaim, max_waiting)
+        self.pool = pool
+        self.cache = cache
+
+    @classmethod
+    def with_options(
+        cls, tower: ContextTower, link: StateLink, options: EngineOptions, *, threaded: bool
+    ) -> ContextEngine:
+        """An engine as its operator wants it. Raises ConfigError if the states have no room."""
+        return cls(
+            tower,
+            link,
+            pool=options.pool_for(tower),
+            limits=options.limits,
+            max_waiting=options.max_waiting,
+            prefix_cache_bytes=options.prefix_cache_bytes,
+            threaded=threaded,
+        )
 
     def stats(self) -> dict[str, float]:
         """Counters since the start and the present load."""
         cache = self.cache.stats() if self.cache is not None else {}
         return {
             **super().stats(),
-            **self.pool.stats(),
             **{f"cache_{name}": value for name, value in cache.items()},
-            "queued_rows": self._admission.num_waiting,
         }
 
     async def open(self, row_id: str, capacity: int) -> None:
         """Waits for the row's slot and pages."""
-        row = self._add(_Row(row_id))
-        try:
-            row.state = await self._owned(row, self._admission.acquire(row_id, capacity))
-        except BaseException:
-            await self.release(row_id)
-            raise
+        await self._open(_Row(row_id), capacity)
         if self.link is not None:
             self.link.open(row_id)
 
@@ -118,11 +129,10 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
             await self.release(row.row_id)
 
     async def release(self, row_id: str) -> None:
-        """Frees the row, after the pass that may still hold its state."""
+        """Frees the row, after the pass that may still touch its state."""
         if self.link is not None:
             self.link.forget(row_id)
-        if await self._close(row_id):
-            self._admission.release(row_id)
+        await super().release(row_id)
 
     async def _prefill(
         self,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from twotower.towers.context import ContextTower
-from twotower.towers.engine import ends_of, in_order
 from twotower.towers.errors import NumericalError, TwoTowerError
 from twotower.towers.protocols import LayerSink
 from twotower.towers.sampling import DOMAIN_AUTOREGRESSIVE, Drawn, Sampler
@@ -51,24 +51,22 @@ class ContextPass:
 
     def run(self, works: Sequence[ContextWork]) -> list[ContextResult | BaseException]:
         """One result per work; an error there concerns its row alone."""
-        order = sorted(range(len(works)), key=lambda i: len(works[i].tokens))
-        ordered = [works[i] for i in order]
         hidden = self._tower.forward(
-            [work.tokens for work in ordered],
-            [work.state for work in ordered],
-            [work.sink for work in ordered],
+            [work.tokens for work in works],
+            [work.state for work in works],
+            [work.sink for work in works],
         )
-        results = self._read_heads(ordered, hidden)
-        for work in ordered:
+        results = self._read_heads(works, hidden)
+        for work in works:
             if work.advance:
                 self._tower.advance(work.state, len(work.tokens), work.sink)
-        return in_order(order, results)
+        return results
 
     def _read_heads(
         self, works: Sequence[ContextWork], hidden: Tensor
     ) -> list[ContextResult | BaseException]:
         """What each row asked to know of its hidden states; one product serves all draws."""
-        ends = ends_of([len(work.tokens) for work in works])
+        ends = list(accumulate(len(work.tokens) for work in works))
         drawn_lines = [
             range(end - len(work.draw.positions), end) if work.draw else range(0)
             for work, end in zip(works, ends, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
@@ -12,7 +13,7 @@ from twotower.kernels.replay import ReplayWeights, unstack_weights
 from twotower.towers.admission import Admission
 from twotower.towers.context import replay_shapes
 from twotower.towers.denoiser import DenoiserTower
-from twotower.towers.engine import Engine, EngineRow, ends_of, in_order, state_of
+from twotower.towers.engine import Engine, EngineRow, state_of
 from twotower.towers.errors import TwoTowerError, UnavailableError
 from twotower.towers.memory import StatePool
 from twotower.towers.params import GenerationParams
@@ -63,29 +64,16 @@ class DenoiserEngine(Engine[_Row, _Work, Drawn]):
         rule: Callable[[GenerationParams], CommitRule] | None = None,
         threaded: bool = False,
     ) -> None:
-        super().__init__("denoiser", self._pass, limits or PassLimits(), threaded)
+        admission = Admission(pool) if pool is not None else None
+        super().__init__("denoiser", self._pass, admission, limits, threaded)
         self.tower = tower
         self.pool = pool
-        self._admission = Admission(pool) if pool is not None else None
         self._rule = rule or commit_rule
         self._replay_weights: list[ReplayWeights] | None = None
 
-    def stats(self) -> dict[str, float]:
-        """Counters since the start and the present load."""
-        pool = self.pool.stats() if self.pool is not None else {}
-        queued = self._admission.num_waiting if self._admission is not None else 0
-        return {**super().stats(), **pool, "queued_rows": queued}
-
     async def open(self, row_id: str, capacity: int) -> None:
         """Waits for the slot and pages of the row's mirror."""
-        row = self._add(_Row(row_id))
-        if self._admission is None:
-            return
-        try:
-            row.state = await self._owned(row, self._admission.acquire(row_id, capacity))
-        except BaseException:
-            await self.release(row_id)
-            raise
+        await self._open(_Row(row_id), capacity)
 
     def follow(self, replay_tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes the context tower's replay weights, without which deltas cannot be applied.
@@ -135,11 +123,6 @@ class DenoiserEngine(Engine[_Row, _Work, Drawn]):
         """One plain pass over `last_token` from the state before it."""
         row = self._row(row_id)
         return await self._owned(row, self._next_token(row, position, last_token, params))
-
-    async def release(self, row_id: str) -> None:
-        """Frees the row, after the pass that may still read its mirror."""
-        if await self._close(row_id) and self._admission is not None:
-            self._admission.release(row_id)
 
     async def _denoise(
         self, row: _Row, position: int, params: GenerationParams, known: Sequence[int]
@@ -207,22 +190,19 @@ class DenoiserEngine(Engine[_Row, _Work, Drawn]):
         return state_of(row.state)
 
     def _pass(self, works: Sequence[_Work]) -> list[Drawn | BaseException]:
-        order = sorted(range(len(works)), key=lambda i: len(works[i].tokens))
-        ordered = [works[i] for i in order]
         hidden = self.tower.forward(
-            [work.tokens for work in ordered],
-            [work.timestep for work in ordered],
-            [work.state for work in ordered],
+            [work.tokens for work in works],
+            [work.timestep for work in works],
+            [work.state for work in works],
         )
-        ends = ends_of([len(work.tokens) for work in ordered])
+        ends = accumulate(len(work.tokens) for work in works)
         wanted = [
             end - len(work.tokens) + offset
-            for end, work in zip(ends, ordered, strict=True)
+            for end, work in zip(ends, works, strict=True)
             for offset in work.wanted
         ]
-        logits = self.tower.logits(hidden[wanted]).split([len(work.wanted) for work in ordered])
-        results = [_predict(work, part) for work, part in zip(ordered, logits, strict=True)]
-        return in_order(order, results)
+        logits = self.tower.logits(hidden[wanted]).split([len(work.wanted) for work in works])
+        return [_predict(work, part) for work, part in zip(works, logits, strict=True)]
 
 
 def commit_rule(params: GenerationParams) -> CommitRule:

@@ -10,8 +10,10 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
 
+from twotower.towers.admission import Admission
 from twotower.towers.backbone import Tower
 from twotower.towers.batching import BatchLoop
 from twotower.towers.errors import UnavailableError
@@ -21,7 +23,15 @@ from twotower.towers.state import ContextState
 
 PREFIX_CACHE_BYTES = 64 << 20
 
-Work = TypeVar("Work")
+
+class PassWork(Protocol):
+    """What a row asks of a pass, over at least these tokens."""
+
+    @property
+    def tokens(self) -> Sequence[int]: ...
+
+
+Work = TypeVar("Work", bound=PassWork)
 Result = TypeVar("Result")
 Row = TypeVar("Row", bound="EngineRow")
 T = TypeVar("T")
@@ -53,18 +63,26 @@ class EngineRow:
 
 
 class Engine(Generic[Row, Work, Result]):
-    """Rows of many requests in one tower, batched pass by pass."""
+    """Rows of many requests in one tower, batched pass by pass.
+
+    `run` is given a pass's works with the short ones first, so that neighbours of one length share
+    their products. Rows wait in `admission` for their memory, if the engine has any of its own.
+    """
 
     def __init__(
         self,
         name: str,
         run: Callable[[Sequence[Work]], Sequence[Result | BaseException]],
-        limits: PassLimits,
+        admission: Admission | None,
+        limits: PassLimits | None,
         threaded: bool,
     ) -> None:
         self._rows: dict[str, Row] = {}
+        self._admission = admission
         executor = ThreadPoolExecutor(1, name) if threaded else None
-        self._loop: BatchLoop[Work, Result] = BatchLoop(run, limits, executor)
+        self._loop: BatchLoop[Work, Result] = BatchLoop(
+            partial(_run_short_first, run), limits or PassLimits(), executor
+        )
 
     @property
     def num_rows(self) -> int:
@@ -73,11 +91,30 @@ class Engine(Generic[Row, Work, Result]):
 
     def stats(self) -> dict[str, float]:
         """Counters since the start and the present load."""
+        admission = self._admission
         return {
             "rows": len(self._rows),
             "waiting": self._loop.waiting,
+            "queued_rows": admission.num_waiting if admission is not None else 0,
             **self._loop.stats.report(),
+            **(admission.pool.stats() if admission is not None else {}),
         }
+
+    async def release(self, row_id: str) -> None:
+        """Frees the row, after the pass that may still touch its state."""
+        if await self._close(row_id) and self._admission is not None:
+            self._admission.release(row_id)
+
+    async def _open(self, row: Row, capacity: int) -> None:
+        """Adds a row and waits for its slot and pages."""
+        self._add(row)
+        if self._admission is None:
+            return
+        try:
+            row.state = await self._owned(row, self._admission.acquire(row.row_id, capacity))
+        except BaseException:
+            await self.release(row.row_id)
+            raise
 
     def _add(self, row: Row) -> Row:
         if row.row_id in self._rows:
@@ -127,19 +164,13 @@ def _being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def ends_of(lengths: Sequence[int]) -> list[int]:
-    """Where each of a pass's rows ends in the packed tokens."""
-    ends, total = [], 0
-    for length in lengths:
-        total += length
-        ends.append(total)
-    return ends
-
-
-def in_order(places: Sequence[int], results: Sequence[T]) -> list[T]:
-    """Results of a pass whose rows were sorted, back in the order of its works."""
-    pairs = sorted(zip(places, range(len(results)), strict=True))
-    return [results[index] for _, index in pairs]
+def _run_short_first(
+    run: Callable[[Sequence[Work]], Sequence[Result | BaseException]], works: Sequence[Work]
+) -> list[Result | BaseException]:
+    """Results in the order of `works`, which run sorted by length."""
+    order = sorted(range(len(works)), key=lambda i: len(works[i].tokens))
+    results = dict(zip(order, run([works[i] for i in order]), strict=True))
+    return [results[i] for i in range(len(works))]
 
 
 def state_of(state: ContextState | None) -> ContextState:

@@ -137,14 +137,6 @@ def load_engines(
     context_tower = load_context_tower(folder, context_device, dtype)
     denoiser_tower = load_denoiser_tower(folder, denoiser_device, dtype)
     shared = torch.device(context_device) == torch.device(denoiser_device)
-    context = ContextEngine(
-        context_tower,
-        pool=chosen.pool_for(context_tower),
-        limits=chosen.limits,
-        max_waiting=chosen.max_waiting,
-        prefix_cache_bytes=chosen.prefix_cache_bytes,
-        threaded=threaded,
-    )
     denoiser = DenoiserEngine(
         denoiser_tower,
         pool=None if shared else chosen.pool_for(denoiser_tower),
@@ -152,5 +144,6 @@ def load_engines(
         rule=rule,
         threaded=threaded,
     )
-    context.link = LocalLink(context_tower, denoiser, shared)
+    link = LocalLink(context_tower, denoiser, shared)
+    context = ContextEngine.with_options(context_tower, link, chosen, threaded=threaded)
     return context, denoiser
