@@ -33,6 +33,7 @@ import torch
 from benchmarks.figures import median, percentile
 from benchmarks.machine import machine
 from benchmarks.memory import anonymous_bytes
+from benchmarks.processes import own_processes
 from benchmarks.random_checkpoint import write_random_checkpoint
 from benchmarks.scheduling import BLOCK
 from benchmarks.scheduling import SHAPE as MIXED_SHAPE
@@ -307,27 +308,6 @@ def time_figures(runs: Sequence[Run]) -> dict[str, float]:
         for percent in (50, 99)
     }
     return {"blocks": len(block_ms(runs[0])), **figures}
-
-
-def own_processes(title: str) -> list[int]:
-    """Process ids of that title among this process's descendants."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and title in _read(entry / "cmdline"):
-            parent = int(entry.name)
-            while parent > 1 and parent != os.getpid():
-                fields = _read(Path(f"/proc/{parent}/stat")).rpartition(")")[2].split()
-                parent = int(fields[1]) if fields else 0
-            if parent == os.getpid():
-                found.append(int(entry.name))
-    return found
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 def milli(seconds: float) -> float:

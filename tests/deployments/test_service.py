@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from ray import serve
 from safetensors.torch import load_file, save_file
 
+from benchmarks.processes import own_processes
 from twotower import TwoTower
 from twotower.client import Client, GenerationStream, ServiceError
 from twotower.deployments.config import APP_NAME, ServiceConfig
@@ -345,24 +346,9 @@ def test_a_lost_tower_ends_its_streams_and_is_replaced(client: Client) -> None:
 
 def own_process(title: str) -> int:
     """The one process of that title among this process's descendants."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and title in _read(entry / "cmdline"):
-            pid = int(entry.name)
-            while pid > 1 and pid != os.getpid():
-                fields = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
-                pid = int(fields[1]) if fields else 0
-            if pid == os.getpid():
-                found.append(int(entry.name))
+    found = own_processes(title)
     assert len(found) == 1, found
     return found[0]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return ""
 
 
 def test_a_tower_that_does_not_load_is_named(tiny_text: Path, tmp_path: Path) -> None:
