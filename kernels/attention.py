@@ -14,38 +14,24 @@ Source: Milakov and Gimelshein 2018; Dao et al. 2022 (FlashAttention), section 3
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from twotower.kernels.rows import Rows
+
 _TILE = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class KeyValuePages:
-    """One layer's K/V of a context of `length` tokens, inside a pool.
-
-    `k` and `v` [nkv, T, hd] are the pool's. Token i stands in page `pages[i // page_tokens]`, and
-    page p begins at token p * page_tokens of the pool; later pages are room and are not read.
-    """
+class PagedKeyValues:
+    """One attention layer's K/V of all rows, `k` and `v` [nkv, pool tokens, hd]: page p holds the
+    pool's tokens from p * page_tokens on."""
 
     k: Tensor
     v: Tensor
-    pages: Sequence[int]
-    page_tokens: int
-    length: int
-
-    def tile(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """K and V of tokens start..stop-1, [nkv, n, hd]: views, or copies of scattered pages."""
-        runs = page_runs(self.pages, self.page_tokens, start, stop)
-        if len(runs) == 1:
-            return self.k[:, runs[0]], self.v[:, runs[0]]
-        return (
-            torch.cat([self.k[:, run] for run in runs], dim=1),
-            torch.cat([self.v[:, run] for run in runs], dim=1),
-        )
 
 
 def page_runs(pages: Sequence[int], page_tokens: int, start: int, stop: int) -> list[slice]:
@@ -63,17 +49,76 @@ def page_runs(pages: Sequence[int], page_tokens: int, start: int, stop: int) -> 
 
 
 def attention(
-    q: Tensor, context: KeyValuePages, k_new: Tensor, v_new: Tensor, causal: bool
+    q: Tensor, k_new: Tensor, v_new: Tensor, context: PagedKeyValues, rows: Rows, causal: bool
 ) -> Tensor:
-    """q [L, nq, hd], k_new and v_new [nkv, L, hd] -> [L, nq * hd] in q's dtype; softmax in fp32."""
+    """q [T, nq, hd], k_new and v_new [T, nkv, hd] -> [T, nq * hd] in q's dtype; softmax in fp32.
+
+    Each row's tokens see the visible part of their context and their row's new tokens.
+    """
+    outputs = []
+    for row in range(rows.count):
+        span = rows.host.slice_of(row)
+        if rows.host.slots[row] < 0:
+            outputs.append(q.new_zeros(span.stop - span.start, q.shape[1] * q.shape[2]))
+            continue
+        k_own, v_own = k_new[span].transpose(0, 1), v_new[span].transpose(0, 1)
+        tiles = _tiles(context, rows, row)
+        outputs.append(_attend(q[span], tiles, k_own.contiguous(), v_own.contiguous(), causal))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def store_kv(k_new: Tensor, v_new: Tensor, context: PagedKeyValues, rows: Rows) -> None:
+    """k_new and v_new [T, nkv, hd]: writes each row's new tokens behind its visible ones."""
+    for row in range(rows.count):
+        span = rows.host.slice_of(row)
+        if rows.host.slots[row] < 0:
+            continue
+        start = rows.host.visible[row]
+        stop = start + span.stop - span.start
+        at = span.start
+        for run in page_runs(_pages(rows, row, stop), rows.page_tokens, start, stop):
+            part = slice(at, at + run.stop - run.start)
+            context.k[:, run] = k_new[part].transpose(0, 1)
+            context.v[:, run] = v_new[part].transpose(0, 1)
+            at = part.stop
+
+
+def _pages(rows: Rows, row: int, stop: int) -> list[int]:
+    """The pages of a row's first `stop` tokens."""
+    own: list[int] = rows.pages[rows.host.slots[row], : -(-stop // rows.page_tokens)].tolist()
+    return own
+
+
+def _tiles(context: PagedKeyValues, rows: Rows, row: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """K and V of a row's context, [nkv, n, hd]: views, or copies of scattered pages."""
+    seen = rows.host.visible[row]
+    pages = rows.pages_of(row)
+    for start in range(0, seen, _TILE):
+        runs = page_runs(pages, rows.page_tokens, start, min(start + _TILE, seen))
+        if len(runs) == 1:
+            yield context.k[:, runs[0]], context.v[:, runs[0]]
+        else:
+            yield (
+                torch.cat([context.k[:, run] for run in runs], dim=1),
+                torch.cat([context.v[:, run] for run in runs], dim=1),
+            )
+
+
+def _attend(
+    q: Tensor,
+    tiles: Iterator[tuple[Tensor, Tensor]],
+    k_new: Tensor,
+    v_new: Tensor,
+    causal: bool,
+) -> Tensor:
+    """One row: q [L, nq, hd], k_new and v_new [nkv, L, hd] -> [L, nq * hd]."""
     length, heads, width = q.shape
     kv_heads = k_new.shape[0]
     per_kv = heads // kv_heads
-    folded = q.view(length, kv_heads, per_kv, width).permute(1, 2, 0, 3)
+    folded = q.reshape(length, kv_heads, per_kv, width).permute(1, 2, 0, 3)
     folded = folded.reshape(kv_heads, per_kv * length, width) / math.sqrt(width)
     running: _Running | None = None
-    for start in range(0, context.length, _TILE):
-        k, v = context.tile(start, min(start + _TILE, context.length))
+    for k, v in tiles:
         running = _absorb(running, folded, k, v, None)
     future = None
     if causal and length > 1:

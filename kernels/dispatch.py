@@ -1,22 +1,25 @@
 """The only place that chooses between an operator's reference and its Triton kernel.
 
-Both have one signature. Tensors on a CUDA device take the Triton kernel where there is one, all
+Both have one name and one signature; the kernel stands in `<file>_triton.py` beside the reference
+and is imported when it is first needed. Tensors on a CUDA device take it where there is one, all
 others the reference; `force` overrides this for a test or a comparison.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Generic, Literal, ParamSpec, TypeVar
+from functools import cached_property
+from typing import Generic, Literal, ParamSpec, TypeVar, cast
 
 from torch import Tensor
 
 from twotower.kernels import attention as _attention
-from twotower.kernels import causal_conv1d as _causal_conv1d
-from twotower.kernels import chunk_scan as _chunk_scan
+from twotower.kernels import commit as _commit
 from twotower.kernels import linear as _linear
+from twotower.kernels import mamba_scan as _mamba_scan
 from twotower.kernels import moe as _moe
 from twotower.kernels import norm as _norm
 from twotower.kernels import replay as _replay
@@ -30,21 +33,32 @@ _forced: ContextVar[Backend | None] = ContextVar("twotower_backend", default=Non
 
 
 class Operator(Generic[P, R]):
-    """A callable that runs the reference or the Triton kernel of one operator."""
+    """A callable that runs the reference or the Triton kernel of one operator.
 
-    def __init__(self, reference: Callable[P, R], triton: Callable[P, R] | None = None) -> None:
+    `triton` is the module of the kernel; None if the reference is all there is.
+    """
+
+    def __init__(self, reference: Callable[P, R], triton: str | None = None) -> None:
         self.reference = reference
-        self.triton = triton
+        self._triton_module = triton
+
+    @cached_property
+    def triton(self) -> Callable[P, R]:
+        """The kernel's launcher. Raises ValueError if there is none, ImportError without Triton."""
+        name = self.reference.__name__
+        if self._triton_module is None:
+            raise ValueError(f"{name}: has no Triton kernel")
+        module = importlib.import_module(f"twotower.kernels.{self._triton_module}")
+        return cast(Callable[P, R], getattr(module, name))
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         backend = _forced.get()
         if backend is None:
-            on_gpu = isinstance(args[0], Tensor) and args[0].is_cuda
-            backend = "triton" if on_gpu and self.triton is not None else "reference"
+            first = args[0]
+            on_gpu = isinstance(first, Tensor) and first.is_cuda
+            backend = "triton" if on_gpu and self._triton_module is not None else "reference"
         if backend == "reference":
             return self.reference(*args, **kwargs)
-        if self.triton is None:
-            raise ValueError(f"{self.reference.__name__}: has no Triton kernel")
         return self.triton(*args, **kwargs)
 
 
@@ -59,14 +73,16 @@ def force(backend: Backend) -> Iterator[None]:
 
 
 linear = Operator(_linear.linear)
-rms_norm = Operator(_norm.rms_norm)
-adaln = Operator(_norm.adaln)
-gated_group_norm = Operator(_norm.gated_group_norm)
-causal_conv1d = Operator(_causal_conv1d.causal_conv1d)
-chunk_scan = Operator(_chunk_scan.chunk_scan)
-replay = Operator(_replay.replay)
-attention = Operator(_attention.attention)
-route = Operator(_moe.route)
-experts = Operator(_moe.experts)
+rms_norm = Operator(_norm.rms_norm, "norm_triton")
+add_norm = Operator(_norm.add_norm, "norm_triton")
+gated_group_norm = Operator(_norm.gated_group_norm, "norm_triton")
+mamba_scan = Operator(_mamba_scan.mamba_scan, "mamba_scan_triton")
+replay = Operator(_replay.replay, "replay_triton")
+attention = Operator(_attention.attention, "attention_triton")
+store_kv = Operator(_attention.store_kv, "attention_triton")
+route = Operator(_moe.route, "moe_triton")
+experts = Operator(_moe.experts, "moe_triton")
 mlp = Operator(_moe.mlp)
-predict = Operator(_unmask.predict)
+predict = Operator(_unmask.predict, "unmask_triton")
+commit = Operator(_commit.commit, "commit_triton")
+select_masked = Operator(_commit.select_masked, "commit_triton")

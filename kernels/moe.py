@@ -18,9 +18,10 @@ from torch import Tensor
 
 from twotower.kernels.elementwise import relu_squared, sigmoid
 from twotower.kernels.linear import linear, linear_tiled
+from twotower.kernels.quantized import QuantizedExperts
 
-# One matrix per expert: a list of packed ones, or a stacked tensor.
-ExpertWeights = Sequence[Tensor] | Tensor
+# One matrix per expert: a list of packed ones, a stacked tensor, or one in 8 bits.
+ExpertWeights = Sequence[Tensor] | Tensor | QuantizedExperts
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,13 @@ class RouterRule:
     scaling: float
 
 
-def route(x: Tensor, weight: Tensor, bias: Tensor, rule: RouterRule) -> tuple[Tensor, Tensor]:
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor, rule: RouterRule, real: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """x [T, H], weight [E, H] fp64, bias [E] -> expert ids [T, k] int64 and weights [T, k] fp32.
 
-    Everything from the product on is fp64; equal choice scores go to the lower expert id.
+    Everything from the product on is fp64; equal choice scores go to the lower expert id. Tokens
+    that are not `real` [T] bool get no expert, -1.
     """
     scores = sigmoid(linear_tiled(x.double(), weight))
     choice = scores + bias.double()
@@ -47,35 +51,55 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, rule: RouterRule) -> tuple[Te
     weights = scores.gather(1, ids)
     if rule.normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    if real is not None:
+        ids = ids.masked_fill(~real[:, None], -1)
     return ids, (weights * rule.scaling).float()
 
 
 def experts(
-    x: Tensor, ids: Tensor, weights: Tensor, up: ExpertWeights, down: ExpertWeights
+    x: Tensor,
+    ids: Tensor,
+    scores: Tensor,
+    up: ExpertWeights,
+    down: ExpertWeights,
+    shared_up: Tensor,
+    shared_down: Tensor,
 ) -> Tensor:
-    """x [T, H], ids and weights [T, k], up E x [F, H], down E x [H, F] -> [T, H] in x's dtype.
+    """x [T, H], ids and scores [T, k], up E x [F, H], down E x [H, F], shared MLP [Fs, H] and
+    [H, Fs] -> [T, H] in x's dtype: the chosen experts by their scores, plus the shared one.
 
-    Only experts that some token chose are read. A token's k results are added in the order of its
-    slots, in fp32, so that the sum does not depend on the other tokens.
+    Only experts that some token chose are read; id -1 is none. A token's k results are added in
+    the order of its slots, in fp32, so that the sum does not depend on the other tokens.
     """
+    return _routed(x, ids, scores, up, down) + mlp(x, shared_up, shared_down)
+
+
+def _routed(
+    x: Tensor, ids: Tensor, scores: Tensor, up: ExpertWeights, down: ExpertWeights
+) -> Tensor:
     tokens, slots = ids.shape
-    if tokens == 1:
-        own = [mlp(x, up[expert], down[expert]) for expert in ids[0].tolist()]
-        return _weighted_sum(torch.stack(own, dim=1), weights).to(x.dtype)
+    if tokens == 1 and int(ids.min()) >= 0:
+        own = [_expert(x, up, down, expert) for expert in ids[0].tolist()]
+        return _weighted_sum(torch.stack(own, dim=1), scores).to(x.dtype)
     flat = ids.flatten()
     order = torch.sort(flat, stable=True).indices
-    counts = torch.bincount(flat, minlength=len(up)).tolist()
+    counts = torch.bincount(flat + 1, minlength=len(up) + 1).tolist()
     gathered = x.index_select(0, order // slots)
-    outputs = []
-    start = 0
-    for expert, count in enumerate(counts):
+    outputs = [gathered.new_zeros(counts[0], x.shape[1])]
+    start = counts[0]
+    for expert, count in enumerate(counts[1:]):
         if count:
-            rows = gathered[start : start + count]
-            outputs.append(mlp(rows, up[expert], down[expert]))
+            outputs.append(_expert(gathered[start : start + count], up, down, expert))
             start += count
     by_slot = torch.empty_like(gathered)
     by_slot[order] = torch.cat(outputs)
-    return _weighted_sum(by_slot.view(tokens, slots, -1), weights).to(x.dtype)
+    return _weighted_sum(by_slot.view(tokens, slots, -1), scores).to(x.dtype)
+
+
+def _expert(x: Tensor, up: ExpertWeights, down: ExpertWeights, expert: int) -> Tensor:
+    if isinstance(up, QuantizedExperts):
+        return mlp(x.float(), up[expert], down[expert]).to(x.dtype)
+    return mlp(x, up[expert], down[expert])
 
 
 def mlp(

@@ -9,6 +9,8 @@ gated group norm, Dao and Gu 2024 (Mamba-2), section 7.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -20,16 +22,44 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (_unit_rms(x.float(), eps) * weight.float()).to(x.dtype)
 
 
-def adaln(
-    x: Tensor, weight: Tensor, eps: float, shift: Tensor, scale: Tensor, modulate_first: bool
-) -> Tensor:
-    """x [T, H], shift and scale [T, H] or [1, H] -> the input of a denoiser's mixer, [T, H].
+@dataclass(frozen=True)
+class Modulation:
+    """One layer's timestep conditioning: `table` [n, 3, H] of shift, scale and gate, and `index`
+    [T] int64, the entry of each token."""
 
-    Mamba and attention layers modulate and then norm; MoE and MLP layers norm and then modulate.
+    table: Tensor
+    index: Tensor
+
+    def part(self, which: int) -> Tensor:
+        """Shift (0), scale (1) or gate (2) of every token, [T, H]; [1, H] if there is one entry."""
+        if len(self.table) == 1:
+            return self.table[:, which]
+        return self.table[:, which].index_select(0, self.index)
+
+
+def add_norm(
+    hidden: Tensor,
+    delta: Tensor | None,
+    gate: Modulation | None,
+    weight: Tensor,
+    eps: float,
+    modulation: Modulation | None,
+    modulate_first: bool,
+) -> tuple[Tensor, Tensor]:
+    """What stands between two mixers: hidden [T, H] and the last mixer's output `delta` [T, H] ->
+    the residual stream, and the next mixer's normed input, [T, H] each.
+
+    `gate` weighs the output, `modulation` shifts and scales around the norm: Mamba and attention
+    layers modulate and then norm, MoE and MLP layers norm and then modulate.
     """
+    if delta is not None:
+        hidden = hidden + (delta if gate is None else gate.part(2) * delta)
+    if modulation is None:
+        return hidden, rms_norm(hidden, weight, eps)
+    shift, scale = modulation.part(0), modulation.part(1)
     if modulate_first:
-        return rms_norm(x * (1.0 + scale) + shift, weight, eps)
-    return rms_norm(x, weight, eps) * (1.0 + scale) + shift
+        return hidden, rms_norm(hidden * (1.0 + scale) + shift, weight, eps)
+    return hidden, rms_norm(hidden, weight, eps) * (1.0 + scale) + shift
 
 
 def gated_group_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:

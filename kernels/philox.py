@@ -16,9 +16,10 @@ _ROUNDS = 10
 _LOW = 0xFFFFFFFF
 
 
-def philox4x32(key: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+def philox4x32(key: int | Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
     """Counters of four int64 tensors holding 32-bit words, broadcast together -> their shape plus
-    a last dimension of four words, int64 in [0, 2^32)."""
+    a last dimension of four words, int64 in [0, 2^32). `key` is one for all or int64 of a shape
+    that broadcasts with the counters."""
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     k0, k1 = key & _LOW, key >> 32 & _LOW
     for _ in range(_ROUNDS):
@@ -34,19 +35,28 @@ def philox4x32(key: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tens
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-def uniforms(key: int, positions: Tensor, step: int, domain: int, vocab_size: int) -> Tensor:
-    """positions [M] int64 -> U [M, vocab_size] fp32 in (0, 1).
+def uniforms(
+    key: int | Tensor, positions: Tensor, step: int | Tensor, domain: int | Tensor, vocab_size: int
+) -> Tensor:
+    """positions [M] int64 -> U [M, vocab_size] fp32 in (0, 1); key, step and domain are each one
+    for all or [M] int64.
 
     The counter is (position, step, vocabulary index / 4, domain). U = (n + 1/2) / 2^23 from the
     upper 23 bits of a word: with 24 bits the largest value would round to 1 in fp32.
     """
-    device = positions.device
-    quads = torch.arange(-(-vocab_size // 4), device=device)
+    quads = torch.arange(-(-vocab_size // 4), device=positions.device)
     counter = (
         positions.view(-1, 1),
-        torch.tensor(step, device=device),
+        _column(step, positions.device),
         quads.view(1, -1),
-        torch.tensor(domain, device=device),
+        _column(domain, positions.device),
     )
-    words = philox4x32(key, counter).flatten(1)[:, :vocab_size]
+    own_key = key.view(-1, 1) if isinstance(key, Tensor) else key
+    words = philox4x32(own_key, counter).flatten(1)[:, :vocab_size]
     return ((words >> 9).float() + 0.5) * 2.0**-23
+
+
+def _column(value: int | Tensor, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.view(-1, 1)
+    return torch.tensor(value, device=device)

@@ -1,57 +1,85 @@
-"""From a denoiser's logits to a token and a confidence per position.
+"""From logits to a token and a confidence per position.
 
-    predicted = argmax of logits, or of the filtered draw scores + Gumbel noise
+    predicted = argmax of logits, or of logits / temperature + Gumbel noise
     confidence = softmax(logits)[predicted], untempered and unfiltered, the mask token left out
     log-probability = its natural log
 
-Ties go to the lowest token id. Source of the Gumbel-max draw: Maddison et al. 2014, section 2.
+Ties go to the lowest token id. Noise is keyed by the line's row, position and step alone.
+Source of the Gumbel-max draw: Maddison et al. 2014, section 2.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from twotower.kernels.philox import uniforms
 
 _SMALLEST_UNIFORM = 1e-10
 
 
+@dataclass(frozen=True)
+class Lines:
+    """How the token of each of M lines of logits is drawn; all [M], int64 but for `temperature`.
+
+    `temperature` fp32, 0 is greedy. Noise has the Philox `key` of the row and a counter of
+    absolute `position`, `step` and `domain`. `excluded` can never be predicted and takes no part in
+    the softmax, `barred` takes part in it but cannot be predicted; -1 is none.
+    """
+
+    temperature: Tensor
+    key: Tensor
+    position: Tensor
+    step: Tensor
+    domain: Tensor
+    excluded: Tensor
+    barred: Tensor
+
+
 def predict(
-    logits: Tensor,
-    excluded_token: int | None,
-    draw_scores: Tensor | None = None,
-    uniform: Tensor | None = None,
-    barred_token: int | None = None,
-    barred: Tensor | None = None,
+    logits: Tensor, lines: Lines, draw_scores: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logits [M, V] -> token ids [M] int64, confidences and log-probabilities [M] fp32, finite [M].
 
-    `excluded_token` can never be predicted and takes no part in the softmax; `barred_token` takes
-    part in it, but cannot be predicted where `barred` [M] bool is True. With `draw_scores`
-    (log-probabilities to draw from, -inf where filtered out) and `uniform` [M, V] in (0, 1), the
-    token is drawn. A row with any non-finite logit has `finite` False and no meaningful token.
+    `draw_scores` [M, V] fp32 (log-probabilities to draw from, -inf where filtered out) take the
+    place of logits / temperature in the choice; lines at temperature 0 take them without noise. A
+    line with any non-finite logit has `finite` False and no meaningful token.
     """
     wide = logits.float()
     finite = torch.isfinite(wide).all(-1)
-    if excluded_token is not None:
-        wide = wide.clone()
-        wide[:, excluded_token] = float("-inf")
-    scores = wide
-    if draw_scores is not None:
-        assert uniform is not None
-        noise = -torch.log(-torch.log(uniform.clamp_min(_SMALLEST_UNIFORM)))
-        scores = draw_scores + noise
-    tokens = first_argmax(bar(scores, barred_token, barred))
+    wide = without(wide, lines.excluded)
+    scores = wide if draw_scores is None else draw_scores
+    drawn = lines.temperature > 0
+    if bool(drawn.any()):
+        if draw_scores is None:
+            scores = torch.where(drawn[:, None], tempered(wide, lines.temperature), wide)
+        noise = gumbel(
+            uniforms(lines.key, lines.position, lines.step, lines.domain, wide.shape[-1])
+        )
+        scores = torch.where(drawn[:, None], scores + noise, scores)
+    tokens = first_argmax(without(scores, lines.barred))
     chosen = wide.gather(1, tokens.unsqueeze(1)).squeeze(1)
     log_probs = chosen - torch.logsumexp(wide, dim=-1)
     return tokens, torch.exp(log_probs), log_probs, finite
 
 
-def bar(scores: Tensor, token: int | None, rows: Tensor | None) -> Tensor:
-    """scores [M, V] -> the same with -inf at `token` in the rows [M] bool that are True."""
-    if token is None or rows is None:
+def tempered(logits: Tensor, temperature: Tensor) -> Tensor:
+    """logits [M, V] fp32, temperature [M] fp32 -> log_softmax(logits / temperature), [M, V]."""
+    # From the maximum down, so that no quotient overflows at a temperature next to 0.
+    scores = logits - logits.amax(-1, keepdim=True)
+    least = torch.finfo(scores.dtype).tiny
+    return torch.log_softmax(scores / temperature.clamp_min(least)[:, None], dim=-1)
+
+
+def without(scores: Tensor, tokens: Tensor) -> Tensor:
+    """scores [M, V] -> the same with -inf at each line's own token of `tokens` [M]; -1 is none."""
+    lines = (tokens >= 0).nonzero().squeeze(1)
+    if not len(lines):
         return scores
     scores = scores.clone()
-    scores[:, token] = scores[:, token].masked_fill(rows, float("-inf"))
+    scores[lines, tokens[lines]] = float("-inf")
     return scores
 
 
@@ -60,3 +88,8 @@ def first_argmax(scores: Tensor) -> Tensor:
     best = scores.amax(-1, keepdim=True)
     index = torch.arange(scores.shape[-1], device=scores.device)
     return torch.where(scores == best, index, scores.shape[-1] - 1).amin(-1)
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Numbers in [0, 1) -> standard Gumbel noise of the same shape."""
+    return -torch.log(-torch.log(uniform.clamp_min(_SMALLEST_UNIFORM)))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from twotower.kernels import dispatch
+from twotower.kernels.rows import Rows
 from twotower.towers import layers
 from twotower.towers.config import TwoTowerConfig
 from twotower.towers.layers import AttentionWeights, LayerWeights, MambaWeights, MoeWeights
 from twotower.towers.memory import StatePool, pages_for
-from twotower.towers.packing import Packing
-from twotower.towers.state import ContextState, LayerLog
+from twotower.towers.state import ContextState
 
 
 @dataclass(frozen=True)
@@ -29,23 +29,21 @@ class TowerWeights:
 
 @dataclass(frozen=True)
 class TowerPass:
-    """What the mixers of one pass read: rows' tokens and states, the number of context tokens that
-    each row's attention sees, and whether new tokens see only those before them."""
+    """What the mixers of one pass read: where the rows' tokens, states and visible context are,
+    and whether new tokens see only those before them."""
 
-    packing: Packing
-    states: Sequence[ContextState]
-    visible: Sequence[int]
+    rows: Rows
+    pool: StatePool
     causal: bool
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """A mixer's output [T, H], and what it would add to the rows' contexts: the log of a Mamba
-    layer, or K/V [nkv, L, hd] per row of an attention layer."""
+    """A mixer's output [T, H], and views of what it would add to the rows' contexts: `xbc` [T, Cd]
+    and `dt` [T, heads] of a Mamba layer, `k` and `v` [T, nkv, hd] of an attention layer."""
 
     output: Tensor
-    log: LayerLog | None = None
-    kv: Sequence[tuple[Tensor, Tensor]] = ()
+    added: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Tower:
@@ -62,35 +60,35 @@ class Tower:
 
     def new_state(self, capacity: int) -> ContextState:
         """An empty state, or mirror, with room for `capacity` tokens, in a pool of its own."""
-        pool = StatePool(self.config, 1, pages_for(capacity), self.device, self.dtype)
-        return pool.open(capacity)
+        return self.new_states(1, capacity)[0]
+
+    def new_states(self, count: int, capacity: int) -> list[ContextState]:
+        """Empty states that can share passes, in a pool of their own."""
+        pages = count * pages_for(capacity)
+        pool = StatePool(self.config, count, pages, self.device, self.dtype)
+        return [pool.open(capacity) for _ in range(count)]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [M, H] -> fp32 logits [M, V]."""
-        return dispatch.linear(hidden, self.weights.head).float()
+        """hidden [M, H] -> logits [M, V] in the tower's dtype."""
+        return dispatch.linear(hidden, self.weights.head)
 
-    def _embed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        flat = torch.tensor([token for row in tokens for token in row], device=self.device)
-        return self.weights.embedding[flat]
-
-    def _final_norm(self, hidden: Tensor) -> Tensor:
-        return dispatch.rms_norm(hidden, self.weights.final_norm, self.config.layer_norm_epsilon)
+    def pack(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Rows' token ids side by side on the tower's device, [T] int64."""
+        return torch.tensor([token for row in tokens for token in row], device=self.device)
 
     def _mix(self, index: int, x: Tensor, reads: TowerPass) -> Mixed:
         """Layer `index`'s mixer on its normed input x [T, H]."""
-        mixer, place = self.weights.layers[index].mixer, self._places[index]
+        mixer, place, pool = self.weights.layers[index].mixer, self._places[index], reads.pool
         if isinstance(mixer, MambaWeights):
-            histories = [state.conv[place] for state in reads.states]
-            ssm = [state.ssm[place] for state in reads.states]
-            return Mixed(*layers.mamba(x, mixer, self.config, reads.packing, histories, ssm))
+            out, xbc, dt = layers.mamba(
+                x, mixer, self.config, reads.rows, pool.conv[:, place], pool.ssm[:, place]
+            )
+            return Mixed(out, {"xbc": xbc, "dt": dt})
         if isinstance(mixer, AttentionWeights):
-            contexts = [
-                state.context_kv(place, seen)
-                for state, seen in zip(reads.states, reads.visible, strict=True)
-            ]
-            out, kv = layers.attention(x, mixer, self.config, reads.packing, contexts, reads.causal)
-            return Mixed(out, kv=kv)
+            context = pool.layer_kv(place)
+            out, k, v = layers.attention(x, mixer, self.config, reads.rows, context, reads.causal)
+            return Mixed(out, {"k": k, "v": v})
         if isinstance(mixer, MoeWeights):
-            return Mixed(layers.moe(x, mixer, self.config))
+            return Mixed(layers.moe(x, mixer, self.config, reads.rows))
         return Mixed(layers.mlp(x, mixer))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from twotower.kernels import dispatch
-from twotower.kernels.replay import stack_weights
-from twotower.towers.backbone import Mixed, Tower, TowerPass, TowerWeights
+from twotower.kernels.replay import ReplayWeights
+from twotower.kernels.rows import Rows
+from twotower.towers.backbone import Tower, TowerPass, TowerWeights
 from twotower.towers.config import MAMBA, TwoTowerConfig
 from twotower.towers.layers import MambaWeights
-from twotower.towers.packing import Packing
 from twotower.towers.protocols import LayerSink
-from twotower.towers.state import ContextState, LayerLog
+from twotower.towers.state import ContextState, PassLog
 
 
 def replay_shapes(config: TwoTowerConfig) -> dict[str, tuple[int, ...]]:
@@ -30,21 +31,28 @@ def replay_shapes(config: TwoTowerConfig) -> dict[str, tuple[int, ...]]:
     return {**shapes, "conv_bias": (layers, config.conv_dim)} if config.use_conv_bias else shapes
 
 
+@dataclass(frozen=True)
+class ContextPassed:
+    """What a pass over rows' next tokens gave: final hidden states [T, H], where the rows' tokens
+    are, and the log of all Mamba layers (None if there are none)."""
+
+    hidden: Tensor
+    rows: Rows
+    log: PassLog | None
+
+
 class ContextTower(Tower):
     """Extends rows' context states; with its head it is the plain autoregressive model, whose
     logits at a token predict the next one."""
 
     def __init__(self, config: TwoTowerConfig, weights: TowerWeights) -> None:
         super().__init__(config, weights)
-        self.replay_weights = [
-            layer.mixer.for_replay(config)
-            for layer in weights.layers
-            if isinstance(layer.mixer, MambaWeights)
-        ]
+        mixers = [layer.mixer for layer in weights.layers if isinstance(layer.mixer, MambaWeights)]
+        self.replay_weights = _stacked(mixers, config.n_groups) if mixers else None
 
     def replay_tensors(self) -> dict[str, Tensor]:
         """What a mirror needs to replay deltas of this tower; shapes as `replay_shapes`."""
-        return stack_weights(self.replay_weights) if self.replay_weights else {}
+        return self.replay_weights.tensors() if self.replay_weights is not None else {}
 
     @torch.inference_mode()
     def forward(
@@ -59,43 +67,125 @@ class ContextTower(Tower):
         row's sink, if it has one, takes every layer's share of what is new before the next layer
         is computed: `xbc` and `dt`, or `k` and `v`.
         """
-        packing = Packing([len(row) for row in tokens])
-        reads = TowerPass(packing, states, [state.length for state in states], causal=True)
-        hidden = self._embed(tokens)
-        logs: list[list[LayerLog]] = [[] for _ in states]
-        takers = sinks or [None] * len(states)
-        for index, layer in enumerate(self.weights.layers):
-            x = dispatch.rms_norm(hidden, layer.norm, self.config.layer_norm_epsilon)
-            mixed = self._mix(index, x, reads)
-            for row, (state, log, sink) in enumerate(zip(states, logs, takers, strict=True)):
-                added = _add_to_row(self._places[index], mixed, row, packing, state, log)
-                if sink is not None:
-                    for name, tensor in added.items():
-                        sink.put(name, self._places[index], tensor)
-            hidden = hidden + mixed.output
-        for log, count, state in zip(logs, packing.lengths, states, strict=True):
-            state.append(log, count)
-        return self._final_norm(hidden)
+        return self.read(tokens, states, sinks).hidden
 
     @torch.inference_mode()
-    def advance(self, state: ContextState, count: int, sink: LayerSink | None = None) -> None:
-        """Moves a state's snapshot over the first `count` tokens of its log; `sink` takes each
-        layer's new `conv` and `ssm` before the next layer is replayed."""
-        state.advance(self.replay_weights, count, sink)
+    def read(
+        self,
+        tokens: Sequence[Sequence[int]],
+        states: Sequence[ContextState],
+        sinks: Sequence[LayerSink | None] = (),
+    ) -> ContextPassed:
+        """As `forward`, with what `advance_rows` needs."""
+        pool, lengths = states[0].pool, list(map(len, tokens))
+        rows = pool.rows(states, lengths, [state.length for state in states])
+        log = self.new_log(rows.host.total)
+        hidden = self.run(self.pack(tokens), TowerPass(rows, pool, True), log, sinks)
+        for row, (state, length) in enumerate(zip(states, lengths, strict=True)):
+            start = rows.host.starts[row]
+            state.append(log.part(start, start + length) if log is not None else None, length)
+        return ContextPassed(hidden, rows, log)
+
+    def run(
+        self,
+        tokens: Tensor,
+        reads: TowerPass,
+        log: PassLog | None,
+        sinks: Sequence[LayerSink | None] = (),
+    ) -> Tensor:
+        """The pass over tensors alone: tokens [T] -> [T, H]. Writes the rows' K/V, and `log`."""
+        hidden, out = self.weights.embedding[tokens], None
+        eps = self.config.layer_norm_epsilon
+        for index, layer in enumerate(self.weights.layers):
+            hidden, x = dispatch.add_norm(hidden, out, None, layer.norm, eps, None, False)
+            mixed = self._mix(index, x, reads)
+            self._keep(self._places[index], mixed.added, reads, log, sinks)
+            out = mixed.output
+        final = self.weights.final_norm
+        return dispatch.add_norm(hidden, out, None, final, eps, None, False)[1]
+
+    def new_log(self, tokens: int) -> PassLog | None:
+        """Room for the log of a pass over so many tokens; None without Mamba layers."""
+        layers = len(self.config.layers_of(MAMBA))
+        if not layers:
+            return None
+        shape = (layers, tokens)
+        return PassLog(
+            torch.empty(*shape, self.config.conv_dim, device=self.device, dtype=self.dtype),
+            torch.empty(*shape, self.config.mamba_num_heads, device=self.device, dtype=self.dtype),
+        )
+
+    @torch.inference_mode()
+    def advance(self, state: ContextState, count: int) -> None:
+        """Moves a state's snapshot over the first `count` tokens of its log."""
+        state.advance(self.replay_weights, count)
+
+    @torch.inference_mode()
+    def advance_rows(
+        self,
+        passed: ContextPassed,
+        states: Sequence[ContextState],
+        counts: Sequence[int],
+        sinks: Sequence[LayerSink | None],
+    ) -> None:
+        """Moves the snapshots of a pass's rows over their first `counts` new tokens; each sink
+        takes every layer's new `conv` and `ssm` before the next layer is replayed."""
+        pool, weights, log = states[0].pool, self.replay_weights, passed.log
+        if log is not None and weights is not None and any(counts):
+            moved = torch.tensor(counts, dtype=torch.int32, device=self.device)
+            # In one go where nobody waits for a layer.
+            whole = [slice(0, len(weights))] if not any(sinks) else []
+            for own in whole or [slice(layer, layer + 1) for layer in range(len(weights))]:
+                dispatch.replay(
+                    pool.ssm[:, own],
+                    pool.conv[:, own],
+                    log.xbc[own],
+                    log.dt[own],
+                    weights if whole else weights.layer(own.start),
+                    passed.rows,
+                    moved,
+                )
+                for state, sink in zip(states, sinks, strict=True):
+                    if sink is not None:
+                        sink.put("conv", own.start, state.conv[own.start])
+                        sink.put("ssm", own.start, state.ssm[own.start])
+        for state, count, sink in zip(states, counts, sinks, strict=True):
+            state.advanced(count, exported=sink is not None)
+
+    def _keep(
+        self,
+        place: int,
+        added: Mapping[str, Tensor],
+        reads: TowerPass,
+        log: PassLog | None,
+        sinks: Sequence[LayerSink | None],
+    ) -> None:
+        """Puts a layer's share of a pass into the log or the rows' K/V, and hands it to sinks."""
+        if "xbc" in added:
+            assert log is not None
+            log.xbc[place].copy_(added["xbc"])
+            log.dt[place].copy_(added["dt"])
+            added = {"xbc": log.xbc[place], "dt": log.dt[place]}
+        if "k" in added:
+            context = reads.pool.layer_kv(place)
+            dispatch.store_kv(added["k"], added["v"], context, reads.rows)
+        for row, sink in enumerate(sinks):
+            if sink is None:
+                continue
+            span = reads.rows.host.slice_of(row)
+            for name, tensor in added.items():
+                own = tensor[span]
+                # K/V travel by head, as they stand in the pages.
+                sink.put(name, place, own.transpose(0, 1).contiguous() if name in "kv" else own)
 
 
-def _add_to_row(
-    place: int, mixed: Mixed, row: int, packing: Packing, state: ContextState, log: list[LayerLog]
-) -> dict[str, Tensor]:
-    """Puts a layer's share of a pass into a row's log or K/V; returns its tensors by name."""
-    if mixed.log is not None:
-        span = packing.slice_of(row)
-        # Copies: views would keep the layer's whole projection until the row's next pass.
-        own = LayerLog(mixed.log.xbc[span].clone(), mixed.log.dt[span].clone())
-        log.append(own)
-        return {"xbc": own.xbc, "dt": own.dt}
-    if mixed.kv:
-        k, v = mixed.kv[row]
-        state.write_kv(place, k, v)
-        return {"k": k, "v": v}
-    return {}
+def _stacked(mixers: Sequence[MambaWeights], groups: int) -> ReplayWeights:
+    biases = [mixer.conv_bias for mixer in mixers if mixer.conv_bias is not None]
+    tensors = {
+        "conv_weight": torch.stack([mixer.conv_weight for mixer in mixers]),
+        "a_log": torch.stack([mixer.a_log for mixer in mixers]),
+        "dt_bias": torch.stack([mixer.dt_bias for mixer in mixers]),
+    }
+    if biases:
+        tensors["conv_bias"] = torch.stack(biases)
+    return ReplayWeights.from_tensors(tensors, groups)

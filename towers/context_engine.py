@@ -11,14 +11,16 @@ from torch import Tensor
 from twotower.towers.admission import Admission
 from twotower.towers.config import ATTENTION
 from twotower.towers.context import ContextTower
-from twotower.towers.context_pass import ContextPass, ContextResult, ContextWork, Draw
+from twotower.towers.context_pass import ContextPass, ContextResult, ContextWork
+from twotower.towers.context_steps import ContextSteps
 from twotower.towers.engine import Engine, EngineOptions, EngineRow, state_of
+from twotower.towers.errors import NumericalError
 from twotower.towers.memory import MemoryBudget, StatePool, pool_for
 from twotower.towers.params import GenerationParams
-from twotower.towers.prefill import PREFILL_CHUNK, KvFeed, prefill_pieces, send_update
+from twotower.towers.prefill import KvFeed, default_prefill_chunk, prefill_pieces, send_update
 from twotower.towers.prefix_cache import PrefixCache, chain_keys, next_key
 from twotower.towers.protocols import Block, Prefilled, StateLink, UpdateWriter
-from twotower.towers.sampling import DOMAIN_AUTOREGRESSIVE, Drawn, Sampler
+from twotower.towers.sampling import Draw, Drawn, Sampler, draw_tokens
 from twotower.towers.scheduler import PassLimits
 from twotower.towers.update import UpdatePlan, plan_update
 
@@ -45,7 +47,11 @@ class _Row(EngineRow):
 
 
 class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
-    """Rows in a context tower. `link` carries their states to a denoiser, if there is one."""
+    """Rows in a context tower. `link` carries their states to a denoiser, if there is one.
+
+    `device_steps` (None: on CUDA) runs decode steps over fixed buffers, as CUDA graphs.
+    `prefill_chunk` (None: by device) is the grid on which prompts are read.
+    """
 
     _admission: Admission
 
@@ -59,15 +65,21 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         max_waiting: int | None = None,
         prefix_cache_bytes: int = 0,
         threaded: bool = False,
+        device_steps: bool | None = None,
+        prefill_chunk: int | None = None,
     ) -> None:
         pool = pool or pool_for(tower.config, MemoryBudget(), tower.device, tower.dtype)
         cache = PrefixCache(pool, prefix_cache_bytes) if prefix_cache_bytes else None
         admission = Admission(pool, cache.reclaim if cache else None, max_waiting)
-        super().__init__("context", ContextPass(tower).run, admission, limits, threaded)
+        wanted = tower.device.type == "cuda" if device_steps is None else device_steps
+        run = ContextPass(tower, ContextSteps(tower) if wanted else None).run
+        limits = limits or PassLimits.for_device(tower.device.type)
+        super().__init__("context", run, admission, limits, threaded)
         self.tower = tower
         self.link = link
         self.pool = pool
         self.cache = cache
+        self.prefill_chunk = prefill_chunk or default_prefill_chunk(tower.device)
 
     @classmethod
     def with_options(
@@ -82,6 +94,7 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
             max_waiting=options.max_waiting,
             prefix_cache_bytes=options.prefix_cache_bytes,
             threaded=threaded,
+            prefill_chunk=options.prefill_chunk,
         )
 
     def stats(self) -> dict[str, float]:
@@ -142,7 +155,7 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         params: GenerationParams,
     ) -> Prefilled:
         state = state_of(row.state)
-        pieces = prefill_pieces(prompt, generated, params)
+        pieces = prefill_pieces(prompt, generated, params, self.prefill_chunk)
         # mock_ar reads the context as it was before its last token: that one stays in the log.
         held = [pieces.pop()] if params.mode == "mock_ar" else []
         own = Draw(Sampler.from_params(params), [len(prompt) + len(generated)])
@@ -217,9 +230,9 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
             row.cached_to = state.position
 
     def _first_token(self, draw: Draw, hidden: Tensor) -> _Token:
-        drawn = draw.sampler.draw(
-            self.tower.logits(hidden.unsqueeze(0)), draw.positions, 0, DOMAIN_AUTOREGRESSIVE
-        )
+        drawn = draw_tokens(self.tower.logits(hidden.unsqueeze(0)), [draw])[0]
+        if isinstance(drawn, NumericalError):
+            raise drawn
         return _token(drawn, 0)
 
     async def _extend(self, row: _Row, token_ids: Sequence[int]) -> int:
@@ -289,8 +302,8 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         state = row.state = await self._admission.acquire(row.row_id, len(token_ids))
         logprobs: list[float] = []
         read = token_ids[:-1]
-        for start in range(0, len(read), PREFILL_CHUNK):
-            piece = read[start : start + PREFILL_CHUNK]
+        for start in range(0, len(read), self.prefill_chunk):
+            piece = read[start : start + self.prefill_chunk]
             targets = token_ids[start + 1 : start + 1 + len(piece)]
             result = await self._submit(ContextWork(state, piece, targets=targets), prefill=True)
             logprobs.extend(result.logprobs)

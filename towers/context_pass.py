@@ -10,18 +10,11 @@ import torch
 from torch import Tensor
 
 from twotower.towers.context import ContextTower
-from twotower.towers.errors import NumericalError, TwoTowerError
+from twotower.towers.context_steps import ContextSteps
+from twotower.towers.errors import NumericalError
 from twotower.towers.protocols import LayerSink
-from twotower.towers.sampling import DOMAIN_AUTOREGRESSIVE, Drawn, Sampler
+from twotower.towers.sampling import Draw, Drawn, draw_tokens
 from twotower.towers.state import ContextState
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Draw a token from each of the last `len(positions)` logits of the pass."""
-
-    sampler: Sampler
-    positions: list[int]
 
 
 @dataclass(frozen=True)
@@ -32,6 +25,16 @@ class ContextWork:
     draw: Draw | None = None
     targets: Sequence[int] | None = None
     sink: LayerSink | None = None
+
+    @property
+    def is_step(self) -> bool:
+        """Whether it reads one token into the state, draws the next and no more."""
+        plain = self.advance and self.targets is None and self.sink is None
+        return plain and len(self.tokens) == 1 and _draws_one(self.draw)
+
+
+def _draws_one(draw: Draw | None) -> bool:
+    return draw is not None and len(draw.positions) == 1 and not draw.sampler.filtered
 
 
 @dataclass(frozen=True)
@@ -44,22 +47,38 @@ class ContextResult:
 
 
 class ContextPass:
-    """Runs works of several rows as one packed pass of a tower."""
+    """Runs works of several rows as one packed pass of a tower, plain decode steps as `steps`."""
 
-    def __init__(self, tower: ContextTower) -> None:
+    def __init__(self, tower: ContextTower, steps: ContextSteps | None = None) -> None:
         self._tower = tower
+        self._steps = steps
 
     def run(self, works: Sequence[ContextWork]) -> list[ContextResult | BaseException]:
         """One result per work; an error there concerns its row alone."""
-        hidden = self._tower.forward(
-            [work.tokens for work in works],
-            [work.state for work in works],
-            [work.sink for work in works],
-        )
-        results = self._read_heads(works, hidden)
-        for work in works:
-            if work.advance:
-                self._tower.advance(work.state, len(work.tokens), work.sink)
+        stepping = [work for work in works if self._steps is not None and work.is_step]
+        packed = [work for work in works if self._steps is None or not work.is_step]
+        stepped = iter(self._step(stepping) if stepping else ())
+        rest = iter(self._pass(packed) if packed else ())
+        chosen = {id(work) for work in stepping}
+        return [next(stepped if id(work) in chosen else rest) for work in works]
+
+    def _step(self, works: Sequence[ContextWork]) -> list[ContextResult | BaseException]:
+        assert self._steps is not None
+        steps = [(work.state, work.tokens[0], work.draw) for work in works if work.draw is not None]
+        return [
+            drawn if isinstance(drawn, NumericalError) else ContextResult(hidden, drawn)
+            for hidden, drawn in self._steps.run(steps)
+        ]
+
+    def _pass(self, works: Sequence[ContextWork]) -> list[ContextResult | BaseException]:
+        states, sinks = [work.state for work in works], [work.sink for work in works]
+        passed = self._tower.read([work.tokens for work in works], states, sinks)
+        results = self._read_heads(works, passed.hidden)
+        counts = [len(work.tokens) if work.advance else 0 for work in works]
+        self._tower.advance_rows(passed, states, counts, sinks)
+        for state, count in zip(states, counts, strict=True):
+            if not count:
+                state.own_log()
         return results
 
     def _read_heads(
@@ -67,37 +86,32 @@ class ContextPass:
     ) -> list[ContextResult | BaseException]:
         """What each row asked to know of its hidden states; one product serves all draws."""
         ends = list(accumulate(len(work.tokens) for work in works))
-        drawn_lines = [
-            range(end - len(work.draw.positions), end) if work.draw else range(0)
-            for work, end in zip(works, ends, strict=True)
+        drawing = [
+            (index, work.draw, end)
+            for index, (work, end) in enumerate(zip(works, ends, strict=True))
+            if work.draw is not None
         ]
-        lines = [line for part in drawn_lines for line in part]
-        counts = [len(part) for part in drawn_lines]
-        logits = self._tower.logits(hidden[lines]).split(counts) if lines else ()
+        lines = [line for _, draw, end in drawing for line in range(end - len(draw.positions), end)]
+        tokens: dict[int, Drawn | NumericalError] = {}
+        if lines:
+            drawn = draw_tokens(self._tower.logits(hidden[lines]), [draw for _, draw, _ in drawing])
+            tokens = {index: own for (index, _, _), own in zip(drawing, drawn, strict=True)}
         results: list[ContextResult | BaseException] = []
         for index, (work, end) in enumerate(zip(works, ends, strict=True)):
-            last = hidden[end - 1].clone()
-            if work.draw is not None:
-                results.append(_draw(work.draw, logits[index], last))
+            last, own = hidden[end - 1].clone(), tokens.get(index)
+            if isinstance(own, NumericalError):
+                results.append(own)
             elif work.targets is not None:
                 span = slice(end - len(work.tokens), end)
                 results.append(_score(self._tower.logits(hidden[span]), work.targets, last))
             else:
-                results.append(ContextResult(last))
+                results.append(ContextResult(last, own))
         return results
-
-
-def _draw(draw: Draw, logits: Tensor, hidden: Tensor) -> ContextResult | BaseException:
-    try:
-        drawn = draw.sampler.draw(logits, draw.positions, 0, DOMAIN_AUTOREGRESSIVE)
-    except TwoTowerError as error:
-        return error
-    return ContextResult(hidden, drawn)
 
 
 def _score(logits: Tensor, targets: Sequence[int], hidden: Tensor) -> ContextResult | BaseException:
     if not bool(torch.isfinite(logits).all()):
         return NumericalError("non-finite logits while scoring")
     chosen = torch.tensor(list(targets), device=logits.device).unsqueeze(1)
-    logprobs = torch.log_softmax(logits, dim=-1).gather(1, chosen).squeeze(1)
+    logprobs = torch.log_softmax(logits.float(), dim=-1).gather(1, chosen).squeeze(1)
     return ContextResult(hidden, logprobs=tuple(logprobs.tolist()))

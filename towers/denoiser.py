@@ -12,9 +12,9 @@ from torch import Tensor
 
 from twotower.kernels import dispatch
 from twotower.kernels.elementwise import silu
+from twotower.kernels.norm import Modulation
 from twotower.towers.backbone import Tower, TowerPass, TowerWeights
 from twotower.towers.config import ATTENTION, MAMBA, TIMESTEP_FEATURES, TwoTowerConfig
-from twotower.towers.packing import Packing
 from twotower.towers.state import ContextState
 
 _TIMESTEP_SCALE = 1000.0
@@ -64,24 +64,39 @@ class DenoiserTower(Tower):
         modulation or gate. Each row sees its state at `state.position` tokens. `observe` is shown
         `hidden_in.{i}` and `mixer_in.{i}` of every layer and `hidden_out`, each [T, H].
         """
-        packing = Packing([len(row) for row in tokens])
+        pool = states[0].pool
         # Up to the snapshot, not to the log's end: mock_ar keeps its last token in the log.
-        reads = TowerPass(packing, states, [state.position for state in states], causal=False)
-        hidden = self._embed(tokens)
-        modulation = torch.stack([self.modulation(t) for t in timesteps])
-        for index, layer in enumerate(self.weights.layers):
-            shift, scale, gate = packing.spread(modulation[:, index]).unbind(1)
+        rows = pool.rows(states, list(map(len, tokens)), [state.position for state in states])
+        distinct = list(dict.fromkeys(timesteps))
+        table = torch.stack([self.modulation(t) for t in distinct])
+        entries = torch.tensor([distinct.index(t) for t in timesteps], device=self.device)
+        index = entries if len(distinct) == 1 else entries[rows.row_of_token]
+        return self.run(self.pack(tokens), table, index, TowerPass(rows, pool, False), observe)
+
+    def run(
+        self,
+        tokens: Tensor,
+        table: Tensor,
+        index: Tensor,
+        reads: TowerPass,
+        observe: Callable[[str, Tensor], None] | None = None,
+    ) -> Tensor:
+        """`forward` over tensors alone: tokens [T], `table` [n, layers, 3, H] of modulations and
+        the entry of each token, `index` [T] (any length if n is 1) -> [T, H]."""
+        hidden, out, gate = self.weights.embedding[tokens], None, None
+        eps = self.config.layer_norm_epsilon
+        for layer_index, layer in enumerate(self.weights.layers):
+            own = Modulation(table[:, layer_index], index)
             first = layer.kind in (MAMBA, ATTENTION)
-            x = dispatch.adaln(
-                hidden, layer.norm, self.config.layer_norm_epsilon, shift, scale, first
-            )
+            hidden, x = dispatch.add_norm(hidden, out, gate, layer.norm, eps, own, first)
             if observe is not None:
-                observe(f"hidden_in.{index}", hidden)
-                observe(f"mixer_in.{index}", x)
-            hidden = hidden + gate * self._mix(index, x, reads).output
+                observe(f"hidden_in.{layer_index}", hidden)
+                observe(f"mixer_in.{layer_index}", x)
+            out, gate = self._mix(layer_index, x, reads).output, own
+        hidden, x = dispatch.add_norm(hidden, out, gate, self.weights.final_norm, eps, None, False)
         if observe is not None:
             observe("hidden_out", hidden)
-        return self._final_norm(hidden)
+        return x
 
     @torch.inference_mode()
     def modulation(self, timestep: float | None) -> Tensor:

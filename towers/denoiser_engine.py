@@ -5,39 +5,39 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 
-from twotower.kernels.replay import ReplayWeights, unstack_weights
+from twotower.kernels.replay import ReplayWeights
 from twotower.towers.admission import Admission
 from twotower.towers.context import replay_shapes
 from twotower.towers.denoiser import DenoiserTower
+from twotower.towers.denoiser_pass import (
+    DenoiserPass,
+    DenoiserResult,
+    DenoiserWork,
+    DrawWork,
+    StepWork,
+)
+from twotower.towers.denoiser_steps import DenoiserSteps, DeviceDraft, StepResult, on_device
 from twotower.towers.engine import Engine, EngineRow, state_of
-from twotower.towers.errors import TwoTowerError, UnavailableError
+from twotower.towers.errors import UnavailableError
 from twotower.towers.memory import StatePool
 from twotower.towers.params import GenerationParams
 from twotower.towers.protocols import Block
-from twotower.towers.sampling import DOMAIN_AUTOREGRESSIVE, DOMAIN_DENOISE, Drawn, Sampler
+from twotower.towers.sampling import (
+    DOMAIN_AUTOREGRESSIVE,
+    DOMAIN_DENOISE,
+    Draw,
+    Drawn,
+    Sampler,
+)
 from twotower.towers.scheduler import PassLimits
 from twotower.towers.state import ContextState
-from twotower.towers.unmasking import BlockDraft, CommitRule, ThresholdRule
+from twotower.towers.unmasking import BlockDraft, CommitRule, ReplayRule, ThresholdRule
 from twotower.towers.update import StateUpdate
 
 MIRROR_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True)
-class _Work:
-    state: ContextState
-    tokens: Sequence[int]
-    timestep: float | None
-    wanted: Sequence[int]
-    first_position: int
-    step: int
-    sampler: Sampler
-    domain: int
-    excluded_token: int | None
 
 
 @dataclass(eq=False)
@@ -47,12 +47,13 @@ class _Row(EngineRow):
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class DenoiserEngine(Engine[_Row, _Work, Drawn]):
+class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
     """Mirrors of rows in a denoiser tower; blocks at any step share its passes.
 
     Mirrors live in `pool`; without one the engine reads states that a context tower on the same
     device lets it `adopt`. `rule` replaces the requests' commit rules, for benchmarks that replay
-    recorded schedules.
+    recorded schedules. `device_steps` (None: on CUDA) keeps blocks on the device while they are
+    denoised, where their parameters allow it.
     """
 
     def __init__(
@@ -63,13 +64,18 @@ class DenoiserEngine(Engine[_Row, _Work, Drawn]):
         limits: PassLimits | None = None,
         rule: Callable[[GenerationParams], CommitRule] | None = None,
         threaded: bool = False,
+        device_steps: bool | None = None,
     ) -> None:
         admission = Admission(pool) if pool is not None else None
-        super().__init__("denoiser", self._pass, admission, limits, threaded)
+        wanted = tower.device.type == "cuda" if device_steps is None else device_steps
+        self._steps = DenoiserSteps(tower) if wanted else None
+        run = DenoiserPass(tower, self._steps).run
+        limits = limits or PassLimits.for_device(tower.device.type)
+        super().__init__("denoiser", run, admission, limits, threaded)
         self.tower = tower
         self.pool = pool
         self._rule = rule or commit_rule
-        self._replay_weights: list[ReplayWeights] | None = None
+        self._replay_weights: ReplayWeights | None = None
 
     async def open(self, row_id: str, capacity: int) -> None:
         """Waits for the slot and pages of the row's mirror."""
@@ -86,7 +92,7 @@ class DenoiserEngine(Engine[_Row, _Work, Drawn]):
         if got != expected:
             raise ValueError(f"replay weights: got {got}, expected {expected}")
         moved = {name: tensor.to(self.tower.device) for name, tensor in replay_tensors.items()}
-        self._replay_weights = unstack_weights(moved, config.n_groups) if moved else []
+        self._replay_weights = ReplayWeights.from_tensors(moved, config.n_groups) if moved else None
 
     def receive(self, row_id: str, update: StateUpdate) -> None:
         """Applies an update to a row's mirror; a released row's is ignored.
@@ -128,45 +134,59 @@ class DenoiserEngine(Engine[_Row, _Work, Drawn]):
         self, row: _Row, position: int, params: GenerationParams, known: Sequence[int]
     ) -> Block:
         state = await self._at(row, position)
-        sampler = Sampler.from_params(params)
-        mask = self.tower.config.mask_token_id
-        draft = BlockDraft(params.block_size, mask, self._rule(params), known)
+        sampler, rule = Sampler.from_params(params), self._rule(params)
         verified = params.mode == "verified"
+        domain = DOMAIN_AUTOREGRESSIVE if verified else DOMAIN_DENOISE
+        if self._steps is not None and on_device(rule, sampler, params.block_size):
+            assert isinstance(rule, ThresholdRule | ReplayRule)
+            kept = DeviceDraft(params.block_size, position, known, rule, sampler, domain, verified)
+            return await self._denoise_on_device(state, kept)
+        draft = BlockDraft(params.block_size, self.tower.config.mask_token_id, rule, known)
+        return await self._denoise_on_host(state, draft, position, sampler, domain, verified)
+
+    async def _denoise_on_device(self, state: ContextState, draft: DeviceDraft) -> Block:
+        while True:
+            work = StepWork(state, draft)
+            result = await self._loop.submit(work, draft.length, begun=draft.begun)
+            assert isinstance(result, StepResult)
+            if not result.remaining:
+                return _block(draft.start, draft.step, result)
+
+    async def _denoise_on_host(
+        self,
+        state: ContextState,
+        draft: BlockDraft,
+        position: int,
+        sampler: Sampler,
+        domain: int,
+        verified: bool,
+    ) -> Block:
+        mask = self.tower.config.mask_token_id
         while not draft.done:
-            work = _Work(
+            positions = [position + offset for offset in draft.masked]
+            # A draft is drawn with the noise of the check: the closer the two towers'
+            # distributions, the more often both then take the same token.
+            step = 0 if verified else draft.step
+            work = DrawWork(
                 state,
                 list(draft.token_ids),
                 draft.timestep,
                 list(draft.masked),
-                position,
-                # A draft is drawn with the noise of the check: the closer the two towers'
-                # distributions, the more often both then take the same token.
-                0 if verified else draft.step,
-                sampler,
-                DOMAIN_AUTOREGRESSIVE if verified else DOMAIN_DENOISE,
-                mask,
+                Draw(sampler, positions, step, domain, mask),
             )
             begun = draft.step > 0
-            drawn = await self._loop.submit(work, params.block_size, begun=begun)
+            drawn = await self._loop.submit(work, len(draft.token_ids), begun=begun)
+            assert isinstance(drawn, Drawn)
             draft.commit(drawn.token_ids, drawn.confidences, drawn.log_probs)
-        return Block(
-            position,
-            tuple(draft.token_ids),
-            tuple(draft.commit_steps),
-            tuple(draft.confidences),
-            nfe=draft.step,
-            log_probs=tuple(draft.log_probs),
-        )
+        return _block(position, draft.step, draft)
 
     async def _next_token(
         self, row: _Row, position: int, last_token: int, params: GenerationParams
     ) -> Block:
         state = await self._at(row, position - 1)
-        sampler = Sampler.from_params(params)
-        work = _Work(
-            state, [last_token], None, [0], position, 0, sampler, DOMAIN_AUTOREGRESSIVE, None
-        )
-        drawn = await self._loop.submit(work, 1)
+        draw = Draw(Sampler.from_params(params), [position])
+        drawn = await self._loop.submit(DrawWork(state, [last_token], None, [0], draw), 1)
+        assert isinstance(drawn, Drawn)
         return Block(
             position,
             tuple(drawn.token_ids),
@@ -189,31 +209,20 @@ class DenoiserEngine(Engine[_Row, _Work, Drawn]):
             ) from None
         return state_of(row.state)
 
-    def _pass(self, works: Sequence[_Work]) -> list[Drawn | BaseException]:
-        hidden = self.tower.forward(
-            [work.tokens for work in works],
-            [work.timestep for work in works],
-            [work.state for work in works],
-        )
-        ends = accumulate(len(work.tokens) for work in works)
-        wanted = [
-            end - len(work.tokens) + offset
-            for end, work in zip(ends, works, strict=True)
-            for offset in work.wanted
-        ]
-        logits = self.tower.logits(hidden[wanted]).split([len(work.wanted) for work in works])
-        return [_predict(work, part) for work, part in zip(works, logits, strict=True)]
+
+def _block(start: int, nfe: int, draft: BlockDraft | StepResult) -> Block:
+    """A block that is done."""
+    return Block(
+        start,
+        tuple(draft.token_ids),
+        tuple(draft.commit_steps),
+        tuple(draft.confidences),
+        nfe=nfe,
+        log_probs=tuple(draft.log_probs),
+    )
 
 
 def commit_rule(params: GenerationParams) -> CommitRule:
     """The rule that a request's own parameters ask for."""
     steps = params.draft_steps if params.mode == "verified" else params.steps_per_block
     return ThresholdRule(params.confidence_threshold, steps)
-
-
-def _predict(work: _Work, logits: torch.Tensor) -> Drawn | BaseException:
-    positions = [work.first_position + offset for offset in work.wanted]
-    try:
-        return work.sampler.draw(logits, positions, work.step, work.domain, work.excluded_token)
-    except TwoTowerError as error:
-        return error

@@ -39,12 +39,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What an operator decides about a pair of engines; the towers decide the rest."""
+    """What an operator decides about a pair of engines; the towers decide the rest, and what is
+    None."""
 
     budget: MemoryBudget = field(default_factory=MemoryBudget)
-    limits: PassLimits = field(default_factory=PassLimits)
+    limits: PassLimits | None = None
     max_waiting: int | None = None
     prefix_cache_bytes: int = PREFIX_CACHE_BYTES
+    prefill_chunk: int | None = None
 
     def pool_for(self, tower: Tower) -> StatePool:
         """The memory of a tower's rows. Raises ConfigError if the budget holds none."""
@@ -74,14 +76,14 @@ class Engine(Generic[Row, Work, Result]):
         name: str,
         run: Callable[[Sequence[Work]], Sequence[Result | BaseException]],
         admission: Admission | None,
-        limits: PassLimits | None,
+        limits: PassLimits,
         threaded: bool,
     ) -> None:
         self._rows: dict[str, Row] = {}
         self._admission = admission
         executor = ThreadPoolExecutor(1, name) if threaded else None
         self._loop: BatchLoop[Work, Result] = BatchLoop(
-            partial(_run_short_first, run), limits or PassLimits(), executor
+            partial(_run_short_first, run), limits, executor
         )
 
     @property

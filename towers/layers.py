@@ -6,20 +6,16 @@ context (raw Mamba projections, K/V) is returned to the caller.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from twotower.kernels import dispatch
-from twotower.kernels.attention import KeyValuePages
-from twotower.kernels.elementwise import softplus
+from twotower.kernels.attention import PagedKeyValues
+from twotower.kernels.mamba_scan import MambaScanWeights
 from twotower.kernels.moe import ExpertWeights, RouterRule
-from twotower.kernels.replay import ReplayWeights
+from twotower.kernels.rows import Rows
 from twotower.towers.config import TwoTowerConfig
-from twotower.towers.packing import Packing
-from twotower.towers.state import LayerLog
 
 
 @dataclass(frozen=True)
@@ -37,10 +33,10 @@ class MambaWeights:
     out_proj: Tensor
     out_proj_bias: Tensor | None
 
-    def for_replay(self, config: TwoTowerConfig) -> ReplayWeights:
-        """What advancing this layer's state needs."""
-        return ReplayWeights(
-            self.conv_weight, self.conv_bias, self.a_log, self.dt_bias, config.n_groups
+    def for_scan(self, config: TwoTowerConfig) -> MambaScanWeights:
+        """What stands between the projections."""
+        return MambaScanWeights(
+            self.conv_weight, self.conv_bias, self.a_log, self.d, self.dt_bias, config.n_groups
         )
 
 
@@ -92,62 +88,36 @@ def mamba(
     x: Tensor,
     weights: MambaWeights,
     config: TwoTowerConfig,
-    packing: Packing,
-    histories: Sequence[Tensor],
-    states: Sequence[Tensor],
-) -> tuple[Tensor, LayerLog]:
-    """Per row: history [K-1, Cd], state [H, P, N]. Returns output and the log of all T tokens."""
-    inner, heads = config.d_inner, config.mamba_num_heads
-    shared = config.n_groups * config.ssm_state_size
+    rows: Rows,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """conv_state [S, K-1, Cd] and ssm_state [S, H, P, N] of one layer. Returns the output, and
+    views of the raw xBC [T, Cd] and dt [T, H]."""
     projected = dispatch.linear(x, weights.in_proj, weights.in_proj_bias)
-    z, xbc, dt = projected.split((inner, config.conv_dim, heads), dim=-1)
-    steps = softplus(dt.float() + weights.dt_bias)
-    outputs = []
-    for run in packing.runs:
-        history = _stack(histories, run.rows)
-        conv = dispatch.causal_conv1d(
-            run.take(xbc), weights.conv_weight, weights.conv_bias, history
-        ).float()
-        values, keys, queries = conv.split((inner, shared, shared), dim=-1)
-        y = dispatch.chunk_scan(
-            values.unflatten(-1, (heads, -1)),
-            run.take(steps),
-            weights.a_log,
-            keys.unflatten(-1, (config.n_groups, -1)),
-            queries.unflatten(-1, (config.n_groups, -1)),
-            weights.d,
-            _stack(states, run.rows),
-        )
-        outputs.append(y.reshape(-1, inner))
-    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    y = dispatch.mamba_scan(projected, weights.for_scan(config), conv_state, ssm_state, rows)
+    z, xbc, dt = projected.split((config.d_inner, config.conv_dim, config.mamba_num_heads), dim=-1)
     u = dispatch.gated_group_norm(y, z, weights.norm, config.n_groups, config.layer_norm_epsilon)
-    return dispatch.linear(u, weights.out_proj, weights.out_proj_bias), LayerLog(xbc, dt)
+    return dispatch.linear(u, weights.out_proj, weights.out_proj_bias), xbc, dt
 
 
 def attention(
     x: Tensor,
     weights: AttentionWeights,
     config: TwoTowerConfig,
-    packing: Packing,
-    contexts: Sequence[KeyValuePages],
+    rows: Rows,
+    context: PagedKeyValues,
     causal: bool,
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Per row: its context's K/V. Returns output and each row's new K/V [nkv, L, hd]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the output, and views of the new K and V [T, nkv, hd]."""
     heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     qkv = dispatch.linear(x, weights.qkv, weights.qkv_bias).unflatten(-1, (-1, width))
     q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
-    outputs, added = [], []
-    for row, context in enumerate(contexts):
-        span = packing.slice_of(row)
-        k_new = k[span].transpose(0, 1).contiguous()
-        v_new = v[span].transpose(0, 1).contiguous()
-        outputs.append(dispatch.attention(q[span].contiguous(), context, k_new, v_new, causal))
-        added.append((k_new, v_new))
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return dispatch.linear(out, weights.o_proj, weights.o_proj_bias), added
+    out = dispatch.attention(q, k, v, context, rows, causal)
+    return dispatch.linear(out, weights.o_proj, weights.o_proj_bias), k, v
 
 
-def moe(x: Tensor, weights: MoeWeights, config: TwoTowerConfig) -> Tensor:
+def moe(x: Tensor, weights: MoeWeights, config: TwoTowerConfig, rows: Rows) -> Tensor:
     """Routed experts plus the shared MLP."""
     rule = RouterRule(
         config.num_experts_per_tok,
@@ -156,17 +126,11 @@ def moe(x: Tensor, weights: MoeWeights, config: TwoTowerConfig) -> Tensor:
         config.norm_topk_prob,
         config.routed_scaling_factor,
     )
-    ids, scores = dispatch.route(x, weights.gate, weights.choice_bias, rule)
-    return dispatch.experts(x, ids, scores, weights.up, weights.down) + mlp(x, weights.shared)
+    ids, scores = dispatch.route(x, weights.gate, weights.choice_bias, rule, rows.real)
+    shared = weights.shared
+    return dispatch.experts(x, ids, scores, weights.up, weights.down, shared.up, shared.down)
 
 
 def mlp(x: Tensor, weights: MlpWeights) -> Tensor:
     """down(relu(up x)^2)."""
     return dispatch.mlp(x, weights.up, weights.down, weights.up_bias, weights.down_bias)
-
-
-def _stack(parts: Sequence[Tensor], rows: range) -> Tensor:
-    """The rows' tensors as one batch; a view for a single row."""
-    if len(rows) == 1:
-        return parts[rows.start].unsqueeze(0)
-    return torch.stack([parts[row] for row in rows])

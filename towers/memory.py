@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from twotower.kernels.attention import KeyValuePages, page_runs
+from twotower.kernels.attention import PagedKeyValues, page_runs
+from twotower.kernels.rows import Rows
 from twotower.towers.config import ATTENTION, MAMBA, TwoTowerConfig
 from twotower.towers.errors import CapacityError, ConfigError
 from twotower.towers.state import ContextState
@@ -140,6 +141,7 @@ class StatePool:
 
     `conv` [S, M, K-1, Cd], `ssm` [S, M, H, P, N] fp32, `k` and `v` [A, nkv, T, hd]. Nothing is
     cleared here: on a CPU, memory that no row has used yet costs nothing. Not for several threads.
+    `page_table` [S, P] int32 has each slot's pages in order.
     """
 
     page_tokens = PAGE_TOKENS
@@ -164,6 +166,9 @@ class StatePool:
         self.ssm = torch.empty(ssm, device=device, dtype=torch.float32)
         self.k = torch.empty(kv, device=device, dtype=dtype)
         self.v = torch.empty(kv, device=device, dtype=dtype)
+        widest = min(num_pages, pages_for(config.max_position_embeddings))
+        table = (num_slots, max(1, widest))
+        self.page_table = torch.zeros(table, device=device, dtype=torch.int32)
 
     def open(self, capacity: int) -> ContextState:
         """An empty state with room for `capacity` tokens.
@@ -194,9 +199,22 @@ class StatePool:
         """Where tokens start..stop-1 of a row with these pages stand in `k` and `v`."""
         return page_runs(pages, PAGE_TOKENS, start, stop)
 
-    def layer_kv(self, layer: int, pages: Sequence[int], length: int) -> KeyValuePages:
-        """An attention layer's K/V of a row with these pages, for the attention operator."""
-        return KeyValuePages(self.k[layer], self.v[layer], pages, PAGE_TOKENS, length)
+    def layer_kv(self, layer: int) -> PagedKeyValues:
+        """An attention layer's K/V of all rows, for the attention operators."""
+        return PagedKeyValues(self.k[layer], self.v[layer])
+
+    def write_pages(self, slot: int, pages: Sequence[int]) -> None:
+        """Enters a row's pages into the table that the attention operators read."""
+        own = torch.tensor(pages, dtype=torch.int32)
+        self.page_table[slot, : len(pages)] = own.to(self.page_table.device)
+
+    def rows(
+        self, states: Sequence[ContextState], lengths: Sequence[int], visible: Sequence[int]
+    ) -> Rows:
+        """What a pass over new tokens of these states tells the operators; all live here."""
+        assert all(state.pool is self for state in states), "states of one pass share a pool"
+        slots = [state.slot for state in states]
+        return Rows.build(lengths, slots, visible, self.page_table, PAGE_TOKENS)
 
     def copy_page(self, source: int, target: int, count: int) -> None:
         """Copies the K/V of a page's first `count` tokens into another page."""

@@ -6,20 +6,32 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 
+import torch
+
 from twotower.towers.params import GenerationParams
 from twotower.towers.protocols import StateLink, UpdateWriter
 from twotower.towers.state import ContextState
 from twotower.towers.update import StateUpdate, UpdatePlan
 
-# Prompts are read on this grid whatever shares the pass, so that a prompt's state has the same
-# bits after a restart, in another batch and from the prefix cache.
+# Prompts are read on a grid of this many tokens whatever shares the pass, so that a prompt's state
+# has the same bits after a restart, in another batch and from the prefix cache. A GPU reads the
+# weights of a pass for 64 tokens in the time in which it could compute with 1024.
 PREFILL_CHUNK = 64
+_CUDA_PREFILL_CHUNK = 1024
+
+
+def default_prefill_chunk(device: torch.device) -> int:
+    """Tokens of a prompt's pass where nobody says otherwise."""
+    return _CUDA_PREFILL_CHUNK if device.type == "cuda" else PREFILL_CHUNK
 
 
 def prefill_pieces(
-    prompt: Sequence[int], generated: Sequence[int], params: GenerationParams
+    prompt: Sequence[int],
+    generated: Sequence[int],
+    params: GenerationParams,
+    chunk: int = PREFILL_CHUNK,
 ) -> list[list[int]]:
-    """The passes that read a row: its prompt on the fixed grid, then what was generated in the
+    """The passes that read a row: its prompt on a grid of `chunk`, then what was generated in the
     units in which it was committed.
 
     The last token of a mock_ar row is a pass of its own. The last generated token of a verified
@@ -28,7 +40,7 @@ def prefill_pieces(
     tokens = list(prompt)
     unit = 1 if params.mode in ("ar", "mock_ar") else params.block_size
     tail = [tokens.pop()] if params.mode == "mock_ar" else []
-    pieces = [tokens[i : i + PREFILL_CHUNK] for i in range(0, len(tokens), PREFILL_CHUNK)]
+    pieces = [tokens[i : i + chunk] for i in range(0, len(tokens), chunk)]
     if tail:
         pieces.append(tail)
     read = generated[:-1] if params.mode == "verified" else generated

@@ -6,14 +6,15 @@ position and the step, so a draw repeats exactly in any batch and after any resu
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from twotower.kernels import dispatch
-from twotower.kernels.philox import uniforms
-from twotower.kernels.unmask import bar
+from twotower.kernels.unmask import Lines, tempered, without
 from twotower.towers.errors import NumericalError
 from twotower.towers.params import GenerationParams, row_key
 
@@ -57,10 +58,16 @@ class Sampler:
             params.eos_from,
         )
 
+    @property
+    def filtered(self) -> bool:
+        """Whether a draw needs the whole distribution before its noise."""
+        narrowed = (self.top_k, self.top_p, self.min_p) != (None, None, None)
+        return self.temperature > 0 and narrowed
+
     def draw(
         self,
         logits: Tensor,
-        positions: list[int],
+        positions: Sequence[int],
         step: int,
         domain: int,
         excluded_token: int | None = None,
@@ -69,42 +76,84 @@ class Sampler:
 
         Raises NumericalError on non-finite logits.
         """
-        barred = self._barred(positions, logits.device)
-        scores = noise = None
-        if self.temperature > 0:
-            scores = draw_scores(logits, self, excluded_token, barred)
-            where = torch.tensor(positions, device=logits.device)
-            noise = uniforms(self.key, where, step, domain, logits.shape[-1])
-        tokens, confidences, log_probs, finite = dispatch.predict(
-            logits, excluded_token, scores, noise, self.eos_token_id, barred
-        )
-        if not bool(finite.all()):
-            raise NumericalError(f"non-finite logits at position {positions[0]}, step {step}")
-        return Drawn(tokens.tolist(), confidences.tolist(), log_probs.tolist())
-
-    def _barred(self, positions: list[int], device: torch.device) -> Tensor | None:
-        """Where EOS cannot be drawn, [M] bool; None if it can be everywhere."""
-        if self.eos_token_id is None or min(positions, default=self.eos_from) >= self.eos_from:
-            return None
-        return torch.tensor([position < self.eos_from for position in positions], device=device)
+        drawn = draw_tokens(logits, [Draw(self, positions, step, domain, excluded_token)])[0]
+        if isinstance(drawn, NumericalError):
+            raise drawn
+        return drawn
 
 
-def draw_scores(
-    logits: Tensor, sampler: Sampler, excluded_token: int | None, barred: Tensor | None = None
-) -> Tensor:
+@dataclass(frozen=True)
+class Draw:
+    """Tokens that a row asks for: one at each of its absolute positions, with noise of a step and
+    domain. `excluded_token` can never be drawn and takes no part in the softmax."""
+
+    sampler: Sampler
+    positions: Sequence[int]
+    step: int = 0
+    domain: int = DOMAIN_AUTOREGRESSIVE
+    excluded_token: int | None = None
+
+    def barred_tokens(self) -> list[int]:
+        """At each position EOS while it may not be drawn yet, otherwise -1."""
+        eos, start = self.sampler.eos_token_id, self.sampler.eos_from
+        if eos is None:
+            return [-1] * len(self.positions)
+        return [eos if position < start else -1 for position in self.positions]
+
+
+def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn | NumericalError]:
+    """logits [M, V], the lines of one draw after those of another -> what each row gets.
+
+    A row with non-finite logits gets the error. Draws without filters share one launch.
+    """
+    ends = list(accumulate(len(draw.positions) for draw in draws))
+    spans = [slice(end - len(draw.positions), end) for draw, end in zip(draws, ends, strict=True)]
+    plain = [index for index, draw in enumerate(draws) if not draw.sampler.filtered]
+    results: dict[int, Drawn | NumericalError] = {}
+    if len(plain) == len(draws):
+        return _predicted(logits, draws, None)
+    if plain:
+        chosen = torch.cat([logits[spans[index]] for index in plain])
+        shared = _predicted(chosen, [draws[index] for index in plain], None)
+        results = dict(zip(plain, shared, strict=True))
+    for index, draw in enumerate(draws):
+        if index not in results:
+            own = logits[spans[index]]
+            results[index] = _predicted(own, [draw], draw_scores(own, draw))[0]
+    return [results[index] for index in range(len(draws))]
+
+
+def lines_of(draws: Sequence[Draw], device: torch.device) -> Lines:
+    """How each line of these draws is drawn, in order."""
+    counts = [len(draw.positions) for draw in draws]
+
+    def spread(values: Iterable[int]) -> list[int]:
+        return [v for v, count in zip(values, counts, strict=True) for _ in range(count)]
+
+    none = [-1 if draw.excluded_token is None else draw.excluded_token for draw in draws]
+    whole = torch.tensor(
+        [
+            spread(signed(draw.sampler.key) for draw in draws),
+            [position for draw in draws for position in draw.positions],
+            spread(draw.step for draw in draws),
+            spread(draw.domain for draw in draws),
+            spread(none),
+            [token for draw in draws for token in draw.barred_tokens()],
+        ],
+        dtype=torch.int64,
+    ).to(device)
+    temperatures = [draw.sampler.temperature for draw in draws for _ in draw.positions]
+    return Lines(torch.tensor(temperatures, dtype=torch.float32).to(device), *whole)
+
+
+def draw_scores(logits: Tensor, draw: Draw) -> Tensor:
     """logits [M, V] -> log-probabilities to draw from, -inf where filtered out, [M, V] fp32.
 
-    Where `barred` [M] bool is True, EOS is taken out before the filters count what is left.
+    A barred token is taken out before the filters count what is left.
     """
-    scores = logits.float()
-    if excluded_token is not None:
-        scores = scores.clone()
-        scores[:, excluded_token] = float("-inf")
-    scores = bar(scores, sampler.eos_token_id, barred)
-    # From the maximum down, so that no quotient overflows at a temperature next to 0.
-    scores = scores - scores.amax(-1, keepdim=True)
-    temperature = max(sampler.temperature, torch.finfo(scores.dtype).tiny)
-    scores = torch.log_softmax(scores / temperature, dim=-1)
+    sampler, lines = draw.sampler, lines_of([draw], logits.device)
+    scores = without(without(logits.float(), lines.excluded), lines.barred)
+    scores = tempered(scores, lines.temperature)
     if sampler.top_k is not None:
         scores = _keep_top_k(scores, sampler.top_k)
     if sampler.top_p is not None and sampler.top_p < 1.0:
@@ -113,6 +162,31 @@ def draw_scores(
         least = scores.amax(-1, keepdim=True) + torch.log(torch.tensor(sampler.min_p))
         scores = scores.masked_fill(scores < least, float("-inf"))
     return scores
+
+
+def _predicted(
+    logits: Tensor, draws: Sequence[Draw], scores: Tensor | None
+) -> list[Drawn | NumericalError]:
+    parts = dispatch.predict(logits, lines_of(draws, logits.device), scores)
+    # One transfer; fp64 holds ids and fp32 values exactly.
+    tokens, confidences, log_probs, finite = torch.stack([part.double() for part in parts]).tolist()
+    results: list[Drawn | NumericalError] = []
+    start = 0
+    for draw in draws:
+        own = slice(start, start + len(draw.positions))
+        start = own.stop
+        if all(finite[own]):
+            ids = [int(token) for token in tokens[own]]
+            results.append(Drawn(ids, confidences[own], log_probs[own]))
+        else:
+            where = f"position {draw.positions[0]}, step {draw.step}"
+            results.append(NumericalError(f"non-finite logits at {where}"))
+    return results
+
+
+def signed(key: int) -> int:
+    """The same 64 bits as a signed number, which is what an int64 tensor takes."""
+    return key - (1 << 64) if key >> 63 else key
 
 
 def _keep_top_k(scores: Tensor, top_k: int) -> Tensor:

@@ -24,6 +24,14 @@ class PassLimits:
     max_rows: int | None = None
     prefill_tokens: int = 64
 
+    @classmethod
+    def for_device(cls, device_type: str) -> PassLimits:
+        """What suits a kind of device: on `cuda` a pass is bound by its weights up to thousands of
+        tokens, on `cpu` by its tokens."""
+        if device_type == "cuda":
+            return cls(max_tokens=4096, prefill_tokens=1024)
+        return cls()
+
     def __post_init__(self) -> None:
         for field in ("max_tokens", "max_rows", "prefill_tokens"):
             value = getattr(self, field)

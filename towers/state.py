@@ -17,21 +17,28 @@ import torch
 from torch import Tensor
 
 from twotower.kernels import dispatch
-from twotower.kernels.attention import KeyValuePages
 from twotower.kernels.replay import ReplayWeights
 from twotower.towers.update import StateUpdate, UpdateKind, UpdatePlan, plan_update
 
 if TYPE_CHECKING:
     from twotower.towers.memory import StatePool
-    from twotower.towers.protocols import LayerSink
 
 
 @dataclass(frozen=True)
-class LayerLog:
-    """Raw projections of a Mamba layer: xbc [n, Cd] before the conv, dt [n, H] before softplus."""
+class PassLog:
+    """Raw projections of all M Mamba layers over T tokens: xbc [M, T, Cd] before the conv, dt
+    [M, T, H] before softplus."""
 
     xbc: Tensor
     dt: Tensor
+
+    def part(self, start: int, stop: int) -> PassLog:
+        """Tokens start..stop-1, views."""
+        return PassLog(self.xbc[:, start:stop], self.dt[:, start:stop])
+
+    def copy(self) -> PassLog:
+        """A copy: views would keep the whole pass's projections alive."""
+        return PassLog(self.xbc.clone(), self.dt.clone())
 
 
 class ContextState:
@@ -46,25 +53,22 @@ class ContextState:
         self.pages = pages
         self.conv = pool.conv[slot].zero_()
         self.ssm = pool.ssm[slot].zero_()
-        self._pool = pool
-        self._slot = slot
+        self.pool = pool
+        self.slot = slot
         self._released = False
-        self._log: list[LayerLog] = []
-        # The part of the log that the last `advance` replayed, for a delta, and where it began.
-        self._replayed: list[LayerLog] = []
+        self._log: PassLog | None = None
+        # The part of the log that was replayed last, for a delta, and where it began.
+        self._replayed: PassLog | None = None
         self._replayed_from = 0
+        pool.write_pages(slot, pages)
 
     @property
     def num_bytes(self) -> int:
         """Bytes that the row holds: its slot, its pages, shared or not, and its log."""
-        logs = [*self._log, *self._replayed]
+        logs = [log for log in (self._log, self._replayed) if log is not None]
         held = [self.conv, self.ssm, *(part for log in logs for part in (log.xbc, log.dt))]
-        pages = len(self.pages) * self._pool.page_bytes
+        pages = len(self.pages) * self.pool.page_bytes
         return pages + sum(tensor.nbytes for tensor in held)
-
-    def context_kv(self, layer: int, seen: int) -> KeyValuePages:
-        """An attention layer's K/V of the first `seen` tokens, where they stand."""
-        return self._pool.layer_kv(layer, self.pages, seen)
 
     def kv(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """An attention layer's K and V of tokens start..stop-1, [nkv, n, hd] each; views where
@@ -73,48 +77,68 @@ class ContextState:
         return k[layer], v[layer]
 
     def write_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Puts one attention layer's K/V [nkv, n, hd] of a pass behind what is there; they count
-        once `append` has taken the pass."""
+        """Puts one attention layer's K/V [nkv, n, hd] behind what is there; they count once
+        `append` has taken the tokens."""
         assert not self._released
-        self._write(layer, k, v)
+        at, end = 0, self.length + k.shape[-2]
+        for run in self.pool.runs(self.pages, self.length, end):
+            part = slice(at, at + run.stop - run.start)
+            self.pool.k[layer, :, run] = k[:, part]
+            self.pool.v[layer, :, run] = v[:, part]
+            at = part.stop
 
-    def append(self, log: list[LayerLog], count: int) -> None:
-        """Takes the log of a pass over `count` tokens, whose K/V the pass has written."""
+    def append(self, log: PassLog | None, count: int) -> None:
+        """Takes the log of a pass over `count` tokens, None without Mamba layers; the pass has
+        written their K/V."""
+        assert not self._released
         assert self.length == self.position, "the log must be replayed before the next pass"
         assert self.length + count <= self.capacity
-        self._log, self._replayed = log, []
+        self._log, self._replayed = log, None
         self.length += count
 
-    def advance(
-        self, weights: Sequence[ReplayWeights], count: int, sink: LayerSink | None = None
-    ) -> None:
-        """Replays the first `count` tokens of the log into the snapshot.
+    def advance(self, weights: ReplayWeights | None, count: int) -> None:
+        """Replays the first `count` tokens of the log into the snapshot."""
+        assert 0 <= count <= self.length - self.position
+        log = self._log
+        if log is not None and weights is not None and count:
+            rows = self.pool.rows([self], [log.xbc.shape[1]], [0])
+            counts = torch.tensor([count], dtype=torch.int32, device=log.xbc.device)
+            dispatch.replay(self.pool.ssm, self.pool.conv, log.xbc, log.dt, weights, rows, counts)
+        self.advanced(count)
 
-        `sink` takes each layer's new `conv` and `ssm` before the next layer is replayed.
+    def advanced(self, count: int, *, exported: bool = False) -> None:
+        """Takes note that the snapshot has been moved over the first `count` tokens of the log.
+
+        With `exported` a link has them already; otherwise they are kept where they may become a
+        delta.
         """
         assert not self._released
-        assert 0 <= count <= self.length - self.position
-        done = [LayerLog(log.xbc[:count], log.dt[:count]) for log in self._log if count]
-        for layer, own in enumerate(weights):
-            if done:
-                xbc, dt = done[layer].xbc, done[layer].dt
-                dispatch.replay(self.ssm[layer], self.conv[layer], xbc, dt, own)
-            if sink is not None:
-                sink.put("conv", layer, self.conv[layer])
-                sink.put("ssm", layer, self.ssm[layer])
         if not count:
             return
-        plan = plan_update(self._pool.config, self.position, self.position + count)
-        # What a sink took needs no export; kept otherwise only where it may become a delta.
-        self._replayed = done if sink is None and plan.kind == "delta" else []
+        log, self._replayed = self._log, None
+        plan = plan_update(self.pool.config, self.position, self.position + count)
+        if log is not None and not exported and plan.kind == "delta":
+            self._replayed = log.part(0, count).copy()
         self._replayed_from = self.position
         self.position += count
         rest = self.length - self.position
-        self._log = [LayerLog(log.xbc[count:], log.dt[count:]) for log in self._log if rest]
+        self._log = log.part(count, count + rest).copy() if log is not None and rest else None
+
+    def stepped(self) -> None:
+        """Takes note that a pass has read one token into K/V and snapshot alike."""
+        assert not self._released
+        assert self.length == self.position < self.capacity
+        self._replayed = None
+        self.length = self.position = self.length + 1
+
+    def own_log(self) -> None:
+        """Copies the log out of the pass that it is a part of, to be kept."""
+        if self._log is not None:
+            self._log = self._log.copy()
 
     def truncate(self) -> None:
         """Drops what is left of the log, and K/V behind `position`."""
-        self._log = []
+        self._log = None
         self.length = self.position
 
     def export(self, start: int) -> StateUpdate:
@@ -126,15 +150,14 @@ class ContextState:
         held = {"conv": self.conv, "ssm": self.ssm, "k": k, "v": v}
         tensors = {name: list(tensor) for name, tensor in held.items()}
         kind: UpdateKind = "snapshot"
-        if self._replayed and self._replayed_from == start:
+        if self._replayed is not None and self._replayed_from == start:
             kind = "delta"
-            tensors["xbc"] = [log.xbc for log in self._replayed]
-            tensors["dt"] = [log.dt for log in self._replayed]
-            self._replayed = []
+            tensors["xbc"], tensors["dt"] = list(self._replayed.xbc), list(self._replayed.dt)
+            self._replayed = None
         plan = UpdatePlan(kind, start, self.position)
-        return StateUpdate(plan, {name: tensors[name] for name in plan.shapes(self._pool.config)})
+        return StateUpdate(plan, {name: tensors[name] for name in plan.shapes(self.pool.config)})
 
-    def apply(self, update: StateUpdate, weights: Sequence[ReplayWeights] | None = None) -> None:
+    def apply(self, update: StateUpdate, weights: ReplayWeights | None = None) -> None:
         """Moves a mirror on by an update; `weights` are the sender's, for deltas.
 
         Raises ValueError, and changes nothing, if the update does not fit on what is there.
@@ -148,11 +171,10 @@ class ContextState:
         for layer, (k, v) in enumerate(
             zip(tensors.get("k", ()), tensors.get("v", ()), strict=True)
         ):
-            self._write(layer, k, v)
+            self.write_kv(layer, k, v)
         if delta:
-            for layer, own in enumerate(weights or ()):
-                xbc, dt = tensors["xbc"][layer], tensors["dt"][layer]
-                dispatch.replay(self.ssm[layer], self.conv[layer], xbc, dt, own)
+            assert weights is not None
+            self._replay_update(tensors["xbc"], tensors["dt"], weights)
         elif "ssm" in tensors:
             for layer in range(len(self.ssm)):
                 self.conv[layer].copy_(tensors["conv"][layer])
@@ -172,12 +194,13 @@ class ContextState:
                 f"position: got {position}, expected at most the capacity {self.capacity} of a "
                 f"state that holds no tokens, not {self.length}"
             )
-        full, rest = divmod(position, self._pool.page_tokens)
-        self._pool.pages.share(pages[:full])
-        self._pool.pages.free(self.pages[:full])
+        full, rest = divmod(position, self.pool.page_tokens)
+        self.pool.pages.share(pages[:full])
+        self.pool.pages.free(self.pages[:full])
         self.pages[:full] = pages[:full]
+        self.pool.write_pages(self.slot, self.pages)
         if rest:
-            self._pool.copy_page(pages[full], self.pages[full], rest)
+            self.pool.copy_page(pages[full], self.pages[full], rest)
         self.conv.copy_(conv)
         self.ssm.copy_(ssm)
         self.position = self.length = position
@@ -190,14 +213,14 @@ class ContextState:
         if self._released:
             return
         self._released = True
-        self._log, self._replayed = [], []
-        self._pool.slots.free(self._slot)
-        self._pool.pages.free(self.pages)
+        self._log = self._replayed = None
+        self.pool.slots.free(self.slot)
+        self.pool.pages.free(self.pages)
 
     def _gather(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """K and V of tokens start..stop-1 in all layers, [A, nkv, n, hd] each."""
-        runs = self._pool.runs(self.pages, start, stop) or [slice(0, 0)]
-        k, v = ([held[:, :, run] for run in runs] for held in (self._pool.k, self._pool.v))
+        runs = self.pool.runs(self.pages, start, stop) or [slice(0, 0)]
+        k, v = ([held[:, :, run] for run in runs] for held in (self.pool.k, self.pool.v))
         return (k[0], v[0]) if len(runs) == 1 else (torch.cat(k, dim=2), torch.cat(v, dim=2))
 
     def _moved(self, shares: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -207,14 +230,28 @@ class ContextState:
         # One transfer: each layer's own would cost more in launches than in bytes.
         return list(torch.stack(list(shares)).to(self.conv.device))
 
-    def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Puts one attention layer's K/V [nkv, n, hd] behind what is there."""
-        at, end = 0, self.length + k.shape[-2]
-        for run in self._pool.runs(self.pages, self.length, end):
-            part = slice(at, at + run.stop - run.start)
-            self._pool.k[layer, :, run] = k[:, part]
-            self._pool.v[layer, :, run] = v[:, part]
-            at = part.stop
+    def _replay_update(
+        self, xbc: Sequence[Tensor], dt: Sequence[Tensor], weights: ReplayWeights
+    ) -> None:
+        """Replays a delta layer by layer where its shares stand, or in one go on a GPU."""
+        rows = self.pool.rows([self], [len(xbc[0])], [0])
+        counts = torch.tensor([len(xbc[0])], dtype=torch.int32, device=self.conv.device)
+        pool = self.pool
+        if self.conv.is_cuda:
+            logs = torch.stack(list(xbc)), torch.stack(list(dt))
+            dispatch.replay(pool.ssm, pool.conv, *logs, weights, rows, counts)
+            return
+        for layer in range(len(weights)):
+            own = slice(layer, layer + 1)
+            dispatch.replay(
+                pool.ssm[:, own],
+                pool.conv[:, own],
+                xbc[layer].unsqueeze(0),
+                dt[layer].unsqueeze(0),
+                weights.layer(layer),
+                rows,
+                counts,
+            )
 
     def _check_order(self, plan: UpdatePlan) -> None:
         if plan.start != self.length or not plan.start <= plan.position <= self.capacity:
@@ -229,7 +266,7 @@ class ContextState:
             )
 
     def _check_shapes(self, update: StateUpdate) -> None:
-        expected = update.plan.shapes(self._pool.config)
+        expected = update.plan.shapes(self.pool.config)
         for name in update.tensors:
             if name not in expected:
                 raise ValueError(f"{name}: got a tensor, expected none in a {update.plan.kind}")

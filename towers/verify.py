@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from twotower.kernels import dispatch
+from twotower.kernels.unmask import Lines, gumbel, tempered, without
 from twotower.towers.context import ContextTower
 from twotower.towers.context_engine import ContextEngine
 from twotower.towers.denoiser import DenoiserTower, timestep_features
@@ -30,7 +31,7 @@ from twotower.towers.generation import generate_blocks
 from twotower.towers.link import LocalLink
 from twotower.towers.params import GenerationParams, Mode
 from twotower.towers.prefill import PREFILL_CHUNK
-from twotower.towers.sampling import Sampler, draw_scores
+from twotower.towers.sampling import Draw, Sampler, lines_of
 from twotower.towers.state import ContextState
 from twotower.towers.unmasking import BlockDraft, ThresholdRule
 from twotower.towers.weights import load_context_tower, load_denoiser_tower, parse_dtype
@@ -204,10 +205,10 @@ class _Replayer:
     def _denoise(self, _case: Case, tensors: Mapping[str, Tensor], result: CaseReport) -> None:
         blocks = tensors["xt"].tolist()
         times = tensors["t"].tolist() if "t" in tensors else [None] * len(blocks)
-        states = []
-        for prompt in tensors["prompt"].tolist():
-            states.append(self.context.new_state(len(prompt)))
-            self._read(prompt, states[-1])
+        prompts = tensors["prompt"].tolist()
+        states = self.context.new_states(len(prompts), max(map(len, prompts)))
+        for prompt, state in zip(prompts, states, strict=True):
+            self._read(prompt, state)
 
         def compare(name: str, got: Tensor) -> None:
             if name in tensors:
@@ -261,7 +262,7 @@ class _Replayer:
     def _replay_trace(self, case: Case, tensors: Mapping[str, Tensor], result: CaseReport) -> None:
         """Every recorded denoiser call by itself, then the recorded run's decisions."""
         prompts = tensors["prompt"].tolist()
-        states = [self.context.new_state(tensors["output"].shape[1]) for _ in prompts]
+        states = self.context.new_states(len(prompts), tensors["output"].shape[1])
         for prompt, state in zip(prompts, states, strict=True):
             self._read(prompt, state)
         drafts: list[BlockDraft] = []
@@ -302,7 +303,7 @@ class _Replayer:
                 continue
             result.same(f"xt_before[{call},{row}]", draft.token_ids, blocks[row])
             picked = logits[row][draft.masked]
-            tokens, confidences, _, _ = dispatch.predict(picked, mask)
+            tokens, confidences, _, _ = dispatch.predict(picked, _greedy(picked, mask))
             want = tensors["trace.predicted"][call, row][draft.masked].tolist()
             result.same(f"predicted[{call},{row}]", tokens.tolist(), want)
             recorded = tensors["trace.confidence"][call, row][draft.masked]
@@ -363,14 +364,14 @@ class _Replayer:
                 if draft.done:
                     continue
                 logits = tensors["logits"][call, row][draft.masked]
-                scores = noise = None
+                lines, scores = _greedy(logits, mask), None
                 if case.get("temperature", 0) > 0:
-                    sampler = Sampler(case["temperature"], None, None, None, key=0)
-                    scores = draw_scores(logits, sampler, mask)
-                    noise = tensors["uniform"][call, row][draft.masked]
+                    temperature = torch.full((len(logits),), case["temperature"])
+                    scores = tempered(without(logits, lines.excluded), temperature)
+                    scores = scores + gumbel(tensors["uniform"][call, row][draft.masked])
                 if rows == 1:
                     result.same(f"t[{call}]", draft.timestep, float(tensors["trace.t"][call]))
-                tokens, confidences, _, _ = dispatch.predict(logits, mask, scores, noise)
+                tokens, confidences, _, _ = dispatch.predict(logits, lines, scores)
                 draft.commit(tokens.tolist(), confidences.tolist())
                 after = tensors["trace.xt_after"][call, row].tolist()
                 result.same(f"xt_after[{call},{row}]", draft.token_ids, after)
@@ -403,6 +404,13 @@ def _params(case: Case, mode: Mode, eos_token_id: int | None) -> GenerationParam
 
 def _draft(case: Case, mask_token_id: int) -> BlockDraft:
     return BlockDraft(case["block"], mask_token_id, ThresholdRule(case["gamma"], case["steps"]))
+
+
+def _greedy(logits: Tensor, mask_token_id: int) -> Lines:
+    """Lines without noise, in which the mask token cannot be predicted."""
+    sampler = Sampler(0.0, None, None, None, key=0)
+    draw = Draw(sampler, range(len(logits)), excluded_token=mask_token_id)
+    return lines_of([draw], logits.device)
 
 
 def _up_to_eos(tokens: list[int], eos_token_id: int | None) -> list[int]:

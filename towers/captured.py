@@ -1,0 +1,117 @@
+"""Work over fixed buffers, replayed as a CUDA graph.
+
+A pass is hundreds of launches of a few microseconds: at small batches the host would be slower
+than the device. On a CPU the same work is simply called, so that everything else is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Sizes of passes that have graphs of their own; a pass of another size is padded to the next.
+ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+
+def bucket_for(rows: int, buckets: Sequence[int] = ROW_BUCKETS) -> int:
+    """The smallest bucket that holds so many rows. Raises ValueError above the largest."""
+    for bucket in buckets:
+        if rows <= bucket:
+            return bucket
+    raise ValueError(f"rows: got {rows}, expected at most {buckets[-1]}")
+
+
+class GraphMemory:
+    """Memory that all graphs of one device share: no two of them run at a time."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def handle(self) -> Any:
+        """The pool's handle, made when the first graph is captured."""
+        if self._handle is None:
+            self._handle = torch.cuda.graph_pool_handle()
+        return self._handle
+
+
+class Captured:
+    """Calls `work`, on a CUDA device as a graph captured at the first call.
+
+    `work` takes and returns nothing: it reads and writes tensors that live as long as this does,
+    and never waits for the device. It is run twice before it is captured: its inputs must describe
+    padding then, so that this changes no row.
+    """
+
+    def __init__(self, work: Callable[[], None], device: torch.device, memory: GraphMemory) -> None:
+        self._work = work
+        self._device = device
+        self._memory = memory
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether a call costs a replay only."""
+        return self._device.type != "cuda" or self._graph is not None
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Compiles the kernels by running the work, then records it; on a CPU nothing."""
+        if self.ready:
+            return
+        side = torch.cuda.Stream(self._device)
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._work()
+        torch.cuda.current_stream(self._device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of the process go on allocating and copying meanwhile.
+        with torch.cuda.graph(graph, pool=self._memory.handle(), capture_error_mode="thread_local"):
+            self._work()
+        self._graph = graph
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._work()
+
+
+class Staging:
+    """Numbers on their way to and from the device: one transfer each way a call.
+
+    `inputs` [n, B] int64 on the device; `send` fills it. The host's side is pinned where the device
+    is CUDA, and is written again only after the device has read it, since every call ends with
+    `receive`.
+    """
+
+    def __init__(self, names: Sequence[str], rows: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self._host = torch.zeros(len(names), rows, dtype=torch.int64, pin_memory=pinned)
+        self._inputs = torch.zeros(len(names), rows, dtype=torch.int64, device=device)
+        self._place = {name: index for index, name in enumerate(names)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One named input on the device, [B] int64."""
+        return self._inputs[self._place[name]]
+
+    def send(self, padding: Mapping[str, int], **values: Sequence[int]) -> None:
+        """Puts each name's first numbers in place, and its padding (0 if not given) behind them."""
+        for name, place in self._place.items():
+            line, own = self._host[place], values.get(name, ())
+            line[: len(own)] = torch.tensor(own, dtype=torch.int64)
+            line[len(own) :] = padding.get(name, 0)
+        self._inputs.copy_(self._host, non_blocking=True)
+
+
+def receive(outputs: Tensor, host: Tensor) -> Tensor:
+    """Copies `outputs` into `host`, pinned where the device is CUDA, and waits for it: the one
+    moment of a step at which the host waits for the device."""
+    host.copy_(outputs, non_blocking=True)
+    if outputs.is_cuda:
+        torch.cuda.current_stream(outputs.device).synchronize()
+    return host

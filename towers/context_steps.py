@@ -1,0 +1,169 @@
+"""The autoregressive step of many rows over fixed buffers: read a token, draw the next, advance.
+
+Everything that a step needs is sent in one transfer and one graph is replayed; the host waits once,
+for the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from twotower.kernels import dispatch
+from twotower.kernels.rows import Rows
+from twotower.kernels.unmask import Lines
+from twotower.towers.backbone import TowerPass
+from twotower.towers.captured import (
+    ROW_BUCKETS,
+    Captured,
+    GraphMemory,
+    Staging,
+    bucket_for,
+    receive,
+)
+from twotower.towers.context import ContextTower
+from twotower.towers.errors import NumericalError
+from twotower.towers.memory import StatePool
+from twotower.towers.sampling import Draw, Drawn, signed
+from twotower.towers.state import ContextState
+
+_INPUTS = ("token", "slot", "visible", "key", "position", "step", "domain", "barred", "heat")
+_PADDING = {"slot": -1, "barred": -1}
+# A temperature travels among whole numbers, in units that keep every fp32 value's bits.
+_FLOAT_BITS = torch.int32
+
+Step = tuple[ContextState, int, Draw]
+
+
+class ContextSteps:
+    """Steps of rows whose states live in one pool, which is that of the first step."""
+
+    def __init__(self, tower: ContextTower) -> None:
+        self._tower = tower
+        self._memory = GraphMemory()
+        self._pool: StatePool | None = None
+        self._programs: dict[int, _Program] = {}
+
+    def run(self, steps: Sequence[Step]) -> list[tuple[Tensor, Drawn | NumericalError]]:
+        """Each row's state takes its token; what it drew after it, and its last hidden state [H].
+
+        Only for draws without filters.
+        """
+        results: list[tuple[Tensor, Drawn | NumericalError]] = []
+        for first in range(0, len(steps), ROW_BUCKETS[-1]):
+            own = steps[first : first + ROW_BUCKETS[-1]]
+            program = self._program(own[0][0].pool, bucket_for(len(own)))
+            results += program.step(own)
+        return results
+
+    def warm_up(self, pool: StatePool, rows: int) -> None:
+        """Captures the graphs of all steps of up to `rows` rows."""
+        bucket = 0
+        while bucket < bucket_for(rows):
+            bucket = bucket_for(bucket + 1)
+            self._program(pool, bucket).capture()
+
+    def _program(self, pool: StatePool, rows: int) -> _Program:
+        if self._pool is not pool:
+            self._pool = pool
+            self._programs.clear()
+        if rows not in self._programs:
+            self._programs[rows] = _Program(self._tower, pool, rows, self._memory)
+        return self._programs[rows]
+
+
+class _Program:
+    """The step of up to B rows, over buffers of its own."""
+
+    def __init__(
+        self, tower: ContextTower, pool: StatePool, rows: int, memory: GraphMemory
+    ) -> None:
+        self._tower = tower
+        self._pool = pool
+        device = tower.device
+        self._staging = Staging(_INPUTS, rows, device)
+        self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self._slots = torch.full((rows,), -1, dtype=torch.int32, device=device)
+        self._visible = torch.zeros_like(self._slots)
+        self._log = tower.new_log(rows)
+        shape = (rows, tower.config.hidden_size)
+        self._hidden = torch.zeros(shape, dtype=tower.dtype, device=device)
+        outputs = torch.zeros(4, rows, dtype=torch.float64)
+        self._outputs = outputs.to(device)
+        self._host = outputs.pin_memory() if device.type == "cuda" else outputs
+        self._work = Captured(self._forward, device, memory)
+
+    def capture(self) -> None:
+        """Captures the graph for padding alone, where that has not been done."""
+        if self._work.ready:
+            return
+        self._staging.send(_PADDING)
+        self._work.capture()
+
+    def step(self, steps: Sequence[Step]) -> list[tuple[Tensor, Drawn | NumericalError]]:
+        """See `ContextSteps.run`; at most B rows."""
+        self.capture()
+        draws = [draw for _, _, draw in steps]
+        heats = torch.tensor([draw.sampler.temperature for draw in draws], dtype=torch.float32)
+        self._staging.send(
+            _PADDING,
+            token=[token for _, token, _ in steps],
+            slot=[state.slot for state, _, _ in steps],
+            visible=[state.length for state, _, _ in steps],
+            key=[signed(draw.sampler.key) for draw in draws],
+            position=[draw.positions[0] for draw in draws],
+            step=[draw.step for draw in draws],
+            domain=[draw.domain for draw in draws],
+            barred=[draw.barred_tokens()[0] for draw in draws],
+            heat=heats.view(_FLOAT_BITS).tolist(),
+        )
+        self._work()
+        tokens, confidences, log_probs, finite = receive(self._outputs, self._host).tolist()
+        hidden = self._hidden[: len(steps)].clone()
+        results: list[tuple[Tensor, Drawn | NumericalError]] = []
+        for row, (state, _, draw) in enumerate(steps):
+            state.stepped()
+            drawn: Drawn | NumericalError
+            if finite[row]:
+                drawn = Drawn([int(tokens[row])], [confidences[row]], [log_probs[row]])
+            else:
+                drawn = NumericalError(f"non-finite logits at position {draw.positions[0]}")
+            results.append((hidden[row], drawn))
+        return results
+
+    def _forward(self) -> None:
+        tower, pool, staging = self._tower, self._pool, self._staging
+        self._slots.copy_(staging["slot"])
+        self._visible.copy_(staging["visible"])
+        rows = Rows(
+            self._starts,
+            self._slots,
+            self._visible,
+            pool.page_table,
+            pool.page_tokens,
+            1,
+            real=self._slots >= 0,
+        )
+        hidden = tower.run(staging["token"], TowerPass(rows, pool, causal=True), self._log)
+        self._hidden.copy_(hidden)
+        drawn = dispatch.predict(tower.logits(hidden), self._lines())
+        if self._log is not None and tower.replay_weights is not None:
+            one = torch.ones_like(self._slots)
+            xbc, dt = self._log.xbc, self._log.dt
+            dispatch.replay(pool.ssm, pool.conv, xbc, dt, tower.replay_weights, rows, one)
+        self._outputs.copy_(torch.stack([part.double() for part in drawn]))
+
+    def _lines(self) -> Lines:
+        staging = self._staging
+        heat = staging["heat"].to(_FLOAT_BITS).view(torch.float32)
+        return Lines(
+            heat,
+            staging["key"],
+            staging["position"],
+            staging["step"],
+            staging["domain"],
+            torch.full_like(staging["key"], -1),
+            staging["barred"],
+        )
