@@ -2,12 +2,14 @@
 
     python -m benchmarks.channel
     python -m benchmarks.channel --rows 16 --rounds 15
+    python -m benchmarks.channel --transport nccl
 
 At the shapes of the 30B model in bf16: the bytes of one row's block as a delta beside those of its
 whole state, and for each transport the throughput of the channel, several rows at once, beside a
 bare transfer between the same two processes: 1 MiB messages over a gRPC stream with the same
 options, 1 MiB tensors through a process group. Bare and channel take turns; the ratio is that of
-their medians. Prints one JSON object.
+their medians. NCCL wants two GPUs, cuda:0 receives; its bare transfer is NCCL at its best, 8 MiB
+tensors one after the other with nobody waiting before the last. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from torch import Tensor
 from twotower.cluster.channel import process_group
 from twotower.cluster.channel.framing import CHUNK_BYTES
 from twotower.cluster.channel.grpc import CPU, OPTIONS, GrpcStateLink, LinkSpec
+from twotower.cluster.channel.nccl import RECEIVER, SENDER, TAG, settle
+from twotower.cluster.channel.process_group import GROUP_FRAME_BYTES
 from twotower.cluster.channel.receiver import StateReceiver
 from twotower.cluster.topology import Transport, max_update_bytes
 from twotower.towers.config import TwoTowerConfig
@@ -71,8 +75,10 @@ BARE_METHOD = "/benchmark.Bare/Carry"
 BARE_MESSAGES = 256
 # As many bytes as the rows' updates: one message over and over would come from the CPU's cache.
 BARE_SOURCES = 32
+BARE_TIMEOUT_S = 60.0
 LONGEST = 1 << 17
-TRANSPORTS: tuple[Transport, ...] = ("grpc", "gloo")
+TRANSPORTS: tuple[Transport, ...] = ("grpc", "gloo", "nccl")
+ON_HOST = ["grpc", "gloo"]
 HOST = "127.0.0.1"
 # What has to outlive the call that started it.
 KEPT: list[object] = []
@@ -87,22 +93,26 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="rows in flight")
     parser.add_argument("--updates", type=int, default=8, help="updates of a row per round")
     parser.add_argument("--rounds", type=int, default=11, help="of each kind")
+    parser.add_argument("--transport", choices=TRANSPORTS, nargs="+", default=ON_HOST)
     parser.add_argument("--receive", choices=TRANSPORTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.receive:
         asyncio.run(serve(args.receive))
         return
+    if "nccl" in args.transport and torch.cuda.device_count() < 2:
+        parser.error(f"--transport nccl: got {torch.cuda.device_count()} GPUs, expected 2")
     result: dict[str, Any] = {
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
+            "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
         },
         "block": args.block,
         "rows": args.rows,
         "bytes": {n: block_bytes(n, args.block) for n in args.contexts},
     }
-    for transport in TRANSPORTS:
+    for transport in args.transport:
         result[transport] = asyncio.run(throughput(transport, args))
     print(json.dumps(result, indent=2))
 
@@ -113,10 +123,15 @@ def block_bytes(context: int, block: int) -> dict[str, float]:
     return {name: built(kind, context, block).num_bytes / 1e6 for name, kind in kinds.items()}
 
 
-def built(kind: UpdateKind, context: int, block: int) -> StateUpdate:
+def device_of(transport: Transport, *, sender: bool) -> torch.device:
+    """Where one side has its bytes."""
+    return torch.device("cuda", int(sender)) if transport == "nccl" else CPU
+
+
+def built(kind: UpdateKind, context: int, block: int, device: torch.device = CPU) -> StateUpdate:
     """An update of random values."""
     plan = UpdatePlan(kind, context, context + block)
-    builder = UpdateBuilder(NEMOTRON_30B, plan, CPU, torch.bfloat16)
+    builder = UpdateBuilder(NEMOTRON_30B, plan, device, torch.bfloat16)
     for name, tensor in builder.layout.items():
         for layer in range(len(tensor)):
             builder.put(name, layer, torch.randn(tensor.shape[1:]))
@@ -125,11 +140,16 @@ def built(kind: UpdateKind, context: int, block: int) -> StateUpdate:
 
 async def throughput(transport: Transport, args: argparse.Namespace) -> dict[str, float]:
     """MB/s of the bare transfer and of the channel, medians, and their ratio."""
-    with receiving_process(transport) as (address, bare_port):
-        bare, close_bare = await (bare_grpc if transport == "grpc" else bare_group)(bare_port)
+    device = device_of(transport, sender=True)
+    with receiving_process(transport) as (address, bare_port, start_round):
+        if transport == "grpc":
+            bare, close_bare = await bare_grpc(bare_port)
+        else:
+            bare, close_bare = await bare_group(transport, bare_port, start_round)
         spec = LinkSpec(address, TOKEN, 1, transport)
-        link = GrpcStateLink(spec, NEMOTRON_30B, torch.bfloat16, {})
-        channel = channel_round(link, built("delta", 0, args.block), args.rows, args.updates)
+        link = GrpcStateLink(spec, NEMOTRON_30B, torch.bfloat16, {}, device=device)
+        update = built("delta", 0, args.block, device)
+        channel = channel_round(link, update, args.rows, args.updates)
         rates: dict[str, list[float]] = {"bare": [], "channel": []}
         for number in range(args.rounds + 1):
             for name, run in (("bare", bare), ("channel", channel)):
@@ -190,17 +210,25 @@ async def bare_grpc(port: int) -> tuple[Round, Callable[[], Awaitable[None]]]:
     return run, channel.close
 
 
-async def bare_group(port: int) -> tuple[Round, Callable[[], Awaitable[None]]]:
-    """1 MiB tensors through a process group, answered by one byte."""
-    end = await process_group.join("gloo", HOST, port, CPU, 30.0)
-    tensors = torch.randint(256, (BARE_SOURCES, CHUNK_BYTES), dtype=torch.uint8)
-    answer = torch.zeros(1, dtype=torch.uint8)
+async def bare_group(
+    transport: Transport, port: int, start_round: Callable[[], None]
+) -> tuple[Round, Callable[[], Awaitable[None]]]:
+    """Tensors through a process group, answered by one byte."""
+    device = device_of(transport, sender=True)
+    end = await process_group.join(transport, HOST, port, device, 30.0)
+    group, size = end.member.group, bare_bytes(transport)
+    tensors = torch.randint(256, (BARE_SOURCES, size), dtype=torch.uint8, device=device)
+    answer = torch.zeros(1, dtype=torch.uint8, device=device)
 
     def transfer() -> int:
+        start_round()
         for number in range(BARE_MESSAGES):
-            end.group.send([tensors[number % BARE_SOURCES]], 0, 0).wait()
-        end.group.recv([answer], 0, 0).wait()
-        return BARE_MESSAGES * CHUNK_BYTES
+            sending = group.send([tensors[number % BARE_SOURCES]], RECEIVER, TAG)
+            # NCCL's are queued on the GPU, in order; the answer comes after all of them.
+            if transport == "gloo":
+                sending.wait()
+        settled(transport, group, group.recv([answer], RECEIVER, TAG))
+        return BARE_MESSAGES * size
 
     async def run() -> int:
         return await asyncio.to_thread(transfer)
@@ -211,15 +239,37 @@ async def bare_group(port: int) -> tuple[Round, Callable[[], Awaitable[None]]]:
     return run, close
 
 
+def bare_bytes(transport: Transport) -> int:
+    """Bytes of one message of the bare transfer."""
+    return GROUP_FRAME_BYTES if transport == "nccl" else CHUNK_BYTES
+
+
+def settled(transport: Transport, group: Any, work: Any) -> None:
+    """Waits until one transfer has ended."""
+    if transport == "nccl":
+        settle(work, group.abort, BARE_TIMEOUT_S)
+    else:
+        work.wait()
+
+
 @contextlib.contextmanager
-def receiving_process(transport: Transport) -> Iterator[tuple[str, int]]:
-    """Another process that receives; the channel's address and the bare transfer's port."""
+def receiving_process(transport: Transport) -> Iterator[tuple[str, int, Callable[[], None]]]:
+    """Another process that receives: the channel's address, the bare transfer's port, and what
+    starts a round of the bare transfer."""
     command = [sys.executable, "-m", "benchmarks.channel", "--receive", transport]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None
         assert process.stdout is not None
+        start = process.stdin
+
+        def start_round() -> None:
+            start.write("\n")
+            start.flush()
+
         try:
             address, bare_port = process.stdout.readline().split()
-            yield address, int(bare_port)
+            yield address, int(bare_port), start_round
         finally:
             process.terminate()
 
@@ -234,11 +284,12 @@ async def serve(transport: Transport) -> None:
         """No replay here."""
 
     limit = max_update_bytes(NEMOTRON_30B, LONGEST)
-    receiver = StateReceiver(apply, follow, TOKEN, limit, transport=transport)
+    device = device_of(transport, sender=False)
+    receiver = StateReceiver(apply, follow, TOKEN, limit, transport=transport, device=device)
     for number in range(64):
         receiver.open(f"row-{number}")
     address = await receiver.start(HOST)
-    bare_port = await (serve_bare_grpc() if transport == "grpc" else serve_bare_group())
+    bare_port = await (serve_bare_grpc() if transport == "grpc" else serve_bare_group(transport))
     print(address, bare_port, flush=True)
     await asyncio.Event().wait()
 
@@ -263,22 +314,26 @@ async def serve_bare_grpc() -> int:
     return port
 
 
-async def serve_bare_group() -> int:
+async def serve_bare_group(transport: Transport) -> int:
     """Receives the tensors in one thread until the peer is gone; returns the store's port."""
     rendezvous = process_group.Rendezvous(HOST)
+    device = device_of(transport, sender=False)
 
     def transfer(group: Any) -> None:
-        tensor = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
-        # Gloo tells by an error that the peer has gone.
+        tensor = torch.empty(bare_bytes(transport), dtype=torch.uint8, device=device)
+        # An error tells that the peer has gone.
         with contextlib.suppress(RuntimeError):
-            while True:
+            # Not before it is asked: NCCL's kernels would spin beside the channel's round.
+            while sys.stdin.readline():
                 for _ in range(BARE_MESSAGES):
-                    group.recv([tensor], 1, 0).wait()
-                group.send([tensor[:1]], 1, 0).wait()
+                    receiving = group.recv([tensor], SENDER, TAG)
+                    if transport == "gloo":
+                        receiving.wait()
+                settled(transport, group, group.send([tensor[:1]], SENDER, TAG))
 
     async def run() -> None:
-        end = await rendezvous.accept("gloo", CPU, 30.0)
-        threading.Thread(target=transfer, args=(end.group,), daemon=True).start()
+        end = await rendezvous.accept(transport, device, 30.0)
+        threading.Thread(target=transfer, args=(end.member.group,), daemon=True).start()
 
     KEPT.append(asyncio.create_task(run()))
     return rendezvous.port

@@ -27,9 +27,10 @@ class PairTopology:
 
     `cpus` and `gpus` are per tower and may be fractions; `num_threads` is the number of threads
     of a tower's arithmetic, `max_rows` and `max_context` bound what a tower holds. `transport` is
-    what carries the bytes of states from tower to tower; NCCL needs towers on GPUs. `max_waiting`
+    what carries the bytes of states from tower to tower; NCCL needs a GPU for each. `max_waiting`
     rows wait for room (None: any number); `memory_fraction` of the free memory is for states,
-    `prefix_cache_bytes` for the prefix cache's snapshots beside them.
+    `prefix_cache_bytes` for the prefix cache's snapshots beside them. `prefill_chunk` (None: by
+    device) is the grid on which prompts are read.
     """
 
     model_path: str
@@ -46,6 +47,7 @@ class PairTopology:
     max_pass_tokens: int = 512
     max_prefill_tokens: int = 64
     prefix_cache_bytes: int = 0
+    prefill_chunk: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_threads", "max_rows", "max_context"):
@@ -61,6 +63,9 @@ class PairTopology:
             raise ValueError(f"transport: got 'nccl' for device {self.device!r}, expected CUDA")
         if self.device.startswith("cuda") and not self.gpus:
             raise ValueError(f"gpus: got 0 for device {self.device!r}, expected a share of a GPU")
+        if self.transport == "nccl" and self.gpus < 1:
+            # Shares of a GPU may be packed on one, and there NCCL refuses to join two processes.
+            raise ValueError(f"gpus: got {self.gpus:g} for 'nccl', expected a whole GPU per tower")
 
     def bundles(self) -> list[dict[str, float]]:
         """Resources of the placement group: the replica, the context tower, the denoiser tower."""
@@ -76,6 +81,7 @@ class PairTopology:
             PassLimits(self.max_pass_tokens, prefill_tokens=self.max_prefill_tokens),
             self.max_waiting,
             self.prefix_cache_bytes,
+            self.prefill_chunk,
         )
 
     def max_concurrency(self) -> int:

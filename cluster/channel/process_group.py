@@ -12,32 +12,40 @@ import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed
 from torch import Tensor
 
+from twotower.cluster.channel.nccl import RECEIVER, SENDER, TAG, NcclMember, Verb
 from twotower.cluster.topology import Transport
 
 GROUP_FRAME_BYTES = 8 << 20
-_RECEIVER, _SENDER = 0, 1
-_TAG = 0
 # These classes are real but not in torch's type hints.
 _dist: Any = torch.distributed
 
 
+class Member(Protocol):
+    """One member of a link's group. `exchange` runs in one thread, the others in the loop's."""
+
+    group: Any
+
+    def mark(self) -> Any:
+        """What has to come before a transfer that the caller starts now; for `exchange`."""
+
+    def exchange(self, verb: Verb, tensor: Tensor, mark: Any) -> None:
+        """Sends or fills a uint8 tensor and returns when that is done. Raises RuntimeError."""
+
+    def leave(self) -> None:
+        """Gives up the group and what is on the way."""
+
+
 class GroupEnd:
-    """One end of a link's group: sends or receives in the order of the calls, in one thread.
+    """One end of a link's group: sends or receives in the order of the calls, in one thread."""
 
-    NCCL takes device tensors, in the order of the device's default stream; it has not been run yet.
-    """
-
-    def __init__(
-        self, group: Any, peer: int, executor: ThreadPoolExecutor, device: torch.device
-    ) -> None:
-        self.group = group
-        self._peer = peer
+    def __init__(self, member: Member, executor: ThreadPoolExecutor, device: torch.device) -> None:
+        self.member = member
         self._executor = executor
         self.device = device
 
@@ -51,21 +59,42 @@ class GroupEnd:
 
     def close(self) -> None:
         """Leaves the group: the peer's pending calls fail, those here end within the timeout."""
-        # Only the end of the last reference closes the group's sockets.
-        self.group = None
+        self.member.leave()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _start(self, verb: str, tensor: Tensor) -> asyncio.Future[None]:
+    def _start(self, verb: Verb, tensor: Tensor) -> asyncio.Future[None]:
         loop = asyncio.get_running_loop()
-        return loop.run_in_executor(self._executor, self._exchange, verb, tensor)
+        member = self.member
+        return loop.run_in_executor(self._executor, member.exchange, verb, tensor, member.mark())
 
-    def _exchange(self, verb: str, tensor: Tensor) -> None:
+
+class GlooMember:
+    """Gloo's member: bytes in the host's memory, over TCP from `own_address`.
+
+    Raises RuntimeError if the peer is not there within `timeout_s`; so does a transfer that takes
+    longer.
+    """
+
+    def __init__(self, store: Any, rank: int, own_address: str, timeout_s: float) -> None:
+        self._peer = SENDER if rank == RECEIVER else RECEIVER
+        options = _dist.ProcessGroupGloo._Options()
+        options._devices = [_dist.ProcessGroupGloo.create_device(hostname=own_address)]
+        options._timeout = timedelta(seconds=timeout_s)
+        self.group: Any = _dist.ProcessGroupGloo(store, rank, 2, options)
+
+    def mark(self) -> Any:
+        """Nothing: bytes in the host's memory are there."""
+        return None
+
+    def exchange(self, verb: Verb, tensor: Tensor, mark: Any) -> None:  # noqa: ARG002
         group = self.group
         if group is None:
             raise RuntimeError("the group is closed")
-        getattr(group, verb)([tensor], self._peer, _TAG).wait()
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+        getattr(group, verb)([tensor], self._peer, TAG).wait()
+
+    def leave(self) -> None:
+        # Only the end of the last reference closes the group's sockets.
+        self.group = None
 
 
 class Rendezvous:
@@ -90,9 +119,11 @@ class Rendezvous:
     ) -> GroupEnd:
         """Waits for the sender. Raises RuntimeError if it does not come in time."""
         store, host = self._store, self._host
-        executor = ThreadPoolExecutor(1, "state-link")
-        make = _maker(transport, lambda: store, host, _RECEIVER, timeout_s)
-        return await _joined(make, _SENDER, executor, device)
+
+        def make() -> Member:
+            return _member(transport, store, RECEIVER, host, device, timeout_s)
+
+        return await _joined(make, device)
 
     def close(self) -> None:
         """Closes the store."""
@@ -105,45 +136,36 @@ async def join(
     """The sender's way into the group. Raises RuntimeError if the receiver is not there in time."""
     host = host.strip("[]")
 
-    def store() -> Any:
+    def make() -> Member:
         limit = timedelta(seconds=timeout_s)
-        return _dist.TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
+        store = _dist.TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
+        address = _own_address(host, port)
+        return _member(transport, store, SENDER, address, device, timeout_s)
 
+    return await _joined(make, device)
+
+
+async def _joined(make: Callable[[], Member], device: torch.device) -> GroupEnd:
     executor = ThreadPoolExecutor(1, "state-link")
-    make = _maker(transport, store, _own_address(host, port), _SENDER, timeout_s)
-    return await _joined(make, _RECEIVER, executor, device)
-
-
-async def _joined(
-    make: Callable[[], Any], peer: int, executor: ThreadPoolExecutor, device: torch.device
-) -> GroupEnd:
     try:
-        group = await asyncio.get_running_loop().run_in_executor(executor, make)
+        member = await asyncio.get_running_loop().run_in_executor(executor, make)
     except BaseException:
         executor.shutdown(wait=False)
         raise
-    return GroupEnd(group, peer, executor, device)
+    return GroupEnd(member, executor, device)
 
 
-def _maker(
+def _member(
     transport: Transport,
-    store: Callable[[], Any],
-    own_address: str,
+    store: Any,
     rank: int,
+    own_address: str,
+    device: torch.device,
     timeout_s: float,
-) -> Callable[[], Any]:
-    def make() -> Any:
-        limit = timedelta(seconds=timeout_s)
-        if transport == "nccl":
-            options = _dist.ProcessGroupNCCL.Options()
-            options._timeout = limit
-            return _dist.ProcessGroupNCCL(store(), rank, 2, options)
-        options = _dist.ProcessGroupGloo._Options()
-        options._devices = [_dist.ProcessGroupGloo.create_device(hostname=own_address)]
-        options._timeout = limit
-        return _dist.ProcessGroupGloo(store(), rank, 2, options)
-
-    return make
+) -> Member:
+    if transport == "nccl":
+        return NcclMember(store, rank, device, timeout_s)
+    return GlooMember(store, rank, own_address, timeout_s)
 
 
 def _own_address(host: str, port: int) -> str:

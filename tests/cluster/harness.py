@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import grpc
+import pytest
 import torch
 from torch import Tensor
 
@@ -20,6 +21,16 @@ from twotower.towers.link import LocalLink
 from twotower.towers.update import StateUpdate, UpdatePlan
 
 TRANSPORTS = ("in_process", "grpc", "gloo")
+# One process drives both GPUs here; the link does not know.
+NCCL = pytest.param(
+    "nccl",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(
+            torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each side, two in all"
+        ),
+    ],
+)
 TOKEN = "a" * 32
 MAX_BYTES = 8 << 20
 TIMEOUT_S = 10.0
@@ -27,6 +38,11 @@ TIMEOUT_S = 10.0
 CONFIG = small_config(layer_pattern="M*M*", head_dim=64, num_key_value_heads=1)
 DTYPE = torch.float32
 WEIGHTS = {"a_log": torch.arange(8.0).reshape(2, 4), "dt_bias": torch.ones(2, 4)}
+
+
+def device_of(transport: str, *, sender: bool) -> torch.device:
+    """Where one side of a link has its bytes."""
+    return torch.device("cuda", int(sender)) if transport == "nccl" else torch.device("cpu")
 
 
 class Recorder:
@@ -72,6 +88,7 @@ class Channel:
                 TOKEN,
                 MAX_BYTES,
                 transport=self.transport,
+                device=device_of(self.transport, sender=False),
                 timeout_s=self._timeout,
             )
             self.address = await self.receiver.start("127.0.0.1")
@@ -90,7 +107,14 @@ class Channel:
             made: Any = LocalLink(tower, self.recorder, shared=False)
         else:
             spec = LinkSpec(self.address, token, epoch, self.transport)
-            made = GrpcStateLink(spec, config, DTYPE, weights, receipt_timeout_s=self._timeout)
+            made = GrpcStateLink(
+                spec,
+                config,
+                DTYPE,
+                weights,
+                device=device_of(self.transport, sender=True),
+                receipt_timeout_s=self._timeout,
+            )
             self._links.append(made)
         for row in rows:
             made.open(row)
@@ -138,7 +162,7 @@ def assert_holds(update: StateUpdate, shares: Sequence[tuple[str, int, Tensor]])
     """Every share arrived, bit by bit."""
     assert sum(share.nbytes for _, _, share in shares) == update.num_bytes
     for name, layer, share in shares:
-        got = update.tensors[name][layer]
+        got = update.tensors[name][layer].cpu()
         assert torch.equal(got.view(torch.int32), share.view(torch.int32)), (name, layer)
 
 

@@ -15,6 +15,7 @@ import torch
 from tests.cluster.harness import (
     CONFIG,
     DTYPE,
+    NCCL,
     TOKEN,
     TRANSPORTS,
     Channel,
@@ -37,7 +38,7 @@ SMALL = UpdatePlan("snapshot", 0, 4)
 NEXT = UpdatePlan("delta", 4, 8)
 
 
-@pytest.fixture(params=TRANSPORTS)
+@pytest.fixture(params=[*TRANSPORTS, NCCL])
 async def channel(request: pytest.FixtureRequest) -> AsyncIterator[Channel]:
     made = Channel(request.param, Recorder())
     await made.start()
@@ -377,7 +378,7 @@ async def test_the_receiver_dies_before_the_receipt(
     assert link.held_bytes == 0
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS[1:])
+@pytest.mark.parametrize("transport", [*TRANSPORTS[1:], NCCL])
 @pytest.mark.parametrize("plan", [SMALL, UpdatePlan("kv", 0, 16384)])
 async def test_a_silent_receiver_is_given_up(
     transport: str, plan: UpdatePlan, monkeypatch: pytest.MonkeyPatch
@@ -411,12 +412,14 @@ async def test_a_sender_that_leaves_mid_update_leaves_nothing(channel: Channel) 
 
 DYING_SENDER = """
 import asyncio, os, sys
-from tests.cluster.harness import CONFIG, DTYPE, TOKEN, WEIGHTS, shares_of
+from tests.cluster.harness import CONFIG, DTYPE, TOKEN, WEIGHTS, device_of, shares_of
 from twotower.cluster.channel.grpc import GrpcStateLink, LinkSpec
 from twotower.towers.update import UpdatePlan
 
 async def main(address, transport):
-    link = GrpcStateLink(LinkSpec(address, TOKEN, 1, transport), CONFIG, DTYPE, WEIGHTS)
+    device = device_of(transport, sender=True)
+    spec = LinkSpec(address, TOKEN, 1, transport)
+    link = GrpcStateLink(spec, CONFIG, DTYPE, WEIGHTS, device=device)
     link.open("a")
     plan = UpdatePlan("kv", 0, 4096)
     writer = link.begin("a", None, plan)
