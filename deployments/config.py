@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from twotower.cluster.topology import PairTopology
 from twotower.towers.checkpoint import Checkpoint
 from twotower.towers.errors import ConfigError
+from twotower.towers.scheduler import PassLimits
 from twotower.towers.weights import resolve_checkpoint
 
 APP_NAME = "twotower"
@@ -43,9 +44,16 @@ class ServiceConfig(BaseModel):
     memory_fraction: float | None = Field(
         None, gt=0, le=1, description="share of free memory for states; none = 0.9, on cpu 0.25"
     )
-    max_num_batched_tokens: int = Field(512, ge=1, description="tokens of a tower's pass")
-    max_prefill_tokens: int = Field(
-        64, ge=1, description="prompt tokens in a pass that other rows share"
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, description="tokens of a tower's pass; none = 512, on cuda 4096"
+    )
+    max_prefill_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="prompt tokens in a pass that other rows share; none = 64, on cuda 1024",
+    )
+    prefill_chunk: int | None = Field(
+        None, ge=1, description="grid on which prompts are read; none = 64, on cuda 1024"
     )
     prefix_cache_mib: int = Field(256, ge=0, description="snapshots of the prefix cache; 0 = none")
     transport: Literal["grpc", "gloo", "nccl"] = Field(
@@ -93,6 +101,7 @@ class ServiceConfig(BaseModel):
     def topology(self) -> PairTopology:
         """The layout of one pair."""
         gpus = self.gpus_per_tower
+        limits = PassLimits.for_device(self.device)
         return PairTopology(
             # Actors run in folders of their own: a relative path would lead nowhere there.
             model_path=str(resolve_checkpoint(self.model).resolve()),
@@ -105,8 +114,9 @@ class ServiceConfig(BaseModel):
             max_context=self.max_context,
             max_waiting=None if self.max_queued_requests < 0 else self.max_queued_requests,
             memory_fraction=self.memory_fraction,
-            max_pass_tokens=self.max_num_batched_tokens,
-            max_prefill_tokens=self.max_prefill_tokens,
+            max_pass_tokens=self.max_num_batched_tokens or limits.max_tokens,
+            max_prefill_tokens=self.max_prefill_tokens or limits.prefill_tokens,
+            prefill_chunk=self.prefill_chunk,
             prefix_cache_bytes=self.prefix_cache_mib << 20,
             transport=self.transport,
         )

@@ -1,11 +1,21 @@
-"""What all tests share: one thread, the recorded checkpoints and models made from them."""
+"""What all tests share: one thread, the recorded checkpoints and models made from them.
+
+Without a GPU, Triton kernels run under Triton's interpreter, which has to be asked for before
+Triton is imported.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Triton 3.9 warns at every launch where this is not said; 1 is what it does.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from twotower import TwoTower
 from twotower.towers.context import ContextTower

@@ -137,7 +137,8 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
         sampler, rule = Sampler.from_params(params), self._rule(params)
         verified = params.mode == "verified"
         domain = DOMAIN_AUTOREGRESSIVE if verified else DOMAIN_DENOISE
-        if self._steps is not None and on_device(rule, sampler, params.block_size):
+        masked = params.block_size - len(known)
+        if self._steps is not None and masked and on_device(rule, sampler, params.block_size):
             assert isinstance(rule, ThresholdRule | ReplayRule)
             kept = DeviceDraft(params.block_size, position, known, rule, sampler, domain, verified)
             return await self._denoise_on_device(state, kept)

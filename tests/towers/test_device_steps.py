@@ -1,0 +1,230 @@
+"""Steps whose decisions the device takes: the bits, tokens and costs of the host's loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.random_model import small_config, write_checkpoint
+from twotower.towers.captured import ROW_BUCKETS, Captured, GraphMemory, Staging, bucket_for
+from twotower.towers.context import ContextTower
+from twotower.towers.context_engine import ContextEngine
+from twotower.towers.denoiser import DenoiserTower
+from twotower.towers.denoiser_engine import DenoiserEngine
+from twotower.towers.denoiser_steps import MAX_LENGTH, on_device
+from twotower.towers.engine import EngineOptions
+from twotower.towers.errors import NumericalError
+from twotower.towers.generation import generate_blocks
+from twotower.towers.link import LocalLink
+from twotower.towers.memory import MemoryBudget
+from twotower.towers.params import GenerationParams
+from twotower.towers.protocols import Block
+from twotower.towers.sampling import Sampler
+from twotower.towers.scheduler import PassLimits
+from twotower.towers.unmasking import CommitRule, ReplayRule, ThresholdRule
+from twotower.towers.weights import load_context_tower, load_denoiser_tower
+
+CPU = torch.device("cpu")
+OPTIONS = EngineOptions(MemoryBudget(max_num_seqs=160, max_context=256))
+Towers = tuple[ContextTower, DenoiserTower]
+Request = tuple[list[int], GenerationParams]
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> Towers:
+    config = small_config(layer_pattern="M*E-M*")
+    folder = write_checkpoint(tmp_path_factory.mktemp("small"), config)
+    return load_context_tower(folder), load_denoiser_tower(folder)
+
+
+def params_of(mode: Any = "mask_diffusion", **changes: Any) -> GenerationParams:
+    return GenerationParams(**({"mode": mode, "max_tokens": 40, "seed": 11} | changes))
+
+
+def engines(
+    towers: Towers, device_steps: bool, *, shared: bool = True, **changes: Any
+) -> tuple[ContextEngine, DenoiserEngine]:
+    context, denoiser = towers
+    pool = None if shared else OPTIONS.pool_for(denoiser)
+    filling = DenoiserEngine(denoiser, pool=pool, device_steps=device_steps, **changes)
+    reading = ContextEngine(
+        context,
+        LocalLink(context, filling, shared),
+        pool=OPTIONS.pool_for(context),
+        limits=changes.get("limits"),
+        device_steps=device_steps,
+    )
+    return reading, filling
+
+
+def decode(
+    towers: Towers, requests: Sequence[Request], device_steps: bool, **changes: Any
+) -> list[list[Block]]:
+    """All requests at once."""
+    reading, filling = engines(towers, device_steps, **changes)
+
+    async def row(index: int) -> list[Block]:
+        prompt, params = requests[index]
+        blocks = generate_blocks(reading, filling, f"{index}", prompt, params)
+        return [block async for block in blocks]
+
+    async def rows() -> list[list[Block]]:
+        return list(await asyncio.gather(*map(row, range(len(requests)))))
+
+    done = asyncio.run(rows())
+    assert reading.num_rows == filling.num_rows == 0
+    return done
+
+
+MANY: list[Request] = [
+    (
+        list(range(4, 6 + index % 5)),
+        params_of(
+            mode,
+            block_size=(8, 16, 5, 1, 33)[index % 5],
+            steps_per_block=(16, 4, 300)[index % 3],
+            confidence_threshold=threshold,
+            temperature=temperature,
+            top_p=0.9 if index % 4 == 3 else None,
+            min_tokens=7 * (index % 2),
+            eos_token_id=9,
+            draft_steps=1 + index % 3,
+            seed=index,
+            max_tokens=12 + index,
+        ),
+    )
+    for index, (mode, temperature, threshold) in enumerate(
+        (mode, temperature, threshold)
+        for mode in ("mask_diffusion", "verified", "ar", "mock_ar")
+        for temperature in (0.0, 1.0)
+        for threshold in (0.0, 0.2, 1.0)
+    )
+]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_blocks_are_those_of_the_host(towers: Towers, shared: bool) -> None:
+    """Modes, block lengths, filters and limits mixed, all rows in the same passes."""
+    assert decode(towers, MANY, True, shared=shared) == decode(towers, MANY, False)
+
+
+def test_a_row_alone_is_the_row_among_others(towers: Towers) -> None:
+    together = decode(towers, MANY[:12], True)
+    for request, want in zip(MANY[:12], together, strict=True):
+        assert decode(towers, [request], True) == [want]
+
+
+def test_more_rows_than_the_largest_bucket(towers: Towers) -> None:
+    count = ROW_BUCKETS[-1] + 7
+    requests = [
+        ([4 + row % 17], params_of(mode, max_tokens=6, block_size=4, seed=row))
+        for row, mode in zip(range(count), ["mask_diffusion", "ar"] * count, strict=False)
+    ]
+    limits = PassLimits(max_tokens=4096)
+    assert decode(towers, requests, True, limits=limits) == decode(towers, requests, False)
+
+
+@pytest.mark.parametrize("schedule", [(1,) * 16, (16,), (5, 1, 10), (3, 4)])
+def test_a_recorded_schedule_is_followed_to_the_letter(
+    towers: Towers, schedule: tuple[int, ...]
+) -> None:
+    def rule(_: GenerationParams) -> CommitRule:
+        return ReplayRule(schedule)
+
+    request = ([5, 7], params_of(max_tokens=32))
+    (blocks,) = decode(towers, [request], True, rule=rule)
+    assert [blocks] == decode(towers, [request], False, rule=rule)
+    want = schedule if sum(schedule) == 16 else (*schedule, 16 - sum(schedule))
+    for block in blocks:
+        assert tuple(block.commit_steps.count(step) for step in range(block.nfe)) == want
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "ar"])
+def test_logits_that_are_not_finite_fail_their_row_alone(towers: Towers, mode: str) -> None:
+    """Only rows that read a certain token meet a NaN."""
+    context, denoiser = towers
+    healthy = ([5, 6], params_of(mode, max_tokens=16))
+    want = decode(towers, [healthy], False)
+    harmless = {token for block in want[0] for token in block.token_ids} | {5, 6}
+    wrong = min(set(range(4, 24)) - harmless)
+    embedding = context.weights.embedding.clone()
+    embedding[wrong] = float("nan")
+    bad = replace(context.weights, embedding=embedding)
+    pair = (ContextTower(context.config, bad), denoiser)
+    reading, filling = engines(pair, True)
+
+    async def row(row_id: str, prompt: list[int]) -> list[Block]:
+        blocks = generate_blocks(reading, filling, row_id, prompt, healthy[1])
+        return [block async for block in blocks]
+
+    async def both() -> list[Any]:
+        rows = row("good", healthy[0]), row("bad", [5, wrong, 6])
+        return list(await asyncio.gather(*rows, return_exceptions=True))
+
+    good, failed = asyncio.run(both())
+    assert isinstance(failed, NumericalError)
+    assert [good] == want
+    assert reading.num_rows == filling.num_rows == 0
+
+
+GREEDY = Sampler(0.0, None, None, None, key=1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "sampler", "length", "wanted"),
+    [
+        (ThresholdRule(0.5, 16), GREEDY, 16, True),
+        (ThresholdRule(0.5, 16), GREEDY, MAX_LENGTH, True),
+        (ThresholdRule(0.5, 16), GREEDY, MAX_LENGTH + 1, False),
+        (ReplayRule((1,) * 16), GREEDY, 16, True),
+        (ReplayRule((1,) * 64), GREEDY, 64, False),
+        (ThresholdRule(0.5, 16), replace(GREEDY, temperature=1.0), 16, True),
+        (ThresholdRule(0.5, 16), replace(GREEDY, temperature=1.0, top_k=5), 16, False),
+        # Filters mean nothing to a greedy row.
+        (ThresholdRule(0.5, 16), replace(GREEDY, top_k=5), 16, True),
+    ],
+)
+def test_what_the_device_can_decide(
+    rule: CommitRule, sampler: Sampler, length: int, wanted: bool
+) -> None:
+    assert on_device(rule, sampler, length) is wanted
+
+
+def test_buckets() -> None:
+    assert [bucket_for(rows) for rows in (1, 2, 3, 5, 9, 17, 65, 128)] == [
+        1,
+        2,
+        4,
+        8,
+        12,
+        24,
+        96,
+        128,
+    ]
+    with pytest.raises(ValueError, match="rows: got 129, expected at most 128"):
+        bucket_for(129)
+
+
+def test_without_cuda_work_is_called_and_never_run_to_be_captured() -> None:
+    calls: list[int] = []
+    captured = Captured(lambda: calls.append(1), CPU, GraphMemory())
+    assert captured.ready
+    captured.capture()
+    assert calls == []
+    captured()
+    captured()
+    assert calls == [1, 1]
+
+
+def test_staging_pads_what_is_not_sent() -> None:
+    staging = Staging(("slot", "key", "token"), 4, CPU)
+    staging.send({"slot": -1}, slot=[3, 1], key=[2**62, -5, 7], token=[1, 2, 3, 4])
+    assert staging["slot"].tolist() == [3, 1, -1, -1]
+    assert staging["key"].tolist() == [2**62, -5, 7, 0]
+    staging.send({"slot": -1}, slot=[2])
+    assert [staging[name].tolist() for name in ("slot", "token")] == [[2, -1, -1, -1], [0] * 4]
