@@ -65,6 +65,7 @@ bench: $(STAMP) ## Speed and memory on this machine
 	$(BIN)/python -m benchmarks.concurrency
 	$(BIN)/python -m benchmarks.verified
 	$(BIN)/python -m benchmarks.soak
+	$(BIN)/python -m benchmarks.quantization --prompts 200
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -36,12 +36,13 @@ class QuantizedExperts:
 def quantize(weight: Tensor) -> QuantizedExperts:
     """weight [E, N, K] -> the nearest values, the largest of each channel at the format's limit.
 
-    A channel of zeros gets scale 1. Raises ValueError for values that are not finite.
+    A channel of zeros or subnormal numbers gets scale 1. Raises ValueError for values that are not finite.
     """
     wide = weight.float()
     largest = wide.abs().amax(-1)
     if not bool(torch.isfinite(largest).all()):
         raise ValueError("weight: got values that are not finite, expected finite ones")
-    scale = torch.where(largest > 0, largest / FP8_MAX, torch.ones_like(largest))
+    usable = largest > FP8_MAX * torch.finfo(torch.float32).tiny
+    scale = torch.where(usable, largest / FP8_MAX, torch.ones_like(largest))
     values = (wide / scale.unsqueeze(-1)).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
     return QuantizedExperts(values, scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from twotower.agreement import Comparison
 from twotower.cli import app
 from twotower.deployments.commit_log import CommitLog
 from twotower.towers.params import GenerationParams
@@ -31,11 +33,11 @@ def test_help_needs_no_heavy_import() -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
-    for word in ("serve", "generate", "verify", "train"):
+    for word in ("serve", "generate", "verify", "quantize", "train"):
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "verify", "train"])
+@pytest.mark.parametrize("command", ["serve", "generate", "verify", "quantize", "train"])
 def test_each_command_explains_itself(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0
@@ -56,6 +58,10 @@ def test_each_command_explains_itself(command: str) -> None:
         (["generate", "x", "--target", "127.0.0.1:1"], "UNAVAILABLE"),
         (["serve", "--max-num-seqs", "0"], "max_num_seqs"),
         (["verify", str(GOLDEN)], "error: "),
+        (["quantize", "no-such-folder", "out"], "no-such-folder"),
+        (["quantize", str(GOLDEN / "tiny_a"), str(GOLDEN)], "golden: exists already"),
+        (["quantize", str(GOLDEN / "tiny_a"), "out", "--evaluate"], "has no tokenizer"),
+        (["quantize", str(GOLDEN / "tiny_a"), "out", "--dtype", "int8"], "dtype: got 'int8'"),
     ],
 )
 # Ray itself warns when it is imported for the first time, which another test may have done before.
@@ -119,3 +125,35 @@ def test_verify_reports_every_case() -> None:
     result = CliRunner().invoke(app, ["verify", str(GOLDEN / "tiny_a"), "--dtype", "float32"])
     assert result.exit_code == 0, result.output
     assert len(result.output.splitlines()) > 2
+
+
+def test_quantize_writes_a_checkpoint_and_a_report(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    result = CliRunner().invoke(app, ["quantize", str(GOLDEN / "tiny_a"), str(target)])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert [one["layer"] for one in report["layers"]] == [1, 4, 6, 9] * 2
+    assert report["bytes_after"] < report["bytes_before"]
+    assert len(result.stderr.splitlines()) == 1 + 8 + 1
+    assert (target / "model.safetensors").stat().st_size > report["bytes_after"]
+
+
+def test_quantize_compares_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def compare(before: Path, after: Path, device: str, dtype: str) -> Comparison:
+        asked.append((before, after, device, dtype))
+        return Comparison((), 1.0, 1.5)
+
+    monkeypatch.setattr("twotower.agreement.compare", compare)
+    monkeypatch.setattr("twotower.towers.tokenizer.load_tokenizer", lambda _: "some")
+    source, target = GOLDEN / "tiny_a", tmp_path / "out"
+    options = ["--evaluate", "--dtype", "bfloat16"]
+    result = CliRunner().invoke(app, ["quantize", str(source), str(target), *options])
+    assert result.exit_code == 0, result.output
+    assert asked == [(source, target, "cpu", "bfloat16")]
+    assert json.loads(result.stdout)["evaluation"] == {
+        "modes": [],
+        "loss_before": 1.0,
+        "loss_after": 1.5,
+    }

@@ -11,19 +11,49 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from twotower.kernels.quantized import FP8
 from twotower.towers.config import ATTENTION, MAMBA, MOE, TIMESTEP_FEATURES, TwoTowerConfig
 from twotower.towers.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOWERS = ("context_tower", "denoiser_tower")
-_FLOATING = {"F64", "F32", "F16", "BF16"}
+# Sizes in bytes by the names that safetensors files give them.
+FLOATING = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+FP8_NAME = "F8_E4M3"
 Shape = tuple[int, ...]
+
+
+class ExpertSide(NamedTuple):
+    """Where a matrix of a routed expert belongs; `side` is up_proj or down_proj."""
+
+    tower: str
+    layer: int
+    side: str
+
+
+def expert_matrices(config: TwoTowerConfig) -> dict[str, ExpertSide]:
+    """Names of the matrices of all routed experts, the only ones that may be stored in 8 bits."""
+    return {
+        f"{tower}.layers.{layer}.mixer.experts.{expert}.{side}.weight": ExpertSide(
+            tower, layer, side
+        )
+        for tower in TOWERS
+        for layer in config.layers_of(MOE)
+        for side in ("up_proj", "down_proj")
+        for expert in range(config.n_routed_experts)
+    }
+
+
+def scale_name(name: str) -> str:
+    """The tensor [N, 1] that holds the scales of an 8-bit matrix [N, K]."""
+    return f"{name}_scale"
 
 
 def tensor_shapes(config: TwoTowerConfig) -> dict[str, Shape]:
@@ -49,6 +79,9 @@ def tensor_shapes(config: TwoTowerConfig) -> dict[str, Shape]:
             shapes[f"{prefix}.norm.weight"] = (hidden,)
             for name, shape in _mixer_shapes(kind, config).items():
                 shapes[f"{prefix}.mixer.{name}"] = shape
+    if config.quantized_experts:
+        for name in expert_matrices(config):
+            shapes[scale_name(name)] = (shapes[name][0], 1)
     return shapes
 
 
@@ -123,18 +156,43 @@ class Checkpoint:
         self.config = config or TwoTowerConfig.from_file(folder / "config.json")
         self._files: dict[str, Path] = {}
         self._stored: dict[str, str] = {}
+        self._dtypes: dict[str, str] = {}
         self._check()
+
+    @property
+    def names_by_file(self) -> dict[Path, list[str]]:
+        """The files that hold tensors, each with its tensors' names."""
+        by_file: dict[Path, list[str]] = {}
+        for name, path in self._files.items():
+            by_file.setdefault(path, []).append(name)
+        return by_file
+
+    def name_in_file(self, name: str) -> str:
+        """The name under which a tensor is stored; early checkpoints have others."""
+        return self._stored[name]
+
+    def dtype_name(self, name: str) -> str:
+        """The dtype of a tensor as its file names it, like BF16."""
+        return self._dtypes[name]
 
     def read(self, name: str, target: Tensor) -> None:
         """Copies one tensor into `target`, converting its dtype; raises CheckpointError."""
-        with _opened(self._files[name]) as file:
-            stored = file.get_tensor(self._stored[name])
+        stored = self._mapped(name)
         if stored.shape != target.shape:
             stored = stored.view(target.shape)
         target.copy_(stored)
-        # The extremes are NaN if any value is, and take no memory of the tensor's size.
-        if not all(torch.isfinite(extreme) for extreme in torch.aminmax(target)):
-            raise CheckpointError(f"{name}: holds values that are not finite")
+        _check_finite(name, target)
+
+    def read_stored(self, name: str) -> Tensor:
+        """One tensor as it is stored, in its own dtype; raises CheckpointError."""
+        stored = self._mapped(name)
+        _check_finite(name, stored)
+        return stored
+
+    def _mapped(self, name: str) -> Tensor:
+        with _opened(self._files[name]) as file:
+            tensor: Tensor = file.get_tensor(self._stored[name])
+        return tensor
 
     def _check(self) -> None:
         located = _locate(self.folder)
@@ -152,6 +210,13 @@ class Checkpoint:
                 raise CheckpointError(f"{name}: missing from the checkpoint")
         for path in sorted(set(self._files.values())):
             self._check_shapes(path, shapes)
+        quantized = expert_matrices(self.config) if self.config.quantized_experts else {}
+        for name, dtype in self._dtypes.items():
+            allowed = (FP8_NAME,) if name in quantized else tuple(sorted(FLOATING))
+            if dtype not in allowed:
+                raise CheckpointError(
+                    f"{name}: got dtype {dtype}, expected one of {', '.join(allowed)}"
+                )
 
     def _check_shapes(self, path: Path, shapes: Mapping[str, Shape]) -> None:
         with _opened(path) as file:
@@ -162,15 +227,12 @@ class Checkpoint:
                 if self._stored[name] not in present:
                     raise CheckpointError(f"{name}: the index names {path.name}, which lacks it")
                 view = file.get_slice(self._stored[name])
-                shape, dtype = tuple(view.get_shape()), view.get_dtype()
+                shape = tuple(view.get_shape())
                 if shape != shapes[name]:
                     raise CheckpointError(
                         f"{name}: got shape {list(shape)}, expected {list(shapes[name])}"
                     )
-                if dtype not in _FLOATING:
-                    raise CheckpointError(
-                        f"{name}: got dtype {dtype}, expected one of {', '.join(sorted(_FLOATING))}"
-                    )
+                self._dtypes[name] = view.get_dtype()
 
 
 def _locate(folder: Path) -> dict[str, Path]:
@@ -207,6 +269,17 @@ def _opened(path: Path) -> Iterator[safe_open]:
         raise CheckpointError(f"{path.name}: missing from the checkpoint") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path.name}: unreadable or truncated ({error})") from None
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if tensor.dtype == FP8:
+        # No infinities in this format, and no operator that finds its NaN: all bits but the sign.
+        finite = bool(((tensor.view(torch.uint8) & 0x7F) != 0x7F).all())
+    else:
+        # The extremes are NaN if any value is, and take no memory of the tensor's size.
+        finite = all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
+    if not finite:
+        raise CheckpointError(f"{name}: holds values that are not finite")
 
 
 def _current_name(stored: str) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twotower.towers import quantization_config
 from twotower.towers.errors import ConfigError
 
 MAMBA, ATTENTION, MOE, MLP = "M", "*", "E", "-"
@@ -26,7 +27,7 @@ class TwoTowerConfig:
     """Shapes and constants of both towers; each tower is a full copy of this backbone.
 
     `layer_pattern` has one letter per residual layer: `M` Mamba-2, `*` attention, `E` MoE,
-    `-` dense MLP.
+    `-` dense MLP. With `quantized_experts` the routed experts are stored in 8 bits.
     """
 
     vocab_size: int
@@ -59,6 +60,7 @@ class TwoTowerConfig:
     eos_token_id: int | None = 2
     pad_token_id: int | None = 0
     mask_token_id: int = MASK_TOKEN_ID
+    quantized_experts: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -144,6 +146,9 @@ class TwoTowerConfig:
                 values[key] = _typed(raw, key, kind)
             elif key in raw and key in _TOKEN_IDS:
                 values[key] = None
+        if raw.get(quantization_config.KEY) is not None:
+            quantization_config.check_quantization_config(raw[quantization_config.KEY])
+            values["quantized_experts"] = True
         layers = raw.get("num_hidden_layers")
         if layers is not None and layers != len(values["layer_pattern"]):
             raise ConfigError(
@@ -155,7 +160,9 @@ class TwoTowerConfig:
     def to_dict(self) -> dict[str, Any]:
         """The released schema again, for writing a config.json."""
         names = {name: key for key, (name, _) in _REQUIRED.items()}
-        body = {names.get(k, k): v for k, v in self.__dict__.items() if k != "mask_token_id"}
+        body = {names.get(k, k): v for k, v in self.__dict__.items() if k not in _NOT_KEYS}
+        if self.quantized_experts:
+            body[quantization_config.KEY] = quantization_config.FP8_EXPERTS
         return {
             "architectures": ["NemotronHTwoTowerForCausalLM"],
             "model_type": "nemotron_h",
@@ -242,7 +249,9 @@ _INERT_KEYS = frozenset(
         "use_mamba_kernels",
     ]
 )
-_CHECKED_ELSEWHERE = frozenset(("num_hidden_layers", "time_step_limit"))
+_CHECKED_ELSEWHERE = frozenset(("num_hidden_layers", "time_step_limit", quantization_config.KEY))
+# Fields that have no key of their own.
+_NOT_KEYS = frozenset(("mask_token_id", "quantized_experts"))
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _POSITIVE = [
     "vocab_size",

@@ -13,8 +13,9 @@ from torch import Tensor
 from twotower.kernels.causal_conv1d import tap_major
 from twotower.kernels.linear import pack
 from twotower.kernels.moe import ExpertWeights
+from twotower.kernels.quantized import FP8, QuantizedExperts
 from twotower.towers.backbone import TowerWeights
-from twotower.towers.checkpoint import Checkpoint, tensor_shapes
+from twotower.towers.checkpoint import Checkpoint, scale_name, tensor_shapes
 from twotower.towers.config import ATTENTION, MAMBA, MOE, TwoTowerConfig
 from twotower.towers.context import ContextTower
 from twotower.towers.denoiser import DenoiserTower, TimestepWeights
@@ -71,6 +72,19 @@ def load_denoiser_tower(
     loader = _Loader(Checkpoint(folder), torch.device(device), dtype)
     weights = loader.tower("denoiser_tower", "lm_head")
     return DenoiserTower(loader.config, weights, loader.timestep())
+
+
+def read_quantized(
+    checkpoint: Checkpoint, names: Sequence[str], device: torch.device
+) -> QuantizedExperts:
+    """Routed experts' matrices of one shape [N, K], 8 bits in the file, stacked on a device."""
+    rows, columns = tensor_shapes(checkpoint.config)[names[0]]
+    values = torch.empty((len(names), rows, columns), device=device, dtype=FP8)
+    scale = torch.empty((len(names), rows), device=device)
+    for expert, name in enumerate(names):
+        checkpoint.read(name, values[expert])
+        checkpoint.read(scale_name(name), scale[expert].unsqueeze(-1))
+    return QuantizedExperts(values, scale)
 
 
 class _Loader:
@@ -179,6 +193,10 @@ class _Loader:
         shape = self._joined_shape(names)
         target = self._staging(shape) if self._device.type == "cpu" else self._empty(shape, None)
         self._read_joined(names, target)
+        return self._kept(target)
+
+    def _kept(self, target: Tensor) -> Tensor:
+        """A matrix in its lasting layout, out of the staging room if it was read there."""
         packed = pack(target)
         return target.clone() if packed is target and self._device.type == "cpu" else packed
 
@@ -191,9 +209,22 @@ class _Loader:
         return self._buffer[:count].view(shape)
 
     def _experts(self, names: Sequence[str]) -> ExpertWeights:
+        quantized = self.config.quantized_experts
         if self._device.type == "cpu":
-            return [self._matrix(name) for name in names]
+            return [self._widened(name) if quantized else self._matrix(name) for name in names]
+        if quantized:
+            return read_quantized(self._checkpoint, names, self._device)
         return self._stacked(names)
+
+    def _widened(self, name: str) -> Tensor:
+        """An 8-bit matrix in the working dtype: a CPU has no products that would gain by 8 bits.
+
+        Every 8-bit value is one of bf16 as well, so that only the product with the scale rounds.
+        """
+        target = self._staging(self._shapes[name])
+        self._checkpoint.read(name, target)
+        target.mul_(self._one(scale_name(name), torch.float32))
+        return self._kept(target)
 
     def _optional(self, name: str) -> Tensor | None:
         return self._one(name) if name in self._shapes else None

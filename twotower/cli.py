@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -170,6 +172,27 @@ def verify(
 
 
 @app.command()
+def quantize(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="Checkpoint folder or Hugging Face id.")
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="New folder for the quantized checkpoint.")
+    ],
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Decode a few prompts with both and compare.")
+    ] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Store a model's routed experts in 8 bits; stdout gets a report as JSON.
+
+    Device and dtype are those of the comparison.
+    """
+    _shown_errors(lambda: _quantize(source, target, evaluate, device, dtype))
+
+
+@app.command()
 def train(
     out_dir: Annotated[Path, typer.Argument(help="Folder that receives the model.")],
     work_dir: Annotated[
@@ -281,6 +304,25 @@ def _verify(folder: Path, device: str, dtype: str) -> None:
 
     if not verify_folder(folder, device, dtype, typer.echo):
         raise typer.Exit(1)
+
+
+def _quantize(source: str, target: Path, evaluate: bool, device: str, dtype: str) -> None:
+    from twotower.agreement import compare
+    from twotower.towers.quantization import quantize_checkpoint
+    from twotower.towers.tokenizer import load_tokenizer
+    from twotower.towers.weights import parse_dtype, resolve_checkpoint
+
+    folder = resolve_checkpoint(source)
+    # Here and not after an hour of work.
+    parse_dtype(dtype)
+    if evaluate and load_tokenizer(folder) is None:
+        raise ValueError(f"--evaluate: {folder} has no tokenizer for its prompts")
+    report = quantize_checkpoint(folder, target)
+    typer.echo(report.table(), err=True)
+    figures = asdict(report)
+    if evaluate:
+        figures["evaluation"] = asdict(compare(folder, target, device=device, dtype=dtype))
+    typer.echo(json.dumps(figures, indent=2))
 
 
 def _train(settings: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import pytest
 from tests.random_model import SMALL, small_config
 from twotower.towers.config import TwoTowerConfig
 from twotower.towers.errors import ConfigError
+from twotower.towers.quantization_config import FP8_EXPERTS
 
 SHAPING = sorted(
     {field.name for field in fields(TwoTowerConfig) if field.name != "layer_pattern"}
     - {"use_bias", "use_conv_bias", "attention_bias", "mlp_bias", "mask_token_id"}
+    - {"quantized_experts"}
     - {"bos_token_id", "eos_token_id", "pad_token_id"}
 )
 
@@ -159,3 +162,50 @@ def test_bytes_that_are_no_text_and_files_that_are_none(tmp_path: Path) -> None:
         TwoTowerConfig.from_file(tmp_path / "absent.json")
     with pytest.raises(ConfigError):
         TwoTowerConfig.from_file(tmp_path)
+
+
+def test_experts_in_8_bits() -> None:
+    quantized = small_config(quantized_experts=True)
+    raw = json.loads(json.dumps(quantized.to_dict()))
+    assert raw["quantization_config"]["format"] == "float-quantized"
+    assert "quantized_experts" not in raw
+    assert TwoTowerConfig.from_dict(raw) == quantized
+    assert TwoTowerConfig.from_dict(raw | {"quantization_config": None}) == SMALL
+    assert "quantization_config" not in SMALL.to_dict()
+
+
+WEIGHTS = "config_groups.group_0.weights"
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("quant_method", "modelopt"),
+        ("format", "nvfp4-pack-quantized"),
+        (f"{WEIGHTS}.num_bits", 4),
+        (f"{WEIGHTS}.strategy", "tensor"),
+        (f"{WEIGHTS}.symmetric", 1),
+        (f"{WEIGHTS}.group_size", 16),
+        ("config_groups.group_0.input_activations", {"num_bits": 8}),
+        ("config_groups.group_1", {}),
+        ("config_groups", None),
+        ("kv_cache_scheme", {"num_bits": 8}),
+        ("ignore", ["lm_head"]),
+    ],
+)
+def test_another_quantization_is_refused_by_its_first_key(path: str, value: object) -> None:
+    scheme = deepcopy(FP8_EXPERTS)
+    *folders, key = path.split(".")
+    inner = scheme
+    for folder in folders:
+        inner = inner[folder]
+    inner[key] = value
+    named = rf"^quantization_config\.{path}: (got|unknown)"
+    with pytest.raises(ConfigError, match=named):
+        TwoTowerConfig.from_dict(changed(quantization_config=scheme))
+
+
+@pytest.mark.parametrize("value", ["fp8", [], 8, {}])
+def test_a_quantization_that_is_no_such_object_is_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"^quantization_config(: got|\.quant_method: missing)"):
+        TwoTowerConfig.from_dict(changed(quantization_config=value))

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from twotower.towers.config import TwoTowerConfig
+from twotower.towers.errors import CheckpointError
 from twotower.towers.training.parameters import ROUTER_BIAS, split_experts, stack_experts
 from twotower.towers.training.tokenizer import plain_text_only
 
@@ -43,8 +44,14 @@ def export_model(
 
 
 def load_for_training(folder: Path) -> tuple[TwoTowerConfig, dict[str, Tensor], Tokenizer]:
-    """Config, fp32 parameters with stacked experts, and tokenizer of an exported folder."""
+    """Config, fp32 parameters with stacked experts, and tokenizer of an exported folder.
+
+    Raises CheckpointError for a quantized one.
+    """
+    config = TwoTowerConfig.from_file(folder / "config.json")
+    if config.quantized_experts:
+        raise CheckpointError(f"{folder.name}: its experts are quantized, training needs all bits")
     released = load_file(folder / "model.safetensors")
     params = stack_experts({name: value.float() for name, value in released.items()})
     tokenizer = plain_text_only(Tokenizer.from_file(str(folder / "tokenizer.json")))
-    return TwoTowerConfig.from_file(folder / "config.json"), params, tokenizer
+    return config, params, tokenizer

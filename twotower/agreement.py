@@ -1,0 +1,125 @@
+"""Two checkpoints of one model on the same prompts: what a change of its weights does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+
+from twotower.api import GenerationResult, Prompt, Request, TwoTower
+from twotower.towers.params import GenerationParams, Mode
+
+# Beginnings of code, reports and explanations, for a first look at any model.
+PROMPTS = (
+    "import os\n\n\ndef ",
+    "def read_lines(path):\n    with open(path) as file:\n",
+    "class Queue:\n    def __init__(self, size):\n",
+    "for name, value in sorted(items):\n    print(",
+    "The capital of France is",
+    "Question: A farmer has 17 sheep and buys 5 more. How many has he now?\nAnswer:",
+    "To boil an egg, first",
+    "The three laws of motion say that",
+)
+MODES: tuple[Mode, ...] = ("mask_diffusion", "ar")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one checkpoint's outputs took; `tokens_per_nfe` is None without denoiser calls."""
+
+    tokens: int
+    nfe: int
+    tokens_per_nfe: float | None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Outputs of two checkpoints in one mode.
+
+    `equal_outputs` of the `prompts` gave the same tokens; `equal_share` is the share of the first
+    one's tokens that lie before their output's first difference.
+    """
+
+    mode: Mode
+    prompts: int
+    equal_outputs: int
+    equal_share: float
+    before: Cost
+    after: Cost
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Agreement by mode, and the context towers' mean losses of the same texts in nats a token."""
+
+    modes: tuple[Agreement, ...]
+    loss_before: float
+    loss_after: float
+
+
+def compare(
+    before: Path,
+    after: Path,
+    prompts: Sequence[Prompt] = PROMPTS,
+    texts: Sequence[Prompt] | None = None,
+    params: GenerationParams | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> Comparison:
+    """Decodes `prompts` with both checkpoints in every mode and scores `texts` (None: the
+    prompts). One checkpoint is in memory at a time.
+
+    `params` are those of mask_diffusion; None means greedy with the defaults, up to the model's
+    end-of-text token. Raises CheckpointError, InvalidRequestError.
+    """
+    scored = prompts if texts is None else texts
+    first, loss_before = _measure(before, prompts, scored, params, device, dtype)
+    second, loss_after = _measure(after, prompts, scored, params, device, dtype)
+    agreements = [
+        agreement(mode, one, other) for mode, one, other in zip(MODES, first, second, strict=True)
+    ]
+    return Comparison(tuple(agreements), loss_before, loss_after)
+
+
+def agreement(
+    mode: Mode, before: Sequence[GenerationResult], after: Sequence[GenerationResult]
+) -> Agreement:
+    """Compares results prompt by prompt."""
+    equal_outputs = equal_tokens = 0
+    for one, other in zip(before, after, strict=True):
+        equal_outputs += one.token_ids == other.token_ids
+        equal_tokens += common_prefix(one.token_ids, other.token_ids)
+    cost = _cost(before)
+    share = equal_tokens / cost.tokens if cost.tokens else 1.0
+    return Agreement(mode, len(before), equal_outputs, share, cost, _cost(after))
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two outputs share before their first difference."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _measure(
+    folder: Path,
+    prompts: Sequence[Prompt],
+    texts: Sequence[Prompt],
+    params: GenerationParams | None,
+    device: str,
+    dtype: str,
+) -> tuple[list[list[GenerationResult]], float]:
+    model = TwoTower.from_pretrained(folder, device, dtype)
+    chosen = params or GenerationParams(eos_token_id=model.config.eos_token_id)
+    results = [
+        model.generate_requests([Request(prompt, replace(chosen, mode=mode)) for prompt in prompts])
+        for mode in MODES
+    ]
+    scores = [score for text in texts for score in model.score(model.encode(text))]
+    return results, -sum(scores) / max(1, len(scores))
+
+
+def _cost(results: Sequence[GenerationResult]) -> Cost:
+    tokens = sum(len(result.token_ids) for result in results)
+    nfe = sum(result.nfe for result in results)
+    return Cost(tokens, nfe, tokens / nfe if nfe else None)
