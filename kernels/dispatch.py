@@ -54,8 +54,8 @@ class Operator(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         backend = _forced.get()
         if backend is None:
-            first = args[0]
-            on_gpu = isinstance(first, Tensor) and first.is_cuda
+            first = next((arg for arg in args if isinstance(arg, Tensor)), None)
+            on_gpu = first is not None and first.is_cuda
             backend = "triton" if on_gpu and self._triton_module is not None else "reference"
         if backend == "reference":
             return self.reference(*args, **kwargs)

@@ -50,16 +50,15 @@ def predict(
     wide = logits.float()
     finite = torch.isfinite(wide).all(-1)
     wide = without(wide, lines.excluded)
-    scores = wide if draw_scores is None else draw_scores
+    scores = without(wide if draw_scores is None else draw_scores, lines.barred)
     drawn = lines.temperature > 0
     if bool(drawn.any()):
-        if draw_scores is None:
-            scores = torch.where(drawn[:, None], tempered(wide, lines.temperature), wide)
         noise = gumbel(
             uniforms(lines.key, lines.position, lines.step, lines.domain, wide.shape[-1])
         )
-        scores = torch.where(drawn[:, None], scores + noise, scores)
-    tokens = first_argmax(without(scores, lines.barred))
+        hot = scores if draw_scores is not None else tempered(scores, lines.temperature)
+        scores = torch.where(drawn[:, None], hot + noise, scores)
+    tokens = first_argmax(scores)
     chosen = wide.gather(1, tokens.unsqueeze(1)).squeeze(1)
     log_probs = chosen - torch.logsumexp(wide, dim=-1)
     return tokens, torch.exp(log_probs), log_probs, finite

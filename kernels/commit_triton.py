@@ -1,0 +1,167 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""`commit` and `select_masked` of commit.py as Triton kernels: a program per row, which owns its
+slot, and one program for the list of masked tokens."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from twotower.kernels.commit import Drafts
+
+# Pairs of positions that are compared at a time; all of a block up to 64 wide.
+_PAIRS = 4096
+# Tokens that the list of masked ones takes at a time.
+_CHUNK = 1024
+
+
+@triton.jit
+def _commit_kernel(
+    tokens,
+    commit_steps,
+    confidences,
+    log_probs,
+    step,
+    steps,
+    threshold,
+    quota,
+    remaining,
+    slots,
+    token,
+    confidence,
+    log_prob,
+    finite,
+    width,
+    length,
+    token_stride,
+    confidence_stride,
+    log_prob_stride,
+    finite_stride,
+    quotas,
+    block: tl.constexpr,
+    chunk: tl.constexpr,
+):
+    """One row."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + row).to(tl.int64)
+    if slot < 0:
+        return
+    index = tl.arange(0, block)
+    inside = index < length
+    places = slot * width + index
+    masked = tl.load(commit_steps + places, mask=inside, other=0) < 0
+    own = tl.load(confidence + row * confidence_stride + index, mask=masked, other=0.0)
+    good = tl.load(finite + row * finite_stride + index, mask=masked, other=1)
+    total = tl.sum(masked.to(tl.int32), axis=0)
+    flaws = tl.sum((masked & (good == 0)).to(tl.int32), axis=0)
+    busy = (total > 0) & (tl.load(remaining + slot) >= 0)
+
+    number = tl.load(step + slot)
+    left = tl.maximum(tl.load(steps + slot) - number, 1)
+    confident = tl.sum((masked & (own > tl.load(threshold + slot))).to(tl.int32), axis=0)
+    count = tl.maximum(confident, (total + left - 1) // left)
+    fixed = tl.load(quota + slot * quotas + number, mask=number < quotas, other=-1)
+    count = tl.minimum(tl.where(fixed >= 0, fixed, count), total)
+    count = tl.where(busy & (flaws == 0), count, 0)
+
+    rank = tl.zeros([block], tl.int32)
+    for first in range(0, block, chunk):
+        other = first + tl.arange(0, chunk)
+        known = tl.load(commit_steps + slot * width + other, mask=other < length, other=0)
+        theirs = tl.load(
+            confidence + row * confidence_stride + other, mask=other < length, other=0.0
+        )
+        equal = (theirs[None, :] == own[:, None]) & (other[None, :] < index[:, None])
+        ahead = (theirs[None, :] > own[:, None]) | equal
+        rank += tl.sum((ahead & (known < 0)[None, :]).to(tl.int32), axis=1)
+    chosen = masked & (rank < count)
+    taken = tl.load(token + row * token_stride + index, mask=chosen, other=0)
+    log = tl.load(log_prob + row * log_prob_stride + index, mask=chosen, other=0.0)
+
+    # Every thread has read the row's state before one writes it.
+    tl.debug_barrier()
+    tl.store(tokens + places, taken, mask=chosen)
+    tl.store(commit_steps + places, tl.zeros([block], tl.int32) + number, mask=chosen)
+    tl.store(confidences + places, own, mask=chosen)
+    tl.store(log_probs + places, log, mask=chosen)
+    tl.store(remaining + slot, tl.where(flaws > 0, -1, total - count), mask=busy)
+    tl.store(step + slot, number + 1, mask=busy & (flaws == 0))
+
+
+@triton.jit
+def _select_kernel(commit_steps, slots, lines, width, length, total, chunk: tl.constexpr):
+    """All tokens: the masked fill `lines` from its beginning, the others leave -1 from its end."""
+    found = tl.full([], 0, tl.int32)
+    for first in range(0, total, chunk):
+        index = first + tl.arange(0, chunk)
+        inside = index < total
+        slot = tl.load(slots + index // length, mask=inside, other=-1)
+        live = inside & (slot >= 0)
+        places = slot.to(tl.int64) * width + index % length
+        masked = tl.load(commit_steps + places, mask=live, other=0) < 0
+        before = found + tl.cumsum(masked.to(tl.int32), axis=0)
+        tl.store(lines + before - 1, index, mask=masked)
+        # Of the tokens up to `index`, those not masked, counted back from the end.
+        tl.store(lines + total - 1 - index + before, -1, mask=inside & ~masked)
+        found += tl.sum(masked.to(tl.int32), axis=0)
+
+
+def commit(
+    drafts: Drafts,
+    slots: Tensor,
+    token: Tensor,
+    confidence: Tensor,
+    log_prob: Tensor,
+    finite: Tensor,
+) -> None:
+    """See `commit.commit`."""
+    count, length = token.shape
+    width = drafts.tokens.shape[1]
+    assert slots.shape == (count,)
+    assert length <= width
+    predictions = (token, confidence, log_prob, finite)
+    for tensor in predictions:
+        assert tensor.shape == (count, length)
+        assert tensor.stride(1) == 1
+    for tensor in (*vars(drafts).values(), slots):
+        assert tensor.is_contiguous()
+    if not count:
+        return
+    block = triton.next_power_of_2(length)
+    _commit_kernel[count,](
+        drafts.tokens,
+        drafts.commit_steps,
+        drafts.confidences,
+        drafts.log_probs,
+        drafts.step,
+        drafts.steps,
+        drafts.threshold,
+        drafts.quota,
+        drafts.remaining,
+        slots,
+        *predictions,
+        width,
+        length,
+        *(tensor.stride(0) for tensor in predictions),
+        drafts.quota.shape[1],
+        block,
+        min(block, _PAIRS // block),
+        num_warps=4 if block > 16 else 1,
+    )
+
+
+def select_masked(drafts: Drafts, slots: Tensor, length: int) -> Tensor:
+    """See `commit.select_masked`."""
+    total, width = slots.shape[0] * length, drafts.commit_steps.shape[1]
+    assert length <= width
+    for tensor in (drafts.commit_steps, slots):
+        assert tensor.is_contiguous()
+    lines = torch.empty(total, dtype=torch.int32, device=slots.device)
+    if total:
+        chunk = min(_CHUNK, triton.next_power_of_2(total))
+        _select_kernel[1,](
+            drafts.commit_steps, slots, lines, width, length, total, chunk, num_warps=4
+        )
+    return lines
