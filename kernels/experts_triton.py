@@ -1,0 +1,362 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""The experts of moe.py on a GPU: two products over all experts in one launch each, and a sum.
+
+    sort      pairs (token, slot) by expert, cut into tiles of rows   expert_tiles_triton.py
+    multiply  up with relu^2, then down                               programs walk the tiles
+    combine   a token's results in the order of its slots             a program per token
+
+A product is weight @ x^T: with 64 output channels as the first operand even 16 tokens use Hopper's
+widest instruction. A shared MLP of Fs = n * F channels is n more experts that every token takes
+with weight 1: as relu^2 is pointwise, its channels can be cut anywhere.
+
+Source: Gale et al. 2022 (MegaBlocks), section 5, for products over groups of rows in one launch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from twotower.kernels.elementwise import relu_squared
+from twotower.kernels.expert_tiles_triton import Tiles, sort_by_expert
+from twotower.kernels.moe import ExpertWeights
+from twotower.kernels.quantized import QuantizedExperts
+
+_COMBINE_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Rows, output channels and inner length of a tile; warps, stages and programs per SM."""
+
+    rows: int
+    channels: int
+    inner: int
+    num_warps: int
+    num_stages: int
+    resident: int
+
+
+# By tokens of the pass: one tile should hold all rows of most experts, or weights are read twice.
+_TILINGS = (
+    (128, Tiling(16, 64, 128, num_warps=4, num_stages=3, resident=3)),
+    (512, Tiling(32, 64, 128, num_warps=4, num_stages=3, resident=3)),
+    (1024, Tiling(64, 128, 64, num_warps=8, num_stages=4, resident=2)),
+)
+_TILING_OF_MORE = Tiling(128, 128, 64, num_warps=8, num_stages=4, resident=1)
+# Exact fp32 products run on ordinary arithmetic units, whose operands fill the registers.
+_TILING_OF_FP32 = Tiling(16, 32, 32, num_warps=4, num_stages=2, resident=4)
+
+
+def tiling_of(tokens: int, dtype: torch.dtype) -> Tiling:
+    """The tiling for a pass of `tokens` tokens in `dtype`; rows keep their bits within one."""
+    if dtype == torch.float32:
+        return _TILING_OF_FP32
+    for most, tiling in _TILINGS:
+        if tokens <= most:
+            return tiling
+    return _TILING_OF_MORE
+
+
+@dataclass(frozen=True)
+class _Matrices:
+    """Experts' matrices [E, N, K], the scale [E, N] of 8-bit ones, and the shared MLP's matrix.
+
+    Rows n of the shared matrix's part p start at element p * `part_step` + n * its row stride.
+    """
+
+    routed: Tensor
+    scale: Tensor | None
+    shared: Tensor
+    part_step: int
+
+
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    scores: Tensor,
+    up: ExpertWeights,
+    down: ExpertWeights,
+    shared_up: Tensor,
+    shared_down: Tensor,
+) -> Tensor:
+    """x [T, H], ids and scores [T, k], up [E, F, H], down [E, H, F], shared MLP [Fs, H] and
+    [H, Fs] -> [T, H] in x's dtype: the chosen experts by their scores, plus the shared one.
+
+    `up` and `down` are stacked tensors of x's dtype, or in 8 bits; id -1 is no expert. Every
+    product is rounded to x's dtype; a token's are summed in fp32 in the order of its slots, the
+    shared MLP's last. Tiles are chosen by T (`tiling_of`): within one tiling a token gets the
+    same bits in any batch, except where Fs is no multiple of F and torch multiplies the shared
+    MLP. Raises ValueError for weights of another form.
+    """
+    tokens, hidden = x.shape
+    if tokens == 0:
+        return torch.empty_like(x)
+    routed_up, up_scale = _values_and_scale("up", up, x.dtype)
+    routed_down, down_scale = _values_and_scale("down", down, x.dtype)
+    count, width, _ = routed_up.shape
+    parts = shared_up.shape[0] // width if shared_up.shape[0] % width == 0 else 0
+    slots = ids.shape[1]
+    tiling = tiling_of(tokens, x.dtype)
+    tiles = sort_by_expert(ids, count, tiling.rows)
+
+    inner = _empty(x, tokens * (slots + parts), width)
+    first = _Matrices(routed_up, up_scale, shared_up, width * shared_up.stride(0))
+    _multiply(x, inner, first, tiles, tiling, (tokens, slots, parts), first=True)
+    by_slot = _empty(x, tokens, slots + parts, hidden)
+    second = _Matrices(routed_down, down_scale, shared_down, width)
+    _multiply(inner, by_slot, second, tiles, tiling, (tokens, slots, parts), first=False)
+    alone = None
+    if parts == 0:
+        alone = F.linear(relu_squared(F.linear(x, shared_up)), shared_down)
+    return _combine(by_slot, ids, scores, alone)
+
+
+def _empty(x: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device)
+
+
+def _values_and_scale(
+    name: str, weights: ExpertWeights, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    if isinstance(weights, QuantizedExperts):
+        return weights.values, weights.scale
+    if not isinstance(weights, Tensor) or weights.dtype != dtype:
+        kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"{name}: got {kind}, expected a stacked tensor of {dtype} or 8 bits")
+    return weights, None
+
+
+def _multiply(
+    source: Tensor,
+    target: Tensor,
+    matrices: _Matrices,
+    tiles: Tiles,
+    tiling: Tiling,
+    size: tuple[int, int, int],
+    first: bool,
+) -> None:
+    """target = products of the rows of `source` with their experts' and shared matrices.
+
+    `size`: tokens, slots and shared parts. The first product reads rows by token and leaves relu^2
+    of them sorted by expert, the shared parts' behind; the second reads these and leaves its rows
+    by token and slot.
+    """
+    routed, scale, shared = matrices.routed, matrices.scale, matrices.shared
+    assert source.stride(-1) == routed.stride(-1) == shared.stride(-1) == 1
+    assert scale is None or scale.stride(-1) == 1
+    tokens, slots, parts = size
+    _, channels, length = routed.shape
+    most = tiles.most + parts * triton.cdiv(tokens, tiling.rows)
+    most *= triton.cdiv(channels, tiling.channels)
+    _multiply_kernel[(min(most, _processors(source.device) * tiling.resident),)](
+        source,
+        target,
+        routed,
+        routed if scale is None else scale,
+        shared,
+        tiles.pairs,
+        tiles.table,
+        tokens,
+        channels,
+        source.stride(0),
+        routed.stride(0),
+        routed.stride(1),
+        0 if scale is None else scale.stride(0),
+        matrices.part_step,
+        shared.stride(0),
+        length=length,
+        first=first,
+        quantized=scale is not None,
+        slots=slots,
+        parts=parts,
+        tile_rows=tiling.rows,
+        tile_channels=tiling.channels,
+        tile_inner=tiling.inner,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+    )
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; two where programs are interpreted, so that each walks tiles."""
+    if device.type != "cuda":
+        return 2
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@triton.jit
+def _product(
+    weight,
+    source,
+    length: tl.constexpr,
+    tile_channels: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_inner: tl.constexpr,
+):
+    """weight [channels] and source [rows], pointers to the rows' starts -> [channels, rows] fp32.
+
+    The sum runs along `length` in order; the first operand's type becomes that of the source.
+    """
+    lanes = tl.arange(0, tile_inner)
+    left = weight[:, None] + lanes[None, :]
+    right = source[None, :] + lanes[:, None]
+    total = tl.zeros([tile_channels, tile_rows], tl.float32)
+    for start in range(0, length, tile_inner):
+        if length % tile_inner == 0:
+            w = tl.load(left)
+            x = tl.load(right)
+        else:
+            within = lanes < length - start
+            w = tl.load(left, mask=within[None, :], other=0.0)
+            x = tl.load(right, mask=within[:, None], other=0.0)
+        total = tl.dot(w.to(x.dtype), x, total, input_precision="ieee")
+        left += tile_inner
+        right += tile_inner
+    return total
+
+
+@triton.jit
+def _multiply_kernel(
+    source,
+    target,
+    routed,
+    scale,
+    shared,
+    pairs,
+    table,
+    tokens,
+    channels,
+    source_stride,
+    expert_stride,
+    channel_stride,
+    scale_stride,
+    part_step,
+    shared_stride,
+    length: tl.constexpr,
+    first: tl.constexpr,
+    quantized: tl.constexpr,
+    slots: tl.constexpr,
+    parts: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile_channels: tl.constexpr,
+    tile_inner: tl.constexpr,
+):
+    column_tiles = tl.cdiv(channels, tile_channels)
+    token_tiles = tl.cdiv(tokens, tile_rows)
+    shared_tiles = parts * token_tiles
+    count = (shared_tiles + tl.load(table)) * column_tiles
+    lanes = tl.arange(0, tile_rows)
+    work = tl.program_id(0)
+    while work < count:
+        # Channels go fastest: programs at work read one expert's weights and rows together.
+        tile = work // column_tiles
+        channel = (work % column_tiles) * tile_channels + tl.arange(0, tile_channels)
+        inside = channel < channels
+        # Rows and channels over the edge repeat the last one and are not stored.
+        held = tl.minimum(channel, channels - 1).to(tl.int64)
+        is_shared = tile < shared_tiles
+        if is_shared:
+            index = (tile // token_tiles).to(tl.int64)
+            token = (tile % token_tiles) * tile_rows + lanes
+            real = token < tokens
+            token = tl.minimum(token, tokens - 1)
+            row = (slots + index) * tokens + token
+            slot = slots + index + tl.zeros([tile_rows], tl.int64)
+        else:
+            entry = table + 1 + 3 * (tile - shared_tiles)
+            index = tl.load(entry).to(tl.int64)
+            rows = tl.load(entry + 2)
+            real = lanes < rows
+            row = (tl.load(entry + 1) + tl.minimum(lanes, rows - 1)).to(tl.int64)
+            pair = tl.load(pairs + row)
+            token = pair // slots
+            slot = (pair % slots).to(tl.int64)
+        read = token if first else row
+        start = source + read.to(tl.int64) * source_stride
+        shared_weight = shared + index * part_step + held * shared_stride
+        routed_weight = routed + index * expert_stride + held * channel_stride
+        if not quantized:
+            if is_shared:
+                routed_weight = shared_weight
+            total = _product(routed_weight, start, length, tile_channels, tile_rows, tile_inner)
+        elif is_shared:
+            total = _product(shared_weight, start, length, tile_channels, tile_rows, tile_inner)
+        else:
+            total = _product(routed_weight, start, length, tile_channels, tile_rows, tile_inner)
+            total *= tl.load(scale + index * scale_stride + held)[:, None]
+        if first:
+            # Not maximum(), which turns NaN into 0.
+            total = tl.where(total < 0.0, 0.0, total)
+            total *= total
+            left = row
+        else:
+            left = token.to(tl.int64) * (slots + parts) + slot
+        place = target + left[None, :] * channels + channel[:, None]
+        tl.store(place, total.to(target.dtype.element_ty), mask=inside[:, None] & real[None, :])
+        work += tl.num_programs(0)
+
+
+def _combine(by_slot: Tensor, ids: Tensor, scores: Tensor, alone: Tensor | None) -> Tensor:
+    """by_slot [T, k + parts, H], ids and scores [T, k], alone [T, H] -> [T, H]."""
+    assert ids.stride(1) == scores.stride(1) == 1
+    tokens, all_slots, width = by_slot.shape
+    out = _empty(by_slot, tokens, width)
+    block = min(_COMBINE_BLOCK, triton.next_power_of_2(width))
+    _combine_kernel[(tokens, triton.cdiv(width, block))](
+        by_slot,
+        ids,
+        scores,
+        by_slot if alone is None else alone,
+        out,
+        width,
+        ids.stride(0),
+        scores.stride(0),
+        slots=ids.shape[1],
+        parts=all_slots - ids.shape[1],
+        has_alone=alone is not None,
+        block=block,
+        num_warps=4,
+    )
+    return out
+
+
+@triton.jit
+def _combine_kernel(
+    by_slot,
+    ids,
+    scores,
+    alone,
+    out,
+    width,
+    ids_stride,
+    scores_stride,
+    slots: tl.constexpr,
+    parts: tl.constexpr,
+    has_alone: tl.constexpr,
+    block: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    within = column < width
+    own = by_slot + token * (slots + parts) * width + column
+    total = tl.zeros([block], tl.float32)
+    for slot in tl.static_range(slots):
+        # What no expert computed was never written.
+        chosen = tl.load(ids + token * ids_stride + slot) >= 0
+        score = tl.load(scores + token * scores_stride + slot, mask=chosen, other=0.0)
+        written = tl.where(chosen, width, 0)
+        value = tl.load(own + slot * width, mask=column < written, other=0.0)
+        total += score * value.to(tl.float32)
+    for part in tl.static_range(parts):
+        total += tl.load(own + (slots + part) * width, mask=within, other=0.0).to(tl.float32)
+    if has_alone:
+        total += tl.load(alone + token * width + column, mask=within, other=0.0).to(tl.float32)
+    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=within)

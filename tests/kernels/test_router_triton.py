@@ -1,0 +1,198 @@
+"""The router kernel against the reference and against cases by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.comparing import assert_rows_are_independent, assert_same_bits, normal
+from tests.kernels.hopper import Launch, compile_all
+from twotower.kernels import moe
+from twotower.kernels.moe import RouterRule
+from twotower.kernels.router_triton import route
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HIDDEN, EXPERTS = 16, 12
+
+
+def rule(
+    top_k: int = 3,
+    groups: int = 1,
+    top_groups: int = 1,
+    normalize: bool = True,
+    scaling: float = 1.0,
+) -> RouterRule:
+    return RouterRule(top_k, groups, top_groups, normalize, scaling)
+
+
+def run(x: Tensor, weight: Tensor, bias: Tensor, how: RouterRule) -> tuple[Tensor, Tensor]:
+    ids, scores = route(x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), how)
+    assert ids.dtype == torch.int64
+    assert scores.dtype == torch.float32
+    return ids.cpu(), scores.cpu()
+
+
+def zeros(experts: int = EXPERTS) -> Tensor:
+    return torch.zeros(experts, HIDDEN, dtype=torch.float64)
+
+
+RULES = [
+    rule(),
+    rule(top_k=1),
+    rule(top_k=EXPERTS, scaling=0.1),
+    rule(normalize=False, scaling=2.7),
+    rule(groups=3, top_groups=2),
+    rule(groups=3, top_groups=1, top_k=4),
+    rule(groups=4, top_groups=2, top_k=6),
+    rule(groups=6, top_groups=2, normalize=False),
+    rule(groups=12, top_groups=5, scaling=1.5),
+]
+
+
+def test_padding_gets_no_expert_whatever_its_tokens_hold() -> None:
+    x, weight, bias = normal(5, HIDDEN), normal(EXPERTS, HIDDEN, seed=1).double(), normal(EXPERTS)
+    real = torch.tensor([True, False, True, True, False])
+    x[1] = float("nan")
+    args = (x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), rule())
+    ids = route(*args, real.to(DEVICE))[0].cpu()
+    assert_same_bits(ids[real], run(x[real], weight, bias, rule())[0])
+    assert ids[~real].tolist() == [[-1] * 3] * 2
+    assert_same_bits(ids[real], moe.route(x, weight, bias, rule(), real)[0][real])
+
+
+@pytest.mark.parametrize("how", RULES)
+@pytest.mark.parametrize("bias_scale", [0.0, 0.3, 3.0])
+def test_it_chooses_as_the_reference(how: RouterRule, bias_scale: float) -> None:
+    x, weight = normal(6, HIDDEN), normal(EXPERTS, HIDDEN, seed=1).double()
+    bias = normal(EXPERTS, seed=2, scale=bias_scale)
+    ids, scores = run(x, weight, bias, how)
+    want_ids, want_scores = moe.route(x, weight, bias, how)
+    assert_same_bits(ids, want_ids)
+    torch.testing.assert_close(scores, want_scores, rtol=2e-7, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_real_numbers_of_experts(dtype: torch.dtype, groups: int) -> None:
+    x, weight = normal(5, 64).to(dtype), normal(128, 64, seed=1, scale=0.2).double()
+    bias, how = normal(128, seed=2, scale=0.1), rule(6, groups, max(1, groups // 2), True, 2.5)
+    ids, scores = run(x, weight, bias, how)
+    want_ids, want_scores = moe.route(x, weight, bias, how)
+    assert_same_bits(ids, want_ids)
+    torch.testing.assert_close(scores, want_scores, rtol=2e-7, atol=0.0)
+
+
+def test_the_bias_moves_the_choice_but_not_the_weights() -> None:
+    bias = torch.zeros(EXPERTS)
+    bias[[2, 7, 9]] = torch.tensor([0.5, 5.0, 1.0])
+    ids, scores = run(torch.zeros(1, HIDDEN), zeros(), bias, rule(normalize=False))
+    assert ids.tolist() == [[7, 9, 2]]
+    assert scores.tolist() == [[0.5, 0.5, 0.5]]
+
+
+def test_ties_go_to_the_lower_expert_and_group() -> None:
+    x, bias = normal(2, HIDDEN), torch.zeros(EXPERTS)
+    assert run(x, zeros(), bias, rule())[0].tolist() == [[0, 1, 2]] * 2
+    lowest = run(x, zeros(), bias, rule(groups=3, top_groups=1, top_k=6))[0]
+    assert lowest.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+    # Two best of each group are equal, though the third of the last is larger.
+    bias[:] = torch.tensor([1.0, 1.0, 0.0, 0.0] * 2 + [1.0, 1.0, 0.9, 0.0])
+    best = run(x, zeros(), bias, rule(groups=3, top_groups=2, top_k=5))[0]
+    assert best.tolist() == [[0, 1, 4, 5, 2]] * 2
+
+
+def test_a_group_counts_its_two_best_even_if_they_are_equal() -> None:
+    bias = torch.tensor([2.0, 2.0, -9.0, 3.0, 0.0, -9.0])
+    ids, _ = run(normal(1, HIDDEN), zeros(6), bias, rule(top_k=2, groups=2, top_groups=1))
+    assert ids.tolist() == [[0, 1]]
+
+
+def test_an_expert_of_a_lost_group_counts_as_zero_not_as_minus_infinity() -> None:
+    bias = torch.tensor([-0.6, -0.6, -3.0, -3.0])
+    ids, _ = run(normal(1, HIDDEN), zeros(4), bias, rule(top_k=2, groups=2, top_groups=1))
+    assert ids.tolist() == [[2, 3]]
+
+
+def test_scores_that_only_fp64_tells_apart() -> None:
+    weight = zeros(4)
+    weight[2, 0], weight[1, 0] = 1.0 + 1e-12, 1.0
+    ids, _ = run(torch.ones(1, HIDDEN), weight, torch.zeros(4), rule(top_k=2))
+    assert ids.tolist() == [[2, 1]]
+
+
+@pytest.mark.parametrize("how", [rule(), rule(groups=3, top_groups=2)])
+def test_nan_gives_nan_weights_and_ids_that_exist(how: RouterRule) -> None:
+    x = normal(3, HIDDEN)
+    x[1] = float("nan")
+    ids, scores = run(x, normal(EXPERTS, HIDDEN, seed=1).double(), torch.zeros(EXPERTS), how)
+    assert sorted(set(ids[1].tolist())) == sorted(ids[1].tolist())
+    assert 0 <= int(ids.min()) <= int(ids.max()) < EXPERTS
+    assert bool(scores[1].isnan().all())
+    assert bool(scores[[0, 2]].isfinite().all())
+
+
+def test_x_may_be_columns_of_a_wider_tensor() -> None:
+    weight, bias = normal(EXPERTS, HIDDEN, seed=1).double(), normal(EXPERTS, seed=2)
+    wide = normal(7, HIDDEN + 5)
+    wide[:, HIDDEN:] = float("nan")
+    x = wide[:, :HIDDEN]
+    assert_same_bits(run(x, weight, bias, rule())[0], moe.route(x, weight, bias, rule())[0])
+
+
+def test_choices_of_a_row_are_its_own() -> None:
+    """The product is torch's, so that scores may differ in the last bit; choices do not."""
+    weight, bias, how = normal(EXPERTS, 130, seed=1).double(), normal(EXPERTS, seed=2), RULES[4]
+    rows = normal(12, 130)
+    assert_rows_are_independent(lambda x: run(x, weight, bias, how)[0], rows, sizes=(1, 7))
+
+
+def test_no_tokens() -> None:
+    ids, scores = run(torch.empty(0, HIDDEN), zeros(), torch.zeros(EXPERTS), rule())
+    assert ids.shape == scores.shape == (0, 3)
+
+
+LAUNCHES = [
+    Launch(
+        "twotower.kernels.router_triton:_choose_kernel",
+        {
+            "logits": "*fp64",
+            "bias": "*fp32",
+            "real_tokens": "*i1",
+            "ids": "*i64",
+            "weights": "*fp32",
+            "logits_stride": "i32:16",
+        },
+        {
+            "with_padding": True,
+            "experts": 128,
+            "groups": groups,
+            "top_groups": max(1, groups // 2),
+            "top_k": 6,
+            "normalize": True,
+            "scaling": 2.5,
+            "group_lanes": groups,
+            "member_lanes": 128 // groups,
+            "slot_lanes": 8,
+        },
+        num_warps=1,
+    )
+    for groups in (1, 8)
+]
+
+
+def test_it_compiles_for_hopper_without_spills() -> None:
+    for launch, compiled in zip(LAUNCHES, compile_all(LAUNCHES), strict=True):
+        assert compiled.spills == 0, launch
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 16, 1024])
+def test_real_shapes(tokens: int) -> None:
+    x = normal(tokens, 2688).bfloat16()
+    weight = normal(128, 2688, seed=1, scale=0.02).bfloat16().double()
+    bias, how = normal(128, seed=2, scale=0.05), rule(6, scaling=2.5)
+    ids, scores = run(x, weight, bias, how)
+    want_ids, want_scores = moe.route(x, weight, bias, how)
+    assert_same_bits(ids, want_ids)
+    torch.testing.assert_close(scores, want_scores, rtol=2e-7, atol=0.0)
