@@ -35,7 +35,8 @@ _forced: ContextVar[Backend | None] = ContextVar("twotower_backend", default=Non
 class Operator(Generic[P, R]):
     """A callable that runs the reference or the Triton kernel of one operator.
 
-    `triton` is the module of the kernel; None if the reference is all there is.
+    `triton` is the module of the kernel; None where a library's product is the best there is on
+    every device, so that the reference is all that there is to run.
     """
 
     def __init__(self, reference: Callable[P, R], triton: str | None = None) -> None:
@@ -56,15 +57,15 @@ class Operator(Generic[P, R]):
         if backend is None:
             first = next((arg for arg in args if isinstance(arg, Tensor)), None)
             on_gpu = first is not None and first.is_cuda
-            backend = "triton" if on_gpu and self._triton_module is not None else "reference"
-        if backend == "reference":
+            backend = "triton" if on_gpu else "reference"
+        if backend == "reference" or self._triton_module is None:
             return self.reference(*args, **kwargs)
         return self.triton(*args, **kwargs)
 
 
 @contextmanager
 def force(backend: Backend) -> Iterator[None]:
-    """Inside, every operator runs `backend`; raises ValueError from one that lacks it."""
+    """Inside, every operator that has a choice runs `backend`."""
     token = _forced.set(backend)
     try:
         yield

@@ -69,8 +69,9 @@ class DenoiserTower(Tower):
         rows = pool.rows(states, list(map(len, tokens)), [state.position for state in states])
         distinct = list(dict.fromkeys(timesteps))
         table = torch.stack([self.modulation(t) for t in distinct])
-        entries = torch.tensor([distinct.index(t) for t in timesteps], device=self.device)
-        index = entries if len(distinct) == 1 else entries[rows.row_of_token]
+        entries = [distinct.index(t) for t in timesteps]
+        spread = [e for e, row in zip(entries, tokens, strict=True) for _ in row]
+        index = torch.tensor(spread, device=self.device)
         return self.run(self.pack(tokens), table, index, TowerPass(rows, pool, False), observe)
 
     def run(
@@ -82,7 +83,7 @@ class DenoiserTower(Tower):
         observe: Callable[[str, Tensor], None] | None = None,
     ) -> Tensor:
         """`forward` over tensors alone: tokens [T], `table` [n, layers, 3, H] of modulations and
-        the entry of each token, `index` [T] (any length if n is 1) -> [T, H]."""
+        the entry of each token, `index` [T] int64 -> [T, H]."""
         hidden, out, gate = self.weights.embedding[tokens], None, None
         eps = self.config.layer_norm_epsilon
         for layer_index, layer in enumerate(self.weights.layers):

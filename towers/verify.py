@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from twotower.kernels import dispatch
+from twotower.kernels.dispatch import Backend, force
 from twotower.kernels.unmask import Lines, gumbel, tempered, without
 from twotower.towers.context import ContextTower
 from twotower.towers.context_engine import ContextEngine
@@ -82,15 +84,32 @@ def verify_folder(
     device: str = "cpu",
     dtype: str = "float32",
     report: Callable[[str], None] = print,
+    backend: Backend | None = None,
+    kinds: Sequence[str] = (),
 ) -> bool:
     """Replays every case of `folder`, reports a line for each and a summary; True if all hold.
 
+    `backend` (None: by device) is `reference` or `triton`; `kinds` of cases, all if none is given.
     Raises CheckpointError if the folder has no readable cases or its checkpoint is wrong.
     """
+    with force(backend) if backend is not None else nullcontext():
+        return _verify(folder, device, dtype, report, backend, kinds)
+
+
+def _verify(
+    folder: Path,
+    device: str,
+    dtype: str,
+    report: Callable[[str], None],
+    backend: Backend | None,
+    kinds: Sequence[str],
+) -> bool:
     cases, tensors = _read_cases(folder)
+    cases = [case for case in cases if not kinds or case["kind"] in kinds]
+    for_triton = None if backend is None else backend == "triton"
     replayer = _Replayer(
-        load_context_tower(folder, device, parse_dtype(dtype)),
-        load_denoiser_tower(folder, device, parse_dtype(dtype)),
+        load_context_tower(folder, device, parse_dtype(dtype), for_triton=for_triton),
+        load_denoiser_tower(folder, device, parse_dtype(dtype), for_triton=for_triton),
     )
     missed = 0
     for case in cases:

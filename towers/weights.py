@@ -58,18 +58,30 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def load_context_tower(
-    folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    for_triton: bool | None = None,
 ) -> ContextTower:
-    """Reads the context tower and its head; the denoiser's tensors are never touched."""
-    loader = _Loader(Checkpoint(folder), torch.device(device), dtype)
+    """Reads the context tower and its head; the denoiser's tensors are never touched.
+
+    `for_triton` (None: on CUDA) keeps matrices as Triton's kernels read them, experts stacked;
+    otherwise they are packed for a CPU's products.
+    """
+    loader = _Loader(Checkpoint(folder), torch.device(device), dtype, for_triton)
     return ContextTower(loader.config, loader.tower("context_tower", "context_lm_head"))
 
 
 def load_denoiser_tower(
-    folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    for_triton: bool | None = None,
 ) -> DenoiserTower:
-    """Reads the denoiser tower, its head and its timestep conditioning."""
-    loader = _Loader(Checkpoint(folder), torch.device(device), dtype)
+    """Reads the denoiser tower, its head and its timestep conditioning; as the context tower."""
+    loader = _Loader(Checkpoint(folder), torch.device(device), dtype, for_triton)
     weights = loader.tower("denoiser_tower", "lm_head")
     return DenoiserTower(loader.config, weights, loader.timestep())
 
@@ -90,12 +102,19 @@ def read_quantized(
 class _Loader:
     """Reads each tensor straight to the device, dtype and layout that it will be used in."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        for_triton: bool | None,
+    ) -> None:
         self.config: TwoTowerConfig = checkpoint.config
         self._checkpoint = checkpoint
         self._shapes = tensor_shapes(checkpoint.config)
         self._device = device
         self._dtype = dtype
+        self._packs = not (device.type == "cuda" if for_triton is None else for_triton)
         self._buffer = self._empty((0,), None)
 
     def tower(self, tower: str, head: str) -> TowerWeights:
@@ -191,14 +210,16 @@ class _Loader:
     def _packed(self, names: Sequence[str]) -> Tensor:
         """Matrices of one width on top of each other, packed if that is the device's way."""
         shape = self._joined_shape(names)
-        target = self._staging(shape) if self._device.type == "cpu" else self._empty(shape, None)
+        target = self._staging(shape) if self._packs else self._empty(shape, None)
         self._read_joined(names, target)
         return self._kept(target)
 
     def _kept(self, target: Tensor) -> Tensor:
         """A matrix in its lasting layout, out of the staging room if it was read there."""
+        if not self._packs:
+            return target
         packed = pack(target)
-        return target.clone() if packed is target and self._device.type == "cpu" else packed
+        return target.clone() if packed is target else packed
 
     def _staging(self, shape: tuple[int, ...]) -> Tensor:
         """Room for a matrix until it is packed. One buffer serves them all: thousands of short
@@ -210,7 +231,7 @@ class _Loader:
 
     def _experts(self, names: Sequence[str]) -> ExpertWeights:
         quantized = self.config.quantized_experts
-        if self._device.type == "cpu":
+        if self._packs:
             return [self._widened(name) if quantized else self._matrix(name) for name in names]
         if quantized:
             return read_quantized(self._checkpoint, names, self._device)
