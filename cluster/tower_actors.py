@@ -70,6 +70,7 @@ class ContextTowerActor:
         )
         options = self._topology.engine_options()
         engine = ContextEngine.with_options(tower, state_link, options, threaded=True)
+        await asyncio.to_thread(engine.warm_up)
         self._running = engine, state_link
 
     async def open(self, row_id: str, capacity: int) -> None:
@@ -132,6 +133,7 @@ class DenoiserTowerActor:
         options = self._topology.engine_options()
         pool = options.pool_for(self._tower)
         engine = DenoiserEngine(self._tower, pool=pool, limits=options.limits, threaded=True)
+        await asyncio.to_thread(engine.warm_up)
         limit = max_update_bytes(self._tower.config, self._topology.max_context)
         transport = self._topology.transport
         receiver = StateReceiver(

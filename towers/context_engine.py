@@ -72,7 +72,8 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         cache = PrefixCache(pool, prefix_cache_bytes) if prefix_cache_bytes else None
         admission = Admission(pool, cache.reclaim if cache else None, max_waiting)
         wanted = tower.device.type == "cuda" if device_steps is None else device_steps
-        run = ContextPass(tower, ContextSteps(tower) if wanted else None).run
+        self._steps = ContextSteps(tower) if wanted else None
+        run = ContextPass(tower, self._steps).run
         limits = limits or PassLimits.for_device(tower.device.type)
         super().__init__("context", run, admission, limits, threaded)
         self.tower = tower
@@ -104,6 +105,11 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
             **super().stats(),
             **{f"cache_{name}": value for name, value in cache.items()},
         }
+
+    def warm_up(self) -> None:
+        """Captures the graphs of decode steps before the first row would have to wait for it."""
+        if self._steps is not None:
+            self._steps.warm_up(self.pool, self.pool.slots.num_slots)
 
     async def open(self, row_id: str, capacity: int) -> None:
         """Waits for the row's slot and pages."""

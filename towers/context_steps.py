@@ -60,9 +60,9 @@ class ContextSteps:
 
     def warm_up(self, pool: StatePool, rows: int) -> None:
         """Captures the graphs of all steps of up to `rows` rows."""
-        bucket = 0
-        while bucket < bucket_for(rows):
-            bucket = bucket_for(bucket + 1)
+        largest = bucket_for(min(rows, ROW_BUCKETS[-1]))
+        # The largest first: the others fit into the memory that it takes.
+        for bucket in sorted((b for b in ROW_BUCKETS if b <= largest), reverse=True):
             self._program(pool, bucket).capture()
 
     def _program(self, pool: StatePool, rows: int) -> _Program:

@@ -116,9 +116,9 @@ class DenoiserSteps:
 
     def warm_up(self, pool: StatePool, length: int, rows: int) -> None:
         """Captures the graphs of all passes of up to `rows` blocks of `length` tokens."""
-        bucket = 0
-        while bucket < bucket_for(rows):
-            bucket = bucket_for(bucket + 1)
+        largest = bucket_for(min(rows, ROW_BUCKETS[-1]))
+        # The largest first: the others fit into the memory that it takes.
+        for bucket in sorted((b for b in ROW_BUCKETS if b <= largest), reverse=True):
             self._program(pool, bucket, length).capture()
 
     def _run_length(

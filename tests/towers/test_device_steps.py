@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.random_model import small_config, write_checkpoint
+from twotower.kernels.dispatch import force
 from twotower.towers.captured import ROW_BUCKETS, Captured, GraphMemory, Staging, bucket_for
 from twotower.towers.context import ContextTower
 from twotower.towers.context_engine import ContextEngine
@@ -228,3 +230,32 @@ def test_staging_pads_what_is_not_sent() -> None:
     assert staging["key"].tolist() == [2**62, -5, 7, 0]
     staging.send({"slot": -1}, slot=[2])
     assert [staging[name].tolist() for name in ("slot", "token")] == [[2, -1, -1, -1], [0] * 4]
+
+
+def test_warming_up_prepares_every_bucket_and_changes_no_row(towers: Towers) -> None:
+    request = MANY[0]
+    reading, filling = engines(towers, True, shared=False)
+    reading.warm_up()
+    filling.warm_up(request[1].block_size)
+
+    async def row() -> list[Block]:
+        blocks = generate_blocks(reading, filling, "row", *request)
+        return [block async for block in blocks]
+
+    assert [asyncio.run(row())] == decode(towers, [request], False)
+
+
+@pytest.mark.parametrize("mode", ["ar", "mask_diffusion"])
+def test_with_the_kernels_instead_of_the_references(tmp_path: Path, mode: str) -> None:
+    """The whole step through Triton, under its interpreter where there is no GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = write_checkpoint(tmp_path, small_config(layer_pattern="M*E"))
+    kernels = (
+        load_context_tower(folder, device, for_triton=True),
+        load_denoiser_tower(folder, device, for_triton=True),
+    )
+    request = ([5, 9, 4], params_of(mode, max_tokens=6, block_size=4, temperature=0.8))
+    with force("triton"):
+        got = decode(kernels, [request], True)
+    want = decode((load_context_tower(folder), load_denoiser_tower(folder)), [request], False)
+    assert [block.token_ids for block in got[0]] == [block.token_ids for block in want[0]]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.comparing import assert_same_bits
+from tests.comparing import assert_relative_rms, assert_same_bits
 from tests.random_model import (
     SMALL,
     random_tensors,
@@ -21,6 +21,8 @@ from tests.random_model import (
     write_checkpoint,
     write_shards,
 )
+from twotower.kernels.dispatch import Backend, force
+from twotower.kernels.quantized import QuantizedExperts
 from twotower.towers.checkpoint import Checkpoint, tensor_shapes
 from twotower.towers.config import TwoTowerConfig
 from twotower.towers.errors import CheckpointError
@@ -354,3 +356,23 @@ def test_a_stack_with_a_value_that_is_no_number_is_named(
     write_checkpoint(target, config, stored | {ONE_EXPERT: poisoned.view(torch.float8_e4m3fn)})
     with pytest.raises(CheckpointError, match=rf"^{ONE_EXPERT}: .*not finite"):
         read_quantized(Checkpoint(target), [ONE_EXPERT], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_pass_over_the_8_bits_themselves(source: Path, target: Path, backend: Backend) -> None:
+    """Stacked as a GPU reads them, against the weights that they stand for."""
+    quantize_checkpoint(source, target)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plain, stacked = (
+        load_denoiser_tower(target),
+        load_denoiser_tower(target, device, for_triton=True),
+    )
+    mixer = stacked.weights.layers[2].mixer
+    assert isinstance(mixer, MoeWeights)
+    assert isinstance(mixer.up, QuantizedExperts)
+    block = [[5, 3, 3, 9, 3, 1, 3]]
+    want = plain.logits(plain.forward(block, [0.5], [plain.new_state(8)]))
+    with force(backend):
+        hidden = stacked.forward(block, [0.5], [stacked.new_state(8)])
+        got = stacked.logits(hidden).cpu()
+    assert_relative_rms(got, want, 1e-5)
