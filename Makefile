@@ -55,6 +55,7 @@ verify: $(STAMP) ## Replay the recorded cases
 check: lint types layering check-proto verify ## What CI runs besides test and demo
 
 bench: $(STAMP) ## Speed and memory on this machine
+	$(BIN)/twotower bench --preset tiny --out runs/bench.json
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.decode --model shipped --tokens 96
 	$(BIN)/python -m benchmarks.memory

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.floor import ExpertCounter, product_sets, products
 from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
-from benchmarks.schedules import PROFILES
+from twotower.bench.schedules import PROFILES
 from twotower.towers.context import ContextTower
 from twotower.towers.context_engine import ContextEngine
 from twotower.towers.denoiser import DenoiserTower

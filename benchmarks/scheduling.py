@@ -27,7 +27,7 @@ import torch
 from benchmarks.figures import median
 from benchmarks.machine import machine
 from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
-from benchmarks.schedules import PROFILES, Schedule, draw_rows, lockstep_passes, replaying
+from twotower.bench.schedules import PROFILES, Schedule, draw_rows, lockstep_passes, replaying
 from twotower.towers.engine import EngineOptions
 from twotower.towers.generation import generate_blocks
 from twotower.towers.link import load_engines

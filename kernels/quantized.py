@@ -36,7 +36,8 @@ class QuantizedExperts:
 def quantize(weight: Tensor) -> QuantizedExperts:
     """weight [E, N, K] -> the nearest values, the largest of each channel at the format's limit.
 
-    A channel of zeros or subnormal numbers gets scale 1. Raises ValueError for values that are not finite.
+    A channel of zeros or subnormal numbers gets scale 1. Raises ValueError for values that are not
+    finite.
     """
     wide = weight.float()
     largest = wide.abs().amax(-1)

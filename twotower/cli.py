@@ -225,6 +225,17 @@ def train(
     _shown_errors(lambda: _train(settings))
 
 
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(context: typer.Context) -> None:
+    """Measure both towers' speed in process; `twotower bench --help` lists its options."""
+    from twotower.bench.command import main as measure
+
+    raise typer.Exit(measure(context.args, "twotower bench"))
+
+
 def main() -> None:
     """Entry of the console script."""
     app()

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.schedules import PROFILES, draw_rows, lockstep_passes, replaying
+from twotower.bench.schedules import (
+    ARITHMETIC,
+    CODE,
+    FACT,
+    LOOP,
+    PROFILES,
+    WORD_PROBLEM,
+    draw_rows,
+    lockstep_passes,
+    masked_share,
+    mean_steps,
+    replaying,
+    shuffled_rows,
+)
 from twotower.towers.params import GenerationParams
 
 
@@ -42,3 +55,29 @@ def test_lockstep_waits_for_the_slowest_row_of_every_round(width: int, passes: i
     steps = [[1, 2], [3, 2], [4, 3]]
     rows = [[(1,) * count for count in row] for row in steps]
     assert lockstep_passes(rows, width) == passes
+
+
+@pytest.mark.parametrize(
+    ("profile", "published"),
+    [("headline", 5.6), ("code", 6.5), ("prose", 12.0), ("word_problem", 8.0)],
+)
+def test_a_profile_has_the_published_mean(profile: str, published: float) -> None:
+    assert mean_steps(PROFILES[profile]) == pytest.approx(published, abs=0.05)
+
+
+def test_every_profile_is_made_of_recorded_blocks() -> None:
+    recorded = {*WORD_PROBLEM, *FACT, *CODE, *ARITHMETIC, *LOOP}
+    assert all(set(blocks) <= recorded for blocks in PROFILES.values())
+
+
+def test_the_masked_share_counts_every_pass_of_a_block() -> None:
+    # 16 of 16 masked, then 10; one pass over 16: (1 + 10/16 + 1) / 3.
+    assert masked_share([(6, 10), (16,)]) == pytest.approx(2.625 / 3)
+
+
+def test_shuffled_rows_hold_the_whole_profile_each() -> None:
+    own = shuffled_rows("mixed", 5, seed=3, in_step=False)
+    assert all(sorted(row) == sorted(PROFILES["mixed"]) for row in own)
+    assert len({tuple(row) for row in own}) == 5
+    together = shuffled_rows("mixed", 5, seed=3, in_step=True)
+    assert len({tuple(row) for row in together}) == 1

@@ -1,0 +1,102 @@
+"""The command line of the benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twotower.bench.markdown import markdown
+from twotower.bench.options import SECTIONS, BenchOptions, defaults_for
+from twotower.bench.plot import NO_MATPLOTLIB, can_plot, plot
+from twotower.bench.random_towers import EXPERT_FORMATS
+from twotower.bench.schedules import PROFILES
+from twotower.bench.shapes import PRESETS
+from twotower.bench.suite import run_suite
+from twotower.towers.weights import DTYPES
+
+
+def main(arguments: Sequence[str], program: str = "python -m twotower.bench") -> int:
+    """Measures, writes, prints the tables; 1 if a measurement failed, 2 for wrong arguments."""
+    parser = _parser(program)
+    args = parser.parse_args(arguments)
+    try:
+        options = _options(args)
+    except ValueError as error:
+        parser.error(str(error))
+    wants_plot = args.plot is not None
+    if wants_plot and not can_plot():
+        # Before the measurements, so that nobody waits for a picture that will not come.
+        print(f"{NO_MATPLOTLIB}; going on without a picture", file=sys.stderr)
+        wants_plot = False
+    report = run_suite(options, args.out, lambda line: print(line, file=sys.stderr, flush=True))
+    report.write(args.out)
+    table = markdown(report.to_dict())
+    if args.table is not None:
+        args.table.write_text(table, encoding="utf-8")
+    if wants_plot:
+        plot(report.to_dict(), args.plot)
+    print(table)
+    return 1 if report.any_failed() else 0
+
+
+def _options(args: argparse.Namespace) -> BenchOptions:
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: got {device}, expected cpu on a machine without CUDA")
+    given: dict[str, Any] = {
+        name: value
+        for name, value in vars(args).items()
+        if value is not None and name in BenchOptions.__dataclass_fields__
+    }
+    return replace(defaults_for(args.preset, device), **(given | {"device": device}))
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Speed of both towers in one process at any shape: random weights on the "
+        "device, recorded commit schedules, floors from this run's own ceilings, plain PyTorch "
+        "beside it. Without a GPU the preset tiny shows that everything runs.",
+        epilog="On a GPU that holds both towers: --preset 30b --plot bench.png --table bench.md. "
+        "Where a command may run for a few minutes only, measure section by section: --minutes 9 "
+        "--sections speed,baseline, and so on; each run makes its towers anew within seconds.",
+    )
+    add = parser.add_argument
+    add("--preset", default="tiny", choices=list(PRESETS), help="shape of the model")
+    add("--device", help="cpu or cuda; cuda where there is one")
+    add("--dtype", choices=list(DTYPES), help="bfloat16 on a GPU, otherwise float32")
+    add(
+        "--experts", choices=EXPERT_FORMATS, help="format of routed experts; full: that of the rest"
+    )
+    add("--unique", type=float, help="experts a layer that one row's block reads; 0: as it comes")
+    add("--batches", type=_numbers, help="rows decoded together, the most important first")
+    add("--context", type=int, help="tokens that each row has read")
+    add("--long-context", type=int, help="longest context of the attention's measurement")
+    add("--long-rows", type=int, help="its rows")
+    add("--profiles", type=_names, help=f"commit schedules, of {', '.join(PROFILES)}")
+    add("--sections", type=_names, help=f"what to measure, in this order, of {', '.join(SECTIONS)}")
+    add("--rounds", type=int, help="times that a run goes through its profile")
+    add("--repeats", type=int, help="runs of everything; medians count")
+    add("--scans", type=int, help="seeded block scans, at least")
+    add("--scan-rows", type=int, help="rows of one pass of them")
+    add("--compiled", action=argparse.BooleanOptionalAction, help="torch.compile beside eager")
+    add("--minutes", type=float, help="no step begins after so many")
+    add("--seed", type=int, help="of weights, tokens and orders of blocks")
+    add("--out", type=Path, default=Path("bench.json"), help="the report, written step by step")
+    add("--plot", type=Path, help="a picture (PNG); needs the extra `bench`")
+    add("--table", type=Path, help="the tables as markdown")
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in _names(text))

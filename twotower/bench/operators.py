@@ -1,0 +1,190 @@
+"""Where the time of a pass goes, operator by operator.
+
+Operators are timed inside a real pass, so that weights and states come from memory as they do in
+earnest. On a GPU the device is kept busy until the host is far ahead, so that a time holds no
+launch; what two events cost is still in it, about a microsecond a call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twotower.bench.floors import Ceilings, Work
+from twotower.bench.timing import Stopwatch, synchronize
+from twotower.kernels import dispatch
+from twotower.kernels.dispatch import Operator
+from twotower.towers.backbone import TowerWeights
+
+_SCAN_AND_REPLAY = "mamba_scan and replay"
+# The operators of the floor that each measured one does. The shared expert belongs to `experts`
+# where it is computed with the routed ones, otherwise to `mlp`.
+_FLOOR_OF: dict[str, tuple[str, ...]] = {
+    "add_norm": ("norm",),
+    "mamba_scan": ("scan",),
+    _SCAN_AND_REPLAY: ("scan",),
+    "attention": ("attention",),
+    "route": ("router",),
+    "experts": ("experts_up", "experts_down"),
+    "mlp": ("mlp_up", "mlp_down"),
+    "in_proj": ("in_proj",),
+    "out_proj": ("out_proj",),
+    "qkv": ("qkv",),
+    "o_proj": ("o_proj",),
+    "head": ("head",),
+}
+_SHARED = ("shared_up", "shared_down")
+_HOLD_SIDE = 8192
+_LONG_HOLD, _SHORT_HOLD = 32, 2
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """All launches of one operator in a pass: seconds, and the floor's (None: not in the floor)."""
+
+    name: str
+    calls: int
+    seconds: float
+    floor_seconds: float | None
+
+
+class OperatorClock:
+    """While active, times every call of an operator from outside; calls inside calls belong to the
+    outer one. Products are named by the weight that they multiply."""
+
+    def __init__(self, device: torch.device, weights: TowerWeights) -> None:
+        self._device = device
+        self._watch = Stopwatch(device)
+        self._hold = _Hold(device)
+        self._calls: list[tuple[str, int, int]] = []
+        self._operators = {
+            id(own): name for name, own in vars(dispatch).items() if isinstance(own, Operator)
+        }
+        self._weights = _names_of(weights)
+        self._inside = False
+        self._plain_call = Operator.__call__
+
+    def __enter__(self) -> OperatorClock:
+        clock = self
+
+        def timed(operator: Operator[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return clock._time(operator, args, kwargs)
+
+        Operator.__call__ = timed  # type: ignore[method-assign, assignment]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Operator.__call__ = self._plain_call  # type: ignore[method-assign]
+
+    def totals(self) -> dict[str, tuple[int, float]]:
+        """Calls and seconds by operator, in the order of their first calls."""
+        synchronize(self._device)
+        totals: dict[str, tuple[int, float]] = {}
+        for name, begin, end in self._calls:
+            calls, seconds = totals.get(name, (0, 0.0))
+            totals[name] = (calls + 1, seconds + self._watch.seconds(begin, end))
+        return totals
+
+    def _time(self, operator: Operator[..., Any], args: Any, kwargs: Any) -> Any:
+        if self._inside:
+            return self._plain_call(operator, *args, **kwargs)
+        name = self._name_of(operator, args)
+        if all(name != known for known, _, _ in self._calls):
+            # Before an operator's first call the host may have waited for the device.
+            self._hold.occupy(_SHORT_HOLD if self._calls else _LONG_HOLD)
+        self._inside = True
+        begin = self._watch.mark()
+        try:
+            return self._plain_call(operator, *args, **kwargs)
+        finally:
+            self._calls.append((name, begin, self._watch.mark()))
+            self._inside = False
+
+    def _name_of(self, operator: Operator[..., Any], args: Sequence[Any]) -> str:
+        name = self._operators[id(operator)]
+        if name != "linear":
+            return name
+        return self._weights.get(args[1].data_ptr(), name)
+
+
+def measure_operators(
+    work: Callable[[], object],
+    weights: TowerWeights,
+    device: torch.device,
+    floor: Sequence[Work],
+    ceilings: Ceilings,
+    repeats: int = 5,
+) -> list[OperatorTime]:
+    """Median times of the operators of one pass, beside their floors."""
+    work()
+    rounds = []
+    for _ in range(repeats):
+        with OperatorClock(device, weights) as clock:
+            work()
+        rounds.append(_joined(clock.totals()))
+    floors = _floors_by_operator(rounds[0], floor, ceilings)
+    return [
+        OperatorTime(
+            name, calls, statistics.median(own[name][1] for own in rounds), floors.get(name)
+        )
+        for name, (calls, _) in rounds[0].items()
+    ]
+
+
+def _floors_by_operator(
+    measured: Mapping[str, tuple[int, float]], floor: Sequence[Work], ceilings: Ceilings
+) -> dict[str, float]:
+    """The floor of each measured operator that has one."""
+    works = {own.name: own for own in floor}
+    parts = {name: _FLOOR_OF[name] for name in measured if name in _FLOOR_OF}
+    dense = works["mlp_up"].launches if "mlp_up" in works else 0
+    if measured.get("mlp", (0, 0.0))[0] > dense:
+        parts["mlp"] += _SHARED
+    elif "experts" in parts:
+        parts["experts"] += _SHARED
+    return {
+        name: sum(works[part].seconds(ceilings) for part in own if part in works)
+        for name, own in parts.items()
+    }
+
+
+def _joined(totals: dict[str, tuple[int, float]]) -> dict[str, tuple[int, float]]:
+    """The floor's scan moves its state; where a replay does that, the two belong together."""
+    if not {"mamba_scan", "replay"} <= totals.keys():
+        return totals
+    (scans, scan), (replays, replay) = totals["mamba_scan"], totals["replay"]
+    rest = {name: own for name, own in totals.items() if name not in ("mamba_scan", "replay")}
+    return {**rest, _SCAN_AND_REPLAY: (scans + replays, scan + replay)}
+
+
+def _names_of(weights: TowerWeights) -> dict[int, str]:
+    """The name of each matrix by its place in memory."""
+    names = {weights.head.data_ptr(): "head"}
+    for layer in weights.layers:
+        for field in dataclasses.fields(layer.mixer):
+            value = getattr(layer.mixer, field.name)
+            if isinstance(value, Tensor) and value.layout == torch.strided:
+                names[value.data_ptr()] = field.name
+    return names
+
+
+class _Hold:
+    """Keeps a GPU busy with products; a CPU needs no such thing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pair: tuple[Tensor, Tensor] | None = None
+        if device.type == "cuda":
+            left = torch.randn(_HOLD_SIDE, _HOLD_SIDE, device=device, dtype=torch.bfloat16)
+            self._pair = (left, torch.empty_like(left))
+
+    def occupy(self, products: int) -> None:
+        """Queues so many products, 1 to 2 ms each."""
+        if self._pair is not None:
+            for _ in range(products):
+                torch.mm(self._pair[0], self._pair[0], out=self._pair[1])

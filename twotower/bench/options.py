@@ -1,0 +1,111 @@
+"""What to measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from twotower.bench.random_towers import EXPERT_FORMATS
+from twotower.bench.schedules import BLOCK, PROFILES
+from twotower.bench.shapes import PRESETS
+from twotower.towers.weights import DTYPES
+
+# Every section of a report that has steps of its own, the most important first.
+SECTIONS = (
+    "speed",
+    "baseline",
+    "operators",
+    "continuous",
+    "attention",
+    "scans",
+    "profiles",
+    "verified",
+)
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Raises ValueError on construction.
+
+    `batches` are numbers of rows, `context` and `long_context` tokens of each. `unique` is the
+    number of experts a layer that one row's block should read, 0 to leave routing alone. `rounds`
+    times each measured run goes through its profile. Steps that begin after `minutes` are left out.
+    """
+
+    preset: str = "tiny"
+    device: str = "cpu"
+    dtype: str = "float32"
+    experts: str = "full"
+    unique: float = 0.0
+    batches: tuple[int, ...] = (1, 4)
+    context: int = 128
+    long_context: int = 1024
+    long_rows: int = 4
+    profiles: tuple[str, ...] = ("code", "loop")
+    sections: tuple[str, ...] = SECTIONS
+    rounds: int = 1
+    repeats: int = 1
+    scans: int = 512
+    scan_rows: int = 16
+    compiled: bool = False
+    minutes: float = 25.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("preset", self.preset, PRESETS)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("experts", self.experts, EXPERT_FORMATS)
+        for profile in self.profiles:
+            _one_of("profiles", profile, PROFILES)
+        for section in self.sections:
+            _one_of("sections", section, SECTIONS)
+        for name in ("context", "long_context"):
+            # A row reads its last token; the short context of probes lies before it.
+            _at_least(name, getattr(self, name), 2)
+        for name in ("long_rows", "rounds", "repeats", "scans", "scan_rows"):
+            _at_least(name, getattr(self, name), 1)
+        for rows in (*self.batches, len(self.batches)):
+            _at_least("batches", rows, 1)
+        experts = PRESETS[self.preset].n_routed_experts
+        if self.unique and not 1 <= self.unique < experts:
+            raise ValueError(f"unique: got {self.unique}, expected 0 or 1 to {experts - 1}")
+        if self.minutes <= 0:
+            raise ValueError(f"minutes: got {self.minutes}, expected above 0")
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block, those of the recorded schedules."""
+        return BLOCK
+
+
+def defaults_for(preset: str, device: str) -> BenchOptions:
+    """Options that suit a preset on a device. Raises ValueError for an unknown preset."""
+    _one_of("preset", preset, PRESETS)
+    dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    if preset == "tiny":
+        return BenchOptions(preset, device, dtype)
+    return BenchOptions(
+        preset,
+        device,
+        dtype,
+        unique=34.0,
+        batches=(1, 16, 64, 32, 128, 48, 96),
+        context=4096,
+        long_context=32768,
+        long_rows=16,
+        scans=1_000_000,
+        scan_rows=256,
+        compiled=True,
+        repeats=2,
+        profiles=("mixed", "prose", "code", "word_problem", "loop"),
+    )
+
+
+def _one_of(field: str, value: str, allowed: object) -> None:
+    names = list(allowed)  # type: ignore[call-overload]
+    if value not in names:
+        raise ValueError(f"{field}: got {value!r}, expected one of {', '.join(names)}")
+
+
+def _at_least(field: str, value: int, limit: int) -> None:
+    if value < limit:
+        raise ValueError(f"{field}: got {value}, expected at least {limit}")

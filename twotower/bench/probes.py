@@ -1,0 +1,156 @@
+"""Single passes over rows of one context: of our towers, and the same in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from twotower.bench.filled import FilledPool
+from twotower.bench.floors import PassShape, expected_unique
+from twotower.bench.plain import PlainPass, copy_states
+from twotower.towers.backbone import Tower
+from twotower.towers.config import TwoTowerConfig
+from twotower.towers.context import ContextTower
+from twotower.towers.context_pass import ContextPass, ContextWork
+from twotower.towers.denoiser import DenoiserTower
+from twotower.towers.state import ContextState
+
+# An extension reads a block into the context; a verification puts it through the head as well.
+PassKind = Literal["denoise", "ar", "extend", "verify"]
+# Of a block's positions, those that are masked in the mean of all passes of recorded blocks.
+MASKED = 0.6
+# Routing does not depend on how much context attention reads.
+_SHORT_CONTEXT = 64
+_ROWS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A pass of one kind over rows that stand at their states' common position."""
+
+    kind: PassKind
+    tower: Tower
+    states: Sequence[ContextState]
+    tokens: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        kind: PassKind,
+        tower: Tower,
+        states: Sequence[ContextState],
+        block: int,
+        seed: int = 0,
+    ) -> Probe:
+        """Random tokens [B, L]; a denoiser's are partly masked. An AR step has one a row."""
+        length = 1 if kind == "ar" else block
+        generator = torch.Generator().manual_seed(seed)
+        vocab, mask = tower.config.vocab_size, tower.config.mask_token_id
+        tokens = torch.randint(mask + 1, vocab, (len(states), length), generator=generator)
+        if kind == "denoise":
+            order = torch.rand(tokens.shape, generator=generator).argsort(dim=1)
+            tokens[order < round(MASKED * length)] = mask
+        return cls(kind, tower, states, tokens)
+
+    @torch.inference_mode()
+    def run(self) -> Tensor:
+        """The pass and, unless it extends, the head over all positions, as one call -> hidden
+        states [B * L, H] of a denoiser, [B, H] of a context tower. A context tower's rows are moved
+        on by its tokens."""
+        rows = self.tokens.tolist()
+        if isinstance(self.tower, DenoiserTower):
+            hidden = self.tower.forward(rows, [self.timestep] * len(rows), list(self.states))
+        else:
+            assert isinstance(self.tower, ContextTower)
+            works = [ContextWork(*own) for own in zip(self.states, rows, strict=True)]
+            results = ContextPass(self.tower).run(works)
+            hidden = torch.stack([_hidden_of(result) for result in results])
+        if self.kind != "extend":
+            self.tower.logits(hidden)
+        return hidden
+
+    @property
+    def timestep(self) -> float:
+        """The rows' masked fraction."""
+        mask = self.tower.config.mask_token_id
+        return float((self.tokens[0] == mask).float().mean())
+
+    def wanted(self) -> Tensor:
+        """The positions that go through the head, of all B * L: masked ones, or every row's."""
+        if self.kind != "denoise":
+            return torch.arange(self.tokens.numel())
+        return (self.tokens.flatten() == self.tower.config.mask_token_id).nonzero().squeeze(1)
+
+    def modulation(self) -> Tensor | None:
+        """What a plain pass of a denoiser needs, [B, layers, 3, H]."""
+        if not isinstance(self.tower, DenoiserTower):
+            return None
+        own = self.tower.modulation(self.timestep)
+        return own.unsqueeze(0).expand(len(self.states), *own.shape)
+
+    def plain(self, *, compiled: bool = False, seen: int | None = None) -> PlainPass:
+        """The same pass in plain PyTorch, from copies of the states."""
+        length = self.tokens.shape[1]
+        copies = copy_states(self.states, self.tower.config, length, seen)
+        return PlainPass(self.tower, copies, compiled=compiled)
+
+    def experts_chosen(self) -> list[Tensor]:
+        """The experts that the rows' tokens choose, [B * L, k] per MoE layer."""
+        plain = self.plain(seen=_SHORT_CONTEXT)
+        plain.hidden(self.tokens.to(self.tower.device), self.modulation())
+        return plain.experts_chosen
+
+
+def measured_unique(kind: PassKind, tower: Tower, pool: FilledPool, rows: int, block: int) -> float:
+    """Experts that a layer of a pass over fresh rows reads, averaged over its layers; 0 without
+    MoE layers. Rows choose independently, so a few at a time are asked."""
+    chosen: list[list[Tensor]] = []
+    at_once = min(_ROWS_AT_ONCE, pool.slots.num_slots)
+    for begin in range(0, rows, at_once):
+        with pool.rows_at(_SHORT_CONTEXT, min(at_once, rows - begin), block) as states:
+            chosen.append(Probe.of(kind, tower, states, block, seed=begin).experts_chosen())
+    layers: list[int] = [torch.cat(layer).unique().numel() for layer in zip(*chosen, strict=True)]
+    return sum(layers) / max(1, len(layers))
+
+
+def shape_of(
+    kind: PassKind,
+    config: TwoTowerConfig,
+    rows: int,
+    context: int,
+    block: int,
+    *,
+    unique: float | None = None,
+    masked: float = 1.0,
+    value_bytes: int = 2,
+    expert_bytes: int = 2,
+) -> PassShape:
+    """The shape of a pass for its floor. `unique` None: as if all tokens chose independently;
+    `masked` is the part of a denoiser's positions that goes through the head."""
+    length = 1 if kind == "ar" else block
+    if unique is None:
+        unique = expected_unique(config, rows * length)
+    tokens = float(rows * length)
+    heads = {"denoise": tokens * masked, "ar": tokens, "extend": 0.0, "verify": tokens}
+    return PassShape(
+        rows,
+        length,
+        context,
+        unique,
+        heads[kind],
+        kind != "denoise",
+        value_bytes,
+        expert_bytes,
+    )
+
+
+def _hidden_of(result: object) -> Tensor:
+    if isinstance(result, BaseException):
+        raise result
+    hidden = result.hidden  # type: ignore[attr-defined]
+    assert isinstance(hidden, Tensor)
+    return hidden

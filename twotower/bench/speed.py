@@ -1,0 +1,204 @@
+"""Tokens/s and passes of the engines, each beside what the same run's ceilings allow."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from twotower.bench.decode import Decoded, Passes, Run
+from twotower.bench.floors import Ceilings
+from twotower.bench.probes import PassKind
+from twotower.bench.schedules import PROFILES, Schedule, masked_share, shuffled_rows
+from twotower.bench.speedup import PassSeconds, best_tokens_per_s, in_step_tokens_per_s
+from twotower.bench.workbench import WARM_BLOCKS, PassFloor, Workbench
+
+Entry = dict[str, Any]
+_AR_BLOCKS = 3
+_VERIFIED_BLOCKS = 8
+_PRIMING = 2
+_CONTEXT_PASS: dict[str, PassKind] = {
+    "ar": "ar",
+    "mask_diffusion": "extend",
+    "verified": "verify",
+}
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """What mask_diffusion replays; `in_step` if all rows commit the same in every step."""
+
+    profile: str
+    in_step: bool
+
+    @property
+    def sync(self) -> str:
+        return "in step" if self.in_step else "continuous"
+
+    def schedules(self, rows: int, seed: int) -> list[list[Schedule]]:
+        return shuffled_rows(self.profile, rows, seed, in_step=self.in_step)
+
+
+def measure_speed(
+    bench: Workbench, rows: int, wanted: Sequence[Diffusion]
+) -> tuple[list[Entry], list[Entry]]:
+    """AR and diffusion by turns, `repeats` times: what was decoded, and the ratios of each pair.
+
+    The first run of everything does not count: kernels are compiled and graphs captured in it.
+    """
+    bench.steer(rows)
+    runs = {own: _diffusion_run(bench, rows, own) for own in wanted}
+    ar = Run("ar", rows, bench.options.context, _AR_BLOCKS, 1, bench.options.block)
+    bench.pair.decode(replace(ar, blocks=_PRIMING))
+    for own, run in runs.items():
+        # Rows out of step share passes of many sizes: only the same run meets all of them.
+        bench.pair.decode(replace(run, blocks=_PRIMING) if own.in_step else run)
+    ar_done: list[Decoded] = []
+    done: dict[Diffusion, list[Decoded]] = {own: [] for own in wanted}
+    for _ in range(bench.options.repeats):
+        ar_done.append(bench.pair.decode(ar))
+        for own, run in runs.items():
+            done[own].append(bench.pair.decode(run))
+    decoded = [_entry(bench, ar, ar_done)]
+    ratios = []
+    for own, run in runs.items():
+        decoded.append(_entry(bench, run, done[own], own))
+        ratios.append(_ratio(bench, run, own, done[own], ar_done))
+    return decoded, ratios
+
+
+def measure_verified(bench: Workbench, rows: int) -> Entry:
+    """A draft and its check by turns. Random towers never agree, so one token a cycle is accepted;
+    what speed other numbers of accepted tokens would give follows from the time of a cycle."""
+    bench.steer(rows)
+    options = bench.options
+    run = Run("verified", rows, options.context, _VERIFIED_BLOCKS, 1, options.block)
+    bench.pair.decode(replace(run, blocks=_PRIMING))
+    done = [bench.pair.decode(run) for _ in range(options.repeats)]
+    entry = _entry(bench, run, done)
+    cycle = statistics.median(own.seconds_a_block for own in done)
+    entry["cycle_ms"] = 1e3 * cycle
+    entry["tokens_per_s_if_accepted"] = {
+        str(count): rows * count / cycle for count in (1, 2, 4, 8, options.block)
+    }
+    return entry
+
+
+def _diffusion_run(bench: Workbench, rows: int, own: Diffusion) -> Run:
+    options = bench.options
+    return Run(
+        "mask_diffusion",
+        rows,
+        options.context,
+        options.rounds * len(PROFILES[own.profile]),
+        WARM_BLOCKS,
+        options.block,
+        own.schedules(rows, options.seed),
+    )
+
+
+def _entry(
+    bench: Workbench, run: Run, done: Sequence[Decoded], diffusion: Diffusion | None = None
+) -> Entry:
+    """A row of the section `decode`: medians over repeats, and how far these lie apart."""
+    speeds = [own.tokens_per_s for own in done]
+    last = done[-1]
+    entry: Entry = {
+        "mode": run.mode,
+        "profile": diffusion.profile if diffusion else None,
+        "sync": diffusion.sync if diffusion else None,
+        "rows": run.rows,
+        "context": run.context,
+        "tokens_per_s": statistics.median(speeds),
+        "spread": max(speeds) / min(speeds) - 1.0,
+        "tokens_a_block": last.tokens_a_block,
+        "nfe_a_block": last.nfe_a_block,
+        "open_experts": bench.open_experts,
+        "passes": [],
+    }
+    masked = masked_share(PROFILES[diffusion.profile]) if diffusion else 1.0
+    if run.mode != "ar":
+        own = [each.denoiser for each in done]
+        entry["passes"].append(_pass_entry(bench, "denoise", own, run, masked))
+    own = [each.context for each in done]
+    entry["passes"].append(_pass_entry(bench, _CONTEXT_PASS[run.mode], own, run, masked))
+    return entry
+
+
+def _pass_entry(
+    bench: Workbench, kind: PassKind, passes: Sequence[Passes], run: Run, masked: float
+) -> Entry:
+    """A tower's passes in a run; with their floor where every pass had all rows."""
+    seconds = statistics.median(own.seconds_a_pass for own in passes)
+    rows = passes[-1].rows_a_pass
+    entry: Entry = {"kind": kind, "rows_a_pass": rows, "ms": 1e3 * seconds}
+    if round(rows, 3) == run.rows:
+        floor = bench.floor(kind, run.rows, run.context, masked)
+        entry |= floor_entry(floor, seconds, bench.ceilings)
+    else:
+        entry["unique_experts"] = bench.unique(kind, max(1, round(rows)))
+    return entry
+
+
+def floor_entry(floor: PassFloor, seconds: float, ceilings: Ceilings) -> Entry:
+    """A measured pass beside its floor and the copy bandwidth."""
+    bytes_per_s = floor.num_bytes / seconds
+    return {
+        "unique_experts": floor.unique,
+        "gigabytes": floor.num_bytes / 1e9,
+        "floor_ms": 1e3 * floor.seconds,
+        "share_of_floor": floor.seconds / seconds,
+        "terabytes_per_s": bytes_per_s / 1e12,
+        "share_of_copy": bytes_per_s / ceilings.bytes_per_s,
+    }
+
+
+def _ratio(
+    bench: Workbench,
+    run: Run,
+    own: Diffusion,
+    done: Sequence[Decoded],
+    ar_done: Sequence[Decoded],
+) -> Entry:
+    """mask_diffusion over AR, pair by pair, beside the ratio of their ceilings."""
+    ratios = [a.tokens_per_s / b.tokens_per_s for a, b in zip(done, ar_done, strict=True)]
+    ratio = statistics.median(ratios)
+    ar_ceiling = run.rows / bench.floor("ar", run.rows, run.context).seconds
+    ceiling = ceiling_tokens_per_s(bench, run, own)
+    speed = statistics.median(a.tokens_per_s for a in done)
+    ar_speed = statistics.median(b.tokens_per_s for b in ar_done)
+    return {
+        "rows": run.rows,
+        "context": run.context,
+        "profile": own.profile,
+        "sync": own.sync,
+        "nfe_a_block": done[-1].nfe_a_block,
+        "ratio": ratio,
+        "spread": max(ratios) / min(ratios) - 1.0,
+        "ceiling": ceiling / ar_ceiling,
+        "share_of_ceiling": ratio / (ceiling / ar_ceiling),
+        "diffusion_share_of_floor": speed / ceiling,
+        "ar_share_of_floor": ar_speed / ar_ceiling,
+    }
+
+
+def ceiling_tokens_per_s(bench: Workbench, run: Run, own: Diffusion) -> float:
+    """Tokens/s of a run whose passes all take their floor."""
+    masked = masked_share(PROFILES[own.profile])
+
+    @cache
+    def denoise(rows: int) -> float:
+        return bench.floor("denoise", rows, run.context, masked).seconds
+
+    @cache
+    def extend(rows: int) -> float:
+        return bench.floor("extend", rows, run.context).seconds
+
+    if own.in_step:
+        steps = sum(map(len, run.schedules[0])) / len(run.schedules[0])
+        return in_step_tokens_per_s(
+            run.rows, run.block_size, steps, denoise(run.rows), extend(run.rows)
+        )
+    return best_tokens_per_s(run.schedules, PassSeconds(denoise, extend))

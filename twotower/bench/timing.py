@@ -1,0 +1,95 @@
+"""Clocks of a device, and the ceilings that it reaches."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from twotower.bench.floors import Ceilings
+
+# Copies beyond any cache, products that fill the device; a CPU has neither.
+_COPY_BYTES = {"cuda": 4 << 30, "cpu": 64 << 20}
+_PRODUCT_SIDE = {"cuda": 8192, "cpu": 768}
+_REPEATS = {"cuda": 10, "cpu": 3}
+
+
+class Stopwatch:
+    """Marks moments in a device's own order of work: events on CUDA, the host's clock elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[torch.cuda.Event | float] = []
+
+    def mark(self) -> int:
+        """Notes the present moment; returns its number."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+        return len(self._marks) - 1
+
+    def seconds(self, first: int, last: int) -> float:
+        """Between two marks; waits for the device."""
+        begin, end = self._marks[first], self._marks[last]
+        if isinstance(begin, torch.cuda.Event):
+            assert isinstance(end, torch.cuda.Event)
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1e3
+        assert isinstance(end, float)
+        return end - begin
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for all work of a device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_seconds(
+    work: Callable[[], object], device: torch.device, repeats: int, warmups: int = 2
+) -> float:
+    """Median time of a call, each begun on an idle device; launches that the device waits for
+    count."""
+    for _ in range(warmups):
+        work()
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        watch = Stopwatch(device)
+        begin = watch.mark()
+        work()
+        times.append(watch.seconds(begin, watch.mark()))
+    return statistics.median(times)
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Copy bandwidth, and rates of a large product in `dtype` and in plain fp32, on random data."""
+    side = _PRODUCT_SIDE[device.type]
+    return Ceilings(
+        _copy_bytes_per_s(device),
+        _product_flops(device, dtype, side),
+        _product_flops(device, torch.float32, side),
+    )
+
+
+def _copy_bytes_per_s(device: torch.device) -> float:
+    source = torch.empty(_COPY_BYTES[device.type] // 4, device=device).normal_()
+    target = torch.empty_like(source)
+    seconds = median_seconds(lambda: target.copy_(source), device, _REPEATS[device.type])
+    return 2 * source.nbytes / seconds
+
+
+def _product_flops(device: torch.device, dtype: torch.dtype, side: int) -> float:
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(left)
+
+    def product() -> Tensor:
+        return torch.mm(left, right, out=out)
+
+    return 2.0 * side**3 / median_seconds(product, device, _REPEATS[device.type])
