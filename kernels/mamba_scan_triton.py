@@ -1,0 +1,377 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""`twotower.kernels.mamba_scan` as Triton kernels.
+
+In the chunked (SSD) form, with cum_i the sum of step_j A over the chunk's j <= i:
+
+    y_i = sum over j <= i of (C_i B_j) exp(cum_i - cum_j) step_j x_j + exp(cum_i) h C_i + D x_i
+
+Two launches: `prepare` for conv and steps, then programs that each make the y of one row and a
+slice of one head, and carry that slice of the state in registers from chunk to chunk. A single
+token per row takes one launch, conv inside. All to fp32's precision: fp32 and fp16 inputs by fp32
+products, bf16 inputs by tensor cores (see `_product`).
+
+Tiles follow from `rows.longest` alone: among passes whose longest rows have 1, 2 to 16, 17 to 64
+or more tokens, a row has the same bits in any batch. Source: Dao and Gu 2024 (Mamba-2), section 6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from twotower.kernels.mamba_scan import MambaScanWeights
+from twotower.kernels.mamba_triton import conv_tile, prepare, softplus
+from twotower.kernels.rows import Rows
+
+# Channels of a head in a program of the kernel for single tokens.
+TOKEN_CHANNELS = 32
+
+
+@triton.jit
+def _operand(loaded):
+    """What enters a product: bf16 as it is, else fp32 (beside fp16 a state could not be fp16)."""
+    return loaded if loaded.dtype == tl.bfloat16 else loaded.to(tl.float32)
+
+
+@triton.jit
+def _parts(wide):
+    """Three bf16 whose sum is the fp32 `wide`, the smallest first."""
+    high = wide.to(tl.bfloat16)
+    rest = wide - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return (rest - middle.to(tl.float32)).to(tl.bfloat16), middle, high
+
+
+@triton.jit
+def _product(a, b):
+    """a @ b to fp32's precision. Beside a bf16 operand, an fp32 one is taken apart into three bf16
+    whose sum it is, so that tensor cores multiply it exactly."""
+    if a.dtype == b.dtype:
+        out = tl.dot(a, b, input_precision="ieee")
+    elif a.dtype == tl.float32:
+        low, middle, high = _parts(a)
+        out = tl.dot(high, b, tl.dot(middle, b, tl.dot(low, b)))
+    else:
+        low, middle, high = _parts(b)
+        out = tl.dot(a, high, tl.dot(a, middle, tl.dot(a, low)))
+    return out
+
+
+@triton.jit
+def _chunks_kernel(
+    conv,
+    steps,
+    ssm_state,
+    ssm_state_stride_s,
+    ssm_state_stride_h,
+    ssm_state_stride_p,
+    a_log,
+    d,
+    y,
+    starts,
+    slots,
+    heads,
+    per_group,
+    shared_channels,
+    width: tl.constexpr,
+    n: tl.constexpr,
+    block_l: tl.constexpr,
+    block_p: tl.constexpr,
+    block_n: tl.constexpr,
+    once: tl.constexpr,
+):
+    """Program (head and slice of P, row). `once`: no row is longer than a chunk."""
+    slices: tl.constexpr = (width + block_p - 1) // block_p
+    head = tl.program_id(0) // slices
+    row = tl.program_id(1)
+    slot = tl.load(slots + row).to(tl.int64)
+    if slot < 0:
+        return
+    start = tl.load(starts + row).to(tl.int64)
+    length = (tl.load(starts + row + 1) - start).to(tl.int32)
+    inner = heads * width
+    channels = inner + 2 * shared_channels
+    p = tl.program_id(0) % slices * block_p + tl.arange(0, block_p)
+    column = tl.arange(0, block_n)
+    held = tl.load(
+        ssm_state
+        + slot * ssm_state_stride_s
+        + head * ssm_state_stride_h
+        + p[:, None] * ssm_state_stride_p
+        + column[None, :],
+        mask=(p < width)[:, None] & (column < n)[None, :],
+        other=0.0,
+    )
+    rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
+    skip = tl.load(d + head).to(tl.float32)
+    x_at = conv + start * channels + head * width + p[None, :]
+    key_at = conv + start * channels + inner + head // per_group * n + column[None, :]
+    query_at = key_at + shared_channels
+    step_at = steps + start * heads + head
+    y_at = y + start * inner + head * width + p[None, :]
+    i = tl.arange(0, block_l)
+    past = i[:, None] >= i[None, :]
+    for first in range(0, block_l if once else length, block_l):
+        tokens = first + i
+        live = tokens < length
+        places = tokens.to(tl.int64)[:, None]
+        inside = live[:, None] & (p < width)[None, :]
+        shared = live[:, None] & (column < n)[None, :]
+        x = _operand(tl.load(x_at + places * channels, mask=inside, other=0.0))
+        keys = _operand(tl.load(key_at + places * channels, mask=shared, other=0.0))
+        queries = _operand(tl.load(query_at + places * channels, mask=shared, other=0.0))
+        step = tl.load(step_at + tokens * heads, mask=live, other=0.0)
+        cum = tl.cumsum(step * rate, 0)
+
+        # The exponent is masked, not its result: above the diagonal it could overflow.
+        decay = tl.exp(tl.where(past, cum[:, None] - cum[None, :], float("-inf")))
+        weights = _product(queries, tl.trans(keys)) * decay * step[None, :]
+        out = _product(queries, tl.trans(held)) * tl.exp(cum)[:, None]
+        out += _product(weights, x) + skip * x.to(tl.float32)
+        tl.store(y_at + places * inner, out, mask=inside)
+
+        if not once:
+            total = tl.sum(tl.where(i == block_l - 1, cum, 0.0), 0)
+            added = x.to(tl.float32) * (step * tl.exp(total - cum))[:, None]
+            held = held * tl.exp(total) + _product(tl.trans(added), keys)
+
+
+@triton.jit
+def _token_kernel(
+    projected,
+    projected_stride_t,
+    conv_state,
+    conv_state_stride_s,
+    conv_state_stride_k,
+    ssm_state,
+    ssm_state_stride_s,
+    ssm_state_stride_h,
+    ssm_state_stride_p,
+    conv_weight,
+    conv_weight_stride_c,
+    conv_weight_stride_k,
+    conv_bias,
+    a_log,
+    d,
+    dt_bias,
+    y,
+    starts,
+    slots,
+    heads,
+    per_group,
+    shared_channels,
+    width: tl.constexpr,
+    n: tl.constexpr,
+    taps: tl.constexpr,
+    block_p: tl.constexpr,
+    block_n: tl.constexpr,
+):
+    """Program (head and slice of P, row): rows of one token, conv inside."""
+    slices: tl.constexpr = (width + block_p - 1) // block_p
+    head = tl.program_id(0) // slices
+    row = tl.program_id(1)
+    slot = tl.load(slots + row).to(tl.int64)
+    start = tl.load(starts + row).to(tl.int64)
+    length = (tl.load(starts + row + 1) - start).to(tl.int32)
+    if slot < 0 or length <= 0:
+        return
+    inner = heads * width
+    p = tl.program_id(0) % slices * block_p + tl.arange(0, block_p)
+    column = tl.arange(0, block_n)
+    held = tl.load(
+        ssm_state
+        + slot * ssm_state_stride_s
+        + head * ssm_state_stride_h
+        + p[:, None] * ssm_state_stride_p
+        + column[None, :],
+        mask=(p < width)[:, None] & (column < n)[None, :],
+        other=0.0,
+    )
+    own = projected + start * projected_stride_t + inner
+    history = conv_state + slot * conv_state_stride_s
+    first = tl.arange(0, 1)
+    x = conv_tile(
+        own,
+        projected_stride_t,
+        history,
+        conv_state_stride_k,
+        conv_weight,
+        conv_weight_stride_c,
+        conv_weight_stride_k,
+        conv_bias,
+        first,
+        length,
+        head * width + p,
+        p < width,
+        taps,
+    )
+    key_channels = inner + head // per_group * n + column
+    keys = conv_tile(
+        own,
+        projected_stride_t,
+        history,
+        conv_state_stride_k,
+        conv_weight,
+        conv_weight_stride_c,
+        conv_weight_stride_k,
+        conv_bias,
+        first,
+        length,
+        key_channels,
+        column < n,
+        taps,
+    )
+    queries = conv_tile(
+        own,
+        projected_stride_t,
+        history,
+        conv_state_stride_k,
+        conv_weight,
+        conv_weight_stride_c,
+        conv_weight_stride_k,
+        conv_bias,
+        first,
+        length,
+        key_channels + shared_channels,
+        column < n,
+        taps,
+    )
+    raw = tl.load(own + inner + 2 * shared_channels + head).to(tl.float32)
+    step = softplus(raw + tl.load(dt_bias + head).to(tl.float32))
+    decay = tl.exp(step * -tl.exp(tl.load(a_log + head).to(tl.float32)))
+    score = tl.sum(keys * queries, 1)[:, None] * step + tl.load(d + head).to(tl.float32)
+    out = tl.sum(held * queries, 1)[None, :] * decay + score * x
+    y_at = y + start * inner + head * width + p[None, :]
+    tl.store(y_at + first[:, None], out, mask=(p < width)[None, :])
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tokens of a chunk, channels of a head and N in one program, and how it is compiled."""
+
+    tokens: int
+    channels: int
+    once: bool
+    num_warps: int
+    num_stages: int
+
+
+def tile_of(longest: int) -> Tile:
+    """For rows of 2 to `longest` tokens. None of them spills registers at P = 64, N = 128."""
+    if longest <= 16:
+        return Tile(16, 32, True, num_warps=4, num_stages=1)
+    if longest <= 64:
+        return Tile(16, 32, False, num_warps=4, num_stages=1)
+    return Tile(32, 32, False, num_warps=8, num_stages=2)
+
+
+def mamba_scan(
+    projected: Tensor,
+    weights: MambaScanWeights,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    rows: Rows,
+) -> Tensor:
+    """projected [T, Di + Cd + H] (z, xBC, dt), conv_state [S, K-1, Cd] (oldest first), ssm_state
+    [S, H, P, N] fp32 -> y [T, Di] fp32, not gated yet. Cd = Di + 2 G N; z is not read. Tokens of
+    padding, and those of no row, are not written."""
+    heads, width, n = ssm_state.shape[1:]
+    inner = heads * width
+    assert projected.shape[1] == 2 * inner + 2 * weights.groups * n + heads
+    assert projected.stride(1) == conv_state.stride(2) == ssm_state.stride(3) == 1
+    assert conv_state.dtype == projected.dtype
+    y = torch.empty((projected.shape[0], inner), dtype=torch.float32, device=projected.device)
+    if not rows.count or not rows.longest:
+        return y
+    scan = _scan_tokens if rows.longest == 1 else _scan_chunks
+    scan(projected, weights, conv_state, ssm_state, rows, y)
+    return y
+
+
+def _scan_tokens(
+    projected: Tensor,
+    weights: MambaScanWeights,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    rows: Rows,
+    y: Tensor,
+) -> None:
+    heads, width, n = ssm_state.shape[1:]
+    block_p = min(TOKEN_CHANNELS, triton.next_power_of_2(width))
+    _token_kernel[(heads * triton.cdiv(width, block_p), rows.count)](
+        projected,
+        projected.stride(0),
+        conv_state,
+        *conv_state.stride()[:2],
+        ssm_state,
+        *ssm_state.stride()[:3],
+        weights.conv_weight,
+        *weights.conv_weight.stride(),
+        weights.conv_bias,
+        weights.a_log,
+        weights.d,
+        weights.dt_bias,
+        y,
+        rows.starts,
+        rows.slots,
+        heads,
+        heads // weights.groups,
+        weights.groups * n,
+        width=width,
+        n=n,
+        taps=weights.conv_weight.shape[1],
+        block_p=block_p,
+        block_n=triton.next_power_of_2(n),
+        num_warps=4,
+    )
+
+
+def _scan_chunks(
+    projected: Tensor,
+    weights: MambaScanWeights,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    rows: Rows,
+    y: Tensor,
+) -> None:
+    heads, width, n = ssm_state.shape[1:]
+    inner, shared = heads * width, weights.groups * n
+    _, xbc, dt = projected.split((inner, inner + 2 * shared, heads), dim=-1)
+    bias = weights.conv_bias
+    conv, steps = prepare(
+        xbc.unsqueeze(0),
+        dt.unsqueeze(0),
+        conv_state.unsqueeze(1),
+        weights.conv_weight.unsqueeze(0),
+        None if bias is None else bias.unsqueeze(0),
+        weights.dt_bias.unsqueeze(0),
+        rows,
+        inner + 2 * shared,
+    )
+    tile = tile_of(rows.longest)
+    _chunks_kernel[(heads * triton.cdiv(width, tile.channels), rows.count)](
+        conv,
+        steps,
+        ssm_state,
+        *ssm_state.stride()[:3],
+        weights.a_log,
+        weights.d,
+        y,
+        rows.starts,
+        rows.slots,
+        heads,
+        heads // weights.groups,
+        shared,
+        width=width,
+        n=n,
+        block_l=tile.tokens,
+        block_p=tile.channels,
+        block_n=max(16, triton.next_power_of_2(n)),
+        once=tile.once,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
