@@ -23,10 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower.kernels.external_scan import Scan, ScanShape, load_verified
 from twotower.kernels.mamba_scan import MambaScanWeights
 from twotower.kernels.mamba_triton import conv_tile, prepare, softplus
 from twotower.kernels.rows import Rows
 
+# Rows of more tokens are pieces of a prompt.
+LONGEST_BLOCK = 64
 # Channels of a head in a program of the kernel for single tokens.
 TOKEN_CHANNELS = 32
 
@@ -264,7 +267,7 @@ def tile_of(longest: int) -> Tile:
     """For rows of 2 to `longest` tokens. None of them spills registers at P = 64, N = 128."""
     if longest <= 16:
         return Tile(16, 32, True, num_warps=4, num_stages=1)
-    if longest <= 64:
+    if longest <= LONGEST_BLOCK:
         return Tile(16, 32, False, num_warps=4, num_stages=1)
     return Tile(32, 32, False, num_warps=8, num_stages=2)
 
@@ -352,6 +355,20 @@ def _scan_chunks(
         rows,
         inner + 2 * shared,
     )
+    foreign = _foreign_scan(projected, weights, ssm_state, rows)
+    if foreign is not None:
+        values, keys, queries = conv.split((inner, shared, shared), dim=-1)
+        scanned = foreign(
+            values.unflatten(-1, (heads, -1)),
+            steps,
+            weights.a_log,
+            keys.unflatten(-1, (weights.groups, -1)),
+            queries.unflatten(-1, (weights.groups, -1)),
+            weights.d,
+            ssm_state.index_select(0, rows.slots.long()),
+        )
+        y.copy_(scanned.flatten(2)[0])
+        return
     tile = tile_of(rows.longest)
     _chunks_kernel[(heads * triton.cdiv(width, tile.channels), rows.count)](
         conv,
@@ -375,3 +392,15 @@ def _scan_chunks(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+
+
+def _foreign_scan(
+    projected: Tensor, weights: MambaScanWeights, ssm_state: Tensor, rows: Rows
+) -> Scan | None:
+    """mamba-ssm's scan for a long piece of one prompt, where it is installed and right; its chunks
+    run side by side. Only beside bf16, whose rounding hides that of its TF32."""
+    alone = rows.count == 1 and projected.shape[0] == rows.longest > LONGEST_BLOCK
+    if not (alone and projected.is_cuda and projected.dtype == torch.bfloat16):
+        return None
+    heads, width, n = ssm_state.shape[1:]
+    return load_verified(projected.device, ScanShape(heads, width, weights.groups, n))

@@ -30,6 +30,7 @@ from tests.kernels.mamba_layer import (
 from twotower.kernels import mamba_scan as reference
 from twotower.kernels import mamba_scan_triton as module
 from twotower.kernels import mamba_triton
+from twotower.kernels.chunk_scan import chunk_scan_recurrent
 from twotower.kernels.mamba_scan import MambaScanWeights
 from twotower.kernels.mamba_scan_triton import mamba_scan
 
@@ -414,3 +415,29 @@ def test_a_million_seeded_programs_are_finite(length: int) -> None:
     assert bool(torch.isfinite(first).all())
     for _ in range(130):
         assert_same_bits(case.run(), first)
+
+
+def test_a_long_piece_may_be_scanned_by_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a verified scan is given is right: here the recurrence stands for it."""
+    lengths: list[int] = []
+
+    def recurrent(x: Tensor, *others: Tensor) -> Tensor:
+        lengths.append(x.shape[1])
+        return chunk_scan_recurrent(x.float(), *(one.float() for one in others))
+
+    def offered(*arguments: Any) -> Any:
+        return recurrent if arguments[-1].longest > 64 else None
+
+    monkeypatch.setattr(module, "_foreign_scan", offered)
+    make([70], slots=[2]).check()
+    make([9]).check()
+    assert lengths == [70]
+
+
+def test_no_other_library_is_asked_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unwanted(*_: Any) -> Any:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(module, "load_verified", unwanted)
+    if DEVICE.type == "cpu":
+        make([70]).check()
