@@ -65,11 +65,6 @@ class Rows:
             tuple(self.starts.tolist()), tuple(self.slots.tolist()), tuple(self.visible.tolist())
         )
 
-    @cached_property
-    def row_of_token(self) -> Tensor:
-        """Which row owns each token, [T] int64."""
-        return torch.repeat_interleave(self.starts.diff().long(), output_size=self.host.total)
-
     def pages_of(self, row: int) -> list[int]:
         """The pages that hold a row's visible tokens."""
         host = self.host

@@ -50,7 +50,8 @@ def predict(
     wide = logits.float()
     finite = torch.isfinite(wide).all(-1)
     wide = without(wide, lines.excluded)
-    scores = without(wide if draw_scores is None else draw_scores, lines.barred)
+    scores = wide if draw_scores is None else without(draw_scores, lines.excluded)
+    scores = without(scores, lines.barred)
     drawn = lines.temperature > 0
     if bool(drawn.any()):
         noise = gumbel(

@@ -52,10 +52,10 @@ class Admission:
         if row_id in self.rows or any(waiter.row_id == row_id for waiter in self._queue):
             raise ValueError(f"row_id: {row_id} is open already")
         if not self.pool.could_ever_hold(capacity):
-            limit = self.pool.pages.num_pages
+            limit = self.pool.most_pages
             raise CapacityError(
                 f"row: got {capacity} tokens = {pages_for(capacity)} pages, expected at most "
-                f"{limit * self.pool.page_tokens} tokens = {limit} pages, all that there are"
+                f"{limit * self.pool.page_tokens} tokens = {limit} pages for one row"
             )
         if not self._queue and self._has_room(capacity):
             return self._give(row_id, capacity)

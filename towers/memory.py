@@ -189,11 +189,17 @@ class StatePool:
 
     def room_for(self, capacity: int) -> bool:
         """Whether `open` would succeed."""
-        return self.slots.num_free > 0 and pages_for(capacity) <= self.pages.num_free
+        free = min(self.pages.num_free, self.most_pages)
+        return self.slots.num_free > 0 and pages_for(capacity) <= free
 
     def could_ever_hold(self, capacity: int) -> bool:
-        """Whether a row of `capacity` tokens fits into the empty pool."""
-        return self.slots.num_slots > 0 and pages_for(capacity) <= self.pages.num_pages
+        """Whether a row of `capacity` tokens fits into the empty pool and the model's context."""
+        return self.slots.num_slots > 0 and pages_for(capacity) <= self.most_pages
+
+    @property
+    def most_pages(self) -> int:
+        """Pages that one row may have: what the pool or the model's context holds."""
+        return self.page_table.shape[1]
 
     def runs(self, pages: Sequence[int], start: int, stop: int) -> list[slice]:
         """Where tokens start..stop-1 of a row with these pages stand in `k` and `v`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.cluster.harness import TRANSPORTS, Channel
 from tests.random_model import small_config, write_checkpoint
-from twotower.kernels.replay import unstack_weights
+from twotower.kernels.replay import ReplayWeights
 from twotower.towers.config import ATTENTION
 from twotower.towers.context import ContextTower
 from twotower.towers.state import ContextState
@@ -40,7 +40,7 @@ class Mirror:
         self._groups = tower.config.n_groups
 
     def follow(self, tensors: Mapping[str, Tensor]) -> None:
-        self._weights = unstack_weights(dict(tensors), self._groups)
+        self._weights = ReplayWeights.from_tensors(tensors, self._groups)
 
     def receive(self, row_id: str, update: StateUpdate) -> None:
         assert row_id == "a"
@@ -71,8 +71,9 @@ async def test_a_mirror_is_bit_equal_to_the_sender(transport: str, tmp_path: Pat
     tokens = torch.randint(config.vocab_size, (80,), generator=torch.Generator().manual_seed(0))
     for plan in PLANS:
         writer = link.begin("a", state, plan)
-        tower.forward([tokens[plan.start : plan.position].tolist()], [state], [writer])
-        tower.advance(state, plan.count, writer)
+        piece = tokens[plan.start : plan.position].tolist()
+        passed = tower.read([piece], [state], [writer])
+        tower.advance_rows(passed, [state], [plan.count], [writer])
         await writer.finish()
         if plan.kind != "kv":
             assert_same_bits(tower, state, mirror.state)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.comparing import assert_relative_rms, assert_same_bits, normal
-from twotower.kernels.attention import KeyValuePages, page_runs
+from twotower.kernels.attention import PagedKeyValues, _tiles, page_runs, store_kv
 from twotower.kernels.attention import attention as paged_attention
+from twotower.kernels.rows import Rows
 
 TILE = 1024
 PAGE = 64
+# A page that no pool here has: a table's entries behind a row's pages must not be read.
+NOWHERE = 10**6
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -21,8 +26,8 @@ def make(length: int, context: int, heads: int, kv_heads: int, width: int) -> In
         normal(length, heads, width),
         normal(kv_heads, context, width, seed=1),
         normal(kv_heads, context, width, seed=2),
-        normal(kv_heads, length, width, seed=3),
-        normal(kv_heads, length, width, seed=4),
+        normal(length, kv_heads, width, seed=3),
+        normal(length, kv_heads, width, seed=4),
     )
 
 
@@ -33,7 +38,21 @@ def attention(
     length = k_ctx.shape[1]
     pages = range(-(-length // PAGE))
     k, v = (in_pool(part, list(pages), len(pages)) for part in (k_ctx, v_ctx))
-    return paged_attention(q, KeyValuePages(k, v, pages, PAGE, length), k_new, v_new, causal)
+    rows = rows_of([q.shape[0]], [0], [length], [pages])
+    return paged_attention(q, k_new, v_new, PagedKeyValues(k, v), rows, causal)
+
+
+def rows_of(
+    lengths: Sequence[int],
+    slots: Sequence[int],
+    visible: Sequence[int],
+    pages: Sequence[Sequence[int]],
+    page_tokens: int = PAGE,
+) -> Rows:
+    """Rows of a pass, with the pages of each slot."""
+    widest = max(map(len, pages)) + 1
+    table = torch.tensor([[*own, *[NOWHERE] * (widest - len(own))] for own in pages])
+    return Rows.build(lengths, slots, visible, table.int(), page_tokens)
 
 
 def in_pool(rows: Tensor, pages: list[int], num_pages: int) -> Tensor:
@@ -50,8 +69,8 @@ def true_attention(
     q: Tensor, k_ctx: Tensor, v_ctx: Tensor, k_new: Tensor, v_new: Tensor, causal: bool
 ) -> Tensor:
     length, heads, width = q.shape
-    keys = torch.cat((k_ctx, k_new), dim=1).double()
-    values = torch.cat((v_ctx, v_new), dim=1).double()
+    keys = torch.cat((k_ctx, k_new.transpose(0, 1)), dim=1).double()
+    values = torch.cat((v_ctx, v_new.transpose(0, 1)), dim=1).double()
     per_kv = heads // keys.shape[0]
     out = torch.zeros(length, heads, width, dtype=torch.float64)
     for t in range(length):
@@ -96,7 +115,7 @@ def test_large_scores_do_not_overflow(scale: float) -> None:
 def test_a_causal_token_does_not_see_those_after_it() -> None:
     q, k_ctx, v_ctx, k_new, v_new = make(6, 9, 4, 2, 8)
     before = attention(q, k_ctx, v_ctx, k_new, v_new, True)
-    k_new[:, 4:], v_new[:, 4:] = 7.0, -7.0
+    k_new[4:], v_new[4:] = 7.0, -7.0
     after = attention(q, k_ctx, v_ctx, k_new, v_new, True)
     assert_same_bits(after[:4], before[:4])
     assert not torch.equal(after[4:], before[4:])
@@ -105,7 +124,7 @@ def test_a_causal_token_does_not_see_those_after_it() -> None:
 def test_a_block_sees_itself_in_both_directions() -> None:
     q, k_ctx, v_ctx, k_new, v_new = make(6, 9, 4, 2, 8)
     before = attention(q, k_ctx, v_ctx, k_new, v_new, False)
-    v_new[:, 5] += 1.0
+    v_new[5] += 1.0
     assert bool((attention(q, k_ctx, v_ctx, k_new, v_new, False) != before).any(1).all())
 
 
@@ -135,8 +154,8 @@ def test_the_places_of_the_pages_do_not_matter(length: int, causal: bool) -> Non
     ]
     for pages in orders:
         k, v = (in_pool(part, pages, 2 * count + 5) for part in (k_ctx, v_ctx))
-        context = KeyValuePages(k, v, pages, PAGE, length)
-        got = paged_attention(q, context, k_new, v_new, causal)
+        rows = rows_of([4], [0], [length], [pages])
+        got = paged_attention(q, k_new, v_new, PagedKeyValues(k, v), rows, causal)
         assert_same_bits(got, want, pages)
 
 
@@ -144,17 +163,27 @@ def test_the_places_of_the_pages_do_not_matter(length: int, causal: bool) -> Non
 def test_pages_give_the_bits_of_the_whole_context_in_one_piece(length: int) -> None:
     """One page as long as the context is a plain tensor of K/V."""
     q, k_ctx, v_ctx, k_new, v_new = make(4, length, 4, 2, 8)
-    whole = KeyValuePages(k_ctx, v_ctx, [0], length, length)
-    want = paged_attention(q, whole, k_new, v_new, True)
+    whole = rows_of([4], [0], [length], [[0]], length)
+    want = paged_attention(q, k_new, v_new, PagedKeyValues(k_ctx, v_ctx), whole, True)
     assert_same_bits(attention(q, k_ctx, v_ctx, k_new, v_new, True), want)
 
 
 def test_neighbouring_pages_are_read_in_place() -> None:
-    pool = normal(2, 5 * PAGE, 4)
-    context = KeyValuePages(pool, pool, [3, 1, 2, 0], PAGE, 200)
-    k, _ = context.tile(70, 180)
-    assert k.data_ptr() == pool[:, PAGE + 6 :].data_ptr()
-    assert_same_bits(k, pool[:, PAGE + 6 : PAGE + 116])
+    """A tile is a view where its pages are neighbours, whatever the other tiles are."""
+    k, v = normal(2, 40 * PAGE, 4), normal(2, 40 * PAGE, 4, seed=1)
+    in_order, scattered = list(range(20, 36)), [3, 1, 2, *range(5, 18)]
+    length = TILE + 3 * PAGE + 6
+    for pages, in_place in (([*in_order, 0, 1, 2, 3], True), ([*scattered, 0, 1, 2, 3], False)):
+        first, second = _tiles(PagedKeyValues(k, v), rows_of([1], [0], [length], [pages]), 0)
+        for pool, own, later in zip((k, v), first, second, strict=True):
+            assert (own.data_ptr() == pool[:, pages[0] * PAGE :].data_ptr()) is in_place
+            assert_same_bits(own, torch.cat([page_of(pool, page) for page in pages[:16]], dim=1))
+            assert later.data_ptr() == pool.data_ptr()
+            assert_same_bits(later, pool[:, : length - TILE])
+
+
+def page_of(pool: Tensor, page: int) -> Tensor:
+    return pool[:, page * PAGE : (page + 1) * PAGE]
 
 
 @pytest.mark.parametrize(
@@ -185,3 +214,95 @@ def test_bf16_keeps_its_dtype() -> None:
     got = attention(q, k_ctx, v_ctx, k_new, v_new, True)
     assert got.dtype == torch.bfloat16
     assert_relative_rms(got, true_attention(q, k_ctx, v_ctx, k_new, v_new, True), 1e-2)
+
+
+LENGTHS, SLOTS, VISIBLE = [3, 3, 1, 7, 2], [2, 0, 4, 1, 3], [70, 0, 1, 130, 64]
+SLOT_PAGES = [[5], [9, 2, 3], [7, 0], [1, 6], [8]]
+
+
+def ragged(count: int = 10) -> tuple[Tensor, Tensor, Tensor, PagedKeyValues]:
+    """q, k_new and v_new of the five rows, and a pool of `count` pages."""
+    tokens = sum(LENGTHS)
+    pool = PagedKeyValues(normal(2, count * PAGE, 8, seed=5), normal(2, count * PAGE, 8, seed=6))
+    return normal(tokens, 6, 8), normal(tokens, 2, 8, seed=7), normal(tokens, 2, 8, seed=8), pool
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_of_different_lengths_and_contexts(causal: bool) -> None:
+    """Against each row's own K/V gathered by hand, and bit by bit against the row alone."""
+    q, k_new, v_new, pool = ragged()
+    rows = rows_of(LENGTHS, SLOTS, VISIBLE, SLOT_PAGES)
+    got = paged_attention(q, k_new, v_new, pool, rows, causal)
+    assert got.shape == (sum(LENGTHS), 6 * 8)
+    for row, (length, slot, seen) in enumerate(zip(LENGTHS, SLOTS, VISIBLE, strict=True)):
+        own = rows.host.slice_of(row)
+        k_ctx, v_ctx = (
+            torch.cat([page_of(part, page) for page in SLOT_PAGES[slot]], dim=1)[:, :seen]
+            for part in (pool.k, pool.v)
+        )
+        want = true_attention(q[own], k_ctx, v_ctx, k_new[own], v_new[own], causal)
+        assert_relative_rms(got[own], want, 1e-6)
+        one = rows_of([length], [slot], [seen], SLOT_PAGES)
+        alone = paged_attention(q[own], k_new[own], v_new[own], pool, one, causal)
+        assert_same_bits(got[own], alone, row)
+
+
+@pytest.mark.parametrize("padding", [[0], [2, 3], [4], [0, 1, 2, 3, 4]])
+def test_padding_is_not_computed_and_harms_no_row(padding: list[int]) -> None:
+    q, k_new, v_new, pool = ragged()
+    rows = rows_of(LENGTHS, SLOTS, VISIBLE, SLOT_PAGES)
+    want = paged_attention(q, k_new, v_new, pool, rows, False)
+    slots = [-1 if row in padding else slot for row, slot in enumerate(SLOTS)]
+    for row in padding:
+        own = rows.host.slice_of(row)
+        for part in (q, k_new, v_new):
+            part[own] = float("nan")
+    # The last slot's pages are not to be had: padding does not stand for it.
+    padded = rows_of(LENGTHS, slots, VISIBLE, [*SLOT_PAGES, [NOWHERE] * 3])
+    got = paged_attention(q, k_new, v_new, pool, padded, False)
+    assert got.shape == want.shape
+    for row in set(range(len(LENGTHS))) - set(padding):
+        assert_same_bits(got[rows.host.slice_of(row)], want[rows.host.slice_of(row)], row)
+
+
+def test_new_kv_is_written_behind_the_visible_tokens_and_nowhere_else() -> None:
+    """Across scattered pages; what a pool held elsewhere stays, padding is not written."""
+    _, k_new, v_new, pool = ragged(20)
+    # The rows of 3, 7 and 2 new tokens cross into a page that stands elsewhere.
+    slots, visible = [2, 0, -1, 1, 3], [62, 10, 3, 124, 63]
+    before = pool.k.clone(), pool.v.clone()
+    written = torch.zeros(20 * PAGE, dtype=torch.bool)
+    want = [part.clone() for part in before]
+    rows = rows_of(LENGTHS, slots, visible, SLOT_PAGES)
+    for row, (slot, seen) in enumerate(zip(slots, visible, strict=True)):
+        own = rows.host.slice_of(row)
+        for offset, token in enumerate(range(own.start, own.stop)):
+            if slot >= 0:
+                page, place = divmod(seen + offset, PAGE)
+                target = SLOT_PAGES[slot][page] * PAGE + place
+                assert not written[target]
+                written[target] = True
+                want[0][:, target], want[1][:, target] = k_new[token], v_new[token]
+    assert int(written.sum()) == sum(LENGTHS) - 1
+    store_kv(k_new, v_new, pool, rows)
+    assert_same_bits(pool.k, want[0])
+    assert_same_bits(pool.v, want[1])
+    assert not torch.equal(pool.k, before[0])
+
+
+def test_what_was_stored_is_seen_as_context() -> None:
+    """A token after the block sees it there as it saw it beside itself."""
+    q, k_new, v_new, pool = ragged()
+    first, second = rows_of([3], [2], [62], SLOT_PAGES), rows_of([1], [2], [65], SLOT_PAGES)
+    together = rows_of([4], [2], [62], SLOT_PAGES)
+    want = paged_attention(q[:4], k_new[:4], v_new[:4], pool, together, True)
+    store_kv(k_new[:3], v_new[:3], pool, first)
+    got = paged_attention(q[3:4], k_new[3:4], v_new[3:4], pool, second, True)
+    assert_relative_rms(got, want[3:], 1e-6)
+
+
+def test_bf16_kv_is_stored_as_it_is() -> None:
+    _, k_new, v_new, wide = ragged()
+    pool = PagedKeyValues(wide.k.bfloat16(), wide.v.bfloat16())
+    store_kv(k_new[:3].bfloat16(), v_new[:3].bfloat16(), pool, rows_of([3], [1], [0], SLOT_PAGES))
+    assert_same_bits(pool.k[:, 9 * PAGE : 9 * PAGE + 3], k_new[:3].bfloat16().transpose(0, 1))

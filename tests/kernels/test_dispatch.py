@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import inspect
+import subprocess
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
 
 from twotower.kernels import dispatch
-from twotower.kernels.dispatch import Operator, force
+from twotower.kernels.dispatch import Backend, Operator, force
 
-NAMES = [
-    "linear",
+ALONE = ["linear", "mlp"]
+WITH_KERNEL = [
     "rms_norm",
-    "adaln",
+    "add_norm",
     "gated_group_norm",
-    "causal_conv1d",
-    "chunk_scan",
+    "mamba_scan",
     "replay",
     "attention",
+    "store_kv",
     "route",
     "experts",
-    "mlp",
     "predict",
+    "commit",
+    "select_masked",
 ]
 
 
-def plus_one(x: Tensor) -> Tensor:
+def plus(x: Tensor) -> Tensor:
     return x + 1
 
 
@@ -33,21 +39,80 @@ def plus_two(x: Tensor) -> Tensor:
     return x + 2
 
 
+@pytest.fixture
+def operator(monkeypatch: pytest.MonkeyPatch) -> Operator[[Tensor], Tensor]:
+    """A reference that adds one, and a kernel in a module of its own that adds two."""
+    module = ModuleType("twotower.kernels.plus_triton")
+    module.plus = plus_two  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return Operator(plus, "plus_triton")
+
+
 def test_every_operator_is_here_under_its_references_name() -> None:
-    for name in NAMES:
+    for name in (*ALONE, *WITH_KERNEL):
         operator = getattr(dispatch, name)
         assert isinstance(operator, Operator)
         assert operator.reference.__name__ == name
     found = [name for name in vars(dispatch) if isinstance(getattr(dispatch, name), Operator)]
-    assert sorted(found) == sorted(NAMES)
+    assert sorted(found) == sorted((*ALONE, *WITH_KERNEL))
 
 
-def test_a_cpu_tensor_takes_the_reference() -> None:
-    assert Operator(plus_one, plus_two)(torch.zeros(1)).tolist() == [1.0]
+@pytest.mark.parametrize("name", WITH_KERNEL)
+def test_a_kernel_stands_in_for_its_reference(name: str) -> None:
+    """One name and the same arguments, so that one call serves both."""
+    pytest.importorskip("triton")
+    operator = getattr(dispatch, name)
+    reference, kernel = (inspect.signature(one) for one in (operator.reference, operator.triton))
+    assert kernel == reference
+    assert operator.triton.__name__ == name
+    assert operator.triton is not operator.reference
 
 
-def test_force_takes_either_and_ends_with_its_block() -> None:
-    operator = Operator(plus_one, plus_two)
+@pytest.mark.parametrize("name", ALONE)
+def test_an_operator_without_a_kernel_says_so(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: has no Triton kernel"):
+        _ = getattr(dispatch, name).triton
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_where_there_is_no_choice_the_reference_runs(backend: Backend) -> None:
+    with force(backend):
+        assert Operator(plus)(torch.zeros(1)).tolist() == [1.0]
+    assert Operator(plus)(on_gpu(0.0)).tolist() == [1.0]
+
+
+class OnGpu(Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def on_gpu(value: float) -> Tensor:
+    return torch.tensor([value]).as_subclass(OnGpu)
+
+
+def test_the_first_tensor_says_where(operator: Operator[[Tensor], Tensor]) -> None:
+    assert operator(on_gpu(0.0)).tolist() == [2.0]
+    with force("reference"):
+        assert operator(on_gpu(0.0)).tolist() == [1.0]
+    tables, slots = object(), on_gpu(0.0)
+    module = sys.modules["twotower.kernels.plus_triton"]
+    module.last = lambda *_: "kernel"  # type: ignore[attr-defined]
+
+    def last(*_: object) -> str:
+        return "reference"
+
+    commit = Operator(last, "plus_triton")
+    assert commit(tables, slots, torch.zeros(1)) == "kernel"
+    assert commit(tables, torch.zeros(1), slots) == "reference"
+    assert commit(tables) == "reference"
+
+
+def test_a_cpu_tensor_takes_the_reference(operator: Operator[[Tensor], Tensor]) -> None:
+    assert operator(torch.zeros(1)).tolist() == [1.0]
+
+
+def test_force_takes_either_and_ends_with_its_block(operator: Operator[[Tensor], Tensor]) -> None:
     zero = torch.zeros(1)
     with force("triton"):
         assert operator(zero).tolist() == [2.0]
@@ -58,10 +123,66 @@ def test_force_takes_either_and_ends_with_its_block() -> None:
 
 
 def test_force_ends_after_an_error_too() -> None:
-    operator = Operator(plus_one)
-    with pytest.raises(ValueError, match="plus_one: has no Triton kernel"), force("triton"):
+    operator = Operator(plus, "nowhere_triton")
+    with pytest.raises(ImportError), force("triton"):
         operator(torch.zeros(1))
     assert operator(torch.zeros(1)).tolist() == [1.0]
+
+
+def test_a_kernel_is_imported_when_it_is_first_needed() -> None:
+    """Where there is no Triton, the references must still be there."""
+    program = """
+import sys
+sys.modules["triton"] = None  # its import fails
+import torch
+from twotower.kernels import dispatch
+from twotower.kernels.dispatch import force
+
+def kernels():
+    return [name for name in sys.modules if name.startswith("twotower.") and "triton" in name]
+
+ones = torch.ones(1, 4)
+assert dispatch.rms_norm(ones, torch.ones(4), 0.0).tolist() == [[1.0] * 4]
+assert not kernels(), kernels()
+try:
+    with force("triton"):
+        dispatch.rms_norm(ones, torch.ones(4), 0.0)
+except ImportError as error:
+    assert "triton" in str(error), error
+else:
+    raise AssertionError("no error without Triton")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_kernel_is_loaded_once(
+    operator: Operator[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with force("triton"):
+        operator(torch.zeros(1))
+    monkeypatch.setitem(sys.modules, "twotower.kernels.plus_triton", None)
+    with force("triton"):
+        assert operator(torch.zeros(1)).tolist() == [2.0]
+
+
+def test_a_module_that_is_not_there_or_lacks_the_kernel_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with (
+        pytest.raises(ImportError, match=r"twotower\.kernels\.nowhere_triton"),
+        force("triton"),
+    ):
+        Operator(plus, "nowhere_triton")(torch.zeros(1))
+    empty = ModuleType("twotower.kernels.empty_triton")
+    monkeypatch.setitem(sys.modules, empty.__name__, empty)
+    with (
+        pytest.raises(AttributeError, match=r"twotower\.kernels\.empty_triton.*'plus'"),
+        force("triton"),
+    ):
+        Operator(plus, "empty_triton")(torch.zeros(1))
 
 
 def test_keyword_arguments_pass_through() -> None:

@@ -15,9 +15,12 @@ from tests.comparing import (
     normal,
 )
 from twotower.kernels.linear import pack
-from twotower.kernels.moe import RouterRule, experts, mlp, route
+from twotower.kernels.moe import ExpertWeights, RouterRule, experts, mlp, route
+from twotower.kernels.quantized import quantize
 
 HIDDEN, WIDTH, EXPERTS = 16, 12, 12
+# An MLP that gives exact zeros: what is left is the sum of the routed experts.
+NO_SHARED = torch.zeros(1, HIDDEN), torch.zeros(HIDDEN, 1)
 
 
 def rule(
@@ -120,34 +123,110 @@ def choose(tokens: int, top_k: int = 3) -> tuple[Tensor, Tensor]:
     return ids[:, :top_k], normal(tokens, top_k, seed=6)
 
 
+def make_shared() -> tuple[Tensor, Tensor]:
+    return normal(WIDTH + 4, HIDDEN, seed=7), normal(HIDDEN, WIDTH + 4, seed=8)
+
+
+def true_experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: ExpertWeights,
+    down: ExpertWeights,
+    shared_up: Tensor,
+    shared_down: Tensor,
+) -> Tensor:
+    def one(token: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        return second.double() @ (first.double() @ token).clamp_min(0.0) ** 2
+
+    wide = x.double()
+    want = torch.stack([one(token, shared_up, shared_down) for token in wide])
+    for token, (own, scores) in enumerate(zip(ids.tolist(), weights.tolist(), strict=True)):
+        for expert, score in zip(own, scores, strict=True):
+            if expert >= 0:
+                want[token] += score * one(wide[token], up[expert], down[expert])
+    return want
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 3, 17])
 @pytest.mark.parametrize("top_k", [1, 3, EXPERTS])
 def test_experts_against_a_loop(tokens: int, top_k: int) -> None:
     x, (up, down), (ids, weights) = normal(tokens, HIDDEN), make_experts(), choose(tokens, top_k)
-    want = torch.zeros(tokens, HIDDEN, dtype=torch.float64)
-    for token in range(tokens):
-        for expert, weight in zip(ids[token].tolist(), weights[token].tolist(), strict=True):
-            inner = (up[expert].double() @ x[token].double()).clamp_min(0.0) ** 2
-            want[token] += weight * (down[expert].double() @ inner)
-    assert_relative_rms(experts(x, ids, weights, up, down), want, 1e-6)
+    shared = make_shared()
+    got = experts(x, ids, weights, up, down, *shared)
+    assert_relative_rms(got, true_experts(x, ids, weights, up, down, *shared), 1e-6)
     packed = [pack(one) for one in up], [pack(one) for one in down]
-    assert_same_bits(experts(x, ids, weights, *packed), experts(x, ids, weights, up, down))
+    packed_shared = pack(shared[0]), pack(shared[1])
+    assert_same_bits(experts(x, ids, weights, *packed, *packed_shared), got)
+
+
+def test_the_shared_mlp_is_added_to_what_the_experts_give() -> None:
+    x, (up, down), (ids, weights) = normal(5, HIDDEN), make_experts(), choose(5)
+    routed = experts(x, ids, weights, up, down, *NO_SHARED)
+    nobody = torch.full_like(ids, -1)
+    shared = experts(x, nobody, weights, up, down, *make_shared())
+    assert_same_bits(shared, mlp(x, *make_shared()))
+    assert_same_bits(experts(x, ids, weights, up, down, *make_shared()), routed + shared)
 
 
 def test_experts_that_nobody_chose_are_not_read() -> None:
     up, down = make_experts()
     up[4:], down[4:] = float("nan"), float("nan")
     ids, weights = torch.tensor([[0, 3], [1, 0]]), torch.ones(2, 2)
-    assert bool(torch.isfinite(experts(normal(2, HIDDEN), ids, weights, up, down)).all())
+    got = experts(normal(2, HIDDEN), ids, weights, up, down, *make_shared())
+    assert bool(torch.isfinite(got).all())
 
 
-def test_rows_of_the_experts_are_independent() -> None:
+@pytest.mark.parametrize("tokens", [1, 2, 17])
+@pytest.mark.parametrize("kind", ["fp32", "packed", "8 bits"])
+def test_an_id_of_minus_one_is_no_expert(tokens: int, kind: str) -> None:
+    """Anywhere among a token's ids, in some tokens or in all, whatever score it stands with."""
+    x, (up, down), (ids, weights) = normal(tokens, HIDDEN), make_experts(), choose(tokens, 4)
+    own: tuple[ExpertWeights, ExpertWeights] = up, down
+    if kind == "packed":
+        own = [pack(one) for one in up], [pack(one) for one in down]
+    if kind == "8 bits":
+        own = quantize(up), quantize(down)
+        up, down = (torch.stack([part[e] for e in range(EXPERTS)]) for part in own)
+    for pattern in ([0], [3], [1, 2], [0, 1, 2, 3]):
+        some = ids.clone()
+        some[::2, pattern] = -1
+        got = experts(x, some, weights, *own, *make_shared())
+        want = true_experts(x, some, weights, up, down, *make_shared())
+        assert_relative_rms(got, want, 1e-6)
+    # A token keeps its bits when its neighbours have no experts.
+    some = ids.clone()
+    some[1::2] = -1
+    whole, part = (experts(x, chosen, weights, *own, *make_shared()) for chosen in (ids, some))
+    assert_same_bits(part[::2], whole[::2])
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_experts_in_8_bits_give_what_their_widened_matrices_give(tokens: int) -> None:
+    x, (up, down), (ids, weights) = normal(tokens, HIDDEN), make_experts(), choose(tokens)
+    narrow = quantize(up), quantize(down)
+    wide_up, wide_down = (torch.stack([part[e] for e in range(EXPERTS)]) for part in narrow)
+    assert not torch.equal(wide_up, up)
+    got = experts(x, ids, weights, *narrow, *make_shared())
+    assert_same_bits(got, experts(x, ids, weights, wide_up, wide_down, *make_shared()))
+    shared_up, shared_down = (part.bfloat16() for part in make_shared())
+    half = experts(x.bfloat16(), ids, weights, *narrow, shared_up, shared_down)
+    assert half.dtype == torch.bfloat16
+    assert_relative_rms(half, got, 2e-2)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "8 bits"])
+def test_rows_of_the_experts_are_independent(kind: str) -> None:
     (up, down), (ids, weights) = make_experts(), choose(40)
+    own: tuple[ExpertWeights, ExpertWeights] = up, down
+    if kind == "8 bits":
+        own = quantize(up), quantize(down)
     x = normal(40, HIDDEN)
+    ids[::3, 1] = -1
 
     def run(rows: Tensor) -> Tensor:
-        own = rows.long()
-        return experts(x[own], ids[own], weights[own], up, down)
+        chosen = rows.long()
+        return experts(x[chosen], ids[chosen], weights[chosen], *own, *make_shared())
 
     assert_rows_are_independent(run, torch.arange(40.0))
 
@@ -155,7 +234,7 @@ def test_rows_of_the_experts_are_independent() -> None:
 def test_the_input_of_the_experts_is_only_read() -> None:
     x, (up, down), (ids, weights) = normal(5, HIDDEN), make_experts(), choose(5)
     before = x.clone()
-    experts(x, ids, weights, up, down)
+    experts(x, ids, weights, up, down, *make_shared())
     mlp(x, up[0], down[0])
     assert_same_bits(x, before)
 

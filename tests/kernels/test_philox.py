@@ -74,6 +74,35 @@ def test_a_draw_does_not_depend_on_what_is_drawn_beside_it() -> None:
     assert_same_bits(uniforms(9, torch.arange(40), 3, 1, 77), whole[:, :77])
 
 
+def test_lines_may_each_have_their_own_key_step_and_domain() -> None:
+    keys = [1, 2**62 + 5, -1, 1]
+    own = torch.tensor(keys), torch.tensor([5, 5, 9, 2**31]), torch.tensor([0, 7, 0, 3])
+    domains = torch.tensor([1, 2, 1, 2])
+    whole = uniforms(own[0], own[1], own[2], domains, 77)
+    for line, key in enumerate(keys):
+        # A negative key stands for the same 64 bits without a sign.
+        for same in (key, key % 2**64):
+            position, step, domain = own[1][line : line + 1], int(own[2][line]), int(domains[line])
+            alone = uniforms(same, position, step, domain, 77)
+            assert_same_bits(whole[line : line + 1], alone, line)
+    mixed = uniforms(own[0], own[1], 3, domains, 77)
+    assert_same_bits(mixed, uniforms(own[0], own[1], torch.full((4,), 3), domains, 77))
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_key_may_be_a_tensor(counted: bool) -> None:
+    """The known answers in one call, with a key and a counter each."""
+    keys = [key[0] | key[1] << 32 for _, key, _ in KNOWN]
+    signed = torch.tensor([key - (1 << 64) if key >> 63 else key for key in keys])
+    c0, c1, c2, c3 = (torch.tensor(words) for words in zip(*(c for c, _, _ in KNOWN), strict=True))
+    if counted:
+        words = philox4x32(signed[:, None], (c0[:, None], c1[:, None], c2[:, None], c3[:, None]))
+        words = words[:, 0]
+    else:
+        words = philox4x32(signed, (c0, c1, c2, c3))
+    assert words.tolist() == [list(want) for _, _, want in KNOWN]
+
+
 def test_every_part_of_the_counter_and_the_key_matters() -> None:
     base = uniforms(1, torch.tensor([5]), 3, 1, 64)
     others = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from twotower.towers.context import ContextTower
 from twotower.towers.context_engine import ContextEngine
@@ -18,6 +19,9 @@ from twotower.towers.protocols import Block
 
 # Rows short enough that a thousand of them fit into the pool of a test.
 BUDGET = MemoryBudget(max_num_seqs=1024, max_context=512)
+PROMPT = [5, 3, 17, 3, 9]
+
+Towers = tuple[ContextTower, DenoiserTower]
 
 
 @dataclass(frozen=True)
@@ -78,3 +82,8 @@ class Pair:
 def tokens_of(blocks: Sequence[Block]) -> list[int]:
     """The tokens of all blocks in a row."""
     return [token for block in blocks for token in block.token_ids]
+
+
+def params_of(mode: Any = "mask_diffusion", **changes: Any) -> GenerationParams:
+    """Parameters of a short row with a seed, with changes."""
+    return GenerationParams(**({"mode": mode, "max_tokens": 40, "seed": 11} | changes))

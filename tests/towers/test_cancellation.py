@@ -8,12 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torch import Tensor
 
-from tests.random_model import small_config, write_checkpoint
-from tests.towers.rows import Pair, tokens_of
-from twotower.towers.context import ContextTower
-from twotower.towers.denoiser import DenoiserTower
+from tests.towers.rows import Pair, Towers, tokens_of
 from twotower.towers.errors import CapacityError
 from twotower.towers.generation import generate_blocks
 from twotower.towers.link import LocalLink
@@ -22,30 +18,20 @@ from twotower.towers.params import GenerationParams
 from twotower.towers.protocols import UpdateWriter
 from twotower.towers.state import ContextState
 from twotower.towers.update import UpdatePlan
-from twotower.towers.weights import load_context_tower, load_denoiser_tower
 
 PROMPT = [5, 3, 17, 3, 9] * 30
 PARAMS = GenerationParams(max_tokens=24, block_size=8, seed=7)
 WAIT_S = 60.0
 
-Towers = tuple[ContextTower, DenoiserTower]
-
-
-@pytest.fixture(scope="module")
-def towers(tmp_path_factory: pytest.TempPathFactory) -> Towers:
-    config = small_config(layer_pattern="M*E-M*")
-    folder = write_checkpoint(tmp_path_factory.mktemp("small"), config)
-    return load_context_tower(folder), load_denoiser_tower(folder)
-
 
 class Gate:
     """Holds a call of a tower's pass thread once the `after`-th one has come."""
 
-    def __init__(self, call: Callable[..., Tensor], after: int) -> None:
+    def __init__(self, call: Callable[..., Any], after: int) -> None:
         self.call, self.after, self.calls = call, after, 0
         self.reached, self.opened = threading.Event(), threading.Event()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
         if self.calls == self.after:
             self.reached.set()
@@ -106,9 +92,11 @@ def test_in_a_pass(
     towers: Towers, monkeypatch: pytest.MonkeyPatch, tower: str, after: int, shared: bool
 ) -> None:
     pair = Pair.of(*towers, shared=shared, threaded=True)
-    held = pair.context.tower if tower == "context" else pair.denoiser.tower
-    gate = Gate(held.forward, after)
-    monkeypatch.setattr(held, "forward", gate)
+    held, name = (
+        (pair.context.tower, "read") if tower == "context" else (pair.denoiser.tower, "forward")
+    )
+    gate = Gate(getattr(held, name), after)
+    monkeypatch.setattr(held, name, gate)
 
     async def run() -> None:
         task = asyncio.ensure_future(pair.blocks("row", PROMPT, PARAMS))
@@ -150,8 +138,8 @@ def test_in_the_queue(towers: Towers, monkeypatch: pytest.MonkeyPatch, shared: b
     budget = MemoryBudget(max_num_seqs=1, max_context=256)
     pair = Pair.of(*towers, shared=shared, budget=budget, max_waiting=2, threaded=True)
     # The row that has the only slot stays where it is until the queue has been looked at.
-    gate = Gate(pair.context.tower.forward, 1)
-    monkeypatch.setattr(pair.context.tower, "forward", gate)
+    gate = Gate(pair.context.tower.read, 1)
+    monkeypatch.setattr(pair.context.tower, "read", gate)
 
     async def run() -> None:
         first, second, third = (

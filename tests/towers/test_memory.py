@@ -171,6 +171,54 @@ def test_rows_of_a_pool() -> None:
     assert pool.stats()["state_bytes"] == pool.stats()["slots_used"] == 0
 
 
+def test_the_page_table_says_where_each_slots_tokens_are() -> None:
+    """Token i of a slot stands in page table[slot, i // 64], also after pages have changed."""
+    pool = StatePool(SMALL, 3, 9, CPU, torch.float32)
+    assert pool.page_table.shape == (3, 9)
+    assert pool.page_table.dtype == torch.int32
+    first, second = pool.open(130), pool.open(64)
+    assert pool.page_table[first.slot, :3].tolist() == first.pages == [0, 1, 2]
+    pool.close(first)
+    third, fourth = pool.open(64 * 4), pool.open(64 * 2)
+    for state in (second, third, fourth):
+        assert pool.page_table[state.slot, : len(state.pages)].tolist() == state.pages
+    fourth.restore(torch.ones(1, 3, 32), torch.ones(1, 4, 4, 4), second.pages, 64)
+    assert fourth.pages[0] == second.pages[0]
+    assert pool.page_table[fourth.slot, :2].tolist() == fourth.pages
+
+
+@pytest.mark.parametrize(("pages", "width"), [(0, 1), (5, 5), (64, 64), (200, 64)])
+def test_the_page_table_is_as_wide_as_a_row_may_be_long(pages: int, width: int) -> None:
+    """4096 tokens are 64 pages."""
+    assert StatePool(SMALL, 2, pages, CPU, torch.float32).page_table.shape == (2, width)
+
+
+def test_the_rows_of_a_pass_are_told_by_their_states() -> None:
+    pool = StatePool(SMALL, 3, 9, CPU, torch.float32)
+    states = [pool.open(130), pool.open(64)]
+    rows = pool.rows(states[::-1], [2, 5], [7, 100])
+    assert rows.host.slots == (1, 0)
+    assert rows.host.visible == (7, 100)
+    assert rows.host.starts == (0, 2, 7)
+    assert rows.pages is pool.page_table
+    assert rows.page_tokens == PAGE_TOKENS
+    assert [rows.pages_of(row) for row in range(2)] == [[3], [0, 1]]
+    other = StatePool(SMALL, 1, 1, CPU, torch.float32)
+    with pytest.raises(AssertionError, match="states of one pass share a pool"):
+        pool.rows([states[0], other.open(1)], [1, 1], [0, 0])
+
+
+def test_a_layers_kv_is_a_view_of_the_pool() -> None:
+    config = replace(SMALL, layer_pattern="*M*")
+    pool = StatePool(config, 1, 2, CPU, torch.float32)
+    for layer in range(2):
+        context = pool.layer_kv(layer)
+        context.k.fill_(1.0 + layer)
+        context.v.fill_(3.0 + layer)
+    assert [pool.k[layer].unique().tolist() for layer in range(2)] == [[1.0], [2.0]]
+    assert [pool.v[layer].unique().tolist() for layer in range(2)] == [[3.0], [4.0]]
+
+
 def test_a_failed_open_takes_nothing() -> None:
     pool = StatePool(SMALL, 1, 4, CPU, torch.float32)
     row = pool.open(64)

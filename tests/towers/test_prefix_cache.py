@@ -18,7 +18,7 @@ from twotower.towers.context import ContextTower
 from twotower.towers.errors import CapacityError
 from twotower.towers.memory import StatePool
 from twotower.towers.prefix_cache import PrefixCache, chain_keys, next_key
-from twotower.towers.state import ContextState, LayerLog
+from twotower.towers.state import ContextState, PassLog
 from twotower.towers.weights import load_context_tower
 
 CHUNK = 64
@@ -41,7 +41,7 @@ def row_of(pool: StatePool, tokens: int, capacity: int = 256, seed: int = 1) -> 
 def write(state: ContextState, tokens: int, seed: int) -> None:
     """Moves a row on by some tokens: K/V behind what is there, and another snapshot."""
     state.write_kv(0, normal(2, tokens, 4, seed=seed), normal(2, tokens, 4, seed=seed + 1))
-    state.append([LayerLog(normal(tokens, 32), normal(tokens, 4))], tokens)
+    state.append(PassLog(normal(1, tokens, 32), normal(1, tokens, 4)), tokens)
     state.position += tokens
     state.truncate()
     state.conv.copy_(normal(1, 3, 32, seed=seed + 2))

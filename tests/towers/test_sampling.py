@@ -18,9 +18,12 @@ from twotower.towers.params import GenerationParams, row_key
 from twotower.towers.sampling import (
     DOMAIN_AUTOREGRESSIVE,
     DOMAIN_DENOISE,
+    Draw,
     Drawn,
     Sampler,
     draw_scores,
+    draw_tokens,
+    signed,
 )
 
 # Probabilities 0.4, 0.3, 0.2, 0.1, out of order.
@@ -39,7 +42,13 @@ def sampler(
 
 
 def probabilities(logits: Tensor, how: Sampler, excluded: int | None = None) -> list[float]:
-    return torch.exp(draw_scores(logits, how, excluded))[0].tolist()
+    return torch.exp(scores_of(logits, how, excluded))[0].tolist()
+
+
+def scores_of(logits: Tensor, how: Sampler, excluded: int | None = None) -> Tensor:
+    """The scores of lines at neighbouring positions."""
+    positions = range(len(logits))
+    return draw_scores(logits, Draw(how, positions, excluded_token=excluded))
 
 
 @pytest.mark.parametrize(
@@ -92,14 +101,14 @@ def test_a_top_p_of_one_keeps_the_whole_tail() -> None:
     """The running sum of very many probabilities rounds to more than 1 before its end."""
     logits = torch.zeros(1, 131_072)
     logits[:, -100:] = -20.0
-    assert bool(torch.isfinite(draw_scores(logits, sampler(top_p=1.0), None)).all())
+    assert bool(torch.isfinite(scores_of(logits, sampler(top_p=1.0))).all())
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-40, 5e-324])
 def test_a_tiny_temperature_is_nearly_greedy_and_never_nan(temperature: float) -> None:
     logits = normal(30, 50, scale=30.0)
     how = sampler(temperature=temperature)
-    assert not bool(draw_scores(logits, how, 3).isnan().any())
+    assert not bool(scores_of(logits, how, 3).isnan().any())
     tokens = how.draw(logits, list(range(30)), 0, DOMAIN_DENOISE, 3).token_ids
     assert tokens == GREEDY.draw(logits, list(range(30)), 0, DOMAIN_DENOISE, 3).token_ids
 
@@ -111,7 +120,7 @@ def test_a_huge_temperature_is_uniform() -> None:
 
 def test_rows_of_the_scores_are_independent() -> None:
     how = sampler(0.7, top_k=40, top_p=0.9, min_p=0.01)
-    assert_rows_are_independent(lambda x: draw_scores(x, how, 3), normal(40, 515, scale=3.0))
+    assert_rows_are_independent(lambda x: scores_of(x, how, 3), normal(40, 515, scale=3.0))
 
 
 def chi_square(tokens: list[int], expected: Tensor) -> float:
@@ -213,6 +222,71 @@ def test_logits_that_are_not_finite_are_an_error(how: Sampler, wrong: float) -> 
     logits[2, 5] = wrong
     with pytest.raises(NumericalError, match="non-finite logits at position 30, step 6"):
         how.draw(logits, [30, 31, 32, 33], 6, DOMAIN_DENOISE, 3)
+
+
+def mixed_draws() -> list[Draw]:
+    """Rows of every kind: greedy, drawn, filtered, with tokens left out or barred."""
+    barred = {"eos_token_id": 4, "eos_from": 12}
+    return [
+        Draw(GREEDY, [0, 1, 2], 0, DOMAIN_DENOISE, 3),
+        Draw(sampler(key=2**64 - 1), [7], 5, DOMAIN_AUTOREGRESSIVE),
+        Draw(sampler(0.7, top_k=5, top_p=0.9), [10, 11, 12, 13], 2, DOMAIN_DENOISE, 3),
+        Draw(replace(sampler(1.3, key=9), **barred), [10, 11, 12, 13], 1, DOMAIN_DENOISE, 3),
+        Draw(sampler(min_p=0.1, key=5), [0, 5], 0, DOMAIN_AUTOREGRESSIVE),
+        Draw(replace(GREEDY, **barred), [11, 40], 3, DOMAIN_DENOISE),
+        Draw(replace(sampler(top_k=3, key=8), **barred), [3, 40], 3, DOMAIN_DENOISE, 3),
+        Draw(sampler(key=2), [7], 5, DOMAIN_AUTOREGRESSIVE),
+    ]
+
+
+@pytest.mark.parametrize("which", ["all", "plain", "filtered"])
+def test_draws_of_any_kind_together_are_those_alone(which: str) -> None:
+    draws = mixed_draws()
+    if which != "all":
+        draws = [draw for draw in draws if draw.sampler.filtered == (which == "filtered")]
+    logits = normal(sum(len(draw.positions) for draw in draws), 60, scale=3.0)
+    together = draw_tokens(logits, draws)
+    assert len(together) == len(draws)
+    start = 0
+    for draw, got in zip(draws, together, strict=True):
+        own = logits[start : start + len(draw.positions)]
+        start += len(draw.positions)
+        # Equal floats, not close ones: confidences are compared with thresholds.
+        assert got == draw_tokens(own, [draw])[0]
+        one = draw.sampler.draw(own, draw.positions, draw.step, draw.domain, draw.excluded_token)
+        assert got == one
+        for line, position in enumerate(draw.positions):
+            single = draw_tokens(own[line : line + 1], [replace(draw, positions=[position])])[0]
+            assert isinstance(single, Drawn)
+            assert (single.token_ids[0], single.log_probs[0]) == (
+                one.token_ids[line],
+                one.log_probs[line],
+            )
+
+
+@pytest.mark.parametrize("spoiled", range(8))
+def test_a_row_that_is_not_finite_fails_alone_among_draws(spoiled: int) -> None:
+    draws = mixed_draws()
+    starts = [sum(len(draw.positions) for draw in draws[:index]) for index in range(9)]
+    logits = normal(starts[-1], 60, scale=3.0)
+    want = draw_tokens(logits, draws)
+    logits[starts[spoiled + 1] - 1, 9] = math.nan
+    got = draw_tokens(logits, draws)
+    error = got[spoiled]
+    assert isinstance(error, NumericalError)
+    where = f"position {draws[spoiled].positions[0]}, step {draws[spoiled].step}"
+    assert str(error) == f"non-finite logits at {where}"
+    assert got[:spoiled] + got[spoiled + 1 :] == want[:spoiled] + want[spoiled + 1 :]
+
+
+def test_no_draws_give_nothing() -> None:
+    assert draw_tokens(torch.empty(0, 9), []) == []
+
+
+@pytest.mark.parametrize("key", [0, 1, 2**63 - 1, 2**63, 2**64 - 1])
+def test_a_key_keeps_its_64_bits_in_a_tensor(key: int) -> None:
+    assert signed(key) % 2**64 == key
+    assert int(torch.tensor([signed(key)])) == signed(key)
 
 
 EOS, EOS_FROM = 4, 10_000

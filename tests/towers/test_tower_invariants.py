@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from tests.comparing import BATCH_SIZES, assert_relative_rms, assert_same_bits
+from twotower.kernels.rows import Rows
+from twotower.towers.backbone import TowerPass
 from twotower.towers.context import ContextTower
 from twotower.towers.denoiser import DenoiserTower, timestep_features
-from twotower.towers.memory import StatePool
+from twotower.towers.memory import PAGE_TOKENS, StatePool
 from twotower.towers.state import ContextState
-from twotower.towers.update import StateUpdate, UpdatePlan
+from twotower.towers.update import StateUpdate, UpdatePlan, plan_update
 
 ROWS = max(BATCH_SIZES)
 ATTENTION_LAYERS = 2  # of both recorded models
@@ -29,10 +31,22 @@ def tokens(count: int, seed: int, vocab_size: int = 300) -> list[int]:
 def read(tower: ContextTower, prompt: Sequence[int], room: int = 40) -> ContextState:
     """A state that has read a prompt."""
     state = tower.new_state(len(prompt) + room)
+    fill(tower, state, prompt)
+    return state
+
+
+def fill(tower: ContextTower, state: ContextState, prompt: Sequence[int]) -> None:
     if prompt:
         tower.forward([prompt], [state])
         tower.advance(state, len(prompt))
-    return state
+
+
+def read_all(tower: ContextTower, prompts: Sequence[Sequence[int]]) -> list[ContextState]:
+    """States that have read a prompt each, one after the other, in one pool."""
+    states = tower.new_states(len(prompts), max(map(len, prompts)) + 40)
+    for state, prompt in zip(states, prompts, strict=True):
+        fill(tower, state, prompt)
+    return states
 
 
 def everything(state: ContextState) -> list[Tensor]:
@@ -52,7 +66,7 @@ def test_a_context_row_has_the_same_bits_in_any_batch(context_tower: ContextTowe
         context_tower.advance(state, len(piece))
         after.append(everything(state))
     for size in SOME_SIZES:
-        states = [read(context_tower, prompt) for prompt in prompts[:size]]
+        states = read_all(context_tower, prompts[:size])
         together = context_tower.forward(pieces[:size], states)
         assert_same_bits(together, torch.cat(alone[:size]), size)
         for state, piece, want in zip(states, pieces, after, strict=False):
@@ -64,7 +78,7 @@ def test_a_context_row_has_the_same_bits_in_any_batch(context_tower: ContextTowe
 def test_a_denoiser_row_has_the_same_bits_in_any_batch(
     context_tower: ContextTower, denoiser_tower: DenoiserTower
 ) -> None:
-    states = [read(context_tower, tokens(3 * (row % 5), seed=row)) for row in range(ROWS)]
+    states = read_all(context_tower, [tokens(3 * (row % 5), seed=row) for row in range(ROWS)])
     blocks = [tokens([16, 16, 8, 1, 5][row % 5], seed=90 + row) for row in range(ROWS)]
     times = [None if row % 7 == 6 else (row % 16 + 1) / 16 for row in range(ROWS)]
     alone = [
@@ -163,9 +177,9 @@ def test_a_sink_takes_each_layers_share_in_the_order_of_the_layers(
     context_tower: ContextTower,
 ) -> None:
     pieces = [tokens(5, seed=2), tokens(16, seed=3), tokens(16, seed=4)]
-    states = [read(context_tower, tokens(9, seed=row)) for row in range(3)]
+    states = read_all(context_tower, [tokens(9, seed=row) for row in range(3)])
     sinks = [Shares(), None, Shares()]
-    context_tower.forward(pieces, states, sinks)
+    passed = context_tower.read(pieces, states, sinks)
     config = context_tower.config
     names = {"M": ("xbc", "dt"), "*": ("k", "v")}
     order = [
@@ -173,9 +187,9 @@ def test_a_sink_takes_each_layers_share_in_the_order_of_the_layers(
         for index, kind in enumerate(config.layer_pattern)
         for name in names.get(kind, ())
     ]
-    for sink, state, piece in zip(sinks, states, pieces, strict=True):
-        taken = Shares()
-        context_tower.advance(state, len(piece), taken)
+    takers = [Shares(), Shares(), Shares()]
+    context_tower.advance_rows(passed, states, list(map(len, pieces)), takers)
+    for sink, taken, state, piece in zip(sinks, takers, states, pieces, strict=True):
         mamba = range(config.layer_pattern.count("M"))
         assert [(name, layer) for name, layer, _ in taken.got] == [
             (name, layer) for layer in mamba for name in ("conv", "ssm")
@@ -193,13 +207,103 @@ def mirror_follows_shares(
 ) -> None:
     """The shares are a delta that moves a mirror of the nine tokens before to the state's bits."""
     tensors = {
-        name: torch.stack([part for own, _, part in sink.got if own == name])
-        for name in ("xbc", "dt", "k", "v")
+        name: [part for own, _, part in sink.got if own == name] for name in ("xbc", "dt", "k", "v")
     }
     mirror = read(tower, tokens(9, seed=0 if count == 5 else 2))
     mirror.apply(StateUpdate(UpdatePlan("delta", 9, 9 + count), tensors), tower.replay_weights)
     for got, want in zip(everything(mirror), everything(state), strict=True):
         assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("sinks", ["none", "some", "all"])
+@pytest.mark.parametrize("counts", [[5, 16, 16, 1], [2, 0, 16, 1], [0, 0, 0, 0]])
+def test_rows_advance_together_as_they_do_alone(
+    context_tower: ContextTower, counts: list[int], sinks: str
+) -> None:
+    pieces = [tokens(length, seed=length) for length in (5, 16, 16, 1)]
+    prompts = [tokens(9 * row, seed=row) for row in range(4)]
+    together, alone = (read_all(context_tower, prompts) for _ in range(2))
+    passed = context_tower.read(pieces, together)
+    context_tower.forward(pieces, alone)
+    takers = [
+        Shares() if sinks == "all" or (sinks == "some" and row % 2) else None for row in range(4)
+    ]
+    context_tower.advance_rows(passed, together, counts, takers)
+    for row, (state, want, count) in enumerate(zip(together, alone, counts, strict=True)):
+        context_tower.advance(want, count)
+        assert (state.position, state.length) == (want.position, want.length)
+        for got, own in zip(everything(state), everything(want), strict=True):
+            assert_same_bits(got, own, row)
+        start = len(prompts[row])
+        updates = [own_state.export(start) for own_state in (state, want)]
+        if count:
+            assert updates[1].plan == plan_update(context_tower.config, start, start + count)
+        # A link that has taken the shares needs no delta; without one it is kept.
+        if takers[row] is not None:
+            assert updates[0].plan.kind == "snapshot"
+        else:
+            assert updates[0].plan == updates[1].plan
+            for left, right in zip(updates[0].parts(), updates[1].parts(), strict=True):
+                assert left[:2] == right[:2]
+                assert_same_bits(left[2], right[2], row)
+        # What is left of the log can be replayed later.
+        for own_state in (state, want):
+            context_tower.advance(own_state, len(pieces[row]) - count)
+        assert_same_bits(state.ssm, want.ssm, row)
+        assert_same_bits(state.conv, want.conv, row)
+
+
+@pytest.mark.parametrize("padding", [[0], [1, 3], [0, 2, 4]])
+def test_padding_in_a_pass_changes_no_row_and_no_state(
+    context_tower: ContextTower, denoiser_tower: DenoiserTower, padding: list[int]
+) -> None:
+    """Rows without a slot among the others, as in a pass of a fixed size."""
+    states = read_all(context_tower, [tokens(9 * row, seed=row) for row in range(5)])
+    pool, lengths = states[0].pool, [3, 3, 16, 1, 3]
+    ids = context_tower.pack([tokens(length, seed=50 + length) for length in lengths])
+    slots = [-1 if row in padding else state.slot for row, state in enumerate(states)]
+    rows, padded = (
+        Rows.build(lengths, own, [9 * row for row in range(5)], pool.page_table, PAGE_TOKENS)
+        for own in ([state.slot for state in states], slots)
+    )
+    table = denoiser_tower.modulation(0.5)[None]
+    index = torch.zeros(1, dtype=torch.int64)
+    with torch.inference_mode():
+        want = denoiser_tower.run(ids, table, index, TowerPass(rows, pool, False))
+        got = denoiser_tower.run(ids, table, index, TowerPass(padded, pool, False))
+        # The causal pass writes: what the padding's own rows hold must stay.
+        before = [everything(state) for state in states]
+        stored = pool.k.clone(), pool.v.clone()
+        log = context_tower.new_log(len(ids))
+        causal = context_tower.run(ids, TowerPass(padded, pool, True), log)
+    kept = [row for row in range(5) if row not in padding]
+    for row in kept:
+        own = rows.host.slice_of(row)
+        assert_same_bits(got[own], want[own], row)
+        alone = context_tower.forward([ids[own].tolist()], [states[row]])
+        assert_same_bits(causal[own], alone, row)
+    written = [place for row in kept for place in places(states[row], 9 * row, lengths[row])]
+    others = torch.ones(pool.k.shape[2], dtype=torch.bool)
+    others[written] = False
+    for pool_part, old in zip((pool.k, pool.v), stored, strict=True):
+        assert_same_bits(pool_part[:, :, others], old[:, :, others])
+    for row in padding:
+        for now, old_part in zip(everything(states[row]), before[row], strict=True):
+            assert_same_bits(now, old_part, row)
+
+
+def places(state: ContextState, start: int, count: int) -> list[int]:
+    """Where tokens of a row stand in its pool."""
+    return [
+        state.pages[token // PAGE_TOKENS] * PAGE_TOKENS + token % PAGE_TOKENS
+        for token in range(start, start + count)
+    ]
+
+
+def test_states_of_one_pass_share_a_pool(context_tower: ContextTower) -> None:
+    states = [context_tower.new_state(10) for _ in range(2)]
+    with pytest.raises(AssertionError, match="states of one pass share a pool"):
+        context_tower.forward([[1], [2]], states)
 
 
 def test_a_forward_pass_does_not_move_the_snapshot(context_tower: ContextTower) -> None:
