@@ -38,8 +38,8 @@ from benchmarks.random_checkpoint import write_random_checkpoint
 from benchmarks.scheduling import BLOCK
 from benchmarks.scheduling import SHAPE as MIXED_SHAPE
 from twotower.cluster.remote import PairServices
+from twotower.cluster.start import start_towers
 from twotower.cluster.topology import PairTopology
-from twotower.cluster.tower_actors import start_towers
 from twotower.towers.generation import generate_blocks
 from twotower.towers.params import GenerationParams
 

@@ -94,7 +94,7 @@ class Soak:
     @property
     def engine(self) -> ContextEngine:
         """The context tower's engine."""
-        return self._context._parts()[0]
+        return self._context.engine
 
     async def start(self) -> None:
         """Loads and links the towers."""
@@ -131,7 +131,7 @@ class Soak:
         await self._context.load()
         await self._denoiser.load()
         address = await self._denoiser.listen("soak")
-        await self._context.connect(LinkSpec(address, "soak", epoch=1))
+        await self._context.connect(0, LinkSpec(address, "soak", epoch=1))
         link = self.engine.link
         assert link is not None
         self.engine.link = PhasedLink(link, self._phases)

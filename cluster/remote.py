@@ -38,10 +38,15 @@ class WatchedDenoiser(DenoiserService, Watched, Protocol):
 
 @dataclass(frozen=True)
 class PairServices:
-    """The two towers of a pair, wherever they run."""
+    """The towers of a pair, wherever they run; all denoisers as one, None if there is none."""
 
     context: WatchedContext
-    denoiser: WatchedDenoiser
+    denoiser: WatchedDenoiser | None
+
+    def watched(self) -> dict[str, Watched]:
+        """The towers that there are, by name."""
+        towers: dict[str, Watched] = {"context": self.context}
+        return towers if self.denoiser is None else {**towers, "denoiser": self.denoiser}
 
 
 def plain_error(error: BaseException) -> BaseException:
@@ -85,12 +90,22 @@ class RemoteContext:
         """Loads the tower. Raises CheckpointError."""
         await plainly(self._actor.load.remote())
 
-    async def connect(self, link: LinkSpec) -> None:
-        """Starts the engine, linked to its denoiser tower."""
-        await plainly(self._actor.connect.remote(link))
+    async def connect(self, denoiser: int, link: LinkSpec) -> None:
+        """Links the tower to a denoiser tower, in place of the link to it that was there."""
+        await plainly(self._actor.connect.remote(denoiser, link))
 
     async def open(self, row_id: str, capacity: int) -> None:
         await plainly(self._actor.open.remote(row_id, capacity))
+
+    async def open_for(self, row_id: str, capacity: int, denoiser: int) -> None:
+        await plainly(self._actor.open_for.remote(row_id, capacity, denoiser))
+
+    async def move(self, row_id: str, denoiser: int) -> None:
+        await plainly(self._actor.move.remote(row_id, denoiser))
+
+    async def broken_links(self) -> list[int]:
+        broken: list[int] = await plainly(self._actor.broken_links.remote())
+        return broken
 
     async def prefill(
         self, row_id: str, prompt: Sequence[int], generated: Sequence[int], params: GenerationParams

@@ -11,6 +11,7 @@ from twotower.towers.memory import MemoryBudget
 from twotower.towers.scheduler import PassLimits
 
 Transport = Literal["grpc", "gloo", "nccl"]
+Placement = Literal["separate", "colocated", "ar_only"]
 REPLICA_BUNDLE, CONTEXT_BUNDLE, DENOISER_BUNDLE = range(3)
 # The replica only passes messages on; its share keeps Ray from packing too many on a core.
 REPLICA_CPUS = 0.1
@@ -31,6 +32,11 @@ class PairTopology:
     rows wait for room (None: any number); `memory_fraction` of the free memory is for states,
     `prefix_cache_bytes` for the prefix cache's snapshots beside them. `prefill_chunk` (None: by
     device) is the grid on which prompts are read.
+
+    `placement` "separate" gives the context tower and each of `denoisers` denoiser towers a process
+    of its own, "colocated" holds both towers in one process and one copy of every state, "ar_only"
+    has no denoiser. A pass that runs for longer than `stall_timeout_s` counts as hung; a denoiser
+    tower that is lost has `repair_timeout_s` to be back.
     """
 
     model_path: str
@@ -48,11 +54,23 @@ class PairTopology:
     max_prefill_tokens: int = 64
     prefix_cache_bytes: int = 0
     prefill_chunk: int | None = None
+    placement: Placement = "separate"
+    denoisers: int = 1
+    stall_timeout_s: float = 60.0
+    repair_timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
-        for name in ("num_threads", "max_rows", "max_context"):
+        for name in ("num_threads", "max_rows", "max_context", "denoisers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.placement not in get_args(Placement):
+            raise ValueError(
+                f"placement: got {self.placement!r}, expected one of {get_args(Placement)}"
+            )
+        if self.denoisers > 1 and self.placement != "separate":
+            raise ValueError(
+                f"denoisers: got {self.denoisers} with placement {self.placement!r}, expected 1"
+            )
         if self.cpus < 0 or self.gpus < 0:
             raise ValueError(f"cpus, gpus: got {self.cpus}, {self.gpus}, expected at least 0")
         if self.transport not in get_args(Transport):
@@ -67,12 +85,18 @@ class PairTopology:
             # Shares of a GPU may be packed on one, and there NCCL refuses to join two processes.
             raise ValueError(f"gpus: got {self.gpus:g} for 'nccl', expected a whole GPU per tower")
 
+    @property
+    def actors(self) -> int:
+        """Processes that hold towers."""
+        return 1 + self.denoisers if self.placement == "separate" else 1
+
     def bundles(self) -> list[dict[str, float]]:
-        """Resources of the placement group: the replica, the context tower, the denoiser tower."""
+        """Resources of the placement group: the replica, the context tower, each denoiser tower;
+        colocated towers share one."""
         tower = {"CPU": self.cpus} if self.cpus else {}
         if self.gpus:
             tower["GPU"] = self.gpus
-        return [{"CPU": REPLICA_CPUS}, dict(tower), dict(tower)]
+        return [{"CPU": REPLICA_CPUS}, *(dict(tower) for _ in range(self.actors))]
 
     def engine_options(self) -> EngineOptions:
         """What both towers' engines are made with."""

@@ -1,66 +1,50 @@
-"""One engine per Ray actor: the classes that run inside, and how a pair of them is started.
+"""One engine per Ray actor: the classes that run inside.
 
-The classes are plain; `start_towers` wraps them. Loading happens in `start`, so that a faulty
+The classes are plain; `start_towers` wraps them. Loading is a call of its own, so that a faulty
 checkpoint reaches the pair as the error it is and not as a dead actor.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import secrets
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import ray
-import torch
-from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from twotower.cluster.channel.grpc import CPU, GrpcStateLink, LinkSpec
 from twotower.cluster.channel.receiver import StateReceiver
-from twotower.cluster.remote import PairServices, RemoteContext, RemoteDenoiser
-from twotower.cluster.topology import (
-    CONTEXT_BUNDLE,
-    DENOISER_BUNDLE,
-    PairTopology,
-    max_update_bytes,
-)
-from twotower.towers.context import ContextTower
+from twotower.cluster.link_fan import LinkFan
+from twotower.cluster.loading import loaded
+from twotower.cluster.topology import PairTopology, max_update_bytes
 from twotower.towers.context_engine import ContextEngine
 from twotower.towers.denoiser import DenoiserTower
 from twotower.towers.denoiser_engine import DenoiserEngine
 from twotower.towers.errors import UnavailableError
 from twotower.towers.params import GenerationParams
 from twotower.towers.protocols import Block, Prefilled
-from twotower.towers.weights import load_context_tower, load_denoiser_tower, parse_dtype
-
-logger = logging.getLogger(__name__)
-
-# A pass's thread and the event loop share the interpreter: calls and updates of other rows should
-# not wait for it as long as a small pass takes.
-SWITCH_INTERVAL_S = 0.0005
-T = TypeVar("T")
+from twotower.towers.weights import load_context_tower, load_denoiser_tower
 
 
 class ContextTowerActor:
-    """Runs a ContextEngine and publishes its rows' states over a link."""
+    """Runs a ContextEngine and publishes its rows' states over links to the denoiser towers."""
 
     def __init__(self, topology: PairTopology) -> None:
         self._topology = topology
-        self._tower: ContextTower | None = None
-        self._running: tuple[ContextEngine, GrpcStateLink] | None = None
+        self._links = LinkFan()
+        self._engine: ContextEngine | None = None
 
     async def load(self) -> None:
-        """Loads the tower. Raises CheckpointError."""
-        self._tower = await _loaded(load_context_tower, self._topology)
+        """Loads the tower and starts its engine. Raises CheckpointError, ConfigError."""
+        tower = await loaded(load_context_tower, self._topology)
+        options = self._topology.engine_options()
+        link = None if self._topology.placement == "ar_only" else self._links
+        engine = ContextEngine.with_options(tower, link, options, threaded=True)
+        await asyncio.to_thread(engine.warm_up)
+        self._engine = engine
 
-    async def connect(self, link: LinkSpec) -> None:
-        """Starts the engine on the loaded tower, with a link to its denoiser tower."""
-        assert self._tower is not None, "load comes first"
-        tower = self._tower
+    async def connect(self, denoiser: int, link: LinkSpec) -> None:
+        """Links the tower to a denoiser tower; the link to it that was there ends."""
+        tower = self.engine.tower
         state_link = GrpcStateLink(
             link,
             tower.config,
@@ -68,51 +52,66 @@ class ContextTowerActor:
             tower.replay_tensors(),
             device=tower.device if link.transport == "nccl" else CPU,
         )
-        options = self._topology.engine_options()
-        engine = ContextEngine.with_options(tower, state_link, options, threaded=True)
-        await asyncio.to_thread(engine.warm_up)
-        self._running = engine, state_link
+        await self._links.connect(denoiser, state_link)
 
     async def open(self, row_id: str, capacity: int) -> None:
-        await self._parts()[0].open(row_id, capacity)
+        await self.open_for(row_id, capacity, 0)
+
+    async def open_for(self, row_id: str, capacity: int, denoiser: int) -> None:
+        """See `ContextTowerService`."""
+        self._links.assign(row_id, denoiser)
+        try:
+            await self.engine.open(row_id, capacity)
+        except BaseException:
+            self._links.forget(row_id)
+            raise
+
+    async def move(self, row_id: str, denoiser: int) -> None:
+        """See `ContextTowerService`."""
+        await self.engine.reseed(row_id, lambda: self._links.move(row_id, denoiser))
+
+    async def broken_links(self) -> list[int]:
+        """See `ContextTowerService`."""
+        return self._links.broken()
 
     async def prefill(
         self, row_id: str, prompt: Sequence[int], generated: Sequence[int], params: GenerationParams
     ) -> Prefilled:
-        return await self._parts()[0].prefill(row_id, prompt, generated, params)
+        return await self.engine.prefill(row_id, prompt, generated, params)
 
     async def extend(self, row_id: str, token_ids: Sequence[int]) -> int:
-        return await self._parts()[0].extend(row_id, token_ids)
+        return await self.engine.extend(row_id, token_ids)
 
     async def decode(self, row_id: str, count: int, params: GenerationParams) -> Block:
-        return await self._parts()[0].decode(row_id, count, params)
+        return await self.engine.decode(row_id, count, params)
 
     async def verify(self, row_id: str, draft: Sequence[int], params: GenerationParams) -> Block:
-        return await self._parts()[0].verify(row_id, draft, params)
+        return await self.engine.verify(row_id, draft, params)
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
-        return await self._parts()[0].score(token_ids)
+        return await self.engine.score(token_ids)
 
     async def release(self, row_id: str) -> None:
-        await self._parts()[0].release(row_id)
+        await self.engine.release(row_id)
 
     async def stats(self) -> dict[str, float]:
         """The engine's counters."""
-        return self._parts()[0].stats()
+        return self.engine.stats()
 
     async def check(self) -> None:
-        """Raises UnavailableError if the tower is not loaded or its link is broken."""
-        self._parts()[1].check()
+        """Raises UnavailableError if the tower is not loaded or hangs."""
+        self.engine.check_progress(self._topology.stall_timeout_s)
 
     async def close(self) -> None:
-        """Ends the link."""
-        if self._running is not None:
-            await self._running[1].close()
+        """Ends the links."""
+        await self._links.close()
 
-    def _parts(self) -> tuple[ContextEngine, GrpcStateLink]:
-        if self._running is None:
+    @property
+    def engine(self) -> ContextEngine:
+        """The loaded tower's engine. Raises UnavailableError before that."""
+        if self._engine is None:
             raise UnavailableError("the context tower is not loaded")
-        return self._running
+        return self._engine
 
 
 class DenoiserTowerActor:
@@ -125,7 +124,7 @@ class DenoiserTowerActor:
 
     async def load(self) -> None:
         """Loads the tower. Raises CheckpointError."""
-        self._tower = await _loaded(load_denoiser_tower, self._topology)
+        self._tower = await loaded(load_denoiser_tower, self._topology)
 
     async def listen(self, token: str) -> str:
         """Starts the engine on the loaded tower and waits for its link; returns `host:port`."""
@@ -179,8 +178,8 @@ class DenoiserTowerActor:
         return {**engine.stats(), "mirrors": float(receiver.num_rows)}
 
     async def check(self) -> None:
-        """Raises UnavailableError if the tower is not loaded."""
-        self._parts()
+        """Raises UnavailableError if the tower is not loaded or hangs."""
+        self._parts()[0].check_progress(self._topology.stall_timeout_s)
 
     async def close(self) -> None:
         """Stops to listen for the link."""
@@ -191,42 +190,3 @@ class DenoiserTowerActor:
         if self._running is None:
             raise UnavailableError("the denoiser tower is not loaded")
         return self._running
-
-
-async def start_towers(topology: PairTopology) -> PairServices:
-    """Starts both actors in the caller's placement group and links them.
-
-    Raises CheckpointError if a tower does not load.
-    """
-    group = ray.util.get_current_placement_group()
-    denoiser_actor = _actor(DenoiserTowerActor, topology, group, DENOISER_BUNDLE)
-    context_actor = _actor(ContextTowerActor, topology, group, CONTEXT_BUNDLE)
-    context, denoiser = RemoteContext(context_actor), RemoteDenoiser(denoiser_actor)
-    token = secrets.token_hex(16)
-    await asyncio.gather(context.load(), denoiser.load())
-    address = await denoiser.listen(token)
-    await context.connect(LinkSpec(address, token, 1, topology.transport))
-    logger.info("both towers are loaded")
-    return PairServices(context, denoiser)
-
-
-async def _loaded(load: Callable[[Path, str, torch.dtype], T], topology: PairTopology) -> T:
-    torch.set_num_threads(topology.num_threads)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    dtype = parse_dtype(topology.dtype)
-    return await asyncio.to_thread(load, Path(topology.model_path), topology.device, dtype)
-
-
-def _actor(kind: type, topology: PairTopology, group: PlacementGroup | None, bundle: int) -> Any:
-    options: dict[str, Any] = {
-        "num_cpus": topology.cpus,
-        "num_gpus": topology.gpus,
-        "max_concurrency": topology.max_concurrency(),
-        # A tower that died has lost its rows and its link; the pair is replaced as a whole.
-        "max_restarts": 0,
-    }
-    if group is not None:
-        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-            group, placement_group_bundle_index=bundle
-        )
-    return ray.remote(kind).options(**options).remote(topology)

@@ -67,6 +67,13 @@ def token_ids_of(
     return tokenizer.encode(message.text)
 
 
+def check_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raises InvalidRequestError for an id that the model does not have."""
+    for index, token in enumerate(token_ids):
+        if not 0 <= token < vocab_size:
+            raise InvalidRequestError(f"{field}[{index}]", token, f"an id in 0..{vocab_size - 1}")
+
+
 def started_event(job: Job, request_id: str) -> pb.GenerateResponse:
     """The first message of a stream."""
     return pb.GenerateResponse(
@@ -76,29 +83,36 @@ def started_event(job: Job, request_id: str) -> pb.GenerateResponse:
     )
 
 
-def block_event(index: int, block: Block, text: str, *, log_probs: bool) -> pb.GenerateResponse:
-    """The message of one committed block, with log-probabilities if they were asked for."""
+def block_event(log: CommitLog, block: Block, text: str, *, log_probs: bool) -> pb.GenerateResponse:
+    """The message of the log's last block, with log-probabilities if they were asked for."""
     return pb.GenerateResponse(
         block=pb.Block(
-            index=index,
+            index=log.num_blocks - 1,
             start=block.start,
             token_ids=block.token_ids,
             text=text,
             commit_steps=block.commit_steps,
             confidences=block.confidences,
             log_probs=block.log_probs if log_probs else (),
+            usage=usage_of(log),
         )
     )
 
 
-def complete_event(
-    log: CommitLog, prompt_tokens: int, matched_stop: str | None
-) -> pb.GenerateResponse:
+def complete_event(log: CommitLog, matched_stop: str | None) -> pb.GenerateResponse:
     """The last message of a stream. Raises RuntimeError if the log has no end."""
     if log.finish_reason is None:
         raise RuntimeError("the blocks ended without a finish reason")
-    usage = pb.Usage(
-        prompt_tokens=prompt_tokens,
+    complete = pb.Complete(
+        finish_reason=log.finish_reason, usage=usage_of(log), matched_stop=matched_stop
+    )
+    return pb.GenerateResponse(complete=complete)
+
+
+def usage_of(log: CommitLog) -> pb.Usage:
+    """What has been spent on the blocks of a log."""
+    return pb.Usage(
+        prompt_tokens=log.prompt_tokens,
         completion_tokens=len(log.token_ids),
         nfe=log.nfe,
         context_passes=log.context_passes,
@@ -106,8 +120,6 @@ def complete_event(
         accepted_tokens=log.accepted_tokens,
         drafted_tokens=log.drafted_tokens,
     )
-    complete = pb.Complete(finish_reason=log.finish_reason, usage=usage, matched_stop=matched_stop)
-    return pb.GenerateResponse(complete=complete)
 
 
 def score_response(token_ids: Sequence[int], log_probs: Sequence[float]) -> pb.ScoreResponse:

@@ -12,11 +12,12 @@ from twotower.towers.protocols import Block
 class CommitLog:
     """Appends blocks in order of position; what is committed never changes.
 
-    `prompt_tokens` prompt tokens and the `generated` ones of a resumed request come first.
+    `prompt_tokens` prompt tokens and the `generated` ones of a resumed request come first. Counts
+    are those of the committed blocks, whichever attempt at the request has made them.
     """
 
     def __init__(self, prompt_tokens: int, generated: Sequence[int]) -> None:
-        self._prompt_tokens = prompt_tokens
+        self.prompt_tokens = prompt_tokens
         self._token_ids = list(generated)
         self.num_blocks = 0
         self.nfe = 0
@@ -34,7 +35,7 @@ class CommitLog:
     @property
     def end(self) -> int:
         """Absolute position of the next token."""
-        return self._prompt_tokens + len(self._token_ids)
+        return self.prompt_tokens + len(self._token_ids)
 
     def has(self, block: Block) -> bool:
         """Whether the block is committed already; otherwise it is the next one.
@@ -55,11 +56,14 @@ class CommitLog:
         if self.has(block):
             return False
         self._token_ids.extend(block.token_ids)
+        if not self.num_blocks:
+            # An attempt that takes over finds more in the cache, also of what came after the
+            # prompt; what the request itself was spared is what its first attempt found.
+            self.cached_tokens = min(block.cached_tokens, self.prompt_tokens)
         self.num_blocks += 1
         self.nfe += block.nfe
         self.context_passes += block.context_passes
         self.accepted_tokens += block.accepted_tokens
         self.drafted_tokens += block.drafted_tokens
-        self.cached_tokens += block.cached_tokens
         self.finish_reason = block.finish_reason
         return True

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from twotower.cluster.autoscaling import ScalingOptions
 from twotower.cluster.topology import PairTopology
 from twotower.towers.checkpoint import Checkpoint
 from twotower.towers.errors import ConfigError
@@ -16,6 +17,38 @@ from twotower.towers.scheduler import PassLimits
 from twotower.towers.weights import resolve_checkpoint
 
 APP_NAME = "twotower"
+# Of the rows that a pair may have; the rest is for those that come while another pair starts.
+TARGET_FILL = 0.75
+
+
+class PairAutoscaling(BaseModel):
+    """Between how many pairs the service has, and how it gets there; `num_pairs` is not used."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_pairs: int = Field(1, ge=0, description="0 = none after zero_after_s without a request")
+    max_pairs: int = Field(ge=1, description="most pairs; the cluster must have room for them")
+    target_rows_per_pair: float | None = Field(
+        None, ge=1, description="rows that a pair should have; none = 3/4 of max_num_seqs"
+    )
+    max_pass_s: float | None = Field(
+        None, gt=0, description="a pair whose passes take longer should have fewer rows"
+    )
+    smoothing_s: float = Field(10.0, ge=0, description="time over which the load is smoothed")
+    scale_down_after_s: float = Field(
+        300.0, ge=0, description="pairs go when they were not needed for so long"
+    )
+    hysteresis: float = Field(0.2, ge=0, lt=1, description="share of spare room before pairs go")
+    zero_after_s: float = Field(600.0, ge=0, description="calm before the last pair goes")
+    metrics_interval_s: float = Field(
+        2.0, ge=0.5, description="how often pairs report; below 2 only for few pairs"
+    )
+    cold_start_queue: int | None = Field(
+        None,
+        ge=1,
+        description="requests that wait in the router for a pair; more are refused; "
+        "none = as many as max_pairs pairs take",
+    )
 
 
 class ServiceConfig(BaseModel):
@@ -60,8 +93,8 @@ class ServiceConfig(BaseModel):
         "grpc", description="how states travel between the towers"
     )
     num_pairs: int = Field(1, ge=1, description="fixed number of pairs, without autoscaling")
-    autoscaling: dict[str, Any] | None = Field(
-        None, description="Serve's AutoscalingConfig for the pairs, passed through"
+    autoscaling: PairAutoscaling | None = Field(
+        None, description="pairs that come and go with the load, in place of num_pairs"
     )
     health_check_period_s: float = Field(2.0, gt=0)
     health_check_timeout_s: float = Field(30.0, gt=0)
@@ -71,6 +104,7 @@ class ServiceConfig(BaseModel):
     def _one_way_to_scale(self) -> ServiceConfig:
         if self.autoscaling is not None and self.num_pairs != 1:
             raise ValueError("num_pairs and autoscaling exclude each other")
+        self.scaling()
         return self
 
     @classmethod
@@ -97,6 +131,17 @@ class ServiceConfig(BaseModel):
     def checkpoint(self) -> Checkpoint:
         """The checkpoint, with names, shapes and files checked. Raises CheckpointError."""
         return Checkpoint(resolve_checkpoint(self.model))
+
+    def scaling(self) -> ScalingOptions | None:
+        """What the policy of autoscaling is made with; none for a fixed number of pairs."""
+        if self.autoscaling is None:
+            return None
+        given = self.autoscaling.model_dump(exclude={"cold_start_queue"})
+        if given["target_rows_per_pair"] is None:
+            given["target_rows_per_pair"] = max(1.0, TARGET_FILL * self.max_num_seqs)
+        # Older signals than this are of a pair that does not answer.
+        stale_after_s = max(30.0, 5 * self.autoscaling.metrics_interval_s)
+        return ScalingOptions(**given, stale_after_s=stale_after_s)
 
     def topology(self) -> PairTopology:
         """The layout of one pair."""

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from twotower.cluster.autoscaling import report
 from twotower.cluster.remote import PairServices
 from twotower.deployments.metrics import PairMetrics
 from twotower.towers.generation import generate_blocks
@@ -39,12 +40,13 @@ class TowerPair:
         self._start = start
         self._metrics = metrics() if metrics is not None else None
         self._services: PairServices | None = None
+        self._reported: dict[str, dict[str, float]] | None = None
 
     async def check_health(self) -> None:
         """Starts the towers or asks both how they are; an exception means replacement."""
         if self._services is None:
             self._services = await self._start()
-        await asyncio.gather(self._services.context.check(), self._services.denoiser.check())
+        await asyncio.gather(*(tower.check() for tower in self._services.watched().values()))
         if self._metrics is not None:
             self._metrics.report(await self.stats())
 
@@ -78,11 +80,17 @@ class TowerPair:
 
     async def stats(self) -> dict[str, dict[str, float]]:
         """Counters of each tower, by tower."""
-        services = await self._ready()
-        context, denoiser = await asyncio.gather(
-            services.context.stats(), services.denoiser.stats()
-        )
-        return {"context": context, "denoiser": denoiser}
+        towers = (await self._ready()).watched()
+        stats = await asyncio.gather(*(tower.stats() for tower in towers.values()))
+        return dict(zip(towers, stats, strict=True))
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """The pair's signals for the number of pairs, since the last call; Serve asks for them."""
+        if self._services is None:
+            return {}
+        stats = await self.stats()
+        before, self._reported = self._reported or stats, stats
+        return report(before, stats)
 
     async def _ready(self) -> PairServices:
         if self._services is None:

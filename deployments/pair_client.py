@@ -5,11 +5,33 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorPlacementGroupRemoved,
+    ActorUnschedulableError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
-from twotower.cluster.remote import plain_error, plainly
+from twotower.cluster.remote import plain_error
+from twotower.deployments.breaker import PAIRS
 from twotower.deployments.pair import Job
+from twotower.towers.errors import UnavailableError
 from twotower.towers.protocols import Block
+
+# Ways in which Ray says that the process or node behind a call has gone, beside RayActorError.
+_GONE = (
+    ActorPlacementGroupRemoved,
+    ActorUnschedulableError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    WorkerCrashedError,
+)
+_WRAPPED = (RayTaskError, RayActorError, *_GONE)
 
 
 class PairClient:
@@ -24,17 +46,34 @@ class PairClient:
         stream = self._streaming.generate.remote(job)
         try:
             async for block in stream:
+                PAIRS.worked(job.row_id)
                 yield block
-        except (RayTaskError, RayActorError) as error:
-            raise plain_error(error) from None
+        except (*_WRAPPED, UnavailableError) as error:
+            plain = _plain(error)
+            if isinstance(plain, UnavailableError):
+                PAIRS.lost(job.row_id)
+            raise plain from None
         finally:
             stream.cancel()
+            PAIRS.ended(job.row_id)
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """As TowerPair.score."""
-        scores: list[float] = await plainly(self._handle.score.remote(list(token_ids)))
+        try:
+            scores: list[float] = await self._handle.score.remote(list(token_ids))
+        except _WRAPPED as error:
+            raise _plain(error) from None
         return scores
 
     async def ping(self) -> None:
         """Returns if a pair can serve."""
-        await plainly(self._handle.ping.remote())
+        try:
+            await self._handle.ping.remote()
+        except _WRAPPED as error:
+            raise _plain(error) from None
+
+
+def _plain(error: BaseException) -> BaseException:
+    if isinstance(error, _GONE):
+        return UnavailableError("a node or process that held the request is gone; try again")
+    return plain_error(error)

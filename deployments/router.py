@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import grpc
@@ -19,10 +19,13 @@ from starlette.responses import PlainTextResponse
 
 import twotower
 from twotower.deployments import codec
+from twotower.deployments.attempts import Attempts, attempt_id
 from twotower.deployments.commit_log import CommitLog
 from twotower.deployments.config import ServiceConfig
+from twotower.deployments.losses import RetryPolicy
 from twotower.deployments.pair import Job
 from twotower.deployments.pair_client import PairClient
+from twotower.deployments.resumed import resumed_text
 from twotower.deployments.status import RequestRefusedError, refuse
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.config import TwoTowerConfig
@@ -36,6 +39,7 @@ logger = logging.getLogger("ray.serve")
 
 SERVICE_NAME = "twotower.v1.Generation"
 READY_TIMEOUT_S = 5.0
+RETRY = RetryPolicy()
 WATCH_PERIOD_S = 1.0
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -45,11 +49,12 @@ _UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 class Router:
     """Serves `twotower.v1.Generation` and `grpc.health.v1.Health` over a deployment of pairs."""
 
-    def __init__(self, config: ServiceConfig, pairs: Any) -> None:
+    def __init__(self, config: ServiceConfig, pairs: Any, retry: RetryPolicy = RETRY) -> None:
         folder = resolve_checkpoint(config.model)
         self._model = TwoTowerConfig.from_file(folder / "config.json")
         self._tokenizer = load_tokenizer(folder)
         self._pairs = PairClient(pairs)
+        self._attempts = Attempts(self._pairs, retry)
         self._max_context = min(config.max_context, self._model.max_position_embeddings)
         self._info = codec.model_info(
             self._model,
@@ -119,41 +124,45 @@ class Router:
         self, request: pb.GenerateRequest
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         request_id = codec.request_id_of(request.request_id)
-        job = self._admit(request)
-        log = CommitLog(len(job.prompt), job.generated)
-        text = OutputText(self._tokenizer, job.params, job.generated)
+        job, text, log = self._admit(request)
         log_probs = request.sampling_params.logprobs
         yield codec.started_event(job, request_id)
-        async with aclosing(self._pairs.generate(job)) as blocks:
-            async for block in blocks:
-                if log.has(block):
-                    continue
-                cut, shown = text.take(block)
-                log.append(cut)
-                yield codec.block_event(log.num_blocks - 1, cut, shown, log_probs=log_probs)
-                if text.matched_stop is not None:
-                    break
-        yield codec.complete_event(log, len(job.prompt), text.matched_stop)
+        if log.finish_reason is None:
+            async with aclosing(self._attempts.blocks(job, log)) as blocks:
+                async for block in blocks:
+                    cut, shown = text.take(block)
+                    log.append(cut)
+                    yield codec.block_event(log, cut, shown, log_probs=log_probs)
+                    if text.matched_stop is not None:
+                        break
+        yield codec.complete_event(log, text.matched_stop)
 
-    def _admit(self, request: pb.GenerateRequest) -> Job:
-        """The request as a job within the model's limits. Raises InvalidRequestError."""
+    def _admit(self, request: pb.GenerateRequest) -> tuple[Job, OutputText, CommitLog]:
+        """The request as a job within the model's limits, with its text and log so far.
+
+        Raises InvalidRequestError.
+        """
         params = codec.params_of(request.sampling_params, self._model.eos_token_id)
         prompt = codec.token_ids_of(request, "prompt", self._tokenizer)
-        generated = list(request.generated_token_ids)
-        params.check_row(prompt, self._model.vocab_size, self._max_context, generated)
-        return Job(secrets.token_hex(16), tuple(prompt), tuple(generated), params)
+        generated = tuple(request.generated_token_ids)
+        check = partial(params.check_row, prompt, self._model.vocab_size, self._max_context)
+        check([])
+        codec.check_ids("generated_token_ids", generated, self._model.vocab_size)
+        text, finish_reason = resumed_text(self._tokenizer, params, generated)
+        log = CommitLog(len(prompt), generated)
+        log.finish_reason = finish_reason
+        if finish_reason is None:
+            check(list(generated))
+        return Job(attempt_id(), tuple(prompt), generated, params), text, log
 
     async def _scored(self, request: pb.ScoreRequest) -> pb.ScoreResponse:
         codec.request_id_of(request.request_id)
         token_ids = codec.token_ids_of(request, "input", self._tokenizer)
-        vocab_size = self._model.vocab_size
-        for index, token in enumerate(token_ids):
-            if not 0 <= token < vocab_size:
-                raise InvalidRequestError(f"input[{index}]", token, f"an id in 0..{vocab_size - 1}")
+        codec.check_ids("input", token_ids, self._model.vocab_size)
         if not 1 <= len(token_ids) <= self._max_context:
             limit = f"1 to {self._max_context} tokens"
             raise InvalidRequestError("input", f"{len(token_ids)} tokens", limit)
-        return codec.score_response(token_ids, await self._pairs.score(token_ids))
+        return codec.score_response(token_ids, await self._attempts.score(token_ids))
 
     async def _health(self, service: str) -> int:
         if not service:

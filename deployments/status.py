@@ -13,23 +13,31 @@ import grpc
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from twotower.cluster.remote import plain_error
+from twotower.deployments.losses import LostTooOftenError
+from twotower.deployments.refusals import (
+    INTERNAL_TEXT,
+    NUMERICAL_TEXT,
+    RETRY_AFTER_S,
+    with_retry_after,
+)
 from twotower.towers.errors import (
     CapacityError,
     InvalidRequestError,
     NumericalError,
+    QueueFullError,
     UnavailableError,
 )
 
 logger = logging.getLogger("ray.serve")
 
 MAX_DETAILS = 1024
-INTERNAL_TEXT = "internal error; the server's log has it under request"
-_BUSY_TEXT = "too many requests are waiting; try again later"
+_BUSY_TEXT = with_retry_after("too many requests are waiting", RETRY_AFTER_S)
 _STARTING_TEXT = "no pair of towers is up; try again later"
 _SHOWN: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
+    (LostTooOftenError, grpc.StatusCode.ABORTED),
     (NumericalError, grpc.StatusCode.INTERNAL),
 )
 _FIXED: tuple[tuple[type[BaseException], grpc.StatusCode, str], ...] = (
@@ -48,11 +56,18 @@ def status_of(error: BaseException, request_id: str) -> tuple[grpc.StatusCode, s
     plain = plain_error(error)
     for kind, code in _SHOWN:
         if isinstance(plain, kind):
-            return code, str(plain)[:MAX_DETAILS]
+            return code, _shown(plain)
     for fixed, code, text in _FIXED:
         if isinstance(plain, fixed):
             return code, text
     return grpc.StatusCode.INTERNAL, f"{INTERNAL_TEXT} {request_id}"
+
+
+def _shown(error: BaseException) -> str:
+    text = str(error)[:MAX_DETAILS]
+    if isinstance(error, NumericalError):
+        return f"{NUMERICAL_TEXT}: {text}"
+    return with_retry_after(text, RETRY_AFTER_S) if isinstance(error, QueueFullError) else text
 
 
 def refuse(context: Any, error: BaseException, request_id: str) -> NoReturn:

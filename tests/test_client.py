@@ -103,7 +103,7 @@ def test_one_string_is_no_list_of_stop_strings(served: tuple[Scripted, Client]) 
 def test_a_broken_stream_keeps_what_a_resume_needs(served: tuple[Scripted, Client]) -> None:
     service, client = served
     service.breaks = True
-    stream = client.generate([1, 2])
+    stream = client.generate([1, 2], resume=False)
     with pytest.raises(ServiceError, match="UNAVAILABLE: a tower is gone") as caught:
         list(stream)
     assert caught.value.code == grpc.StatusCode.UNAVAILABLE

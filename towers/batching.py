@@ -84,6 +84,13 @@ class BatchLoop(Generic[Work, Result]):
         self._waiting: dict[int, _Waiting[Work, Result]] = {}
         self._task: asyncio.Task[None] | None = None
         self._running: asyncio.Future[Sequence[Result | BaseException]] | None = None
+        self._pass_began: float | None = None
+
+    @property
+    def pass_age(self) -> float:
+        """Seconds since the pass that runs now began; 0 between passes."""
+        began = self._pass_began
+        return 0.0 if began is None else time.monotonic() - began
 
     @property
     def waiting(self) -> int:
@@ -136,6 +143,7 @@ class BatchLoop(Generic[Work, Result]):
         works = [entry.work for entry in batch]
         if self.stats.started is None:
             self.stats.started = time.monotonic()
+        self._pass_began = time.monotonic()
         results: Sequence[Result | BaseException]
         try:
             if self._executor is None:
@@ -147,7 +155,7 @@ class BatchLoop(Generic[Work, Result]):
         except Exception as error:
             results = [_copy_of(error) for _ in batch]
         finally:
-            self._running = None
+            self._running = self._pass_began = None
         self.stats.passes += 1
         self.stats.rows += len(batch)
         self.stats.tokens += sum(entry.tokens for entry in batch)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -38,12 +41,30 @@ class _Token:
 @dataclass(eq=False)
 class _Row(EngineRow):
     """`own` is the tower's token at the state's position, once drawn; `committed` tells whether
-    the output has it already. `key` names what was read, for the prefix cache."""
+    the output has it already. `key` names what was read, for the prefix cache. `turn` is held by
+    the call that works on the state."""
 
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     own: _Token | None = None
     committed: bool = False
     key: bytes = b""
     cached_to: int = 0
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_Call = Callable[Concatenate["ContextEngine", _Row, P], Coroutine[Any, Any, R]]
+
+
+def _in_turn(call: _Call[P, R]) -> _Call[P, R]:
+    """Makes a row's call wait until no other works on the row's state."""
+
+    @wraps(call)
+    async def alone(engine: ContextEngine, row: _Row, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        async with row.turn:
+            return await call(engine, row, *args, **kwargs)
+
+    return alone
 
 
 class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
@@ -84,7 +105,7 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
 
     @classmethod
     def with_options(
-        cls, tower: ContextTower, link: StateLink, options: EngineOptions, *, threaded: bool
+        cls, tower: ContextTower, link: StateLink | None, options: EngineOptions, *, threaded: bool
     ) -> ContextEngine:
         """An engine as its operator wants it. Raises ConfigError if the states have no room."""
         return cls(
@@ -139,6 +160,12 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         row = self._row(row_id)
         return await self._owned(row, self._verify(row, draft, params))
 
+    async def reseed(self, row_id: str, prepare: Callable[[], None]) -> None:
+        """Sends all that the row's state holds, to a mirror that holds nothing, after `prepare`;
+        both between the row's other calls. A row that has not been read yet is fine."""
+        row = self._row(row_id)
+        await self._owned(row, self._reseed(row, prepare))
+
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """Natural-log probabilities of tokens 1..n-1; holds a row as long as the call."""
         row = self._add(_Row(f"score-{secrets.token_hex(8)}"))
@@ -153,6 +180,7 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
             self.link.forget(row_id)
         await super().release(row_id)
 
+    @_in_turn
     async def _prefill(
         self,
         row: _Row,
@@ -241,6 +269,7 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
             raise drawn
         return _token(drawn, 0)
 
+    @_in_turn
     async def _extend(self, row: _Row, token_ids: Sequence[int]) -> int:
         state = state_of(row.state)
         start = state.position
@@ -256,6 +285,13 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         self._note(row, token_ids, result.hidden)
         return 1
 
+    @_in_turn
+    async def _reseed(self, row: _Row, prepare: Callable[[], None]) -> None:
+        prepare()
+        if row.state is not None and row.state.position:
+            await self._publish(row, 0)
+
+    @_in_turn
     async def _decode(self, row: _Row, count: int, params: GenerationParams) -> Block:
         state = state_of(row.state)
         sampler = Sampler.from_params(params)
@@ -277,6 +313,7 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         steps = tuple(range(len(taken)))
         return _block(start, taken, steps, context_passes=passes)
 
+    @_in_turn
     async def _verify(self, row: _Row, draft: Sequence[int], params: GenerationParams) -> Block:
         state = state_of(row.state)
         assert row.own is not None, "prefill comes first"

@@ -102,6 +102,12 @@ class Engine(Generic[Row, Work, Result]):
             **(admission.pool.stats() if admission is not None else {}),
         }
 
+    def check_progress(self, limit_s: float) -> None:
+        """Raises UnavailableError if a pass has been running for longer: its device hangs."""
+        age = self._loop.pass_age
+        if age > limit_s:
+            raise UnavailableError(f"a pass has not ended in {age:.0f} s, limit {limit_s:g} s")
+
     async def release(self, row_id: str) -> None:
         """Frees the row, after the pass that may still touch its state."""
         if await self._close(row_id) and self._admission is not None:

@@ -1,146 +1,153 @@
-"""A client of the service over gRPC; needs neither torch nor ray."""
+"""Clients of the service over gRPC, one that blocks and one for asyncio; need no torch, no ray."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import asyncio
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import grpc
+import grpc.aio
 
+from twotower.completion import Completion, Limits
+from twotower.messages import (
+    ModelInfo,
+    Prompt,
+    Score,
+    ServiceError,
+    TextBlock,
+    Usage,
+    generate_request,
+    model_info_of,
+    score_of,
+    score_request,
+    service_error,
+)
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.protos.v1 import generation_pb2_grpc
-from twotower.towers.errors import InvalidRequestError, TwoTowerError
 
-Prompt = str | Sequence[int]
+__all__ = [
+    "AsyncClient",
+    "AsyncGenerationStream",
+    "Client",
+    "GenerationStream",
+    "ModelInfo",
+    "Prompt",
+    "Score",
+    "ServiceError",
+    "TextBlock",
+    "Usage",
+]
 
-
-class ServiceError(TwoTowerError):
-    """The service refused or failed a call; `code` is its gRPC status."""
-
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
-        self.code = code
-        super().__init__(f"{code.name}: {details}")
-
-
-@dataclass(frozen=True)
-class TextBlock:
-    """One committed block; per token its denoising step and probability.
-
-    `log_probs` are their natural logs, empty unless they were asked for.
-    """
-
-    index: int
-    start: int
-    token_ids: tuple[int, ...]
-    text: str
-    commit_steps: tuple[int, ...]
-    confidences: tuple[float, ...]
-    log_probs: tuple[float, ...]
+S = TypeVar("S")
+# By default a channel tries again after 1 s, then ever later, up to 2 minutes: resumes would wait.
+_RECONNECT = (
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What a completion cost: tokens, denoiser passes (`nfe`) and context tower passes.
+class _Stream(Completion):
+    """A completion with the call that it is received by now."""
 
-    `cached_tokens` of the prompt came from the prefix cache; in verified, `accepted_tokens` of
-    `drafted_tokens` were accepted.
-    """
+    def __init__(
+        self, stub: Any, request: pb.GenerateRequest, limits: Limits, cancelled: Any
+    ) -> None:
+        super().__init__(request, limits)
+        self._stub = stub
+        self._cancelled = cancelled
+        self._call = self._begin()
 
-    prompt_tokens: int
-    completion_tokens: int
-    nfe: int
-    context_passes: int
-    cached_tokens: int
-    accepted_tokens: int
-    drafted_tokens: int
+    def cancel(self) -> None:
+        """Ends the request; the service frees its row. Does nothing after the end."""
+        self._cancelled.set()
+        self._call.cancel()
 
+    def _begin(self) -> Any:
+        return self._stub.Generate(self._next_request(), timeout=self._time_left())
 
-@dataclass(frozen=True)
-class Score:
-    """The scored tokens, and natural-log probabilities of all but the first."""
+    def _begin_again(self) -> None:
+        self._check_wanted()
+        self._call = self._begin()
+        # Another thread may have cancelled the call before.
+        if self._cancelled.is_set():
+            self._call.cancel()
 
-    token_ids: tuple[int, ...]
-    log_probs: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What a service serves, and its limits."""
-
-    name: str
-    version: str
-    vocab_size: int
-    max_context: int
-    modes: tuple[str, ...]
-    eos_token_id: int | None
-    has_tokenizer: bool
-    layer_pattern: str
-    dtype: str
+    def _check_wanted(self) -> None:
+        if self._cancelled.is_set():
+            raise ServiceError(grpc.StatusCode.CANCELLED, "cancelled by this client") from None
 
 
-class GenerationStream:
-    """Iterates over the blocks of one completion.
+class GenerationStream(_Stream):
+    """Iterates over the blocks of one completion; Completion says what else it knows."""
 
-    `request_id`, `seed` and `prompt_tokens` are there once the service has admitted the request
-    (with the first block at the latest), `finish_reason`, `matched_stop` (the stop string that
-    ended the output, or None) and `usage` after the last block. `token_ids` are those received so
-    far: with the seed, what a resume needs. `log_probs` are theirs, if they were asked for.
-    """
-
-    def __init__(self, call: Any) -> None:
-        self._call = call
-        self.request_id: str | None = None
-        self.seed: int | None = None
-        self.prompt_tokens: int | None = None
-        self.token_ids: list[int] = []
-        self.log_probs: list[float] = []
-        self.finish_reason: str | None = None
-        self.matched_stop: str | None = None
-        self.usage: Usage | None = None
+    def __init__(self, stub: Any, request: pb.GenerateRequest, limits: Limits) -> None:
+        super().__init__(stub, request, limits, threading.Event())
 
     def __iter__(self) -> Iterator[TextBlock]:
         """Raises ServiceError."""
         try:
-            for response in self._call:
-                block = self._take(response)
-                if block is not None:
-                    yield block
-        except grpc.RpcError as error:
-            raise _service_error(error) from None
+            while self.finish_reason is None:
+                try:
+                    for response in self._call:
+                        block = self._take(response)
+                        if block is not None:
+                            yield block
+                    self._check_end()
+                except (grpc.RpcError, ServiceError) as error:
+                    if self.finish_reason is not None:
+                        break
+                    self._call.cancel()
+                    self._check_wanted()
+                    self._cancelled.wait(self._pause_after(error))
+                    self._begin_again()
         finally:
             self.cancel()
 
-    def cancel(self) -> None:
-        """Ends the request; the service frees its row. Does nothing after the end."""
-        self._call.cancel()
 
-    def _take(self, response: pb.GenerateResponse) -> TextBlock | None:
-        kind = response.WhichOneof("event")
-        if kind == "started":
-            self.request_id = response.started.request_id
-            self.seed = response.started.seed
-            self.prompt_tokens = response.started.prompt_tokens
-        if kind == "block":
-            self.token_ids.extend(response.block.token_ids)
-            self.log_probs.extend(response.block.log_probs)
-            return _text_block(response.block)
-        if kind == "complete":
-            complete = response.complete
-            self.finish_reason = complete.finish_reason
-            if complete.HasField("matched_stop"):
-                self.matched_stop = complete.matched_stop
-            self.usage = _usage(complete.usage)
-        return None
+class AsyncGenerationStream(_Stream):
+    """As GenerationStream, for `async for`. `cancel` it if you leave the loop before its end."""
+
+    def __init__(self, stub: Any, request: pb.GenerateRequest, limits: Limits) -> None:
+        super().__init__(stub, request, limits, asyncio.Event())
+
+    async def __aiter__(self) -> AsyncIterator[TextBlock]:
+        """Raises ServiceError."""
+        try:
+            while self.finish_reason is None:
+                try:
+                    async for response in self._call:
+                        block = self._take(response)
+                        if block is not None:
+                            yield block
+                    self._check_end()
+                except (grpc.RpcError, ServiceError, asyncio.CancelledError) as ended:
+                    error = _ended_by(ended)
+                    if self.finish_reason is not None:
+                        break
+                    self._call.cancel()
+                    self._check_wanted()
+                    await self._sleep(self._pause_after(error))
+                    self._begin_again()
+        finally:
+            self.cancel()
+
+    async def _sleep(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._cancelled.wait(), seconds)
 
 
-class Client:
-    """Calls one service; `target` is `host:port`. Use it as a context manager or `close` it."""
+class _Calls(ABC, Generic[S]):
+    """What both clients have in common."""
 
-    def __init__(self, target: str) -> None:
-        self._channel = grpc.insecure_channel(target)
-        self._stub = generation_pb2_grpc.GenerationStub(self._channel)
+    def __init__(self, channel: Any) -> None:
+        self._channel = channel
+        self._stub: Any = generation_pb2_grpc.GenerationStub(channel)
 
     def generate(
         self,
@@ -164,64 +171,56 @@ class Client:
         generated_token_ids: Sequence[int] = (),
         request_id: str = "",
         timeout: float | None = None,
-    ) -> GenerationStream:
+        resume: bool = True,
+        resume_timeout: float = 60.0,
+    ) -> S:
         """Starts a completion of a text or of token ids; None leaves the service's default.
 
         `stop` is a list of strings, `logprobs` asks for log-probabilities, `generated_token_ids`
-        resumes a broken stream; `timeout` is in seconds, for the whole. Raises
-        InvalidRequestError if `stop` is not a list.
+        goes on with what an earlier program has received; `timeout` is in seconds, for the whole.
+        With `resume` a stream whose service, router or connection is lost goes on by itself, for
+        up to `resume_timeout` seconds from a loss to the next block; then the last error is
+        raised. Raises InvalidRequestError if `stop` is not a list.
         """
-        sampling = pb.SamplingParams(
-            mode=mode,
-            max_tokens=max_tokens,
-            block_size=block_size,
-            steps_per_block=steps_per_block,
-            confidence_threshold=confidence_threshold,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-            ignore_eos=ignore_eos,
-            draft_steps=draft_steps,
-            min_tokens=min_tokens,
-            stop=_texts(stop),
-            logprobs=logprobs,
-        )
-        request = pb.GenerateRequest(
-            request_id=request_id,
-            **_input_of(prompt),
-            sampling_params=sampling,
-            generated_token_ids=generated_token_ids,
-        )
-        return GenerationStream(self._stub.Generate(request, timeout=timeout))
+        scalars = {
+            "mode": mode,
+            "max_tokens": max_tokens,
+            "block_size": block_size,
+            "steps_per_block": steps_per_block,
+            "confidence_threshold": confidence_threshold,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "seed": seed,
+            "ignore_eos": ignore_eos,
+            "draft_steps": draft_steps,
+            "min_tokens": min_tokens,
+            "logprobs": logprobs,
+        }
+        request = generate_request(prompt, stop, generated_token_ids, request_id, scalars)
+        return self._stream(request, Limits(timeout, resume, resume_timeout))
+
+    @abstractmethod
+    def _stream(self, request: pb.GenerateRequest, limits: Limits) -> S:
+        """Starts a stream."""
+
+
+class Client(_Calls[GenerationStream]):
+    """Calls one service; `target` is `host:port`. Use it as a context manager or `close` it."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(grpc.insecure_channel(target, options=_RECONNECT))
 
     def score(self, text: Prompt, *, timeout: float | None = None) -> Score:
         """Log-probabilities of a text or of token ids. Raises ServiceError."""
-        request = pb.ScoreRequest(**_input_of(text))
-        try:
-            response = self._stub.Score(request, timeout=timeout)
-        except grpc.RpcError as error:
-            raise _service_error(error) from None
-        return Score(tuple(response.token_ids), tuple(response.log_probs))
+        with _plain_errors():
+            return score_of(self._stub.Score(score_request(text), timeout=timeout))
 
     def model_info(self, *, timeout: float | None = None) -> ModelInfo:
         """What is served. Raises ServiceError."""
-        try:
-            info = self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout)
-        except grpc.RpcError as error:
-            raise _service_error(error) from None
-        return ModelInfo(
-            name=info.name,
-            version=info.version,
-            vocab_size=info.vocab_size,
-            max_context=info.max_context,
-            modes=tuple(info.modes),
-            eos_token_id=info.eos_token_id if info.HasField("eos_token_id") else None,
-            has_tokenizer=info.has_tokenizer,
-            layer_pattern=info.layer_pattern,
-            dtype=info.dtype,
-        )
+        with _plain_errors():
+            return model_info_of(self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout))
 
     def close(self) -> None:
         """Ends all calls and the connection."""
@@ -238,43 +237,59 @@ class Client:
     ) -> None:
         self.close()
 
-
-def _input_of(prompt: Prompt) -> dict[str, Any]:
-    if isinstance(prompt, str):
-        return {"text": prompt}
-    return {"tokens": pb.TokenIds(ids=prompt)}
+    def _stream(self, request: pb.GenerateRequest, limits: Limits) -> GenerationStream:
+        return GenerationStream(self._stub, request, limits)
 
 
-def _texts(stop: Sequence[str]) -> Sequence[str]:
-    if isinstance(stop, str):
-        # It is a sequence of strings too: each of its letters would end the output.
-        raise InvalidRequestError("stop", stop, "a list of strings")
-    return stop
+class AsyncClient(_Calls[AsyncGenerationStream]):
+    """As Client, for asyncio; make it where the event loop runs."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(grpc.aio.insecure_channel(target, options=_RECONNECT))
+
+    async def score(self, text: Prompt, *, timeout: float | None = None) -> Score:
+        """As Client.score."""
+        with _plain_errors():
+            return score_of(await self._stub.Score(score_request(text), timeout=timeout))
+
+    async def model_info(self, *, timeout: float | None = None) -> ModelInfo:
+        """As Client.model_info."""
+        with _plain_errors():
+            call = self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout)
+            return model_info_of(await call)
+
+    async def close(self) -> None:
+        """Ends all calls and the connection."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def _stream(self, request: pb.GenerateRequest, limits: Limits) -> AsyncGenerationStream:
+        return AsyncGenerationStream(self._stub, request, limits)
 
 
-def _usage(usage: pb.Usage) -> Usage:
-    return Usage(
-        usage.prompt_tokens,
-        usage.completion_tokens,
-        usage.nfe,
-        usage.context_passes,
-        usage.cached_tokens,
-        usage.accepted_tokens,
-        usage.drafted_tokens,
-    )
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise service_error(error) from None
 
 
-def _text_block(block: pb.Block) -> TextBlock:
-    return TextBlock(
-        block.index,
-        block.start,
-        tuple(block.token_ids),
-        block.text,
-        tuple(block.commit_steps),
-        tuple(block.confidences),
-        tuple(block.log_probs),
-    )
-
-
-def _service_error(error: Any) -> ServiceError:
-    return ServiceError(error.code(), error.details() or "no details")
+def _ended_by(error: BaseException) -> BaseException:
+    """The error that ended a stream of grpc.aio: it raises CancelledError for a status, too."""
+    if not isinstance(error, asyncio.CancelledError):
+        return error
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise error
+    return ServiceError(grpc.StatusCode.CANCELLED, "cancelled by the service")

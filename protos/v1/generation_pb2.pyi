@@ -81,7 +81,7 @@ class Started(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., seed: _Optional[int] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class Block(_message.Message):
-    __slots__ = ("index", "start", "token_ids", "text", "commit_steps", "confidences", "log_probs")
+    __slots__ = ("index", "start", "token_ids", "text", "commit_steps", "confidences", "log_probs", "usage")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +89,7 @@ class Block(_message.Message):
     COMMIT_STEPS_FIELD_NUMBER: _ClassVar[int]
     CONFIDENCES_FIELD_NUMBER: _ClassVar[int]
     LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
     index: int
     start: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -96,7 +97,8 @@ class Block(_message.Message):
     commit_steps: _containers.RepeatedScalarFieldContainer[int]
     confidences: _containers.RepeatedScalarFieldContainer[float]
     log_probs: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, index: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., commit_steps: _Optional[_Iterable[int]] = ..., confidences: _Optional[_Iterable[float]] = ..., log_probs: _Optional[_Iterable[float]] = ...) -> None: ...
+    usage: Usage
+    def __init__(self, index: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., commit_steps: _Optional[_Iterable[int]] = ..., confidences: _Optional[_Iterable[float]] = ..., log_probs: _Optional[_Iterable[float]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
 
 class Complete(_message.Message):
     __slots__ = ("finish_reason", "usage", "matched_stop")

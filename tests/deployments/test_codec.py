@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
 
@@ -78,31 +80,53 @@ BLOCK = Block(
 )
 
 
-def test_log_probabilities_are_sent_if_asked_for() -> None:
-    plain = codec.block_event(3, BLOCK, "ab", log_probs=False).block
-    assert plain == pb.Block(
-        index=3, start=5, token_ids=[8, 9], text="ab", commit_steps=[1, 0], confidences=[0.5, 0.25]
+USAGE = pb.Usage(
+    prompt_tokens=5,
+    completion_tokens=2,
+    nfe=2,
+    cached_tokens=5,
+    accepted_tokens=3,
+    drafted_tokens=4,
+)
+
+
+def log_of_one_block() -> CommitLog:
+    log = CommitLog(5, ())
+    log.append(BLOCK)
+    return log
+
+
+def test_a_block_comes_with_what_was_spent_up_to_it() -> None:
+    log = log_of_one_block()
+    want = pb.Block(
+        index=0,
+        start=5,
+        token_ids=[8, 9],
+        text="ab",
+        commit_steps=[1, 0],
+        confidences=[0.5, 0.25],
+        usage=USAGE,
     )
-    asked = codec.block_event(3, BLOCK, "ab", log_probs=True).block
+    assert codec.block_event(log, BLOCK, "ab", log_probs=False).block == want
+    log.append(replace(BLOCK, start=7, nfe=5, cached_tokens=9))
+    second = codec.block_event(log, BLOCK, "", log_probs=False).block
+    assert second.index == 1
+    assert (second.usage.completion_tokens, second.usage.nfe) == (4, 7)
+    assert second.usage.cached_tokens == 5
+
+
+def test_log_probabilities_are_sent_if_asked_for() -> None:
+    asked = codec.block_event(log_of_one_block(), BLOCK, "ab", log_probs=True).block
     assert list(asked.log_probs) == [-0.75, -1.5]
 
 
 @pytest.mark.parametrize("matched", [None, "\n日"])
 def test_the_end_of_a_stream(matched: str | None) -> None:
-    log = CommitLog(5, ())
-    log.append(BLOCK)
-    complete = codec.complete_event(log, 5, matched).complete
+    complete = codec.complete_event(log_of_one_block(), matched).complete
     assert complete.HasField("matched_stop") == (matched is not None)
     assert complete.matched_stop == (matched or "")
     assert complete.finish_reason == "stop"
-    assert complete.usage == pb.Usage(
-        prompt_tokens=5,
-        completion_tokens=2,
-        nfe=2,
-        cached_tokens=5,
-        accepted_tokens=3,
-        drafted_tokens=4,
-    )
+    assert complete.usage == USAGE
 
 
 def test_prompts() -> None:

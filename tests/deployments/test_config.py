@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
-from twotower.deployments.config import ServiceConfig
+from twotower.cluster.autoscaling import ScalingOptions
+from twotower.deployments.config import PairAutoscaling, ServiceConfig
 from twotower.towers.errors import CheckpointError, ConfigError
 from twotower.towers.memory import MemoryBudget
 from twotower.towers.scheduler import PassLimits
@@ -17,10 +20,10 @@ TINY = Path(__file__).parents[1] / "golden" / "tiny_a"
 
 def test_file_and_options(tmp_path: Path) -> None:
     path = tmp_path / "service.yaml"
-    path.write_text("model: somewhere\nmax_num_seqs: 4\nautoscaling: {max_replicas: 3}\n")
+    path.write_text("model: somewhere\nmax_num_seqs: 4\nautoscaling: {max_pairs: 3}\n")
     config = ServiceConfig.from_file(path, max_num_seqs=9, dtype=None)
     assert (config.model, config.max_num_seqs, config.dtype) == ("somewhere", 9, "float32")
-    assert config.autoscaling == {"max_replicas": 3}
+    assert config.autoscaling == PairAutoscaling(max_pairs=3)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +38,18 @@ def test_file_and_options(tmp_path: Path) -> None:
         ({"prefix_cache_mib": -1}, "prefix_cache_mib"),
         ({"max_num_batched_tokens": 0}, "max_num_batched_tokens"),
         ({"no_such_setting": 1}, "no_such_setting"),
-        ({"num_pairs": 2, "autoscaling": {}}, "num_pairs"),
+        ({"num_pairs": 2, "autoscaling": {"max_pairs": 3}}, "num_pairs"),
+        ({"autoscaling": {}}, r"autoscaling\.max_pairs"),
+        ({"autoscaling": {"max_pairs": 0}}, r"autoscaling\.max_pairs"),
+        (
+            {"autoscaling": {"min_pairs": 4, "max_pairs": 3}},
+            "max_pairs: got 3, expected at least 4",
+        ),
+        ({"autoscaling": {"max_pairs": 3, "hysteresis": 1}}, r"autoscaling\.hysteresis"),
+        ({"autoscaling": {"max_pairs": 3, "zero_after_s": math.inf}}, "zero_after_s: got inf"),
+        ({"autoscaling": {"max_pairs": 3, "metrics_interval_s": 0.1}}, "metrics_interval_s"),
+        ({"autoscaling": {"max_pairs": 3, "max_replicas": 3}}, r"autoscaling\.max_replicas"),
+        ({"autoscaling": "auto"}, "autoscaling"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, object], named: str) -> None:
@@ -51,6 +65,40 @@ def test_unreadable_files(tmp_path: Path, text: str) -> None:
         ServiceConfig.from_file(path)
     with pytest.raises(ConfigError, match="absent"):
         ServiceConfig.from_file(tmp_path / "absent.yaml")
+
+
+def test_scaling_follows_the_settings(tmp_path: Path) -> None:
+    assert ServiceConfig().scaling() is None
+    path = tmp_path / "service.yaml"
+    settings = {
+        "min_pairs": 0,
+        "max_pairs": 9,
+        "max_pass_s": 0.25,
+        "smoothing_s": 3.0,
+        "scale_down_after_s": 60.0,
+        "hysteresis": 0.2,
+        "zero_after_s": 120.0,
+        "metrics_interval_s": 10.0,
+        "cold_start_queue": 77,
+    }
+    path.write_text(yaml.safe_dump({"max_num_seqs": 40, "autoscaling": settings}))
+    config = ServiceConfig.from_file(path)
+    expected = {name: value for name, value in settings.items() if name != "cold_start_queue"}
+    # Three quarters of a pair's rows, and signals count for five intervals.
+    assert config.scaling() == ScalingOptions(
+        **expected, target_rows_per_pair=30.0, stale_after_s=50.0
+    )
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(config.model_dump()))
+    assert ServiceConfig.from_file(again) == config
+    given = ServiceConfig(autoscaling=PairAutoscaling(max_pairs=2, target_rows_per_pair=5))
+    scaling = given.scaling()
+    assert scaling is not None
+    assert scaling.target_rows_per_pair == 5
+    # One row at a time is a target too.
+    one = ServiceConfig(max_num_seqs=1, autoscaling=PairAutoscaling(max_pairs=2)).scaling()
+    assert one is not None
+    assert one.target_rows_per_pair == 1
 
 
 def test_topology_follows_the_device() -> None:

@@ -16,7 +16,6 @@ from twotower.cluster.remote import PairServices
 from twotower.cluster.topology import PairTopology
 from twotower.cluster.tower_actors import ContextTowerActor, DenoiserTowerActor
 from twotower.deployments.pair import Job, TowerPair
-from twotower.towers.errors import UnavailableError
 from twotower.towers.params import GenerationParams
 from twotower.towers.protocols import Block
 
@@ -49,7 +48,7 @@ async def linked_towers() -> Actors:
     await context.load()
     await denoiser.load()
     address = await denoiser.listen("secret")
-    await context.connect(LinkSpec(address, "secret", epoch=1))
+    await context.connect(0, LinkSpec(address, "secret", epoch=1))
     return context, denoiser
 
 
@@ -148,20 +147,36 @@ async def test_cancelling_at_any_moment_frees_the_row(pair: TowerPair, delay: fl
     assert survivor == await tokens_of(pair, job(9, PROMPTS[1], long))
 
 
+async def test_signals_follow_the_rows(pair: TowerPair) -> None:
+    """Three slots: of five rows two wait, and nothing is free until they have ended."""
+    idle = await pair.record_autoscaling_stats()
+    assert (idle["rows"], idle["waiting"], idle["free_slots"]) == (0, 0, 3)
+    assert "denoiser_pass_s" not in idle
+    long = replace(DIFFUSION, max_tokens=120)
+    streams = [pair.generate(job(i, PROMPTS[0], long)) for i in range(5)]
+    tasks = [asyncio.create_task(anext(stream)) for stream in streams]
+    await asyncio.wait(tasks[:3])
+    busy = await pair.record_autoscaling_stats()
+    assert (busy["rows"], busy["waiting"], busy["free_slots"]) == (3, 2, 0)
+    assert busy["passes"] > idle["passes"]
+    assert 0 < busy["denoiser_pass_s"] < 10
+    assert 0 < busy["context_pass_s"] < 10
+    for task, stream in zip(tasks, streams, strict=True):
+        task.cancel()
+        await asyncio.wait([task])
+        await stream.aclose()
+    await settled(pair)
+    ended = await pair.record_autoscaling_stats()
+    assert (ended["rows"], ended["waiting"], ended["free_slots"]) == (0, 0, 3)
+
+
+async def test_a_pair_that_has_not_started_says_nothing() -> None:
+    async def never() -> PairServices:
+        raise AssertionError("a question starts no towers")
+
+    assert await TowerPair(never).record_autoscaling_stats() == {}
+
+
 async def test_score(pair: TowerPair) -> None:
     model = await asyncio.to_thread(TwoTower.from_pretrained, TINY)
     assert await pair.score(PROMPTS[1]) == await asyncio.to_thread(model.score, PROMPTS[1])
-
-
-async def test_a_broken_link_is_unhealthy(pair: TowerPair) -> None:
-    actors = await linked_towers()
-    broken = paired(actors)
-    await tokens_of(broken, job(0, [5, 6], DIFFUSION))
-    await actors[1].close()
-    with pytest.raises(UnavailableError):
-        await tokens_of(broken, job(1, [5, 6], DIFFUSION))
-    with pytest.raises(UnavailableError):
-        await broken.check_health()
-    assert (await broken.stats())["context"]["rows"] == 0
-    assert await pair.ping()
-    await closed(actors)

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2
 from ray import serve
 
 from twotower.deployments.config import ServiceConfig
+from twotower.deployments.losses import RetryPolicy
 from twotower.deployments.pair import Job
 from twotower.deployments.router import SERVICE_NAME, Router
 from twotower.deployments.status import RequestRefusedError
@@ -119,7 +120,8 @@ def serving(tiny_text: Path) -> Serving:
     def start(*script: Sequence[int] | Exception, model: Path = tiny_text) -> Calls:
         config = ServiceConfig(model=str(model), max_context=80)
         pair = serve.deployment(FakePair).bind(script)
-        app = serve.deployment(Router).bind(config, pair)
+        # What is lost stays lost here: what follows a loss has tests of its own.
+        app = serve.deployment(Router).bind(config, pair, RetryPolicy(resume_timeout_s=0.0))
         return Calls(serve.run(app, _local_testing_mode=True))
 
     return start

@@ -1,0 +1,104 @@
+"""One request over as many pairs as it takes: no committed block is lost, repeated or changed.
+
+An attempt is the request's prompt with the tokens committed so far, under a name of its own, on
+whichever pair Serve chooses. When it is lost, what it may still send goes with its stream, and the
+next attempt goes on from the log's end: random numbers belong to seed and position, so the tokens
+are those of the undisturbed request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import TypeVar
+
+from twotower.deployments.commit_log import CommitLog
+from twotower.deployments.losses import Losses, NoPairError, RetryPolicy
+from twotower.deployments.pair import Job
+from twotower.deployments.pair_client import PairClient
+from twotower.towers.protocols import Block
+
+logger = logging.getLogger("ray.serve")
+
+PING_TIMEOUT_S = 5.0
+LEAST_WAIT_S = 0.05
+T = TypeVar("T")
+
+
+def attempt_id() -> str:
+    """A row's name that no other attempt at any request has had: 128 random bits."""
+    return secrets.token_hex(16)
+
+
+class Attempts:
+    """Gives requests to pairs, and to other pairs when those are lost."""
+
+    def __init__(self, pairs: PairClient, policy: RetryPolicy) -> None:
+        self._pairs = pairs
+        self._policy = policy
+
+    async def blocks(self, job: Job, log: CommitLog) -> AsyncGenerator[Block, None]:
+        """The job's blocks from the log's end on, in order.
+
+        The caller commits each before it asks for the next. Raises what the pair raised if that
+        is not a loss; UnavailableError if no pair came up in time; LostTooOftenError.
+        """
+        losses = Losses(self._policy)
+        while True:
+            try:
+                async with aclosing(self._read(job)) as stream:
+                    async for block in stream:
+                        # A gap raises here: the attempt is lost, the next closes the gap.
+                        if not log.has(block):
+                            yield block
+                            losses.forget()
+                return
+            except Exception as error:
+                if log.finish_reason is not None:
+                    # Lost after its last block: nothing is left to do.
+                    return
+                await losses.pause(error)
+                logger.info("a request goes on at %d: %s", log.end, type(error).__name__)
+            job = replace(job, row_id=attempt_id(), generated=log.token_ids)
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        """As TowerPair.score."""
+        losses = Losses(self._policy)
+        while True:
+            try:
+                return await self._while_a_pair_is_up(self._pairs.score(token_ids))
+            except Exception as error:
+                await losses.pause(error)
+
+    async def _read(self, job: Job) -> AsyncGenerator[Block, None]:
+        async with aclosing(self._pairs.generate(job)) as stream:
+            while (block := await self._while_a_pair_is_up(anext(stream, None))) is not None:
+                yield block
+
+    async def _while_a_pair_is_up(self, answer: Awaitable[T]) -> T:
+        """The answer, however long a pair has the call in its queue.
+
+        Serve itself waits for a pair without an end. Raises NoPairError.
+        """
+        asking = asyncio.ensure_future(answer)
+        seconds = max(self._policy.resume_timeout_s, LEAST_WAIT_S)
+        try:
+            while True:
+                await asyncio.wait([asking], timeout=seconds)
+                if asking.done():
+                    return asking.result()
+                await self._check_up()
+        finally:
+            asking.cancel()
+            await asyncio.wait([asking])
+
+    async def _check_up(self) -> None:
+        try:
+            async with asyncio.timeout(PING_TIMEOUT_S):
+                await self._pairs.ping()
+        except Exception as error:
+            raise NoPairError("no pair of towers is up; try again later") from error

@@ -1,0 +1,75 @@
+"""When a request that was lost with its pair is tried again, and when not any more."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from twotower.cluster.remote import plain_error
+from twotower.deployments.backoff import backoff_s
+from twotower.towers.errors import QueueFullError, TwoTowerError, UnavailableError
+
+_LOST = (UnavailableError, DeploymentUnavailableError, TimeoutError)
+_FULL = (QueueFullError, BackPressureError)
+
+
+class NoPairError(UnavailableError):
+    """No pair has come up within the time that a request waits for one."""
+
+
+class LostTooOftenError(TwoTowerError):
+    """Every pair that took the request was lost with it: the request may be the reason."""
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How long a request waits for a pair, and how often it is given to another.
+
+    `resume_timeout_s` counts from a loss to the next committed block, or to the moment at which a
+    pair is up that has the request in its queue. `max_attempts` are those in a row, the first
+    included, that end without a new block.
+    """
+
+    resume_timeout_s: float = 60.0
+    max_attempts: int = 8
+
+
+class Losses:
+    """The losses of one request since its last committed block."""
+
+    def __init__(self, policy: RetryPolicy) -> None:
+        self._policy = policy
+        self._since: float | None = None
+        self._lost = 0
+        self._tries = 0
+
+    def forget(self) -> None:
+        """A block has been committed."""
+        self._since, self._lost, self._tries = None, 0, 0
+
+    async def pause(self, error: Exception) -> None:
+        """Waits until the request may be tried again; a cancellation ends the wait.
+
+        Raises `error` if it is none of a lost pair or if the resume timeout would pass, and
+        LostTooOftenError after too many losses in a row. A full queue counts as no loss, but is
+        waited for by a request that has lost its pair: it has been admitted once.
+        """
+        plain = plain_error(error)
+        full = isinstance(plain, _FULL) and self._since is not None
+        if isinstance(plain, NoPairError) or not (full or isinstance(plain, _LOST)):
+            raise error
+        self._lost += not full
+        self._tries += 1
+        if self._lost >= self._policy.max_attempts:
+            raise LostTooOftenError(
+                f"the request was lost with {self._lost} pairs in a row and is not tried again"
+            ) from error
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        seconds = backoff_s(self._tries)
+        if now + seconds - self._since > self._policy.resume_timeout_s:
+            raise error
+        await asyncio.sleep(seconds)

@@ -1,0 +1,245 @@
+"""Ways to place the towers, and what each of them needs and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+
+from twotower.bench.schedules import BLOCK
+from twotower.bench.speedup import PassSeconds, best_tokens_per_s, in_step_tokens_per_s
+from twotower.planner import commits
+from twotower.planner.devices import device_named
+from twotower.planner.flow import Flow, in_step_pair, simulate_pair
+from twotower.planner.measured import MeasuredPasses
+from twotower.planner.memory import GpuMemory, gpu_memory, tower_bytes
+from twotower.planner.passes import FLOOR, Passes, Reached
+from twotower.planner.question import Experts, Question
+from twotower.towers.config import TwoTowerConfig
+
+# Blocks of each row in a simulation, of which it replays two rounds.
+_BLOCKS = 16
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One way to place the towers.
+
+    `denoisers` 0: AR alone; `colocated`: both towers on one GPU. `tokens_per_s` is expected of all
+    its GPUs under continuous batching, `in_step` if rows ended their blocks together, `ceiling` is
+    `in_step` with every pass at its floor. All 0 where it does not fit. `break_even` tokens per
+    denoiser pass make it as fast as AR on as many GPUs, in step; None if none do.
+    """
+
+    name: str
+    experts: Experts
+    denoisers: int
+    colocated: bool
+    gpus: int
+    rows: int
+    memory: tuple[GpuMemory, ...]
+    tokens_per_s: float = 0.0
+    in_step: float = 0.0
+    ceiling: float = 0.0
+    context_busy: float = 0.0
+    denoiser_busy: float = 0.0
+    over_ar: float = 0.0
+    break_even: float | None = None
+
+    @property
+    def fits(self) -> bool:
+        return all(own.fits for own in self.memory)
+
+    @property
+    def per_gpu(self) -> float:
+        return self.tokens_per_s / self.gpus
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """Expected milliseconds and floors of the passes of one format, over all rows of a batch."""
+
+    experts: Experts
+    expected_ms: dict[str, float]
+    floor_ms: dict[str, float]
+
+
+class Estimator:
+    """All estimates of one format."""
+
+    def __init__(
+        self,
+        question: Question,
+        config: TwoTowerConfig,
+        experts: Experts,
+        measured: MeasuredPasses | None,
+        reached: Reached,
+    ) -> None:
+        self._question, self._config, self._experts = question, config, experts
+        self._device = device = device_named(question.gpu)
+        fp8 = experts == "fp8"
+        self._weights = tower_bytes(config, fp8=fp8)
+        known = measured.ceilings if measured else None
+        ceilings = known or device.ceilings()
+        passes = measured.passes if measured else {}
+        context = question.context
+        self._expected = Passes(config, ceilings, context, fp8, reached, passes)
+        self._floor = Passes(config, ceilings, context, fp8, FLOOR)
+
+    def estimates(self) -> Iterator[Estimate]:
+        """AR, both towers on one GPU, and one context tower with 1, 2, ... denoisers up to the
+        first that does not fit."""
+        ar = self._ar()
+        yield ar
+        yield self._over(self._colocated(), ar)
+        for denoisers in range(1, self._question.most_denoisers + 1):
+            pair = self._pair(denoisers)
+            yield self._over(pair, ar)
+            if not pair.fits:
+                return
+
+    def times(self) -> PassTimes:
+        """What passes over a whole batch take."""
+        return PassTimes(
+            self._experts, self._milliseconds(self._expected), self._milliseconds(self._floor)
+        )
+
+    def _milliseconds(self, passes: Passes) -> dict[str, float]:
+        rows = self._question.batch
+        kinds = {"denoise": passes.denoise, "extend": passes.extend, "ar": passes.ar}
+        found = {name: 1e3 * seconds(rows) for name, seconds in kinds.items()}
+        return {**found, "land": 1e3 * passes.land(rows), "prefill": 1e3 * self._prefill(passes)}
+
+    def _prefill(self, passes: Passes) -> float:
+        """Seconds of reading one row's prompt; 0 if only decoding counts."""
+        output = self._question.output_tokens
+        return 0.0 if output is None else passes.prefill(self._question.context - output)
+
+    def _pass_seconds(self, passes: Passes) -> PassSeconds:
+        """Passes by rows, where each block also pays its part of the prompt's."""
+        output = self._question.output_tokens
+        share = 0.0 if output is None else self._prefill(passes) * BLOCK / output
+
+        @cache
+        def extend(rows: int) -> float:
+            return passes.extend(rows) + rows * share
+
+        return PassSeconds(cache(passes.denoise), extend)
+
+    def _memory(
+        self, role: str, weights: int, rows: int, *, reads_prompts: bool = True
+    ) -> GpuMemory:
+        return gpu_memory(
+            role,
+            self._config,
+            weights,
+            rows,
+            self._question.context,
+            BLOCK,
+            self._device.memory_bytes,
+            reads_prompts=reads_prompts,
+        )
+
+    def _ar(self) -> Estimate:
+        rows, weights = self._question.batch, self._weights
+        memory = self._memory("AR", weights.context, rows)
+        own = Estimate("AR", self._experts, 0, False, 1, rows, (memory,))
+        if not own.fits:
+            return own
+        expected, floor = self._ar_speed(self._expected), self._ar_speed(self._floor)
+        return replace(
+            own,
+            tokens_per_s=expected,
+            in_step=expected,
+            ceiling=floor,
+            context_busy=1.0,
+            over_ar=1.0,
+        )
+
+    def _ar_speed(self, passes: Passes) -> float:
+        rows, output = self._question.batch, self._question.output_tokens
+        reading = 0.0 if output is None else rows * self._prefill(passes) / output
+        return rows / (passes.ar(rows) + reading)
+
+    def _colocated(self) -> Estimate:
+        rows, weights = self._question.batch, self._weights
+        memory = self._memory("shared", weights.context + weights.denoiser, rows)
+        own = Estimate("colocated", self._experts, 1, True, 1, rows, (memory,))
+        if not own.fits:
+            return own
+
+        def in_step(passes: Passes) -> float:
+            seconds = self._pass_seconds(passes)
+            steps, extend = self._question.steps, seconds.extend(rows)
+            return in_step_tokens_per_s(rows, BLOCK, steps, seconds.denoise(rows), extend)
+
+        schedules = commits.rows_of_blocks(self._question.steps, rows, _BLOCKS)
+        speed = best_tokens_per_s(schedules, self._pass_seconds(self._expected), rounds=2)
+        busy = speed / BLOCK / rows * self._pass_seconds(self._expected).extend(rows)
+        return replace(
+            own,
+            tokens_per_s=speed,
+            in_step=in_step(self._expected),
+            ceiling=in_step(self._floor),
+            context_busy=min(1.0, busy),
+            denoiser_busy=max(0.0, 1.0 - busy),
+        )
+
+    def _pair(self, denoisers: int) -> Estimate:
+        rows, weights = self._question.batch, self._weights
+        memory = (
+            self._memory("context", weights.context, denoisers * rows),
+            self._memory("denoiser", weights.denoiser, rows, reads_prompts=False),
+        )
+        name, gpus, total = f"1:{denoisers}", 1 + denoisers, denoisers * rows
+        own = Estimate(name, self._experts, denoisers, False, gpus, total, memory)
+        if not own.fits:
+            return own
+        flow = self._flow(denoisers)
+        return replace(
+            own,
+            tokens_per_s=flow.tokens_per_s,
+            in_step=self._pair_in_step(self._expected, denoisers, self._question.steps),
+            ceiling=self._pair_in_step(self._floor, denoisers, self._question.steps),
+            context_busy=flow.context_busy,
+            denoiser_busy=flow.denoiser_busy,
+        )
+
+    def _pair_in_step(self, passes: Passes, denoisers: int, steps: float) -> float:
+        rows, seconds = self._question.batch, self._pass_seconds(passes)
+        return in_step_pair(rows, BLOCK, steps, denoisers, seconds, passes.land(rows))
+
+    def _flow(self, denoisers: int) -> Flow:
+        rows, steps = self._question.batch, self._question.steps
+        schedules = [
+            commits.rows_of_blocks(steps, rows, _BLOCKS, seed=own) for own in range(denoisers)
+        ]
+        seconds = self._pass_seconds(self._expected)
+        return simulate_pair(schedules, seconds, cache(self._expected.land))
+
+    def _over(self, own: Estimate, ar: Estimate) -> Estimate:
+        """With its speed against AR on as many GPUs, which may not fit where others do."""
+        if not own.fits or not ar.fits:
+            return own
+        wanted = own.gpus * ar.tokens_per_s
+        even = break_even(lambda steps: self._in_step(own, steps), wanted)
+        return replace(own, over_ar=own.tokens_per_s / wanted, break_even=even)
+
+    def _in_step(self, own: Estimate, steps: float) -> float:
+        if not own.colocated:
+            return self._pair_in_step(self._expected, own.denoisers, steps)
+        rows, seconds = self._question.batch, self._pass_seconds(self._expected)
+        return in_step_tokens_per_s(rows, BLOCK, steps, seconds.denoise(rows), seconds.extend(rows))
+
+
+def break_even(speed: Callable[[float], float], wanted: float) -> float | None:
+    """Tokens per pass at which a falling function of the steps a block gives `wanted`."""
+    if speed(1.0) < wanted:
+        return None
+    low, high = 1.0, float(BLOCK)
+    if speed(high) >= wanted:
+        return 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if speed(middle) >= wanted else (low, middle)
+    return BLOCK / low

@@ -1,0 +1,133 @@
+"""Tokens/s of rows that go to and fro between one context tower and its denoisers."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from twotower.bench.schedules import Schedule
+from twotower.bench.speedup import PassSeconds
+
+_CONTEXT = -1
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What was reached, and the shares of the time that towers were busy (denoisers: the mean)."""
+
+    tokens_per_s: float
+    context_busy: float
+    denoiser_busy: float
+
+
+def in_step_pair(
+    rows: int, block: int, steps: float, denoisers: int, passes: PassSeconds, land: float
+) -> float:
+    """Tokens/s if all `rows` rows of a denoiser start and end every block together, denoisers one
+    after another; the context tower may be what holds all back."""
+    extend = passes.extend(rows)
+    cycle = steps * passes.denoise(rows) + land + extend
+    return denoisers * rows * block / max(cycle, denoisers * extend)
+
+
+def simulate_pair(
+    schedules: Sequence[Sequence[Sequence[Schedule]]],
+    passes: PassSeconds,
+    land: Callable[[int], float],
+    rounds: int = 2,
+) -> Flow:
+    """Continuous batching: schedules[denoiser][row] are a row's blocks, over and over.
+
+    A tower that is free takes all rows that wait for it. A row's first pass of a block also costs
+    `land` seconds for its update. The first round of every row does not count.
+    """
+    return _Simulation(schedules, passes, land).run(rounds)
+
+
+class _Row:
+    def __init__(self, denoiser: int, schedules: Sequence[Schedule]) -> None:
+        self.denoiser = denoiser
+        self.length = len(schedules)
+        self.done = 0
+        self.landed = False
+        self.left = len(schedules[0])
+        self._schedules = schedules
+
+    def next_block(self) -> int:
+        """Begins the next block; the tokens of the one that ended."""
+        ended = self._schedules[self.done % self.length]
+        self.done += 1
+        self.left = len(self._schedules[self.done % self.length])
+        self.landed = False
+        return sum(ended)
+
+
+class _Simulation:
+    def __init__(
+        self,
+        schedules: Sequence[Sequence[Sequence[Schedule]]],
+        passes: PassSeconds,
+        land: Callable[[int], float],
+    ) -> None:
+        self._passes, self._land = passes, land
+        self._rows = [_Row(own, row) for own, rows in enumerate(schedules) for row in rows]
+        towers = [*range(len(schedules)), _CONTEXT]
+        self._queues: dict[int, list[_Row]] = {tower: [] for tower in towers}
+        self._busy: dict[int, float] = dict.fromkeys(towers, 0.0)
+        # When a pass ends, in which tower, when it began, and its rows.
+        self._events: list[tuple[float, int, float, list[_Row]]] = []
+        self._working: set[int] = set()
+        for row in self._rows:
+            self._queues[row.denoiser].append(row)
+
+    def run(self, rounds: int) -> Flow:
+        clock = begun = 0.0
+        tokens = 0
+        settled = False
+        for tower in self._queues:
+            self._start(tower, clock)
+        while min(row.done - rounds * row.length for row in self._rows) < 0:
+            clock, tower, start, batch = heapq.heappop(self._events)
+            self._working.remove(tower)
+            ended = self._extended(batch) if tower == _CONTEXT else self._denoised(batch)
+            if settled:
+                tokens += ended
+                self._busy[tower] += clock - max(start, begun)
+            elif all(row.done >= row.length for row in self._rows):
+                settled, begun = True, clock
+            for free in {tower, _CONTEXT, *(row.denoiser for row in batch)}:
+                self._start(free, clock)
+        for _, tower, start, _ in self._events:
+            self._busy[tower] += clock - max(start, begun)
+        elapsed = clock - begun
+        shares = {tower: busy / elapsed for tower, busy in self._busy.items()}
+        context = shares.pop(_CONTEXT)
+        return Flow(tokens / elapsed, context, sum(shares.values()) / len(shares))
+
+    def _start(self, tower: int, clock: float) -> None:
+        batch = self._queues[tower]
+        if not batch or tower in self._working:
+            return
+        self._queues[tower] = []
+        if tower == _CONTEXT:
+            seconds = self._passes.extend(len(batch))
+        else:
+            fresh = sum(not row.landed for row in batch)
+            seconds = self._passes.denoise(len(batch)) + self._land(fresh)
+        self._working.add(tower)
+        heapq.heappush(self._events, (clock + seconds, tower, clock, batch))
+
+    def _denoised(self, batch: Sequence[_Row]) -> int:
+        for row in batch:
+            row.landed = True
+            row.left -= 1
+            self._queues[row.denoiser if row.left else _CONTEXT].append(row)
+        return 0
+
+    def _extended(self, batch: Sequence[_Row]) -> int:
+        ended = 0
+        for row in batch:
+            ended += row.next_block()
+            self._queues[row.denoiser].append(row)
+        return ended

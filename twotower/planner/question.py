@@ -1,0 +1,73 @@
+"""What an operator asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from twotower.bench.schedules import BLOCK
+from twotower.bench.shapes import LARGE
+from twotower.planner import commits
+from twotower.planner.devices import device_named
+from twotower.towers.config import TwoTowerConfig
+from twotower.towers.errors import ConfigError
+from twotower.towers.weights import resolve_checkpoint
+
+Experts = Literal["full", "fp8"]
+_FORMATS: dict[str, tuple[Experts, ...]] = {
+    "both": ("full", "fp8"),
+    "full": ("full",),
+    "fp8": ("fp8",),
+}
+
+
+def formats_named(name: str) -> tuple[Experts, ...]:
+    """Formats of routed experts: `full`, `fp8` or `both`. Raises ConfigError for another name."""
+    if name not in _FORMATS:
+        raise ConfigError(f"experts: got {name!r}, expected one of {', '.join(_FORMATS)}")
+    return _FORMATS[name]
+
+
+def model_config(model: str | None) -> TwoTowerConfig:
+    """The shape of a checkpoint; of the released 30B model for None. Raises CheckpointError."""
+    if model is None:
+        return LARGE
+    return TwoTowerConfig.from_file(resolve_checkpoint(model) / "config.json")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is planned: `batch` rows at a time of `context` tokens each (prompt and output together)
+    on every denoiser, and on every GPU of AR.
+
+    Tokens per denoiser pass are those of `text` at threshold `gamma`, unless `tokens_per_nfe` is
+    given. With `output_tokens` the rest of the context is a prompt that has to be read; without,
+    only decoding counts. Raises ConfigError on construction.
+    """
+
+    gpu: str = "h100"
+    context: int = 4096
+    batch: int = 64
+    gamma: float = 0.8
+    text: str = "plain"
+    tokens_per_nfe: float | None = None
+    output_tokens: int | None = None
+    experts: tuple[Experts, ...] = ("full", "fp8")
+    most_denoisers: int = 7
+
+    def __post_init__(self) -> None:
+        device_named(self.gpu)
+        for name, least in (("context", BLOCK), ("batch", 1), ("most_denoisers", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least {least}")
+        output = self.output_tokens
+        if output is not None and not 1 <= output < self.context:
+            raise ConfigError(f"output_tokens: got {output}, expected 1 to {self.context - 1}")
+
+    @property
+    def steps(self) -> float:
+        """Denoiser passes a block."""
+        known = self.tokens_per_nfe
+        if known is None:
+            known = commits.tokens_per_nfe(self.text, self.gamma)
+        return commits.steps_for(known)
