@@ -120,7 +120,7 @@ def load_from(args: argparse.Namespace) -> Load:
     }
     if args.load in rates:
         return Load(rates[args.load], args.tokens)
-    return Load(lambda _: 0.0, requests=tuple(_read_requests(Path(args.load))))
+    return Load(lambda _: 0.0, requests=tuple(read_requests(Path(args.load))))
 
 
 class Fleet:
@@ -356,7 +356,8 @@ def main() -> None:
     print(json.dumps({**shown, "elapsed_s": elapsed, "policies": policies}, indent=2))
 
 
-def _read_requests(path: Path) -> Iterator[tuple[float, float]]:
+def read_requests(path: Path) -> Iterator[tuple[float, float]]:
+    """Times and tokens of the requests in a file. Raises ValueError naming a line that is none."""
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             entry = json.loads(line)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from ray import serve
-from ray.serve import Application, Deployment
+from ray.serve import Application
 
 from twotower.cluster.autoscaling import serve_settings
 from twotower.cluster.start import start_towers
@@ -32,8 +30,7 @@ def build_app(config: ServiceConfig) -> Application:
     """The application of a config. Raises CheckpointError if the checkpoint cannot be served."""
     config.checkpoint()
     topology = config.topology()
-    pair = _quietly(
-        serve.deployment(TowerPair).options,
+    pair = serve.deployment(TowerPair).options(
         name=PAIR_DEPLOYMENT,
         placement_group_bundles=topology.bundles(),
         placement_group_strategy="STRICT_PACK",
@@ -75,11 +72,3 @@ def _scaling(config: ServiceConfig) -> dict[str, Any]:
     waiting = config.autoscaling.cold_start_queue or options.max_pairs * _pair_requests(config)
     # Serve's own queue in each router, the only one there is without a pair; endless by default.
     return {"autoscaling_config": serve_settings(options), "max_queued_requests": waiting}
-
-
-def _quietly(make: Callable[..., Deployment], **options: Any) -> Deployment:
-    """Without the warning that metrics_interval_s is deprecated, which it is for environment
-    variables that ray 2.60 does not heed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return make(**options)

@@ -21,29 +21,32 @@ class Breaker:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._pair_of: dict[str, str] = {}
+        # The pair of each attempt, and whether it was one to avoid already.
+        self._pair_of: dict[str, tuple[str, bool]] = {}
         self._losses: dict[str, list[float]] = {}
         self._probed: dict[str, float] = {}
 
     def routed(self, row_id: str, pair: str) -> None:
         """An attempt has gone to a pair."""
         with self._lock:
-            self._pair_of[row_id] = pair
+            self._pair_of[row_id] = pair, self._avoided(pair)
 
     def worked(self, row_id: str) -> None:
         """An attempt has brought a block: its pair works."""
         with self._lock:
-            self._forget(self._pair_of.get(row_id, ""))
+            self._forget(self._pair_of.get(row_id, ("", False))[0])
 
-    def lost(self, row_id: str) -> None:
-        """An attempt was lost with its pair."""
+    def lost(self, row_id: str) -> bool:
+        """An attempt was lost with its pair; whether that had to be expected of the pair."""
         with self._lock:
-            pair = self._pair_of.get(row_id)
-            if pair is not None:
-                now = self._clock()
-                recent = [at for at in self._losses.get(pair, ()) if now - at < WINDOW_S]
-                self._losses[pair] = [*recent[1 - FAILURES :], now]
-                self._probed[pair] = now
+            if row_id not in self._pair_of:
+                return False
+            pair, expected = self._pair_of[row_id]
+            now = self._clock()
+            recent = [at for at in self._losses.get(pair, ()) if now - at < WINDOW_S]
+            self._losses[pair] = [*recent[1 - FAILURES :], now]
+            self._probed[pair] = now
+            return expected
 
     def ended(self, row_id: str) -> None:
         """An attempt is over, however it ended."""
@@ -59,7 +62,7 @@ class Breaker:
         with self._lock:
             for pair in set(self._losses) - set(pairs):
                 self._forget(pair)
-            avoided = [pair for pair in pairs if len(self._losses.get(pair, ())) >= FAILURES]
+            avoided = [pair for pair in pairs if self._avoided(pair)]
             due = [pair for pair in avoided if self._clock() - self._probed[pair] >= REST_S]
             working = [pair for pair in pairs if pair not in avoided]
             if not working:
@@ -68,6 +71,9 @@ class Breaker:
                 return [working]
             self._probed[due[0]] = self._clock()
             return [due[:1], working]
+
+    def _avoided(self, pair: str) -> bool:
+        return len(self._losses.get(pair, ())) >= FAILURES
 
     def _forget(self, pair: str) -> None:
         self._losses.pop(pair, None)

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from twotower.cluster.autoscaling import ScalingOptions
-from twotower.cluster.topology import PairTopology
+from twotower.cluster.topology import PairTopology, Placement
 from twotower.towers.checkpoint import Checkpoint
 from twotower.towers.errors import ConfigError
 from twotower.towers.scheduler import PassLimits
@@ -92,6 +92,16 @@ class ServiceConfig(BaseModel):
     transport: Literal["grpc", "gloo", "nccl"] = Field(
         "grpc", description="how states travel between the towers"
     )
+    placement: Placement = Field(
+        "separate",
+        description="separate = a process for each tower, colocated = one for both, "
+        "ar_only = the context tower alone",
+    )
+    denoisers_per_context: int = Field(1, ge=1, description="denoiser towers of a pair")
+    stall_timeout_s: float = Field(60.0, gt=0, description="longest pass of a tower that works")
+    repair_timeout_s: float = Field(
+        120.0, gt=0, description="time in which a lost denoiser tower has to be back"
+    )
     num_pairs: int = Field(1, ge=1, description="fixed number of pairs, without autoscaling")
     autoscaling: PairAutoscaling | None = Field(
         None, description="pairs that come and go with the load, in place of num_pairs"
@@ -99,6 +109,15 @@ class ServiceConfig(BaseModel):
     health_check_period_s: float = Field(2.0, gt=0)
     health_check_timeout_s: float = Field(30.0, gt=0)
     graceful_shutdown_timeout_s: float = Field(20.0, ge=0)
+
+    @model_validator(mode="after")
+    def _denoisers_where_they_can_be(self) -> ServiceConfig:
+        if self.denoisers_per_context > 1 and self.placement != "separate":
+            raise ValueError(
+                f"denoisers_per_context: got {self.denoisers_per_context}, expected 1 with "
+                f"placement {self.placement!r}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_scale(self) -> ServiceConfig:
@@ -162,6 +181,10 @@ class ServiceConfig(BaseModel):
             max_pass_tokens=self.max_num_batched_tokens or limits.max_tokens,
             max_prefill_tokens=self.max_prefill_tokens or limits.prefill_tokens,
             prefill_chunk=self.prefill_chunk,
+            placement=self.placement,
+            denoisers=self.denoisers_per_context,
+            stall_timeout_s=self.stall_timeout_s,
+            repair_timeout_s=self.repair_timeout_s,
             prefix_cache_bytes=self.prefix_cache_mib << 20,
             transport=self.transport,
         )

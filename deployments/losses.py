@@ -20,6 +20,10 @@ class NoPairError(UnavailableError):
     """No pair has come up within the time that a request waits for one."""
 
 
+class BrokenPairError(UnavailableError):
+    """The attempt went to a pair that had lost others before, as there was no better one."""
+
+
 class LostTooOftenError(TwoTowerError):
     """Every pair that took the request was lost with it: the request may be the reason."""
 
@@ -30,7 +34,7 @@ class RetryPolicy:
 
     `resume_timeout_s` counts from a loss to the next committed block, or to the moment at which a
     pair is up that has the request in its queue. `max_attempts` are those in a row, the first
-    included, that end without a new block.
+    included, that end without a new block and may have the request itself as their reason.
     """
 
     resume_timeout_s: float = 60.0
@@ -54,14 +58,15 @@ class Losses:
         """Waits until the request may be tried again; a cancellation ends the wait.
 
         Raises `error` if it is none of a lost pair or if the resume timeout would pass, and
-        LostTooOftenError after too many losses in a row. A full queue counts as no loss, but is
-        waited for by a request that has lost its pair: it has been admitted once.
+        LostTooOftenError after too many losses in a row. What a broken pair loses does not count,
+        nor does a full queue, which a request waits for that has lost its pair: it has been
+        admitted once.
         """
         plain = plain_error(error)
         full = isinstance(plain, _FULL) and self._since is not None
         if isinstance(plain, NoPairError) or not (full or isinstance(plain, _LOST)):
             raise error
-        self._lost += not full
+        self._lost += not (full or isinstance(plain, BrokenPairError))
         self._tries += 1
         if self._lost >= self._policy.max_attempts:
             raise LostTooOftenError(

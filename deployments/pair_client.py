@@ -18,6 +18,7 @@ from ray.exceptions import (
 
 from twotower.cluster.remote import plain_error
 from twotower.deployments.breaker import PAIRS
+from twotower.deployments.losses import BrokenPairError
 from twotower.deployments.pair import Job
 from twotower.towers.errors import UnavailableError
 from twotower.towers.protocols import Block
@@ -50,8 +51,8 @@ class PairClient:
                 yield block
         except (*_WRAPPED, UnavailableError) as error:
             plain = _plain(error)
-            if isinstance(plain, UnavailableError):
-                PAIRS.lost(job.row_id)
+            if isinstance(plain, UnavailableError) and PAIRS.lost(job.row_id):
+                plain = BrokenPairError(str(plain))
             raise plain from None
         finally:
             stream.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,11 +16,11 @@ from twotower.kernels.linear import pack
 from twotower.kernels.moe import ExpertWeights
 from twotower.kernels.quantized import FP8, QuantizedExperts
 from twotower.towers.backbone import TowerWeights
-from twotower.towers.checkpoint import Checkpoint, scale_name, tensor_shapes
+from twotower.towers.checkpoint import Checkpoint, expert_matrices, scale_name, tensor_shapes
 from twotower.towers.config import ATTENTION, MAMBA, MOE, TwoTowerConfig
 from twotower.towers.context import ContextTower
 from twotower.towers.denoiser import DenoiserTower, TimestepWeights
-from twotower.towers.errors import CheckpointError
+from twotower.towers.errors import CheckpointError, ConfigError
 from twotower.towers.layers import (
     AttentionWeights,
     LayerWeights,
@@ -28,6 +29,7 @@ from twotower.towers.layers import (
     MlpWeights,
     MoeWeights,
 )
+from twotower.towers.memory import free_bytes
 
 SHIPPED_MODEL = Path(__file__).resolve().parents[1] / "twotower" / "models" / "pystdlib"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -64,7 +66,8 @@ def load_context_tower(
     *,
     for_triton: bool | None = None,
 ) -> ContextTower:
-    """Reads the context tower and its head; the denoiser's tensors are never touched.
+    """Reads the context tower and its head; the denoiser's tensors are never touched. Raises
+    CheckpointError, and ConfigError if the device has no room.
 
     `for_triton` (None: on CUDA) keeps matrices as Triton's kernels read them, experts stacked;
     otherwise they are packed for a CPU's products.
@@ -118,6 +121,7 @@ class _Loader:
         self._buffer = self._empty((0,), None)
 
     def tower(self, tower: str, head: str) -> TowerWeights:
+        self._check_room((f"{tower}.", f"{head}."))
         return TowerWeights(
             self._one(f"{tower}.embeddings.weight"),
             tuple(
@@ -131,6 +135,22 @@ class _Loader:
             self._one(f"{tower}.norm_f.weight"),
             self._matrix(f"{head}.weight"),
         )
+
+    def _check_room(self, prefixes: tuple[str, ...]) -> None:
+        """Raises ConfigError if a tower's matrices cannot fit into what is free."""
+        experts = expert_matrices(self.config) if self.config.quantized_experts else {}
+        needed = 0
+        for name, shape in self._shapes.items():
+            if name.startswith(prefixes):
+                stacked = name in experts and not self._packs
+                width = 1 if stacked else self._dtype.itemsize
+                needed += math.prod(shape) * width
+        free = free_bytes(self._device)
+        if needed > free:
+            raise ConfigError(
+                f"memory: {free} bytes are free on {self._device}, expected at least {needed} for "
+                f"the weights of {prefixes[0].rstrip('.')} in {str(self._dtype).split('.')[-1]}"
+            )
 
     def timestep(self) -> TimestepWeights:
         tables = [f"scale_shift_tables.{index}" for index in range(self.config.num_layers)]

@@ -19,9 +19,9 @@ from benchmarks.autoscale_sim import (
     Load,
     Policy,
     TargetOnly,
-    _read_requests,
     compare,
     flaps,
+    read_requests,
     replay,
     spread,
 )
@@ -179,4 +179,4 @@ def test_a_file_of_requests(tmp_path: Path) -> None:
     for wrong in ('{"at": 1}', "[]", '{"at": -1, "tokens": 2}', '{"at": NaN, "tokens": 2}', "x"):
         path.write_text(wrong)
         with pytest.raises(ValueError, match=r"requests\.jsonl:1"):
-            list(_read_requests(path))
+            list(read_requests(path))

@@ -14,6 +14,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from twotower.deployments import losses
 from twotower.deployments.attempts import Attempts
+from twotower.deployments.breaker import Breaker
 from twotower.deployments.commit_log import CommitLog
 from twotower.deployments.losses import LostTooOftenError, RetryPolicy
 from twotower.deployments.pair import Job
@@ -257,6 +258,22 @@ async def test_a_request_that_is_lost_with_every_pair_is_given_up() -> None:
     # A block is progress: the one that brought two does not count.
     assert len(handle.jobs) == 4
     assert log.token_ids == OUTPUT[:8]
+
+
+async def test_what_a_broken_pair_loses_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve sends all to one pair, the only one, until it is replaced."""
+    pairs = Breaker()
+    monkeypatch.setattr("twotower.deployments.pair_client.PAIRS", pairs)
+
+    class Only(Handle):
+        def _generate(self, job: Job) -> Stream:
+            pairs.routed(job.row_id, "only")
+            return super()._generate(job)
+
+    handle = Only(*[dying(DEATHS[0])] * 20)
+    log = await run(handle, policy=RetryPolicy(resume_timeout_s=20, max_attempts=3))
+    assert log.token_ids == OUTPUT
+    assert len(handle.jobs) == 21
 
 
 async def test_progress_forgets_earlier_losses() -> None:

@@ -60,6 +60,19 @@ def test_losses_far_apart_do_not_add_up(pairs: Breaker, clock: Clock) -> None:
     assert ranks(pairs) == [PAIRS]
 
 
+def test_a_loss_is_expected_of_a_pair_that_was_avoided_when_it_got_the_attempt(
+    pairs: Breaker,
+) -> None:
+    """Those that went down together with the pair may each have been the reason."""
+    for row in ("1", "2", "3"):
+        pairs.routed(row, "a")
+    assert [pairs.lost(row) for row in ("1", "2", "3")] == [False] * 3
+    pairs.routed("4", "a")
+    assert pairs.lost("4")
+    pairs.routed("5", "b")
+    assert not pairs.lost("5")
+
+
 def test_a_pair_is_probed_once_in_a_while(pairs: Breaker, clock: Clock) -> None:
     lose(pairs, "a")
     for _ in range(3):

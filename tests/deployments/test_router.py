@@ -183,6 +183,29 @@ def test_a_resumed_stream_sends_only_what_is_new(serving: Serving, tiny_text: Pa
     assert events[2].complete.usage.completion_tokens == len(output)
 
 
+@pytest.mark.parametrize(
+    ("generated", "reason"), [([9, 8, 7, 6], "length"), ([9, EOS], "stop"), ([9], None)]
+)
+def test_a_complete_output_gets_its_end_again(
+    serving: Serving, generated: list[int], reason: str | None
+) -> None:
+    """Its client has lost no more than the last message, and may be in the middle of a block."""
+    calls = serving(UnavailableError("not to be asked"))
+    request = ask(seed=9, max_tokens=4, block_size=16)
+    request.generated_token_ids.extend(generated)
+    if reason is None:
+        with pytest.raises(RequestRefusedError):
+            calls.generate(request)
+        assert "whole blocks of 16" in calls.context.details
+        return
+    started, complete = calls.generate(request)
+    assert started.started.prompt_tokens == 3
+    assert complete.complete == pb.Complete(
+        finish_reason=reason,
+        usage=pb.Usage(prompt_tokens=3, completion_tokens=len(generated)),
+    )
+
+
 def test_stop_strings_need_a_tokenizer(serving: Serving) -> None:
     tiny = Path(__file__).parents[1] / "golden" / "tiny_a"
     calls = serving([10], model=tiny)
@@ -217,6 +240,10 @@ BAD = [
     (ask(min_tokens=65), "min_tokens: got 65"),
     (ask(stop=["a"] * 17), "stop: got '17 strings'"),
     (ask(stop=["a", ""]), "stop[1]: got ''"),
+    (
+        pb.GenerateRequest(tokens=pb.TokenIds(ids=[5]), generated_token_ids=[1, -3]),
+        "generated_token_ids[1]: got -3",
+    ),
     (ask(*range(5, 60), max_tokens=17), "max_tokens: got '55 prompt + 17"),
     (ask(max_tokens=77), "max_tokens: got '3 prompt + 77"),
     (pb.GenerateRequest(request_id="a b", tokens=pb.TokenIds(ids=[5])), "request_id: got 'a b'"),

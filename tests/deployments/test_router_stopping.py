@@ -14,15 +14,20 @@ from twotower.deployments.config import ServiceConfig
 from twotower.deployments.pair import Job
 from twotower.deployments.router import Router
 from twotower.protos.v1 import generation_pb2 as pb
+from twotower.towers.errors import UnavailableError
 from twotower.towers.protocols import Block
 from twotower.towers.tokenizer import load_tokenizer
 
 
 class PlayedStream:
-    """What a streaming call of Serve gives, as far as it is used; notes what was read of it."""
+    """What a streaming call of Serve gives, as far as it is used; notes what was read of it.
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+    It may be lost after so many blocks.
+    """
+
+    def __init__(self, blocks: Sequence[Block], lost_after: int | None = None) -> None:
         self._blocks = list(blocks)
+        self._lost_after = lost_after
         self.read = 0
         self.cancelled = False
 
@@ -31,6 +36,8 @@ class PlayedStream:
 
     async def __anext__(self) -> Block:
         assert not self.cancelled
+        if self.read == self._lost_after:
+            raise UnavailableError("a tower is gone")
         if self.read == len(self._blocks):
             raise StopAsyncIteration
         self.read += 1
@@ -41,23 +48,25 @@ class PlayedStream:
 
 
 class PlayedHandle:
-    """A deployment of pairs that answers every job with the same stream."""
+    """A deployment of pairs that answers each job with the next of these streams."""
 
-    def __init__(self, stream: PlayedStream) -> None:
-        self._stream = stream
+    def __init__(self, *streams: PlayedStream) -> None:
+        self._streams = list(streams)
         self.generate = self
 
     def options(self, **_: object) -> PlayedHandle:
         return self
 
     def remote(self, _job: Job) -> PlayedStream:
-        return self._stream
+        return self._streams.pop(0)
 
 
 class Played:
     """A router over a played stream; every block but the last lacks a finish reason."""
 
-    def __init__(self, folder: Path, texts: Sequence[str], start: int = 3) -> None:
+    def __init__(
+        self, folder: Path, texts: Sequence[str], start: int = 3, lost_after: int | None = None
+    ) -> None:
         tokenizer = load_tokenizer(folder)
         assert tokenizer is not None
         self.tokens = [tuple(tokenizer.encode(text)) for text in texts]
@@ -79,7 +88,10 @@ class Played:
             start += len(token_ids)
         self.stream = PlayedStream(blocks)
         config = ServiceConfig(model=str(folder), max_context=80)
-        self._router = Router(config, PlayedHandle(self.stream))
+        streams = [self.stream]
+        if lost_after is not None:
+            streams = [PlayedStream(blocks, lost_after), PlayedStream(blocks[lost_after:])]
+        self._router = Router(config, PlayedHandle(*streams))
 
     def generate(self, request: pb.GenerateRequest) -> list[pb.GenerateResponse]:
         async def collect() -> list[pb.GenerateResponse]:
@@ -123,6 +135,16 @@ def test_a_stop_string_may_begin_before_a_resume(tiny_text: Path) -> None:
     _, block, complete = played.generate(request)
     assert block.block.text == "ENd of it"
     assert not complete.complete.HasField("matched_stop")
+
+
+@pytest.mark.parametrize("lost_after", [0, 1, 2, 3])
+def test_a_lost_pair_shows_in_no_message(tiny_text: Path, lost_after: int) -> None:
+    """Held back text, half a character and a stop string over the loss included."""
+    texts = ["größ", "e = 漢", "字 E", "ND and more"]
+    for stop in ([], ["END"]):
+        request = ask(stop=stop, seed=4, logprobs=True)
+        whole = Played(tiny_text, texts).generate(request)
+        assert Played(tiny_text, texts, lost_after=lost_after).generate(request)[1:] == whole[1:]
 
 
 def test_log_probabilities_come_if_asked_for(tiny_text: Path) -> None:

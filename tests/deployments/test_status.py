@@ -8,12 +8,15 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from twotower.deployments.losses import LostTooOftenError, NoPairError
+from twotower.deployments.refusals import retry_after_of
 from twotower.deployments.status import RequestRefusedError, refuse, status_of
 from twotower.towers.errors import (
     CapacityError,
     CheckpointError,
     InvalidRequestError,
     NumericalError,
+    QueueFullError,
     UnavailableError,
 )
 
@@ -34,7 +37,10 @@ def as_task_error(cause: Exception) -> Exception:
         (InvalidRequestError("top_p", 2.0, "at most 1"), Code.INVALID_ARGUMENT, "top_p: got 2.0"),
         (CapacityError("no room"), Code.RESOURCE_EXHAUSTED, "no room"),
         (UnavailableError("a tower is gone"), Code.UNAVAILABLE, "a tower is gone"),
-        (NumericalError("non-finite logits"), Code.INTERNAL, "non-finite logits"),
+        (NumericalError("non-finite logits"), Code.INTERNAL, "numerical error: non-finite logits"),
+        (QueueFullError("3 rows wait"), Code.RESOURCE_EXHAUSTED, "3 rows wait; retry after 1 s"),
+        (LostTooOftenError("lost with 8 pairs"), Code.ABORTED, "lost with 8 pairs"),
+        (NoPairError("no pair is up"), Code.UNAVAILABLE, "no pair is up"),
         (CheckpointError(f"in {SECRET}"), Code.INTERNAL, "internal error"),
         (TimeoutError(SECRET), Code.UNAVAILABLE, "did not answer"),
         (KeyError(SECRET), Code.INTERNAL, "internal error"),
@@ -51,12 +57,18 @@ def test_status_of_each_error(error: Exception, code: Code, text: str, wrap: obj
 
 def test_platform_errors() -> None:
     busy = BackPressureError(num_queued_requests=3, max_queued_requests=3)
-    assert status_of(busy, "r")[0] == Code.RESOURCE_EXHAUSTED
+    code, details = status_of(busy, "r")
+    assert code == Code.RESOURCE_EXHAUSTED
+    assert retry_after_of(details) == 1.0
     gone = DeploymentUnavailableError(DeploymentID("TowerPair", "app"))
     assert status_of(gone, "r")[0] == Code.UNAVAILABLE
     code, details = status_of(ActorDiedError(), "r")
     assert code == Code.UNAVAILABLE
     assert "actor" not in details.lower()
+
+
+def test_a_row_that_never_fits_has_nothing_to_wait_for() -> None:
+    assert retry_after_of(status_of(CapacityError("5 pages, expected at most 4"), "r")[1]) is None
 
 
 def test_internal_errors_name_the_request_for_the_log() -> None:

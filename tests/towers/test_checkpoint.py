@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.comparing import assert_same_bits
@@ -349,3 +349,18 @@ def test_a_folder_written_here_is_the_released_layout(tmp_path: Path) -> None:
         assert set(file.keys()) == set(tensor_shapes(SMALL))
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     Checkpoint(tmp_path)
+
+
+def test_a_tower_that_does_not_fit_is_refused_with_the_arithmetic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_checkpoint(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    own = [v for k, v in tensors.items() if k.startswith(("context_tower.", "context_lm_head."))]
+    needed = 4 * sum(value.numel() for value in own)
+    monkeypatch.setattr(weights, "free_bytes", lambda _: needed)
+    load_context_tower(folder)
+    monkeypatch.setattr(weights, "free_bytes", lambda _: needed - 1)
+    message = f"{needed - 1} bytes are free on cpu, expected at least {needed} for the weights of"
+    with pytest.raises(ConfigError, match=f"memory: {message} context_tower in float32"):
+        load_context_tower(folder)

@@ -1,0 +1,115 @@
+"""Where a pair's towers run: several denoisers, one process for both, ar alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from benchmarks.processes import own_processes
+from tests.deployments.test_service import await_no_rows
+from twotower import TwoTower
+from twotower.client import Client, ServiceError
+from twotower.deployments.config import ServiceConfig
+from twotower.deployments.server import LocalService, free_port
+
+pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
+
+MODES = ("mask_diffusion", "verified", "ar", "mock_ar")
+REQUESTS: list[tuple[list[int], dict[str, Any]]] = [
+    (
+        list(range(5, 8 + 9 * index)),
+        {
+            "mode": MODES[index % 4],
+            "max_tokens": 10 if MODES[index % 4] == "mock_ar" else 200,
+            "confidence_threshold": 0.5,
+            "temperature": 0.5 * (index % 3),
+            "seed": index,
+        },
+    )
+    for index in range(8)
+]
+
+
+@contextmanager
+def service(folder: Path, **settings: Any) -> Iterator[LocalService]:
+    config = ServiceConfig(
+        model=str(folder),
+        grpc_port=free_port(),
+        http_port=free_port(),
+        threads_per_tower=1,
+        max_num_seqs=8,
+        health_check_period_s=1.0,
+        **settings,
+    )
+    with LocalService(config) as running:
+        yield running
+
+
+def undisturbed(folder: Path, requests: list[tuple[list[int], dict[str, Any]]]) -> list[list[int]]:
+    model = TwoTower.from_pretrained(folder)
+    return [list(model.generate([prompt], **how)[0].token_ids) for prompt, how in requests]
+
+
+def tokens(address: str, prompt: list[int], how: dict[str, Any]) -> list[int]:
+    with Client(address) as client:
+        stream = client.generate(prompt, ignore_eos=True, **how)
+        return [token for block in stream for token in block.token_ids]
+
+
+def begun(address: str, pool: ThreadPoolExecutor) -> list[Future[list[int]]]:
+    return [pool.submit(tokens, address, prompt, how) for prompt, how in REQUESTS]
+
+
+@pytest.mark.parametrize("denoisers", [1, 2])
+def test_a_killed_denoiser_is_started_again_in_its_place(tiny_text: Path, denoisers: int) -> None:
+    """Twice, at random moments; the streams go on, on the same pair."""
+    want = undisturbed(tiny_text, REQUESTS)
+    draw = random.Random(denoisers)
+    with service(tiny_text, denoisers_per_context=denoisers) as running:
+        contexts = own_processes("ray::ContextTowerActor")
+        assert len(own_processes("ray::DenoiserTowerActor")) == denoisers
+        for _ in range(2):
+            with ThreadPoolExecutor(len(REQUESTS)) as pool:
+                started = time.monotonic()
+                streams = begun(running.address, pool)
+                time.sleep(draw.uniform(0.2, 1.5))
+                os.kill(draw.choice(own_processes("ray::DenoiserTowerActor")), signal.SIGKILL)
+                assert [stream.result(timeout=120) for stream in streams] == want
+                print(f"{denoisers} denoisers, one killed: {time.monotonic() - started:.1f} s")
+            await_no_rows()
+        assert own_processes("ray::ContextTowerActor") == contexts
+
+
+def test_both_towers_in_one_process(tiny_text: Path) -> None:
+    with service(tiny_text, placement="colocated") as running:
+        assert len(own_processes("ray::ColocatedActor")) == 1
+        assert not own_processes("ray::DenoiserTowerActor")
+        with ThreadPoolExecutor(len(REQUESTS)) as pool:
+            streams = begun(running.address, pool)
+            want = undisturbed(tiny_text, REQUESTS)
+            assert [stream.result(timeout=120) for stream in streams] == want
+
+
+def test_the_context_tower_alone_serves_ar(tiny_text: Path) -> None:
+    with service(tiny_text, placement="ar_only") as running:
+        assert not own_processes("ray::DenoiserTowerActor")
+        own = [request for request in REQUESTS if request[1]["mode"] == "ar"]
+        got = [tokens(running.address, *request) for request in own]
+        assert got == undisturbed(tiny_text, own)
+        with pytest.raises(ServiceError) as caught:
+            tokens(running.address, *REQUESTS[0])
+        assert caught.value.code == grpc.StatusCode.INVALID_ARGUMENT
+        assert "mode: got 'mask_diffusion', expected ar" in str(caught.value)
+        with Client(running.address) as client:
+            assert client.model_info().modes == ("ar",)
+            assert client.score([5, 6, 7]).log_probs
