@@ -100,7 +100,8 @@ class Mortal(generation_pb2_grpc.GenerationServicer):
             log.append(cut)
             if shift:
                 # As if it had lost count: what it says is not at the place that it says.
-                yield from self._elsewhere(cut, shift)
+                wrong = pb.Block(start=cut.start + shift, token_ids=[9] * BLOCK, text="wrong")
+                yield pb.GenerateResponse(block=wrong)
                 shift = 0
             yield pb.GenerateResponse(
                 block=pb.Block(
@@ -118,10 +119,6 @@ class Mortal(generation_pb2_grpc.GenerationServicer):
             matched_stop=text.matched_stop,
         )
         yield pb.GenerateResponse(complete=complete)
-
-    def _elsewhere(self, block: Block, shift: int) -> Iterator[pb.GenerateResponse]:
-        wrong = pb.Block(start=block.start + shift, token_ids=[9] * BLOCK, text="wrong")
-        yield pb.GenerateResponse(block=wrong)
 
     def _block(self, position: int) -> Block:
         token_ids = tuple(self.output[position : position + BLOCK])
@@ -367,6 +364,19 @@ def test_it_gives_up_in_time_with_the_last_error(run: Run, server: Server) -> No
     assert result.error is not None
     assert (result.error.code, result.error.details) == GONE
     assert len(server.service.asked) >= 3
+
+
+def test_a_service_that_is_not_there_is_soon_given_up(
+    run: Run, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(completion, "ADMISSION_TIMEOUT_S", 0.3)
+    server.down()
+    begin = time.monotonic()
+    result = run(server)
+    assert time.monotonic() - begin < 5
+    assert result.error is not None
+    assert result.error.code == Code.UNAVAILABLE
+    server.up()
 
 
 def test_the_timeout_is_for_the_whole(run: Run, server: Server) -> None:

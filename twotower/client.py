@@ -179,8 +179,8 @@ class _Calls(ABC, Generic[S]):
         `stop` is a list of strings, `logprobs` asks for log-probabilities, `generated_token_ids`
         goes on with what an earlier program has received; `timeout` is in seconds, for the whole.
         With `resume` a stream whose service, router or connection is lost goes on by itself, for
-        up to `resume_timeout` seconds from a loss to the next block; then the last error is
-        raised. Raises InvalidRequestError if `stop` is not a list.
+        up to `resume_timeout` seconds from a loss to the next block (5 before the service has
+        first answered); then the last error is raised. Raises InvalidRequestError if `stop` is not a list.
         """
         scalars = {
             "mode": mode,

@@ -26,6 +26,7 @@ from twotower.messages import (
 from twotower.protos.v1 import generation_pb2 as pb
 
 MAX_BROKEN = 4
+ADMISSION_TIMEOUT_S = 5.0
 _BREAKS = (
     grpc.StatusCode.UNAVAILABLE,
     # A proxy or server that goes down, a connection that is reset: which code depends on the front.
@@ -39,7 +40,7 @@ _BREAKS = (
 class Limits:
     """Seconds for the whole completion, None = no limit; whether and how long it is resumed.
 
-    `resume_timeout` counts from a break to the next message.
+    `resume_timeout` counts from a break to the next block.
     """
 
     timeout: float | None = None
@@ -147,7 +148,7 @@ class Completion:
         self._broken_since = self._broken_since or now
         self._tries += 1
         seconds = max(backoff_s(self._tries), plain.retry_after_s or 0.0)
-        if now + seconds > self._broken_since + self._limits.resume_timeout:
+        if now + seconds > self._broken_since + self._resume_timeout():
             resumed = False
         left = self._time_left()
         if not resumed or (left is not None and seconds >= left):
@@ -155,6 +156,12 @@ class Completion:
         self.resumes += 1
         self._spent_before = self._spent
         return seconds
+
+    def _resume_timeout(self) -> float:
+        if self.seed is not None:
+            return self._limits.resume_timeout
+        # Nothing has been heard of the service yet: perhaps it is not there at all.
+        return min(ADMISSION_TIMEOUT_S, self._limits.resume_timeout)
 
     def _is_break(self, error: ServiceError) -> bool:
         if error.code == grpc.StatusCode.RESOURCE_EXHAUSTED:
