@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help env demo test quick lint format types layering proto check-proto verify check bench clean
+.PHONY: help env demo test quick lint format types layering proto check-proto verify check bench chaos clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -67,6 +67,9 @@ bench: $(STAMP) ## Speed and memory on this machine
 	$(BIN)/python -m benchmarks.verified
 	$(BIN)/python -m benchmarks.soak
 	$(BIN)/python -m benchmarks.quantization --prompts 200
+
+chaos: $(STAMP) ## Kill, hang, cut and slow everything under 30 streams
+	$(BIN)/python -m benchmarks.chaos
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -11,12 +11,19 @@ def own_processes(title: str) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and title in _read(entry / "cmdline"):
-            parent = int(entry.name)
-            while parent > 1 and parent != os.getpid():
-                fields = _read(Path(f"/proc/{parent}/stat")).rpartition(")")[2].split()
-                parent = int(fields[1]) if fields else 0
-            if parent == os.getpid():
-                found.append(int(entry.name))
+            process = int(entry.name)
+            if os.getpid() in ancestors(process):
+                found.append(process)
+    return found
+
+
+def ancestors(process: int) -> list[int]:
+    """The process ids of a process's parent, its parent's parent and so on."""
+    found = []
+    while process > 1:
+        fields = _read(Path(f"/proc/{process}/stat")).rpartition(")")[2].split()
+        process = int(fields[1]) if fields else 0
+        found.append(process)
     return found
 
 

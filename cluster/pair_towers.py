@@ -27,7 +27,7 @@ MOST_MOVES = 3
 # Repairs of one denoiser in a row that failed, after which the pair is replaced.
 MOST_REPAIRS = 3
 # A tower that does not say within this time how it is, hangs.
-ANSWER_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 5.0
 
 
 class ContextTowerService(ContextService, Protocol):
@@ -162,7 +162,10 @@ class PairTowers:
         """The denoisers' counters: sums, and means of what is a time or a share; while all are
         away, the last that were known."""
         ready = [seat.tower for seat in self._seats if seat.ready.is_set()]
-        answers = await asyncio.gather(*(tower.stats() for tower in ready), return_exceptions=True)
+        answers = await asyncio.gather(
+            *(asyncio.wait_for(tower.stats(), self._answer_timeout) for tower in ready),
+            return_exceptions=True,
+        )
         known = [answer for answer in answers if isinstance(answer, dict)]
         if not known:
             return self._last_stats
@@ -175,10 +178,11 @@ class PairTowers:
     async def _look_after(self, seat: _Seat, link_broken: bool) -> None:
         if seat.repair is not None and not seat.repair.done():
             return
-        if not link_broken and await self._alive(seat):
+        alive = await self._alive(seat)
+        if alive and not link_broken:
             seat.failures = 0
-            return
-        self._begin_repair(seat)
+        else:
+            self._begin_repair(seat, alive)
 
     async def _alive(self, seat: _Seat) -> bool:
         try:
@@ -189,16 +193,15 @@ class PairTowers:
             return False
         return True
 
-    def _begin_repair(self, seat: _Seat) -> asyncio.Task[None]:
+    def _begin_repair(self, seat: _Seat, alive: bool) -> None:
         if seat.repair is None or seat.repair.done():
             seat.ready.clear()
-            seat.repair = asyncio.create_task(self._repair(seat))
-        return seat.repair
+            seat.repair = asyncio.create_task(self._repair(seat, alive))
 
-    async def _repair(self, seat: _Seat) -> None:
+    async def _repair(self, seat: _Seat, alive: bool) -> None:
         """Joins the link again if the tower is alive, otherwise starts a tower in its place."""
         try:
-            if await self._alive(seat):
+            if alive:
                 await self._keeper.relink(seat.index)
                 # Rows that wait for an update that was lost would wait long: they come again.
                 lost = [seat.tower.release(row_id) for row_id in list(seat.rows)]
@@ -217,9 +220,7 @@ class PairTowers:
         place = self._place(row_id)
         if place.seat.ready.is_set():
             # Nobody has noticed yet, or only this row was concerned.
-            broken = place.seat.index in await self.tower.broken_links()
-            if broken or not await self._alive(place.seat):
-                self._begin_repair(place.seat)
+            await self._look_after(place.seat, place.seat.index in await self.tower.broken_links())
         seat = await self._working_seat()
         place = self._place(row_id)
         # A tower that is gone has nothing to release.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from twotower.cluster.faults import LinkFaults
 from twotower.towers.config import ATTENTION, MAMBA, TwoTowerConfig
 from twotower.towers.engine import EngineOptions
 from twotower.towers.memory import MemoryBudget
@@ -36,7 +37,8 @@ class PairTopology:
     `placement` "separate" gives the context tower and each of `denoisers` denoiser towers a process
     of its own, "colocated" holds both towers in one process and one copy of every state, "ar_only"
     has no denoiser. A pass that runs for longer than `stall_timeout_s` counts as hung; a denoiser
-    tower that is lost has `repair_timeout_s` to be back.
+    tower that is lost has `repair_timeout_s` to be back. `faults` disturb the first link to each
+    denoiser tower, on purpose.
     """
 
     model_path: str
@@ -58,6 +60,7 @@ class PairTopology:
     denoisers: int = 1
     stall_timeout_s: float = 60.0
     repair_timeout_s: float = 120.0
+    faults: LinkFaults | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_threads", "max_rows", "max_context", "denoisers"):

@@ -13,7 +13,8 @@ import ray
 
 from twotower.cluster.channel.grpc import CPU, GrpcStateLink, LinkSpec
 from twotower.cluster.channel.receiver import StateReceiver
-from twotower.cluster.link_fan import LinkFan
+from twotower.cluster.faults import FaultyLink
+from twotower.cluster.link_fan import Link, LinkFan
 from twotower.cluster.loading import loaded
 from twotower.cluster.topology import PairTopology, max_update_bytes
 from twotower.towers.context_engine import ContextEngine
@@ -31,6 +32,7 @@ class ContextTowerActor:
     def __init__(self, topology: PairTopology) -> None:
         self._topology = topology
         self._links = LinkFan()
+        self._disturbed: set[int] = set()
         self._engine: ContextEngine | None = None
 
     async def load(self) -> None:
@@ -45,13 +47,17 @@ class ContextTowerActor:
     async def connect(self, denoiser: int, link: LinkSpec) -> None:
         """Links the tower to a denoiser tower; the link to it that was there ends."""
         tower = self.engine.tower
-        state_link = GrpcStateLink(
+        state_link: Link = GrpcStateLink(
             link,
             tower.config,
             tower.dtype,
             tower.replay_tensors(),
             device=tower.device if link.transport == "nccl" else CPU,
         )
+        faults = self._topology.faults
+        if faults is not None and denoiser not in self._disturbed:
+            self._disturbed.add(denoiser)
+            state_link = FaultyLink(state_link, faults)
         await self._links.connect(denoiser, state_link)
 
     async def open(self, row_id: str, capacity: int) -> None:

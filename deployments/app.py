@@ -7,15 +7,19 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from twotower.cluster.autoscaling import serve_settings
 from twotower.cluster.start import start_towers
+from twotower.cluster.topology import PairTopology
 from twotower.deployments.config import ServiceConfig
+from twotower.deployments.losses import RetryPolicy
 from twotower.deployments.metrics import PairMetrics
 from twotower.deployments.pair import TowerPair
 from twotower.deployments.router import Router
 
 PAIR_DEPLOYMENT = "TowerPair"
+PAIR_CHOOSER = "twotower.deployments.pair_chooser.PairChooser"
 # Rows wait in the pair, in order; the router holds a stream for each of them, of all pairs.
 ROUTER_ONGOING = 4096
 # A replica that is told to stop looks this often whether its last stream has ended.
@@ -26,10 +30,13 @@ WATCH_CALLS = 64
 START_ATTEMPTS = 2
 
 
-def build_app(config: ServiceConfig) -> Application:
-    """The application of a config. Raises CheckpointError if the checkpoint cannot be served."""
+def build_app(config: ServiceConfig, topology: PairTopology | None = None) -> Application:
+    """The application of a config; `topology` replaces the config's own.
+
+    Raises CheckpointError if the checkpoint cannot be served.
+    """
     config.checkpoint()
-    topology = config.topology()
+    topology = topology or config.topology()
     pair = serve.deployment(TowerPair).options(
         name=PAIR_DEPLOYMENT,
         placement_group_bundles=topology.bundles(),
@@ -41,16 +48,21 @@ def build_app(config: ServiceConfig) -> Application:
         health_check_timeout_s=config.health_check_timeout_s,
         graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
+        request_router_config=RequestRouterConfig(request_router_class=PAIR_CHOOSER),
         **_scaling(config),
     )
     router = serve.deployment(Router).options(
         name="Router",
         ray_actor_options={"num_cpus": 0.1},
+        num_replicas=config.num_routers,
         max_ongoing_requests=ROUTER_ONGOING,
+        health_check_period_s=config.health_check_period_s,
+        health_check_timeout_s=config.health_check_timeout_s,
         graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
     )
-    return router.bind(config, pair.bind(partial(start_towers, topology), PairMetrics))
+    retry = RetryPolicy(config.resume_timeout_s, config.max_attempts)
+    return router.bind(config, pair.bind(partial(start_towers, topology), PairMetrics), retry)
 
 
 def build_app_from_settings(settings: dict[str, Any]) -> Application:

@@ -16,6 +16,8 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import TypeVar
 
+from ray.serve.exceptions import BackPressureError
+
 from twotower.deployments.commit_log import CommitLog
 from twotower.deployments.losses import Losses, NoPairError, RetryPolicy
 from twotower.deployments.pair import Job
@@ -94,11 +96,14 @@ class Attempts:
                 await self._check_up()
         finally:
             asking.cancel()
-            await asyncio.wait([asking])
+            await asyncio.gather(asking, return_exceptions=True)
 
     async def _check_up(self) -> None:
         try:
             async with asyncio.timeout(PING_TIMEOUT_S):
                 await self._pairs.ping()
+        except BackPressureError:
+            # The pairs are up, and busy.
+            return
         except Exception as error:
             raise NoPairError("no pair of towers is up; try again later") from error

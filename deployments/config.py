@@ -102,6 +102,13 @@ class ServiceConfig(BaseModel):
     repair_timeout_s: float = Field(
         120.0, gt=0, description="time in which a lost denoiser tower has to be back"
     )
+    resume_timeout_s: float = Field(
+        60.0, gt=0, description="longest wait of a request for another pair"
+    )
+    max_attempts: int = Field(8, ge=1, description="pairs in a row that a request may be lost with")
+    num_routers: int = Field(
+        1, ge=1, description="2 or more: a lost router is a pause of a second or two"
+    )
     num_pairs: int = Field(1, ge=1, description="fixed number of pairs, without autoscaling")
     autoscaling: PairAutoscaling | None = Field(
         None, description="pairs that come and go with the load, in place of num_pairs"

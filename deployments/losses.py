@@ -17,7 +17,7 @@ _FULL = (QueueFullError, BackPressureError)
 
 
 class NoPairError(UnavailableError):
-    """No pair has come up within the time that a request waits for one."""
+    """No pair has come up, or had room again, within the time that a request waits for one."""
 
 
 class BrokenPairError(UnavailableError):
@@ -76,5 +76,6 @@ class Losses:
         self._since = now if self._since is None else self._since
         seconds = backoff_s(self._tries)
         if now + seconds - self._since > self._policy.resume_timeout_s:
-            raise error
+            # Not the refusal itself: to a client that would mean that it was never admitted.
+            raise NoPairError("no pair of towers has room; try again later") if full else error
         await asyncio.sleep(seconds)

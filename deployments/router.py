@@ -55,13 +55,15 @@ class Router:
         self._tokenizer = load_tokenizer(folder)
         self._pairs = PairClient(pairs)
         self._attempts = Attempts(self._pairs, retry)
+        self._modes = ("ar",) if config.placement == "ar_only" else MODES
+        self._from_zero = config.autoscaling is not None and config.autoscaling.min_pairs == 0
         self._max_context = min(config.max_context, self._model.max_position_embeddings)
         self._info = codec.model_info(
             self._model,
             name=config.model_name or folder.name,
             version=twotower.__version__,
             max_context=self._max_context,
-            modes=MODES,
+            modes=self._modes,
             has_tokenizer=self._tokenizer is not None,
             dtype=config.dtype,
         )
@@ -143,6 +145,8 @@ class Router:
         Raises InvalidRequestError.
         """
         params = codec.params_of(request.sampling_params, self._model.eos_token_id)
+        if params.mode not in self._modes:
+            raise InvalidRequestError("mode", params.mode, f"{', '.join(self._modes)} alone")
         prompt = codec.token_ids_of(request, "prompt", self._tokenizer)
         generated = tuple(request.generated_token_ids)
         check = partial(params.check_row, prompt, self._model.vocab_size, self._max_context)
@@ -169,6 +173,9 @@ class Router:
             return int(_SERVING)
         if service != SERVICE_NAME:
             return int(_UNKNOWN)
+        if self._from_zero:
+            # Requests may wait for the first pair; a ping would start it.
+            return int(_SERVING)
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 await self._pairs.ping()

@@ -25,7 +25,7 @@ PROXY_TIMEOUT_S = 30.0
 # Router, replica, two towers: what a pair on CPU shares must find, whatever the machine counts.
 _LEAST_CPUS = 2
 _OWN_ERRORS = TwoTowerError.__module__
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_AUTO_CONNECT": "0",
     # The library's own telemetry aside, its workers otherwise take every core for arithmetic.
@@ -85,7 +85,7 @@ class LocalService:
             self._folder = None
 
     def _start_ray(self) -> None:
-        os.environ.update(_ENVIRONMENT)
+        os.environ.update(ENVIRONMENT)
         logging.getLogger("ray.serve").setLevel(logging.INFO if self._verbose else logging.ERROR)
         # Short, as the paths of unix sockets below it are limited to 107 bytes.
         self._folder = tempfile.mkdtemp(prefix="tt-")

@@ -180,7 +180,8 @@ class _Calls(ABC, Generic[S]):
         goes on with what an earlier program has received; `timeout` is in seconds, for the whole.
         With `resume` a stream whose service, router or connection is lost goes on by itself, for
         up to `resume_timeout` seconds from a loss to the next block (5 before the service has
-        first answered); then the last error is raised. Raises InvalidRequestError if `stop` is not a list.
+        first answered); then the last error is raised. Raises InvalidRequestError if `stop` is not
+        a list.
         """
         scalars = {
             "mode": mode,
@@ -207,10 +208,17 @@ class _Calls(ABC, Generic[S]):
 
 
 class Client(_Calls[GenerationStream]):
-    """Calls one service; `target` is `host:port`. Use it as a context manager or `close` it."""
+    """Calls one service; `target` is `host:port`. Use it as a context manager or `close` it.
 
-    def __init__(self, target: str) -> None:
-        super().__init__(grpc.insecure_channel(target, options=_RECONNECT))
+    `credentials` (as of `grpc.ssl_channel_credentials`) are for a service behind TLS.
+    """
+
+    def __init__(self, target: str, credentials: grpc.ChannelCredentials | None = None) -> None:
+        super().__init__(
+            grpc.insecure_channel(target, options=_RECONNECT)
+            if credentials is None
+            else grpc.secure_channel(target, credentials, options=_RECONNECT)
+        )
 
     def score(self, text: Prompt, *, timeout: float | None = None) -> Score:
         """Log-probabilities of a text or of token ids. Raises ServiceError."""
@@ -244,8 +252,12 @@ class Client(_Calls[GenerationStream]):
 class AsyncClient(_Calls[AsyncGenerationStream]):
     """As Client, for asyncio; make it where the event loop runs."""
 
-    def __init__(self, target: str) -> None:
-        super().__init__(grpc.aio.insecure_channel(target, options=_RECONNECT))
+    def __init__(self, target: str, credentials: grpc.ChannelCredentials | None = None) -> None:
+        super().__init__(
+            grpc.aio.insecure_channel(target, options=_RECONNECT)
+            if credentials is None
+            else grpc.aio.secure_channel(target, credentials, options=_RECONNECT)
+        )
 
     async def score(self, text: Prompt, *, timeout: float | None = None) -> Score:
         """As Client.score."""

@@ -34,6 +34,7 @@ _BREAKS = (
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.INTERNAL,
 )
+_NOT_THERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,8 @@ class Completion:
         plain = error if isinstance(error, ServiceError) else service_error(error)
         now = time.monotonic()
         # One that is lost again and again may be the reason itself, so that is counted; a service
-        # that is not there is only waited for.
-        self._broken += self._admitted or plain.code != grpc.StatusCode.UNAVAILABLE
+        # that is not there or has no room is only waited for.
+        self._broken += self._admitted or plain.code not in _NOT_THERE
         resumed = self._limits.resume and self._is_break(plain) and self._broken < MAX_BROKEN
         self._broken_since = self._broken_since or now
         self._tries += 1

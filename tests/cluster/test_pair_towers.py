@@ -260,10 +260,14 @@ async def test_a_denoiser_that_does_not_come_back_ends_the_pair(single: Service)
     single.keeper.fails = True
     await single.keeper.towers[0].kill()
     row = asyncio.create_task(single.tokens("row", *ROWS[0]))
-    with pytest.raises(UnavailableError, match="denoiser tower 0 does not come back"):
+
+    async def watch() -> None:
         for _ in range(MOST_REPAIRS + 1):
             await single.pair.check()
             await asyncio.sleep(0.05)
+
+    with pytest.raises(UnavailableError, match="denoiser tower 0 does not come back"):
+        await watch()
     row.cancel()
     await asyncio.gather(row, return_exceptions=True)
     assert (await single.context.stats())["rows"] == 0

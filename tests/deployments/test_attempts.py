@@ -250,6 +250,12 @@ async def test_a_request_that_lost_its_pair_waits_for_its_place(error: Exception
     assert len(handle.jobs) == 22
 
 
+async def test_a_place_that_does_not_come_free_is_no_refusal() -> None:
+    handle = Handle(dying(DEATHS[0], 1), *[dying(QueueFullError("queue: 3 rows"))] * 10_000)
+    with pytest.raises(UnavailableError, match="no pair of towers has room"):
+        await run(handle, policy=RetryPolicy(resume_timeout_s=0.1))
+
+
 async def test_a_request_that_is_lost_with_every_pair_is_given_up() -> None:
     handle = Handle(dying(DEATHS[0], 2), *[dying(DEATHS[0])] * 20)
     log = CommitLog(3, ())

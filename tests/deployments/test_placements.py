@@ -109,7 +109,7 @@ def test_the_context_tower_alone_serves_ar(tiny_text: Path) -> None:
         with pytest.raises(ServiceError) as caught:
             tokens(running.address, *REQUESTS[0])
         assert caught.value.code == grpc.StatusCode.INVALID_ARGUMENT
-        assert "mode: got 'mask_diffusion', expected ar" in str(caught.value)
+        assert "mode: got 'mask_diffusion', expected ar alone" in str(caught.value)
         with Client(running.address) as client:
             assert client.model_info().modes == ("ar",)
             assert client.score([5, 6, 7]).log_probs

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from tests.comparing import assert_same_bits
 from twotower.kernels.rows import HostRows, Rows
 
 PAGES = torch.tensor([[7, 3, 0], [5, 1, 2], [9, 9, 9]], dtype=torch.int32)

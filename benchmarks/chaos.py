@@ -1,0 +1,245 @@
+"""What streams notice when something dies, hangs or slows down under them.
+
+    python -m benchmarks.chaos                                   # all disturbances, 30 streams each
+    python -m benchmarks.chaos --only "node killed" --rounds 3
+
+A cluster of one head and three nodes on this machine, two pairs, each on a node of its own. Every
+round sends streams in all modes, disturbs at a seeded random moment, and compares each stream
+with what its request gives alone. Prints one JSON object a round and a table; exit code 1 if a
+token is missing, wrong or double, or something is left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks.chaos_cluster import ChaosCluster
+from benchmarks.processes import own_processes
+from twotower import TwoTower
+from twotower.client import Client
+from twotower.cluster.faults import LinkFaults
+
+MODES = ("mask_diffusion", "ar", "verified", "mask_diffusion", "mock_ar")
+TEXTS = ("def main():\n    ", "class Reader:\n", "import os\nimport sys\n", "# the first", "x = [")
+Request = tuple[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a client saw of one stream; gapless if each block began where the last had ended."""
+
+    token_ids: list[int]
+    text: str
+    gapless: bool
+    longest_pause_s: float
+    resumes: int
+
+
+@dataclass(frozen=True)
+class Round:
+    """One disturbance under many streams. `wrong` streams differ from the undisturbed ones."""
+
+    disturbance: str
+    seed: int
+    streams: int
+    running: int
+    wrong: int
+    left: float
+    longest_pause_s: float
+    median_pause_s: float
+    seconds: float
+    resumes: int
+
+
+def killed(title: str) -> Callable[[ChaosCluster, random.Random], None]:
+    """Kills one of the processes of a title."""
+
+    def disturb(_: ChaosCluster, draw: random.Random) -> None:
+        os.kill(draw.choice(sorted(own_processes(title))), signal.SIGKILL)
+
+    return disturb
+
+
+def hung(_: ChaosCluster, draw: random.Random) -> None:
+    """A denoiser tower stops without an end."""
+    os.kill(draw.choice(sorted(own_processes("ray::DenoiserTowerActor"))), signal.SIGSTOP)
+
+
+def node_killed(cluster: ChaosCluster, draw: random.Random) -> None:
+    """A node with a pair is gone; another joins."""
+    cluster.kill_node(draw)
+
+
+def nothing(_: ChaosCluster, draw: random.Random) -> None:
+    """The link's own faults are the disturbance, or there is none."""
+    del draw
+
+
+DISTURBANCES: dict[str, Callable[[ChaosCluster, random.Random], None]] = {
+    "none": nothing,
+    "context tower killed": killed("ray::ContextTowerActor"),
+    "denoiser tower killed": killed("ray::DenoiserTowerActor"),
+    "pair killed": killed("ray::ServeReplica:twotower:TowerPair"),
+    "router killed": killed("ray::ServeReplica:twotower:Router"),
+    "node killed": node_killed,
+    "denoiser tower hung": hung,
+    "link cut": nothing,
+    "link slow": nothing,
+}
+
+
+def faults_of(disturbance: str, seed: int) -> LinkFaults | None:
+    """What the links of a disturbance do by themselves."""
+    if disturbance == "link cut":
+        return LinkFaults(cut_at=random.Random(seed).randint(5, 60))
+    return LinkFaults(delay_s=0.15) if disturbance == "link slow" else None
+
+
+def requests_of(count: int, tokens: int) -> list[Request]:
+    """Requests of all modes, every other one drawn at a temperature."""
+    return [
+        (
+            TEXTS[index % len(TEXTS)],
+            {
+                "mode": MODES[index % len(MODES)],
+                "max_tokens": tokens if MODES[index % len(MODES)] != "mock_ar" else tokens // 3,
+                "block_size": 8,
+                "temperature": float(index % 2),
+                "seed": index,
+            },
+        )
+        for index in range(count)
+    ]
+
+
+def alone(requests: Sequence[Request]) -> list[tuple[list[int], str]]:
+    """Tokens and text of each request in one process, undisturbed."""
+    model = TwoTower.from_pretrained()
+    results = [model.generate([text], **options)[0] for text, options in requests]
+    return [(list(result.token_ids), result.text) for result in results]
+
+
+def receive(address: str, request: Request, seen: list[int]) -> Stream:
+    """One stream, by a client of its own; each block's index goes into `seen` as it comes."""
+    text, options = request
+    with Client(address) as client:
+        stream = client.generate(text, ignore_eos=True, timeout=300, **options)
+        last, longest, gapless, at = time.monotonic(), 0.0, True, None
+        pieces = []
+        for block in stream:
+            now = time.monotonic()
+            longest, last = max(longest, now - last), now
+            gapless &= at is None or block.start == at
+            at = block.start + len(block.token_ids)
+            pieces.append(block.text)
+            seen.append(block.index)
+        return Stream(stream.token_ids, "".join(pieces), gapless, longest, stream.resumes)
+
+
+def run_round(
+    cluster: ChaosCluster,
+    disturbance: str,
+    requests: Sequence[Request],
+    want: Sequence[tuple[list[int], str]],
+    seed: int,
+) -> Round:
+    """All requests at once; the disturbance comes after a random number of blocks."""
+    draw = random.Random(f"{disturbance}/{seed}")
+    seen: list[int] = []
+    with ThreadPoolExecutor(len(requests)) as pool:
+        begin = time.monotonic()
+        streams = [pool.submit(receive, cluster.address, one, seen) for one in requests]
+        # In blocks: in seconds a fast machine would be done before.
+        moment = draw.randrange(4 * len(requests))
+        while len(seen) < moment and not all(stream.done() for stream in streams):
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0.0, 0.05))
+        running = sum(not stream.done() for stream in streams)
+        DISTURBANCES[disturbance](cluster, draw)
+        received = [stream.result(timeout=300) for stream in streams]
+        seconds = time.monotonic() - begin
+    wrong = sum(
+        (one.token_ids, one.text) != own or not one.gapless
+        for one, own in zip(received, want, strict=True)
+    )
+    return Round(
+        disturbance,
+        seed,
+        len(requests),
+        running,
+        wrong,
+        cluster.left(),
+        round(max(one.longest_pause_s for one in received), 2),
+        round(statistics.median(one.longest_pause_s for one in received), 2),
+        round(seconds, 1),
+        sum(one.resumes for one in received),
+    )
+
+
+def run(disturbances: Sequence[str], streams: int, tokens: int, rounds: int) -> list[Round]:
+    """Rounds of every disturbance; those of the link get a cluster of their own each time."""
+    requests = requests_of(streams, tokens)
+    want = alone(requests)
+    done = []
+    # Faults of the link are there from its beginning: a cluster for each of those rounds.
+    shared = [name for name in disturbances if faults_of(name, 0) is None]
+    plans = [(None, [(name, seed) for name in shared for seed in range(rounds)])] if shared else []
+    plans += [
+        (faults_of(name, seed), [(name, seed)])
+        for name in disturbances
+        if name not in shared
+        for seed in range(rounds)
+    ]
+    for faults, plan in plans:
+        with ChaosCluster(faults) as cluster:
+            for name, seed in plan:
+                done.append(run_round(cluster, name, requests, want, seed))
+                print(json.dumps(asdict(done[-1])), flush=True)
+    return done
+
+
+def table(rounds: Sequence[Round]) -> str:
+    """One line per disturbance, as markdown."""
+    lines = [
+        "| disturbance | rounds | streams | running when it came | wrong | longest pause, s |"
+        " median of the streams' longest, s | resumed by clients |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(one.disturbance for one in rounds):
+        own = [one for one in rounds if one.disturbance == name]
+        lines.append(
+            f"| {name} | {len(own)} | {sum(one.streams for one in own)} |"
+            f" {min(one.running for one in own)} to {max(one.running for one in own)} |"
+            f" {sum(one.wrong for one in own)} | {max(one.longest_pause_s for one in own)} |"
+            f" {statistics.median(one.median_pause_s for one in own)} |"
+            f" {sum(one.resumes for one in own)} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parses the arguments, disturbs, prints."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", action="append", choices=list(DISTURBANCES))
+    parser.add_argument("--streams", type=int, default=30)
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens a stream")
+    parser.add_argument("--rounds", type=int, default=1)
+    args = parser.parse_args()
+    rounds = run(args.only or list(DISTURBANCES), args.streams, args.tokens, args.rounds)
+    print(table(rounds))
+    sys.exit(any(one.wrong or one.left for one in rounds))
+
+
+if __name__ == "__main__":
+    main()
