@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 FAILURES = 2
@@ -52,6 +53,11 @@ class Breaker:
         """An attempt is over, however it ended."""
         with self._lock:
             self._pair_of.pop(row_id, None)
+
+    def rows(self) -> dict[str, int]:
+        """Attempts that each pair has of this router."""
+        with self._lock:
+            return dict(Counter(pair for pair, _ in self._pair_of.values()))
 
     def ranked(self, pairs: Sequence[str], *, probe: bool) -> list[list[str]]:
         """The pairs to choose from, in ranks: those that work, or all if none does.

@@ -1,0 +1,112 @@
+"""More requests than there is room for, and a new config under running streams."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from ray import serve
+
+from tests.deployments.test_service import await_no_rows
+from twotower import TwoTower
+from twotower.client import Client, ServiceError
+from twotower.deployments.app import build_app
+from twotower.deployments.config import APP_NAME, ServiceConfig
+from twotower.deployments.server import LocalService, free_port
+
+pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
+
+PROMPTS = [list(range(5 + number, 9 + 3 * number)) for number in range(8)]
+HOW: dict[str, Any] = {"max_tokens": 48, "confidence_threshold": 0.5, "seed": 3}
+
+
+def config_of(folder: Path, **settings: Any) -> ServiceConfig:
+    return ServiceConfig(
+        model=str(folder),
+        grpc_port=free_port(),
+        http_port=free_port(),
+        threads_per_tower=1,
+        cpus_per_tower=0.1,
+        health_check_period_s=1.0,
+        **settings,
+    )
+
+
+def expected(folder: Path) -> list[list[int]]:
+    model = TwoTower.from_pretrained(folder)
+    return [list(model.generate([prompt], **HOW)[0].token_ids) for prompt in PROMPTS]
+
+
+def tokens(client: Client, number: int) -> list[int]:
+    stream = client.generate(PROMPTS[number % len(PROMPTS)], ignore_eos=True, **HOW)
+    return [token for block in stream for token in block.token_ids]
+
+
+def test_two_hundred_streams_against_a_queue_limit(tiny_text: Path) -> None:
+    """Each ends complete and correct, or refused with a hint when to come again."""
+    want = expected(tiny_text)
+    config = config_of(tiny_text, max_num_seqs=8, max_queued_requests=40)
+    together = threading.Barrier(200)
+
+    def ask(number: int) -> str:
+        with Client(address) as client:
+            together.wait(timeout=60)
+            try:
+                got = tokens(client, number)
+            except ServiceError as error:
+                hinted = error.retry_after_s is not None
+                return f"{error.code.name}, {'with' if hinted else 'without'} a hint"
+            return "complete" if got == want[number % len(PROMPTS)] else "wrong"
+
+    with LocalService(config) as service, ThreadPoolExecutor(200) as pool:
+        address = service.address
+        outcomes = Counter(pool.map(ask, range(200), timeout=240))
+        print(f"200 streams at once, 8 places, a queue of 40: {dict(outcomes)}")
+        await_no_rows()
+    assert set(outcomes) == {"complete", "RESOURCE_EXHAUSTED, with a hint"}
+    assert outcomes["complete"] >= 48
+    assert outcomes.total() == 200
+
+
+def test_a_new_config_fails_no_request(tiny_text: Path) -> None:
+    """Routers and pairs are replaced one after the other under six clients that never stop."""
+    want = expected(tiny_text)
+    config = config_of(tiny_text, num_pairs=2, max_num_seqs=8)
+    done = threading.Event()
+
+    def ask_on(worker: int) -> tuple[int, float]:
+        count, longest = 0, 0.0
+        while not done.is_set():
+            began = time.monotonic()
+            with Client(address) as client:
+                assert tokens(client, worker + count) == want[(worker + count) % len(PROMPTS)]
+            longest = max(longest, time.monotonic() - began)
+            count += 1
+        return count, longest
+
+    with LocalService(config) as service, ThreadPoolExecutor(6) as pool:
+        address = service.address
+        workers = [pool.submit(ask_on, worker) for worker in range(6)]
+        time.sleep(2.0)
+        began = time.monotonic()
+        changed = config.model_copy(update={"max_context": 4096, "prefix_cache_mib": 8})
+        try:
+            serve.run(build_app(changed), name=APP_NAME, route_prefix="/")
+            seconds = time.monotonic() - began
+            time.sleep(2.0)
+        finally:
+            done.set()
+        results = [worker.result(timeout=120) for worker in workers]
+        with Client(address) as client:
+            assert client.model_info().max_context == 4096
+        print(
+            f"updated in {seconds:.1f} s under {sum(count for count, _ in results)} requests, the "
+            f"slowest took {max(longest for _, longest in results):.1f} s"
+        )
+        await_no_rows()
