@@ -34,6 +34,7 @@ import grpc.aio
 import torch
 from torch import Tensor
 
+from twotower.bench.shapes import LARGE
 from twotower.cluster.channel import process_group
 from twotower.cluster.channel.framing import CHUNK_BYTES
 from twotower.cluster.channel.grpc import CPU, OPTIONS, GrpcStateLink, LinkSpec
@@ -41,34 +42,7 @@ from twotower.cluster.channel.nccl import RECEIVER, SENDER, TAG, settle
 from twotower.cluster.channel.process_group import GROUP_FRAME_BYTES
 from twotower.cluster.channel.receiver import StateReceiver
 from twotower.cluster.topology import Transport, max_update_bytes
-from twotower.towers.config import TwoTowerConfig
 from twotower.towers.update import StateUpdate, UpdateBuilder, UpdateKind, UpdatePlan
-
-NEMOTRON_30B = TwoTowerConfig(
-    vocab_size=131072,
-    hidden_size=2688,
-    layer_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
-    num_attention_heads=32,
-    num_key_value_heads=2,
-    head_dim=128,
-    mamba_num_heads=64,
-    mamba_head_dim=64,
-    n_groups=8,
-    ssm_state_size=128,
-    conv_kernel=4,
-    n_routed_experts=128,
-    num_experts_per_tok=6,
-    moe_intermediate_size=1856,
-    moe_shared_expert_intermediate_size=3712,
-    intermediate_size=1856,
-    n_group=1,
-    topk_group=1,
-    norm_topk_prob=True,
-    routed_scaling_factor=2.5,
-    layer_norm_epsilon=1e-5,
-    max_position_embeddings=262144,
-)
-
 
 TOKEN = "benchmark"
 BARE_METHOD = "/benchmark.Bare/Carry"
@@ -131,7 +105,7 @@ def device_of(transport: Transport, *, sender: bool) -> torch.device:
 def built(kind: UpdateKind, context: int, block: int, device: torch.device = CPU) -> StateUpdate:
     """An update of random values."""
     plan = UpdatePlan(kind, context, context + block)
-    builder = UpdateBuilder(NEMOTRON_30B, plan, device, torch.bfloat16)
+    builder = UpdateBuilder(LARGE, plan, device, torch.bfloat16)
     for name, tensor in builder.layout.items():
         for layer in range(len(tensor)):
             builder.put(name, layer, torch.randn(tensor.shape[1:]))
@@ -147,7 +121,7 @@ async def throughput(transport: Transport, args: argparse.Namespace) -> dict[str
         else:
             bare, close_bare = await bare_group(transport, bare_port, start_round)
         spec = LinkSpec(address, TOKEN, 1, transport)
-        link = GrpcStateLink(spec, NEMOTRON_30B, torch.bfloat16, {}, device=device)
+        link = GrpcStateLink(spec, LARGE, torch.bfloat16, {}, device=device)
         update = built("delta", 0, args.block, device)
         channel = channel_round(link, update, args.rows, args.updates)
         rates: dict[str, list[float]] = {"bare": [], "channel": []}
@@ -283,7 +257,7 @@ async def serve(transport: Transport) -> None:
     def follow(tensors: Mapping[str, Tensor]) -> None:
         """No replay here."""
 
-    limit = max_update_bytes(NEMOTRON_30B, LONGEST)
+    limit = max_update_bytes(LARGE, LONGEST)
     device = device_of(transport, sender=False)
     receiver = StateReceiver(apply, follow, TOKEN, limit, transport=transport, device=device)
     for number in range(64):

@@ -9,18 +9,21 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-import grpc
 import ray
 from ray import serve
 from ray.cluster_utils import Cluster
-from ray.serve.config import HTTPOptions, gRPCOptions
 
 from benchmarks.processes import ancestors, own_processes
 from twotower.cluster.faults import LinkFaults
 from twotower.deployments.app import build_app
 from twotower.deployments.config import APP_NAME, ServiceConfig
-from twotower.deployments.ingress import SERVICER_FUNCTIONS
-from twotower.deployments.server import ENVIRONMENT, OBJECT_STORE_BYTES, free_port
+from twotower.deployments.server import (
+    ENVIRONMENT,
+    OBJECT_STORE_BYTES,
+    await_proxy,
+    free_port,
+    start_serve,
+)
 
 PAIRS = 2
 NODES = 3
@@ -118,17 +121,10 @@ class ChaosCluster:
         self._cluster.add_node(num_cpus=1, num_gpus=2, object_store_memory=OBJECT_STORE_BYTES)
 
     def _deploy(self) -> None:
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options=HTTPOptions(host="127.0.0.1", port=self.config.http_port),
-            grpc_options=gRPCOptions(
-                port=self.config.grpc_port, grpc_servicer_functions=SERVICER_FUNCTIONS
-            ),
-        )
+        start_serve(self.config, proxy_location="HeadOnly")
         topology = replace(self.config.topology(), faults=self._faults)
         serve.run(build_app(self.config, topology), name=APP_NAME, route_prefix="/")
-        with grpc.insecure_channel(self.address) as channel:
-            grpc.channel_ready_future(channel).result(timeout=60)
+        await_proxy(self.address)
 
 
 def _held() -> float:

@@ -9,6 +9,7 @@ import shutil
 import socket
 import tempfile
 from types import TracebackType
+from typing import Any
 
 import grpc
 import ray
@@ -56,7 +57,7 @@ class LocalService:
         try:
             self._start_ray()
             serve.run(app, name=APP_NAME, route_prefix="/")
-            self._await_proxy()
+            await_proxy(self.address)
         except RuntimeError as error:
             reason = _reason() or type(error).__name__
             self.stop()
@@ -98,20 +99,25 @@ class LocalService:
             logging_level=logging.INFO if self._verbose else logging.ERROR,
             _temp_dir=self._folder,
         )
-        serve.start(
-            http_options=HTTPOptions(host="127.0.0.1", port=self.config.http_port),
-            grpc_options=gRPCOptions(
-                port=self.config.grpc_port, grpc_servicer_functions=SERVICER_FUNCTIONS
-            ),
-        )
+        start_serve(self.config)
 
-    def _await_proxy(self) -> None:
-        """Serve reports an application before its proxy listens."""
-        with grpc.insecure_channel(self.address) as channel:
-            try:
-                grpc.channel_ready_future(channel).result(timeout=PROXY_TIMEOUT_S)
-            except grpc.FutureTimeoutError:
-                raise UnavailableError(f"nothing answers on {self.address}") from None
+
+def start_serve(config: ServiceConfig, **options: Any) -> None:
+    """Serve with the config's ports, loopback only for HTTP; `options` as of `serve.start`."""
+    serve.start(
+        http_options=HTTPOptions(host="127.0.0.1", port=config.http_port),
+        grpc_options=gRPCOptions(port=config.grpc_port, grpc_servicer_functions=SERVICER_FUNCTIONS),
+        **options,
+    )
+
+
+def await_proxy(address: str) -> None:
+    """Serve reports an application before its proxy listens. Raises UnavailableError."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=PROXY_TIMEOUT_S)
+        except grpc.FutureTimeoutError:
+            raise UnavailableError(f"nothing answers on {address}") from None
 
 
 def free_port() -> int:

@@ -76,17 +76,11 @@ def store_kv(k_new: Tensor, v_new: Tensor, context: PagedKeyValues, rows: Rows) 
         start = rows.host.visible[row]
         stop = start + span.stop - span.start
         at = span.start
-        for run in page_runs(_pages(rows, row, stop), rows.page_tokens, start, stop):
+        for run in page_runs(rows.pages_of(row, stop), rows.page_tokens, start, stop):
             part = slice(at, at + run.stop - run.start)
             context.k[:, run] = k_new[part].transpose(0, 1)
             context.v[:, run] = v_new[part].transpose(0, 1)
             at = part.stop
-
-
-def _pages(rows: Rows, row: int, stop: int) -> list[int]:
-    """The pages of a row's first `stop` tokens."""
-    own: list[int] = rows.pages[rows.host.slots[row], : -(-stop // rows.page_tokens)].tolist()
-    return own
 
 
 def _tiles(context: PagedKeyValues, rows: Rows, row: int) -> Iterator[tuple[Tensor, Tensor]]:

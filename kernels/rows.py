@@ -65,11 +65,11 @@ class Rows:
             tuple(self.starts.tolist()), tuple(self.slots.tolist()), tuple(self.visible.tolist())
         )
 
-    def pages_of(self, row: int) -> list[int]:
-        """The pages that hold a row's visible tokens."""
+    def pages_of(self, row: int, tokens: int | None = None) -> list[int]:
+        """The pages that hold a row's first `tokens`, its visible ones if None."""
         host = self.host
-        count = -(-host.visible[row] // self.page_tokens)
-        own: list[int] = self.pages[host.slots[row], :count].tolist()
+        count = host.visible[row] if tokens is None else tokens
+        own: list[int] = self.pages[host.slots[row], : -(-count // self.page_tokens)].tolist()
         return own
 
 

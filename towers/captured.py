@@ -24,6 +24,13 @@ def bucket_for(rows: int, buckets: Sequence[int] = ROW_BUCKETS) -> int:
     raise ValueError(f"rows: got {rows}, expected at most {buckets[-1]}")
 
 
+def buckets_up_to(rows: int) -> list[int]:
+    """The buckets that passes of up to so many rows need, the largest first: the others' graphs
+    then fit into the memory that it takes."""
+    largest = bucket_for(min(rows, ROW_BUCKETS[-1]))
+    return [bucket for bucket in reversed(ROW_BUCKETS) if bucket <= largest]
+
+
 class GraphMemory:
     """Memory that all graphs of one device share: no two of them run at a time."""
 
@@ -86,7 +93,7 @@ class Staging:
 
     `inputs` [n, B] int64 on the device; `send` fills it. The host's side is pinned where the device
     is CUDA, and is written again only after the device has read it, since every call ends with
-    `receive`.
+    `Results.receive`.
     """
 
     def __init__(self, names: Sequence[str], rows: int, device: torch.device) -> None:
@@ -108,10 +115,21 @@ class Staging:
         self._inputs.copy_(self._host, non_blocking=True)
 
 
-def receive(outputs: Tensor, host: Tensor) -> Tensor:
-    """Copies `outputs` into `host`, pinned where the device is CUDA, and waits for it: the one
-    moment of a step at which the host waits for the device."""
-    host.copy_(outputs, non_blocking=True)
-    if outputs.is_cuda:
-        torch.cuda.current_stream(outputs.device).synchronize()
-    return host
+class Results:
+    """What a call leaves for the host; fp64, which holds ids and fp32 values exactly."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        host = torch.zeros(shape, dtype=torch.float64)
+        self._device = host.to(device)
+        self._host = host.pin_memory() if device.type == "cuda" else host
+
+    def put(self, values: Tensor) -> None:
+        """Part of the work: the values of this call."""
+        self._device.copy_(values)
+
+    def receive(self) -> Tensor:
+        """Waits for the device, the one moment of a call at which the host does, and reads."""
+        self._host.copy_(self._device, non_blocking=True)
+        if self._device.is_cuda:
+            torch.cuda.current_stream(self._device.device).synchronize()
+        return self._host

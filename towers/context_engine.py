@@ -17,13 +17,12 @@ from twotower.towers.context import ContextTower
 from twotower.towers.context_pass import ContextPass, ContextResult, ContextWork
 from twotower.towers.context_steps import ContextSteps
 from twotower.towers.engine import Engine, EngineOptions, EngineRow, state_of
-from twotower.towers.errors import NumericalError
 from twotower.towers.memory import MemoryBudget, StatePool, pool_for
 from twotower.towers.params import GenerationParams
 from twotower.towers.prefill import KvFeed, default_prefill_chunk, prefill_pieces, send_update
 from twotower.towers.prefix_cache import PrefixCache, chain_keys, next_key
 from twotower.towers.protocols import Block, Prefilled, StateLink, UpdateWriter
-from twotower.towers.sampling import Draw, Drawn, Sampler, draw_tokens
+from twotower.towers.sampling import Draw, Drawn, Sampler
 from twotower.towers.scheduler import PassLimits
 from twotower.towers.update import UpdatePlan, plan_update
 
@@ -264,9 +263,8 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
             row.cached_to = state.position
 
     def _first_token(self, draw: Draw, hidden: Tensor) -> _Token:
-        drawn = draw_tokens(self.tower.logits(hidden.unsqueeze(0)), [draw])[0]
-        if isinstance(drawn, NumericalError):
-            raise drawn
+        logits = self.tower.logits(hidden.unsqueeze(0))
+        drawn = draw.sampler.draw(logits, draw.positions, draw.step, draw.domain)
         return _token(drawn, 0)
 
     @_in_turn

@@ -19,9 +19,10 @@ from twotower.towers.captured import (
     ROW_BUCKETS,
     Captured,
     GraphMemory,
+    Results,
     Staging,
     bucket_for,
-    receive,
+    buckets_up_to,
 )
 from twotower.towers.context import ContextTower
 from twotower.towers.errors import NumericalError
@@ -60,9 +61,7 @@ class ContextSteps:
 
     def warm_up(self, pool: StatePool, rows: int) -> None:
         """Captures the graphs of all steps of up to `rows` rows."""
-        largest = bucket_for(min(rows, ROW_BUCKETS[-1]))
-        # The largest first: the others fit into the memory that it takes.
-        for bucket in sorted((b for b in ROW_BUCKETS if b <= largest), reverse=True):
+        for bucket in buckets_up_to(rows):
             self._program(pool, bucket).capture()
 
     def _program(self, pool: StatePool, rows: int) -> _Program:
@@ -90,9 +89,7 @@ class _Program:
         self._log = tower.new_log(rows)
         shape = (rows, tower.config.hidden_size)
         self._hidden = torch.zeros(shape, dtype=tower.dtype, device=device)
-        outputs = torch.zeros(4, rows, dtype=torch.float64)
-        self._outputs = outputs.to(device)
-        self._host = outputs.pin_memory() if device.type == "cuda" else outputs
+        self._results = Results((4, rows), device)
         self._work = Captured(self._forward, device, memory)
 
     def capture(self) -> None:
@@ -120,7 +117,7 @@ class _Program:
             heat=heats.view(_FLOAT_BITS).tolist(),
         )
         self._work()
-        tokens, confidences, log_probs, finite = receive(self._outputs, self._host).tolist()
+        tokens, confidences, log_probs, finite = self._results.receive().tolist()
         hidden = self._hidden[: len(steps)].clone()
         results: list[tuple[Tensor, Drawn | NumericalError]] = []
         for row, (state, _, draw) in enumerate(steps):
@@ -153,7 +150,7 @@ class _Program:
             one = torch.ones_like(self._slots)
             xbc, dt = self._log.xbc, self._log.dt
             dispatch.replay(pool.ssm, pool.conv, xbc, dt, tower.replay_weights, rows, one)
-        self._outputs.copy_(torch.stack([part.double() for part in drawn]))
+        self._results.put(torch.stack([part.double() for part in drawn]))
 
     def _lines(self) -> Lines:
         staging = self._staging

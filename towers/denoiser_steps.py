@@ -23,9 +23,10 @@ from twotower.towers.captured import (
     ROW_BUCKETS,
     Captured,
     GraphMemory,
+    Results,
     Staging,
     bucket_for,
-    receive,
+    buckets_up_to,
 )
 from twotower.towers.denoiser import DenoiserTower
 from twotower.towers.errors import NumericalError
@@ -116,9 +117,7 @@ class DenoiserSteps:
 
     def warm_up(self, pool: StatePool, length: int, rows: int) -> None:
         """Captures the graphs of all passes of up to `rows` blocks of `length` tokens."""
-        largest = bucket_for(min(rows, ROW_BUCKETS[-1]))
-        # The largest first: the others fit into the memory that it takes.
-        for bucket in sorted((b for b in ROW_BUCKETS if b <= largest), reverse=True):
+        for bucket in buckets_up_to(rows):
             self._program(pool, bucket, length).capture()
 
     def _run_length(
@@ -261,9 +260,7 @@ class _Program:
         self._lines = torch.full((total,), -1, dtype=torch.int32, device=device)
         # What is drawn of each token; one more takes what the padding of the lines gives.
         self._drawn = torch.zeros(4, total + 1, dtype=torch.float64, device=device)
-        outputs = torch.zeros(rows, 1 + 4 * length, dtype=torch.float64)
-        self._outputs = outputs.to(device)
-        self._host = outputs.pin_memory() if device.type == "cuda" else outputs
+        self._results = Results((rows, 1 + 4 * length), device)
         self._body = Captured(self._forward, device, memory)
         self._heads = {
             -(-total // share): Captured(
@@ -290,7 +287,7 @@ class _Program:
         self._staging.send(_PADDING, slots=[state.slot for state in states], visible=visible)
         self._body()
         self._heads[min(size for size in self._heads if size >= masked)]()
-        results = receive(self._outputs, self._host)[: len(states)].tolist()
+        results = self._results.receive()[: len(states)].tolist()
         return [self._result(row) for row in results]
 
     def _result(self, row: list[float]) -> StepResult | NumericalError:
@@ -345,7 +342,7 @@ class _Program:
         own = self._slots.clamp_min(0).long()
         parts = (drafts.tokens, drafts.commit_steps, drafts.confidences, drafts.log_probs)
         kept = [part[own, :length].double() for part in parts]
-        self._outputs.copy_(torch.cat([drafts.remaining[own, None].double(), *kept], dim=1))
+        self._results.put(torch.cat([drafts.remaining[own, None].double(), *kept], dim=1))
 
     def _lines_of(self, token: Tensor, total: int) -> Lines:
         """How the line of each token of the pass is drawn; `total` is no token."""
