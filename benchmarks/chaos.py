@@ -22,12 +22,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.chaos_cluster import ChaosCluster
 from benchmarks.processes import own_processes
 from twotower import TwoTower
-from twotower.client import Client
+from twotower.client import Client, Usage
 from twotower.cluster.faults import LinkFaults
 
 MODES = ("mask_diffusion", "ar", "verified", "mask_diffusion", "mock_ar")
@@ -37,11 +38,17 @@ Request = tuple[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Stream:
-    """What a client saw of one stream; gapless if each block began where the last had ended."""
+    """What a client saw of one stream; gapless if each block began where the last had ended.
+
+    `starts` of the blocks count from the output's first token.
+    """
 
     token_ids: list[int]
     text: str
+    starts: list[int]
+    indexes: list[int]
     gapless: bool
+    usage: Usage | None
     longest_pause_s: float
     resumes: int
 
@@ -130,21 +137,28 @@ def alone(requests: Sequence[Request]) -> list[tuple[list[int], str]]:
     return [(list(result.token_ids), result.text) for result in results]
 
 
-def receive(address: str, request: Request, seen: list[int]) -> Stream:
+def receive(address: str, request: Request, seen: list[int], timeout_s: float = 300.0) -> Stream:
     """One stream, by a client of its own; each block's index goes into `seen` as it comes."""
     text, options = request
     with Client(address) as client:
-        stream = client.generate(text, ignore_eos=True, timeout=300, **options)
-        last, longest, gapless, at = time.monotonic(), 0.0, True, None
-        pieces = []
+        stream = client.generate(text, ignore_eos=True, timeout=timeout_s, **options)
+        last, longest = time.monotonic(), 0.0
+        blocks = []
         for block in stream:
             now = time.monotonic()
             longest, last = max(longest, now - last), now
-            gapless &= at is None or block.start == at
-            at = block.start + len(block.token_ids)
-            pieces.append(block.text)
+            blocks.append(block)
             seen.append(block.index)
-        return Stream(stream.token_ids, "".join(pieces), gapless, longest, stream.resumes)
+        return Stream(
+            stream.token_ids,
+            "".join(block.text for block in blocks),
+            [block.start - (stream.prompt_tokens or 0) for block in blocks],
+            [block.index for block in blocks],
+            all(a.start + len(a.token_ids) == b.start for a, b in pairwise(blocks)),
+            stream.usage,
+            longest,
+            stream.resumes,
+        )
 
 
 def run_round(

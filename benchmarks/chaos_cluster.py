@@ -99,9 +99,9 @@ class ChaosCluster:
         """Rows, slots and mirrors that the pairs still hold once all are up again."""
         self.await_whole()
         deadline = time.monotonic() + 10.0
-        while (held := _held()) and time.monotonic() < deadline:
+        while (left := held()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        return held
+        return left
 
     def await_whole(self) -> None:
         """Waits until all pairs are up. Raises TimeoutError."""
@@ -109,7 +109,7 @@ class ChaosCluster:
         while time.monotonic() < deadline:
             try:
                 states = serve.status().applications[APP_NAME].deployments["TowerPair"]
-                if dict(states.replica_states) == {"RUNNING": PAIRS} and _held() >= 0.0:
+                if dict(states.replica_states) == {"RUNNING": PAIRS} and held() >= 0.0:
                     return
             except Exception as error:  # a pair or a controller that has just gone
                 print(f"not whole yet: {type(error).__name__}")
@@ -127,14 +127,14 @@ class ChaosCluster:
         await_proxy(self.address)
 
 
-def _held() -> float:
-    """Of the pairs that answer; each is asked several times, as Serve spreads calls."""
+def held() -> float:
+    """Rows, slots and mirrors of the pairs that answer; each is asked, as Serve spreads calls."""
     handle = serve.get_deployment_handle("TowerPair", APP_NAME)
-    held = 0.0
+    found = 0.0
     for answer in [handle.stats.remote() for _ in range(4 * PAIRS)]:
         for tower in answer.result(timeout_s=60).values():
-            held += sum(tower.get(name, 0.0) for name in ("rows", "slots_used", "mirrors"))
-    return held
+            found += sum(tower.get(name, 0.0) for name in ("rows", "slots_used", "mirrors"))
+    return found
 
 
 def _has_one_of(node: Any, processes: list[int]) -> bool:

@@ -8,43 +8,27 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from ray import serve
 
+from benchmarks.chaos import MODES, TEXTS, receive
+from benchmarks.chaos_cluster import PAIRS, held
 from benchmarks.processes import own_processes
 from twotower import GenerationResult, TwoTower
-from twotower.client import Client, Usage
 from twotower.deployments.config import APP_NAME, ServiceConfig
 from twotower.deployments.server import LocalService, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
 
-PAIRS = 2
 MAX_TOKENS = 64
-MODES = ("mask_diffusion", "ar", "verified", "mask_diffusion", "mock_ar")
-TEXTS = ("def main():\n    ", "class Reader:\n", "import os\nimport sys\n", "# the first", "x = [")
 TITLES = {
     "a context tower": "ray::ContextTowerActor",
     "a denoiser tower": "ray::DenoiserTowerActor",
     "a pair": "ray::ServeReplica:twotower:TowerPair",
     "the router": "ray::ServeReplica:twotower:Router",
 }
-
-
-@dataclass
-class Received:
-    """What a client saw of one stream."""
-
-    token_ids: list[int]
-    text: str
-    starts: list[int]
-    indexes: list[int]
-    usage: Usage | None
-    longest_pause_s: float
-    resumes: int
 
 
 @pytest.fixture(scope="module")
@@ -86,41 +70,6 @@ def undisturbed() -> list[GenerationResult]:
     return [model.generate([text], **options)[0] for text, options in asked()]
 
 
-def receive(address: str, text: str, options: dict[str, Any], seen: list[int]) -> Received:
-    """One stream, by a client of its own; each block goes into `seen` as it comes."""
-    with Client(address) as client:
-        stream = client.generate(text, ignore_eos=True, timeout=120, **options)
-        last, longest = time.monotonic(), 0.0
-        blocks = []
-        for block in stream:
-            now = time.monotonic()
-            longest, last = max(longest, now - last), now
-            blocks.append(block)
-            seen.append(block.index)
-        return Received(
-            stream.token_ids,
-            "".join(block.text for block in blocks),
-            [block.start - (stream.prompt_tokens or 0) for block in blocks],
-            [block.index for block in blocks],
-            stream.usage,
-            longest,
-            stream.resumes,
-        )
-
-
-def rows_held() -> float:
-    """Rows, slots and mirrors of the pairs that answer; each is asked, as Serve spreads calls."""
-    handle = serve.get_deployment_handle("TowerPair", APP_NAME)
-    answers = [handle.stats.remote() for _ in range(4 * PAIRS)]
-    held = 0.0
-    for answer in answers:
-        stats = answer.result(timeout_s=60)
-        denoiser = stats["denoiser"]
-        held += stats["context"]["rows"] + stats["context"]["slots_used"]
-        held += denoiser["rows"] + denoiser["mirrors"] + denoiser["slots_used"]
-    return held
-
-
 def await_whole() -> None:
     """Waits until all pairs are up again and hold nothing."""
     begin = time.monotonic()
@@ -129,7 +78,7 @@ def await_whole() -> None:
         running = deployments["TowerPair"].replica_states.get("RUNNING", 0)
         if running == PAIRS and sum(deployments["TowerPair"].replica_states.values()) == PAIRS:
             try:
-                if rows_held() == 0:
+                if held() == 0:
                     return
             except Exception as error:  # a pair that has just gone
                 print(f"not whole yet: {type(error).__name__}")
@@ -146,7 +95,9 @@ def test_a_death_under_ten_streams_changes_no_token(
     seen: list[int] = []
     with ThreadPoolExecutor(len(requests)) as pool:
         begin = time.monotonic()
-        streams = [pool.submit(receive, service.address, *request, seen) for request in requests]
+        streams = [
+            pool.submit(receive, service.address, request, seen, 120.0) for request in requests
+        ]
         # In blocks: in seconds a fast machine would be done before.
         moment = moments.randrange(40)
         while len(seen) < moment and not all(stream.done() for stream in streams):
