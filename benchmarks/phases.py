@@ -81,9 +81,9 @@ class PhasedContext:
         self._tower = tower
         self._phases = phases
 
-    async def open(self, row_id: str, capacity: int) -> None:
+    async def open(self, row_id: str, capacity: int) -> int:
         with self._phases.phase(row_id, "queued"):
-            await self._tower.open(row_id, capacity)
+            return await self._tower.open(row_id, capacity)
 
     async def prefill(
         self, row_id: str, prompt: Sequence[int], generated: Sequence[int], params: GenerationParams

@@ -33,7 +33,7 @@ ANSWER_TIMEOUT_S = 5.0
 class ContextTowerService(ContextService, Protocol):
     """A context tower with links to several denoiser towers."""
 
-    async def open_for(self, row_id: str, capacity: int, denoiser: int) -> None:
+    async def open_for(self, row_id: str, capacity: int, denoiser: int) -> int:
         """As `open`; the row's state will go to that denoiser tower."""
 
     async def move(self, row_id: str, denoiser: int) -> None:
@@ -262,10 +262,10 @@ class AssignedContext:
     def __init__(self, pair: PairTowers) -> None:
         self._pair = pair
 
-    async def open(self, row_id: str, capacity: int) -> None:
+    async def open(self, row_id: str, capacity: int) -> int:
         index = self._pair.assign(row_id, capacity)
         try:
-            await self._pair.tower.open_for(row_id, capacity, index)
+            return await self._pair.tower.open_for(row_id, capacity, index)
         except BaseException:
             self._pair.drop(row_id)
             raise

@@ -94,11 +94,13 @@ class RemoteContext:
         """Links the tower to a denoiser tower, in place of the link to it that was there."""
         await plainly(self._actor.connect.remote(denoiser, link))
 
-    async def open(self, row_id: str, capacity: int) -> None:
-        await plainly(self._actor.open.remote(row_id, capacity))
+    async def open(self, row_id: str, capacity: int) -> int:
+        waiting: int = await plainly(self._actor.open.remote(row_id, capacity))
+        return waiting
 
-    async def open_for(self, row_id: str, capacity: int, denoiser: int) -> None:
-        await plainly(self._actor.open_for.remote(row_id, capacity, denoiser))
+    async def open_for(self, row_id: str, capacity: int, denoiser: int) -> int:
+        waiting: int = await plainly(self._actor.open_for.remote(row_id, capacity, denoiser))
+        return waiting
 
     async def move(self, row_id: str, denoiser: int) -> None:
         await plainly(self._actor.move.remote(row_id, denoiser))

@@ -60,14 +60,14 @@ class ContextTowerActor:
             state_link = FaultyLink(state_link, faults)
         await self._links.connect(denoiser, state_link)
 
-    async def open(self, row_id: str, capacity: int) -> None:
-        await self.open_for(row_id, capacity, 0)
+    async def open(self, row_id: str, capacity: int) -> int:
+        return await self.open_for(row_id, capacity, 0)
 
-    async def open_for(self, row_id: str, capacity: int, denoiser: int) -> None:
+    async def open_for(self, row_id: str, capacity: int, denoiser: int) -> int:
         """See `ContextTowerService`."""
         self._links.assign(row_id, denoiser)
         try:
-            await self.engine.open(row_id, capacity)
+            return await self.engine.open(row_id, capacity)
         except BaseException:
             self._links.forget(row_id)
             raise

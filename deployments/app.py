@@ -37,11 +37,13 @@ def build_app(config: ServiceConfig, topology: PairTopology | None = None) -> Ap
     """
     config.checkpoint()
     topology = topology or config.topology()
+    bundles = topology.bundles()
     pair = serve.deployment(TowerPair).options(
         name=PAIR_DEPLOYMENT,
-        placement_group_bundles=topology.bundles(),
-        placement_group_strategy="STRICT_PACK",
-        ray_actor_options={"num_cpus": topology.bundles()[0]["CPU"]},
+        placement_group_bundles=bundles,
+        placement_group_strategy="STRICT_PACK" if config.pack == "host" else "PACK",
+        placement_group_bundle_label_selector=[config.label_selector] * len(bundles),
+        ray_actor_options={"num_cpus": bundles[0]["CPU"]},
         max_ongoing_requests=_pair_requests(config),
         max_constructor_retry_count=START_ATTEMPTS,
         health_check_period_s=config.health_check_period_s,
@@ -61,8 +63,9 @@ def build_app(config: ServiceConfig, topology: PairTopology | None = None) -> Ap
         graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s,
         graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
     )
+    towers = pair.bind(partial(start_towers, topology), PairMetrics, config.dial())
     retry = RetryPolicy(config.resume_timeout_s, config.max_attempts)
-    return router.bind(config, pair.bind(partial(start_towers, topology), PairMetrics), retry)
+    return router.bind(config, towers, retry)
 
 
 def build_app_from_settings(settings: dict[str, Any]) -> Application:

@@ -30,6 +30,8 @@ _OPTIONAL_SCALARS = (
     "seed",
     "draft_steps",
     "min_tokens",
+    "min_steps_per_block",
+    "min_confidence_threshold",
 )
 
 
@@ -83,20 +85,26 @@ def started_event(job: Job, request_id: str) -> pb.GenerateResponse:
     )
 
 
-def block_event(log: CommitLog, block: Block, text: str, *, log_probs: bool) -> pb.GenerateResponse:
-    """The message of the log's last block, with log-probabilities if they were asked for."""
-    return pb.GenerateResponse(
-        block=pb.Block(
-            index=log.num_blocks - 1,
-            start=block.start,
-            token_ids=block.token_ids,
-            text=text,
-            commit_steps=block.commit_steps,
-            confidences=block.confidences,
-            log_probs=block.log_probs if log_probs else (),
-            usage=usage_of(log),
-        )
+def block_event(
+    log: CommitLog, block: Block, text: str, asked: GenerationParams, *, log_probs: bool
+) -> pb.GenerateResponse:
+    """The message of the log's last block: with log-probabilities if they were asked for, and with
+    what it was denoised with if what was asked for has floors."""
+    message = pb.Block(
+        index=log.num_blocks - 1,
+        start=block.start,
+        token_ids=block.token_ids,
+        text=text,
+        commit_steps=block.commit_steps,
+        confidences=block.confidences,
+        log_probs=block.log_probs if log_probs else (),
+        usage=usage_of(log),
     )
+    if asked.may_be_eased:
+        served = log.served(asked)
+        message.steps_per_block = served.steps_per_block
+        message.confidence_threshold = served.confidence_threshold
+    return pb.GenerateResponse(block=message)
 
 
 def complete_event(log: CommitLog, matched_stop: str | None) -> pb.GenerateResponse:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from twotower.towers.errors import UnavailableError
-from twotower.towers.params import FinishReason
+from twotower.towers.params import FinishReason, GenerationParams
 from twotower.towers.protocols import Block
 
 
@@ -26,6 +26,7 @@ class CommitLog:
         self.drafted_tokens = 0
         self.cached_tokens = 0
         self.finish_reason: FinishReason | None = None
+        self._eased: float | None = None
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -36,6 +37,10 @@ class CommitLog:
     def end(self) -> int:
         """Absolute position of the next token."""
         return self.prompt_tokens + len(self._token_ids)
+
+    def served(self, asked: GenerationParams) -> GenerationParams:
+        """What the blocks are made with: settled by the first, as asked before."""
+        return asked if self._eased is None else asked.eased(self._eased)
 
     def has(self, block: Block) -> bool:
         """Whether the block is committed already; otherwise it is the next one.
@@ -60,6 +65,7 @@ class CommitLog:
             # An attempt that takes over finds more in the cache, also of what came after the
             # prompt; what the request itself was spared is what its first attempt found.
             self.cached_tokens = min(block.cached_tokens, self.prompt_tokens)
+            self._eased = block.eased
         self.num_blocks += 1
         self.nfe += block.nfe
         self.context_passes += block.context_passes

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from twotower.cluster.autoscaling import ScalingOptions
 from twotower.cluster.topology import PairTopology, Placement
+from twotower.deployments.overload import OverloadDial
 from twotower.towers.checkpoint import Checkpoint
 from twotower.towers.errors import ConfigError
 from twotower.towers.scheduler import PassLimits
@@ -74,6 +75,18 @@ class ServiceConfig(BaseModel):
     max_queued_requests: int = Field(
         256, ge=-1, description="rows that wait for a pair; more are refused; -1 = no limit"
     )
+    ease_from: int | None = Field(
+        None,
+        ge=0,
+        description="waiting rows of a pair up to which requests are served as asked, whatever "
+        "floors they declare; none = 1/4 of max_num_seqs",
+    )
+    ease_full: int | None = Field(
+        None,
+        ge=1,
+        description="waiting rows of a pair from which on a request is served at its floors; "
+        "none = max_num_seqs, or half of the queue if that is less",
+    )
     memory_fraction: float | None = Field(
         None, gt=0, le=1, description="share of free memory for states; none = 0.9, on cpu 0.25"
     )
@@ -96,6 +109,15 @@ class ServiceConfig(BaseModel):
         "separate",
         description="separate = a process for each tower, colocated = one for both, "
         "ar_only = the context tower alone",
+    )
+    pack: Literal["host", "domain"] = Field(
+        "host",
+        description="host = all towers of a pair on one host, domain = on the hosts that "
+        "label_selector names",
+    )
+    label_selector: dict[str, str] = Field(
+        default_factory=dict,
+        description="Ray's labels of the nodes that may have pairs, as of a GPU domain; none = any",
     )
     denoisers_per_context: int = Field(1, ge=1, description="denoiser towers of a pair")
     stall_timeout_s: float = Field(60.0, gt=0, description="longest pass of a tower that works")
@@ -127,10 +149,21 @@ class ServiceConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _domain_by_its_labels(self) -> ServiceConfig:
+        if self.pack == "domain" and not self.label_selector:
+            raise ValueError("pack: got 'domain' without label_selector, which names the domain")
+        return self
+
+    @model_validator(mode="after")
     def _one_way_to_scale(self) -> ServiceConfig:
         if self.autoscaling is not None and self.num_pairs != 1:
             raise ValueError("num_pairs and autoscaling exclude each other")
         self.scaling()
+        return self
+
+    @model_validator(mode="after")
+    def _dial_that_turns(self) -> ServiceConfig:
+        self.dial()
         return self
 
     @classmethod
@@ -157,6 +190,15 @@ class ServiceConfig(BaseModel):
     def checkpoint(self) -> Checkpoint:
         """The checkpoint, with names, shapes and files checked. Raises CheckpointError."""
         return Checkpoint(resolve_checkpoint(self.model))
+
+    def dial(self) -> OverloadDial:
+        """From how many waiting rows on requests are served nearer to their floors."""
+        least, full = self.ease_from, self.ease_full
+        if full is None:
+            queue = self.max_queued_requests
+            full = self.max_num_seqs if queue < 0 else min(self.max_num_seqs, queue // 2)
+            full = max(full, (least or 0) + 1)
+        return OverloadDial(min(self.max_num_seqs // 4, full - 1) if least is None else least, full)
 
     def scaling(self) -> ScalingOptions | None:
         """What the policy of autoscaling is made with; none for a fixed number of pairs."""

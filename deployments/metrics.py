@@ -33,10 +33,14 @@ class PairMetrics:
             name: Gauge(f"twotower_{name}", description, tag_keys=("tower",))
             for name, description in GAUGES.items()
         }
+        self._eased = Gauge(
+            "twotower_eased", "Share of the way to their floors on which rows begin now."
+        )
         self._last: dict[str, Mapping[str, float]] = {}
 
-    def report(self, stats: Stats) -> None:
-        """Sets every gauge that a tower's stats have a value for."""
+    def report(self, stats: Stats, eased: float) -> None:
+        """Sets every gauge that a tower's stats have a value for, and that of the dial."""
+        self._eased.set(eased)
         for tower, values in stats.items():
             known = {**values, "busy_share": busy_share(self._last.get(tower, values), values)}
             self._last[tower] = values

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from twotower.cluster.autoscaling import report
 from twotower.cluster.remote import PairServices
 from twotower.deployments.metrics import PairMetrics
+from twotower.deployments.overload import NO_DIAL, OverloadDial
 from twotower.towers.generation import generate_blocks
 from twotower.towers.params import GenerationParams
 from twotower.towers.protocols import Block
@@ -29,15 +30,17 @@ class TowerPair:
     """A context tower and a denoiser tower; one Serve replica.
 
     `start` brings both towers up. It runs with the first health check, which Serve awaits before
-    it sends any request.
+    it sends any request. `dial` eases rows that begin while others wait.
     """
 
     def __init__(
         self,
         start: Callable[[], Awaitable[PairServices]],
         metrics: Callable[[], PairMetrics] | None = None,
+        dial: OverloadDial = NO_DIAL,
     ) -> None:
         self._start = start
+        self._dial = dial
         self._metrics = metrics() if metrics is not None else None
         self._services: PairServices | None = None
         self._reported: dict[str, dict[str, float]] | None = None
@@ -48,7 +51,8 @@ class TowerPair:
             self._services = await self._start()
         await asyncio.gather(*(tower.check() for tower in self._services.watched().values()))
         if self._metrics is not None:
-            self._metrics.report(await self.stats())
+            stats = await self.stats()
+            self._metrics.report(stats, self._dial.eased(int(stats["context"]["queued_rows"])))
 
     async def generate(self, job: Job) -> AsyncGenerator[Block, None]:
         """Yields the row's blocks as they come; the last has a finish reason.
@@ -64,6 +68,7 @@ class TowerPair:
             job.prompt,
             job.params,
             job.generated,
+            self._dial.eased,
         )
         async with aclosing(blocks):
             async for block in blocks:

@@ -134,7 +134,7 @@ class Router:
                 async for block in blocks:
                     cut, shown = text.take(block)
                     log.append(cut)
-                    yield codec.block_event(log, cut, shown, log_probs=log_probs)
+                    yield codec.block_event(log, cut, shown, job.params, log_probs=log_probs)
                     if text.matched_stop is not None:
                         break
         yield codec.complete_event(log, text.matched_stop)

@@ -64,6 +64,8 @@ class Mortal(generation_pb2_grpc.GenerationServicer):
         self.output = output
         # Added to the starts of the first calls' blocks.
         self.shifts: list[int] = []
+        # Steps and threshold of each block of requests with floors.
+        self.served: list[tuple[int, float]] = []
         # A call stops before this message, until it is released.
         self.hold_at: int | None = None
         self.held, self.released = threading.Event(), threading.Event()
@@ -103,16 +105,17 @@ class Mortal(generation_pb2_grpc.GenerationServicer):
                 wrong = pb.Block(start=cut.start + shift, token_ids=[9] * BLOCK, text="wrong")
                 yield pb.GenerateResponse(block=wrong)
                 shift = 0
-            yield pb.GenerateResponse(
-                block=pb.Block(
-                    index=log.num_blocks - 1,
-                    start=cut.start,
-                    token_ids=cut.token_ids,
-                    text=shown,
-                    log_probs=cut.log_probs,
-                    usage=self._usage(log),
-                )
+            block = pb.Block(
+                index=log.num_blocks - 1,
+                start=cut.start,
+                token_ids=cut.token_ids,
+                text=shown,
+                log_probs=cut.log_probs,
+                usage=self._usage(log),
             )
+            if sampling.HasField("min_steps_per_block"):
+                block.steps_per_block, block.confidence_threshold = self.served.pop(0)
+            yield pb.GenerateResponse(block=block)
         complete = pb.Complete(
             finish_reason=log.finish_reason,
             usage=self._usage(log),
@@ -277,6 +280,24 @@ def test_a_death_after_every_block_changes_nothing(run: Run, server: Server) -> 
         assert request.request_id == "drawn"
         assert request.sampling_params.seed == 77
         assert list(request.generated_token_ids) == list(OUTPUT[: BLOCK * (index + 1)])
+
+
+@pytest.mark.usefixtures("hurried")
+def test_what_the_first_block_was_made_with_is_asked_for_again(run: Run, server: Server) -> None:
+    """A death before the first block settles nothing, one after it does."""
+    server.service.plan = [(1, GONE), (2, GONE)]
+    # The call that dies after its first message has drawn up its first block.
+    server.service.served = [(3, 0.75), (5, 0.625), *[(9, 0.5)] * 100]
+    result = run(server, min_steps_per_block=2, min_confidence_threshold=0.25)
+    assert result.error is None
+    assert (result.stream.steps_per_block, result.stream.confidence_threshold) == (5, 0.625)
+    first, second, third = (request.sampling_params for request in server.service.asked)
+    for asked in (first, second):
+        assert (asked.min_steps_per_block, asked.min_confidence_threshold) == (2, 0.25)
+        assert not asked.HasField("steps_per_block")
+    assert (third.steps_per_block, third.confidence_threshold) == (5, 0.625)
+    assert not third.HasField("min_steps_per_block")
+    assert not third.HasField("min_confidence_threshold")
 
 
 @pytest.mark.usefixtures("hurried")

@@ -131,11 +131,12 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         if self._steps is not None:
             self._steps.warm_up(self.pool, self.pool.slots.num_slots)
 
-    async def open(self, row_id: str, capacity: int) -> None:
-        """Waits for the row's slot and pages."""
+    async def open(self, row_id: str, capacity: int) -> int:
+        """Waits for the row's slot and pages; returns how many rows still wait for theirs."""
         await self._open(_Row(row_id), capacity)
         if self.link is not None:
             self.link.open(row_id)
+        return self._num_waiting
 
     async def prefill(
         self, row_id: str, prompt: Sequence[int], generated: Sequence[int], params: GenerationParams

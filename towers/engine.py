@@ -97,10 +97,15 @@ class Engine(Generic[Row, Work, Result]):
         return {
             "rows": len(self._rows),
             "waiting": self._loop.waiting,
-            "queued_rows": admission.num_waiting if admission is not None else 0,
+            "queued_rows": self._num_waiting,
             **self._loop.stats.report(),
             **(admission.pool.stats() if admission is not None else {}),
         }
+
+    @property
+    def _num_waiting(self) -> int:
+        """Rows that wait for room."""
+        return self._admission.num_waiting if self._admission is not None else 0
 
     def check_progress(self, limit_s: float) -> None:
         """Raises UnavailableError if a pass has been running for longer: its device hangs."""

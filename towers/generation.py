@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -18,18 +18,22 @@ async def generate_blocks(
     prompt: Sequence[int],
     params: GenerationParams,
     generated: Sequence[int] = (),
+    ease: Callable[[int], float] = lambda _waiting: 0.0,
 ) -> AsyncGenerator[Block, None]:
     """Yields the row's committed blocks, cut at the first EOS and at max_tokens.
 
     The last block has a finish_reason. `params` must have a seed; `generated` are tokens that an
-    earlier attempt has committed. Whatever ends the iteration, the row is released on both sides.
+    earlier attempt has committed. `ease` says how far (GenerationParams.eased) the row is served
+    on the way to its floors if so many others wait when it gets its place. Whatever ends the
+    iteration, the row is released on both sides.
     """
     if params.mode != "ar" and denoiser is None:
         raise ValueError(f"mode: {params.mode} needs a denoiser")
     params = params.for_prompt(len(prompt))
     loop = _RowLoop(context, denoiser, row_id, params, len(prompt))
     try:
-        await loop.open()
+        eased = ease(await loop.open())
+        params = loop.serve_eased(eased)
         prefilled = await context.prefill(row_id, prompt, generated, params)
         left = params.max_tokens - len(generated)
         async for block in loop.blocks(prompt, generated):
@@ -37,6 +41,7 @@ async def generate_blocks(
                 block,
                 context_passes=block.context_passes + prefilled.passes,
                 cached_tokens=prefilled.cached_tokens,
+                eased=eased,
             )
             prefilled = Prefilled(0)
             block = cut(block, left, params.eos_token_id)
@@ -78,10 +83,17 @@ class _RowLoop:
         self._capacity = params.context_tokens(prompt_tokens)
         self._reading: asyncio.Task[int] | None = None
 
-    async def open(self) -> None:
-        await self._context.open(self._row_id, self._capacity)
+    async def open(self) -> int:
+        """Waits for the row's place on both sides; returns how many other rows wait for theirs."""
+        waiting = await self._context.open(self._row_id, self._capacity)
         if self._denoiser is not None and self._params.mode != "ar":
             await self._denoiser.open(self._row_id, self._capacity)
+        return waiting
+
+    def serve_eased(self, eased: float) -> GenerationParams:
+        """Settles the parameters of all blocks."""
+        self._params = self._params.eased(eased)
+        return self._params
 
     def blocks(self, prompt: Sequence[int], generated: Sequence[int]) -> AsyncIterator[Block]:
         """Blocks as they come, without an end of their own."""

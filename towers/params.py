@@ -29,8 +29,10 @@ class GenerationParams:
     `steps_per_block` matters to mask_diffusion only, `confidence_threshold` to it and to verified;
     ar and mock_ar hand out `block_size` tokens at a time. `draft_steps` are the most denoiser
     passes per draft in verified. Neither EOS nor one of the `stop` strings (kept as a tuple) ends
-    the output before it has `min_tokens` tokens. `eos_from`, the absolute position from which EOS
-    may be drawn, is set by the block loop, not by users.
+    the output before it has `min_tokens` tokens. `min_steps_per_block` and
+    `min_confidence_threshold` are floors down to which mask_diffusion may be served where rows
+    wait; None: as asked. `eos_from`, the absolute position from which EOS may be drawn, is set by
+    the block loop, not by users.
     """
 
     mode: Mode = "mask_diffusion"
@@ -47,6 +49,8 @@ class GenerationParams:
     draft_steps: int = 1
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
+    min_steps_per_block: int | None = None
+    min_confidence_threshold: float | None = None
     eos_from: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +73,11 @@ class GenerationParams:
             _whole("eos_token_id", self.eos_token_id, 0)
         _whole("draft_steps", self.draft_steps, 1, MAX_BLOCK_SIZE)
         _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
+        if self.min_steps_per_block is not None:
+            _whole("min_steps_per_block", self.min_steps_per_block, 1, self.steps_per_block)
+        if self.min_confidence_threshold is not None:
+            high = self.confidence_threshold
+            _real("min_confidence_threshold", self.min_confidence_threshold, 0.0, high)
         _whole("eos_from", self.eos_from, 0)
         _check_stop(self.stop)
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -82,6 +91,30 @@ class GenerationParams:
     def for_prompt(self, prompt_tokens: int) -> GenerationParams:
         """The same parameters for a prompt of that length: `eos_from` is its absolute position."""
         return replace(self, eos_from=prompt_tokens + self.min_tokens)
+
+    @property
+    def may_be_eased(self) -> bool:
+        """Whether the row declares a floor that matters to its mode."""
+        floors = (self.min_steps_per_block, self.min_confidence_threshold)
+        return self.mode == "mask_diffusion" and floors != (None, None)
+
+    def eased(self, share: float) -> GenerationParams:
+        """The same parameters, `share` (0 to 1) of the way to the floors, and those gone: what a
+        row is served with stays. Without floors nothing changes."""
+        steps, threshold = self.steps_per_block, self.confidence_threshold
+        if self.may_be_eased and self.min_steps_per_block is not None:
+            steps -= round(share * (steps - self.min_steps_per_block))
+        if self.may_be_eased and self.min_confidence_threshold is not None:
+            floor = self.min_confidence_threshold
+            # The difference may fall below the floor in its last bit.
+            threshold = max(floor, threshold - share * (threshold - floor))
+        return replace(
+            self,
+            steps_per_block=steps,
+            confidence_threshold=threshold,
+            min_steps_per_block=None,
+            min_confidence_threshold=None,
+        )
 
     def context_tokens(self, prompt_tokens: int) -> int:
         """Context positions that the row may need: prompt and output, up to whole blocks."""

@@ -38,7 +38,8 @@ class Block:
     the absolute position of the first token, `nfe` the number of denoiser calls and
     `context_passes` that of context passes spent since the block before it. In verified,
     `drafted_tokens` were checked and `accepted_tokens` of them accepted. `cached_tokens` of the
-    prompt came from the prefix cache; the first block tells.
+    prompt came from the prefix cache; the first block tells. `eased` is how far the row is served
+    on the way to its floors (GenerationParams.eased).
     """
 
     start: int
@@ -52,6 +53,7 @@ class Block:
     accepted_tokens: int = 0
     drafted_tokens: int = 0
     cached_tokens: int = 0
+    eased: float = 0.0
 
     def first(self, count: int) -> Block:
         """The first `count` tokens with what is known of each; sums stay whole."""
@@ -75,8 +77,8 @@ class Prefilled:
 class ContextService(Protocol):
     """A context tower holding rows."""
 
-    async def open(self, row_id: str, capacity: int) -> None:
-        """Waits for room for a row of up to `capacity` tokens.
+    async def open(self, row_id: str, capacity: int) -> int:
+        """Waits for room for a row of up to `capacity` tokens; returns how many others still wait.
 
         Raises CapacityError if too many wait already or the row can never fit.
         """

@@ -124,6 +124,12 @@ def generate(
         int, typer.Option(help="Most denoiser passes per draft in verified.")
     ] = 1,
     min_tokens: Annotated[int, typer.Option(help="Nothing ends the text before so many.")] = 0,
+    min_steps_per_block: Annotated[
+        int | None, typer.Option(help="Fewest steps that a service with a long queue may take.")
+    ] = None,
+    min_confidence_threshold: Annotated[
+        float | None, typer.Option(help="Lowest threshold that such a service may use.")
+    ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text; may be given several times.")
     ] = None,
@@ -148,6 +154,8 @@ def generate(
         "seed": seed,
         "draft_steps": draft_steps,
         "min_tokens": min_tokens,
+        "min_steps_per_block": min_steps_per_block,
+        "min_confidence_threshold": min_confidence_threshold,
         "stop": stop or [],
     }
     text = sys.stdin.read() if prompt == "-" else prompt

@@ -166,6 +166,8 @@ class _Calls(ABC, Generic[S]):
         ignore_eos: bool | None = None,
         draft_steps: int | None = None,
         min_tokens: int | None = None,
+        min_steps_per_block: int | None = None,
+        min_confidence_threshold: float | None = None,
         stop: Sequence[str] = (),
         logprobs: bool | None = None,
         generated_token_ids: Sequence[int] = (),
@@ -178,6 +180,8 @@ class _Calls(ABC, Generic[S]):
 
         `stop` is a list of strings, `logprobs` asks for log-probabilities, `generated_token_ids`
         goes on with what an earlier program has received; `timeout` is in seconds, for the whole.
+        `min_steps_per_block` and `min_confidence_threshold` are the floors down to which a service
+        that has too much to do may go before it refuses; the stream tells what it was.
         With `resume` a stream whose service, router or connection is lost goes on by itself, for
         up to `resume_timeout` seconds from a loss to the next block (5 before the service has
         first answered); then the last error is raised. Raises InvalidRequestError if `stop` is not
@@ -197,6 +201,8 @@ class _Calls(ABC, Generic[S]):
             "ignore_eos": ignore_eos,
             "draft_steps": draft_steps,
             "min_tokens": min_tokens,
+            "min_steps_per_block": min_steps_per_block,
+            "min_confidence_threshold": min_confidence_threshold,
             "logprobs": logprobs,
         }
         request = generate_request(prompt, stop, generated_token_ids, request_id, scalars)

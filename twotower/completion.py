@@ -56,7 +56,9 @@ class Completion:
     (with the first block at the latest), `finish_reason`, `matched_stop` (the stop string that
     ended the output, or None) and `usage` after the last block. `token_ids` are those received so
     far: with the seed, what a resume needs. `log_probs` are theirs, if they were asked for.
-    `resumes` is the number of streams that were gone on with.
+    `steps_per_block` and `confidence_threshold` are those that the blocks were made with if the
+    request has declared a floor, else None. `resumes` is the number of streams that were gone on
+    with.
     """
 
     def __init__(self, request: pb.GenerateRequest, limits: Limits) -> None:
@@ -68,6 +70,8 @@ class Completion:
         self.finish_reason: str | None = None
         self.matched_stop: str | None = None
         self.usage: Usage | None = None
+        self.steps_per_block: int | None = None
+        self.confidence_threshold: float | None = None
         self.resumes = 0
         self._request = request
         self._limits = limits
@@ -88,8 +92,18 @@ class Completion:
             request.request_id = self.request_id
             request.sampling_params.seed = self.seed
             request.generated_token_ids.extend(self.token_ids)
+            self._keep_service(request.sampling_params)
         self._admitted = False
         return request
+
+    def _keep_service(self, params: pb.SamplingParams) -> None:
+        """Other steps than those of the first blocks would give other tokens."""
+        if self.steps_per_block is None or self.confidence_threshold is None:
+            return
+        params.steps_per_block = self.steps_per_block
+        params.confidence_threshold = self.confidence_threshold
+        params.ClearField("min_steps_per_block")
+        params.ClearField("min_confidence_threshold")
 
     def _time_left(self) -> float | None:
         """Seconds left for the next call."""
@@ -125,6 +139,9 @@ class Completion:
             raise ServiceError(grpc.StatusCode.UNAVAILABLE, text)
         self.token_ids.extend(block.token_ids)
         self.log_probs.extend(block.log_probs)
+        if block.HasField("steps_per_block"):
+            self.steps_per_block = block.steps_per_block
+            self.confidence_threshold = block.confidence_threshold
         self._spent = usage_of(block.usage).after(self._spent_before)
         self._blocks += 1
         self._broken_since, self._tries, self._broken = None, 0, 0

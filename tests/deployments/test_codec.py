@@ -45,6 +45,8 @@ def test_every_scalar_of_the_message_arrives() -> None:
         "seed": 11,
         "draft_steps": 3,
         "min_tokens": 2,
+        "min_steps_per_block": 2,
+        "min_confidence_threshold": 0.25,
     }
     optional = {field.name for field in pb.SamplingParams.DESCRIPTOR.fields}
     assert optional == {*given, "stop", "ignore_eos", "logprobs"}
@@ -80,6 +82,9 @@ BLOCK = Block(
 )
 
 
+PLAIN = GenerationParams()
+
+
 USAGE = pb.Usage(
     prompt_tokens=5,
     completion_tokens=2,
@@ -107,17 +112,34 @@ def test_a_block_comes_with_what_was_spent_up_to_it() -> None:
         confidences=[0.5, 0.25],
         usage=USAGE,
     )
-    assert codec.block_event(log, BLOCK, "ab", log_probs=False).block == want
+    assert codec.block_event(log, BLOCK, "ab", PLAIN, log_probs=False).block == want
     log.append(replace(BLOCK, start=7, nfe=5, cached_tokens=9))
-    second = codec.block_event(log, BLOCK, "", log_probs=False).block
+    second = codec.block_event(log, BLOCK, "", PLAIN, log_probs=False).block
     assert second.index == 1
     assert (second.usage.completion_tokens, second.usage.nfe) == (4, 7)
     assert second.usage.cached_tokens == 5
 
 
 def test_log_probabilities_are_sent_if_asked_for() -> None:
-    asked = codec.block_event(log_of_one_block(), BLOCK, "ab", log_probs=True).block
+    asked = codec.block_event(log_of_one_block(), BLOCK, "ab", PLAIN, log_probs=True).block
     assert list(asked.log_probs) == [-0.75, -1.5]
+
+
+def test_blocks_of_a_request_with_floors_say_with_what_they_were_made() -> None:
+    asked = GenerationParams(steps_per_block=8, min_steps_per_block=4, confidence_threshold=0.75)
+    log = CommitLog(5, ())
+    first = replace(BLOCK, eased=0.5)
+    log.append(first)
+    message = codec.block_event(log, first, "", asked, log_probs=False).block
+    assert (message.steps_per_block, message.confidence_threshold) == (6, 0.75)
+    # A pair that takes over gets no floors, so its blocks know of no easing.
+    second = replace(BLOCK, start=7)
+    log.append(second)
+    message = codec.block_event(log, second, "", asked, log_probs=False).block
+    assert (message.steps_per_block, message.confidence_threshold) == (6, 0.75)
+    other = codec.block_event(log, second, "", PLAIN, log_probs=False).block
+    assert not other.HasField("steps_per_block")
+    assert not other.HasField("confidence_threshold")
 
 
 @pytest.mark.parametrize("matched", [None, "\n日"])

@@ -8,6 +8,7 @@ import pytest
 
 from twotower.deployments.commit_log import CommitLog
 from twotower.towers.errors import UnavailableError
+from twotower.towers.params import GenerationParams
 from twotower.towers.protocols import Block
 
 
@@ -29,6 +30,15 @@ def test_the_counts_of_all_blocks_are_added_up() -> None:
     log.append(replace(block(3, 7), accepted_tokens=1, drafted_tokens=4, cached_tokens=2))
     log.append(replace(block(4, 8, 9), accepted_tokens=2, drafted_tokens=3))
     assert (log.accepted_tokens, log.drafted_tokens, log.cached_tokens) == (3, 7, 2)
+
+
+def test_the_first_block_settles_what_the_rest_is_made_with() -> None:
+    asked = GenerationParams(steps_per_block=16, min_steps_per_block=4, seed=1)
+    log = CommitLog(3, ())
+    assert log.served(asked) is asked
+    log.append(replace(block(3, 7), eased=0.75))
+    log.append(block(4, 8))
+    assert log.served(asked) == GenerationParams(steps_per_block=7, seed=1)
 
 
 def test_what_is_committed_stays() -> None:

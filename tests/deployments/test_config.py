@@ -11,6 +11,7 @@ import yaml
 
 from twotower.cluster.autoscaling import ScalingOptions
 from twotower.deployments.config import PairAutoscaling, ServiceConfig
+from twotower.deployments.overload import OverloadDial
 from twotower.towers.errors import CheckpointError, ConfigError
 from twotower.towers.memory import MemoryBudget
 from twotower.towers.scheduler import PassLimits
@@ -50,6 +51,11 @@ def test_file_and_options(tmp_path: Path) -> None:
         ({"autoscaling": {"max_pairs": 3, "metrics_interval_s": 0.1}}, "metrics_interval_s"),
         ({"autoscaling": {"max_pairs": 3, "max_replicas": 3}}, r"autoscaling\.max_replicas"),
         ({"autoscaling": "auto"}, "autoscaling"),
+        ({"ease_from": 5, "ease_full": 5}, "ease_from: got 5, expected 0 to less than ease_full"),
+        ({"ease_from": -1}, "ease_from"),
+        ({"pack": "domain"}, "pack: got 'domain' without label_selector"),
+        ({"pack": "anywhere"}, "pack"),
+        ({"label_selector": "a=b"}, "label_selector"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, object], named: str) -> None:
@@ -99,6 +105,23 @@ def test_scaling_follows_the_settings(tmp_path: Path) -> None:
     one = ServiceConfig(max_num_seqs=1, autoscaling=PairAutoscaling(max_pairs=2)).scaling()
     assert one is not None
     assert one.target_rows_per_pair == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "dial"),
+    [
+        ({}, (8, 32)),
+        ({"max_num_seqs": 32, "max_queued_requests": 40}, (8, 20)),
+        ({"max_num_seqs": 32, "max_queued_requests": 8}, (3, 4)),
+        ({"max_num_seqs": 64, "max_queued_requests": -1}, (16, 64)),
+        ({"max_num_seqs": 1, "max_queued_requests": 0}, (0, 1)),
+        ({"ease_from": 100}, (100, 101)),
+        ({"ease_full": 4}, (3, 4)),
+        ({"ease_from": 2, "ease_full": 7}, (2, 7)),
+    ],
+)
+def test_the_dial_follows_rows_and_queue(settings: dict[str, int], dial: tuple[int, int]) -> None:
+    assert ServiceConfig(**settings).dial() == OverloadDial(*dial)  # type: ignore[arg-type]
 
 
 def test_topology_follows_the_device() -> None:

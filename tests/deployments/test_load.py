@@ -14,15 +14,18 @@ from ray import serve
 
 from tests.deployments.test_service import await_no_rows
 from twotower import TwoTower
-from twotower.client import Client, ServiceError
+from twotower.client import Client, GenerationStream, ServiceError
 from twotower.deployments.app import build_app
 from twotower.deployments.config import APP_NAME, ServiceConfig
+from twotower.deployments.overload import NOTCHES
 from twotower.deployments.server import LocalService, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
 
 PROMPTS = [list(range(5 + number, 9 + 3 * number)) for number in range(8)]
 HOW: dict[str, Any] = {"max_tokens": 48, "confidence_threshold": 0.5, "seed": 3}
+# Denoiser passes of a block, and the fewest that every other request allows; quarters between.
+STEPS, FLOOR = 16, 4
 
 
 def config_of(folder: Path, **settings: Any) -> ServiceConfig:
@@ -37,40 +40,56 @@ def config_of(folder: Path, **settings: Any) -> ServiceConfig:
     )
 
 
-def expected(folder: Path) -> list[list[int]]:
+def expected(folder: Path, steps: int = STEPS) -> list[list[int]]:
     model = TwoTower.from_pretrained(folder)
-    return [list(model.generate([prompt], **HOW)[0].token_ids) for prompt in PROMPTS]
+    results = (model.generate([prompt], steps_per_block=steps, **HOW)[0] for prompt in PROMPTS)
+    return [list(result.token_ids) for result in results]
 
 
-def tokens(client: Client, number: int) -> list[int]:
-    stream = client.generate(PROMPTS[number % len(PROMPTS)], ignore_eos=True, **HOW)
-    return [token for block in stream for token in block.token_ids]
+def received(client: Client, number: int, **floors: int) -> GenerationStream:
+    """A stream that has been read to its end."""
+    prompt = PROMPTS[number % len(PROMPTS)]
+    stream = client.generate(prompt, ignore_eos=True, steps_per_block=STEPS, **floors, **HOW)
+    assert [token for block in stream for token in block.token_ids] == stream.token_ids
+    return stream
 
 
 def test_two_hundred_streams_against_a_queue_limit(tiny_text: Path) -> None:
-    """Each ends complete and correct, or refused with a hint when to come again."""
-    want = expected(tiny_text)
+    """Each ends complete and correct, or refused with a hint when to come again.
+
+    Every other one allows fewer steps: it is served with fewer while others wait, and its tokens
+    are those that it gets alone with the steps that its stream reports.
+    """
+    served = range(FLOOR, STEPS + 1, (STEPS - FLOOR) // NOTCHES)
+    want = {steps: expected(tiny_text, steps) for steps in served}
     config = config_of(tiny_text, max_num_seqs=8, max_queued_requests=40)
     together = threading.Barrier(200)
 
     def ask(number: int) -> str:
         with Client(address) as client:
             together.wait(timeout=60)
+            floors = {"min_steps_per_block": FLOOR} if number % 2 else {}
             try:
-                got = tokens(client, number)
+                stream = received(client, number, **floors)
             except ServiceError as error:
                 hinted = error.retry_after_s is not None
                 return f"{error.code.name}, {'with' if hinted else 'without'} a hint"
-            return "complete" if got == want[number % len(PROMPTS)] else "wrong"
+            steps = stream.steps_per_block if number % 2 else STEPS
+        assert steps is not None
+        right = stream.token_ids == want[steps][number % len(PROMPTS)]
+        return f"complete, {steps} steps" if right else "wrong"
 
     with LocalService(config) as service, ThreadPoolExecutor(200) as pool:
         address = service.address
         outcomes = Counter(pool.map(ask, range(200), timeout=240))
         print(f"200 streams at once, 8 places, a queue of 40: {dict(outcomes)}")
         await_no_rows()
-    assert set(outcomes) == {"complete", "RESOURCE_EXHAUSTED, with a hint"}
-    assert outcomes["complete"] >= 48
-    assert outcomes.total() == 200
+    refused = outcomes.pop("RESOURCE_EXHAUSTED, with a hint")
+    complete = {f"complete, {steps} steps" for steps in served}
+    assert set(outcomes) <= complete
+    assert {f"complete, {FLOOR} steps", f"complete, {STEPS} steps"} <= set(outcomes)
+    assert outcomes.total() >= 48
+    assert outcomes.total() + refused == 200
 
 
 def test_a_new_config_fails_no_request(tiny_text: Path) -> None:
@@ -84,7 +103,8 @@ def test_a_new_config_fails_no_request(tiny_text: Path) -> None:
         while not done.is_set():
             began = time.monotonic()
             with Client(address) as client:
-                assert tokens(client, worker + count) == want[(worker + count) % len(PROMPTS)]
+                stream = received(client, worker + count)
+                assert stream.token_ids == want[(worker + count) % len(PROMPTS)]
             longest = max(longest, time.monotonic() - began)
             count += 1
         return count, longest

@@ -15,13 +15,14 @@ class Recorded:
 
     values: ClassVar[dict[tuple[str, str], float]] = {}
 
-    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...] = ()) -> None:
         assert description.endswith(".")
-        assert tag_keys == ("tower",)
+        self.per_tower = tag_keys == ("tower",)
         self.name = name
 
-    def set(self, value: float, tags: dict[str, str]) -> None:
-        self.values[self.name, tags["tower"]] = value
+    def set(self, value: float, tags: dict[str, str] | None = None) -> None:
+        assert (tags is not None) == self.per_tower
+        self.values[self.name, tags["tower"] if tags is not None else "pair"] = value
 
 
 def test_the_busy_share_is_that_of_the_window() -> None:
@@ -35,9 +36,11 @@ def test_gauges_follow_the_stats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "Gauge", Recorded)
     report = PairMetrics()
     first = {"rows": 3.0, "queued_rows": 2.0, "clock_seconds": 10.0, "pass_seconds": 1.0}
-    report.report({"context": first, "denoiser": {**first, "rows": 1.0}})
-    report.report({"context": {**first, "rows": 0.0, "clock_seconds": 12.0, "pass_seconds": 2.5}})
+    report.report({"context": first, "denoiser": {**first, "rows": 1.0}}, eased=0.0)
+    later = {**first, "rows": 0.0, "clock_seconds": 12.0, "pass_seconds": 2.5}
+    report.report({"context": later}, eased=0.25)
     assert Recorded.values == {
+        ("twotower_eased", "pair"): 0.25,
         ("twotower_rows", "context"): 0.0,
         ("twotower_queued_rows", "context"): 2.0,
         ("twotower_busy_share", "context"): 0.75,

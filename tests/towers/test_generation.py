@@ -53,9 +53,10 @@ class Side:
         self.rows = script.rows[name]
         self.name = name
 
-    async def open(self, row_id: str, capacity: int) -> None:
+    async def open(self, row_id: str, capacity: int) -> int:
         await self.script.step(f"{self.name} open", capacity)
         self.rows.add(row_id)
+        return 7
 
     async def release(self, row_id: str) -> None:
         await self.script.step(f"{self.name} release")
@@ -177,6 +178,33 @@ async def test_a_diffusion_row_call_by_call() -> None:
         ("denoiser release",),
         ("context release",),
     ]
+
+
+async def test_a_row_is_eased_by_who_waits_when_it_begins() -> None:
+    asked: list[int] = []
+    seen: list[GenerationParams] = []
+
+    def ease(waiting: int) -> float:
+        asked.append(waiting)
+        return 0.5
+
+    script = Script(range(10, 30))
+    context = ScriptedContext(script, "context")
+
+    class Watched(ScriptedDenoiser):
+        async def denoise_block(
+            self, row_id: str, position: int, params: GenerationParams, known: Sequence[int] = ()
+        ) -> Block:
+            seen.append(params)
+            return await super().denoise_block(row_id, position, params, known)
+
+    params = params_of(max_tokens=10, steps_per_block=8, min_steps_per_block=2)
+    row = generate_blocks(context, Watched(script, context), "row", PROMPT, params, ease=ease)
+    blocks = [block async for block in row]
+    # Seven wait, says the context tower.
+    assert asked == [7]
+    assert [block.eased for block in blocks] == [0.5] * 3
+    assert [one.steps_per_block for one in seen] == [5] * 3
 
 
 async def test_the_context_is_extended_while_the_block_is_handed_out() -> None:

@@ -34,6 +34,11 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "eos_token_id": ([-1, True, 2.0, "2", NAN], "at least 0"),
     "draft_steps": ([0, -1, 257, *WHOLE], "at least 1, at most 256"),
     "min_tokens": ([-1, 65, *WHOLE], "at least 0, at most 64"),
+    "min_steps_per_block": ([0, -1, 17, True, 1.0, "1", NAN], "at least 1, at most 16"),
+    "min_confidence_threshold": (
+        [-0.01, 0.81, NAN, INF, True, "0.5", HUGE],
+        "a finite number in [0, 0.8]",
+    ),
     "stop": (["", "ab", None, 3, {"a": 1}, b"a"], "a list of at most 16 strings"),
     "eos_from": ([-1, *WHOLE], "at least 0"),
 }
@@ -51,6 +56,8 @@ GOOD: dict[str, list[Any]] = {
     "eos_token_id": [None, 0, 5],
     "draft_steps": [1, 256],
     "min_tokens": [0, 64],
+    "min_steps_per_block": [None, 1, 16],
+    "min_confidence_threshold": [None, 0, 0.0, 0.8],
     "stop": [(), ("a",), ("x" * 256, "日") * 8],
     "eos_from": [0, 10**9],
 }
@@ -99,6 +106,54 @@ def test_a_bad_stop_string_is_named_by_its_place(stop: Any, field: str, limit: s
 def test_the_first_position_of_eos_follows_from_the_prompt() -> None:
     params = GenerationParams(min_tokens=5, seed=1)
     assert params.for_prompt(7) == replace(params, eos_from=12)
+
+
+FLOORS = GenerationParams(
+    seed=1,
+    steps_per_block=12,
+    confidence_threshold=0.9,
+    min_steps_per_block=4,
+    min_confidence_threshold=0.3,
+)
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "threshold"),
+    [(0.0, 12, 0.9), (0.25, 10, 0.75), (0.5, 8, 0.6), (0.75, 6, 0.45), (1.0, 4, 0.3)],
+)
+def test_easing_goes_from_what_was_asked_to_the_floors(
+    share: float, steps: int, threshold: float
+) -> None:
+    eased = FLOORS.eased(share)
+    assert eased.steps_per_block == steps
+    assert eased.confidence_threshold == pytest.approx(threshold, abs=1e-12)
+    assert not eased.may_be_eased
+    assert eased.eased(1.0) == eased
+    only_steps = replace(FLOORS, min_confidence_threshold=None).eased(share)
+    assert (only_steps.steps_per_block, only_steps.confidence_threshold) == (steps, 0.9)
+    only_threshold = replace(FLOORS, min_steps_per_block=None).eased(share)
+    assert only_threshold.steps_per_block == 12
+    assert only_threshold.confidence_threshold == pytest.approx(threshold, abs=1e-12)
+
+
+def test_easing_never_passes_a_floor() -> None:
+    for asked in range(1, 1000):
+        params = GenerationParams(
+            confidence_threshold=asked / 999, min_confidence_threshold=asked / 1998
+        )
+        for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+            assert asked / 1998 <= params.eased(share).confidence_threshold <= asked / 999
+        assert params.eased(0.0).confidence_threshold == asked / 999
+        assert params.eased(1.0).confidence_threshold == pytest.approx(asked / 1998, rel=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["ar", "mock_ar", "verified"])
+def test_other_modes_are_never_eased(mode: Any) -> None:
+    params = replace(FLOORS, mode=mode)
+    assert not params.may_be_eased
+    eased = params.eased(1.0)
+    assert (eased.steps_per_block, eased.confidence_threshold) == (12, 0.9)
+    assert not GenerationParams().may_be_eased
 
 
 def test_every_field_is_in_the_tables() -> None:
