@@ -1,11 +1,15 @@
 """Idle, burst, idle: how pairs come and go with a real service, and that no stream notices.
 
     python -m benchmarks.autoscale [--model DIR] [--pairs 3] [--clients 20] [--tokens 64]
+        [--burst 200]
 
 One pair is up. Then clients send one request after the other until all pairs work. Most end with
 that; a few go on with longer requests until one pair is left, so that pairs are taken away while
 rows run. Every stream must have the tokens that its prompt gave alone before the burst. Prints one
 JSON object: when pairs were wanted, worked, were to go and had gone, in seconds.
+
+A second service gets `burst` requests at once while it has one pair, and none after them: how long
+the last one takes, and which share of them the new pairs have read.
 """
 
 from __future__ import annotations
@@ -36,6 +40,8 @@ PROMPTS = (PROMPT, f"{PROMPT}\n        # read")
 # Clients that go on, in one pair's worth of rows: together they want one pair, wherever they are.
 TAIL = 0.75
 TARGET_ROWS = 8
+# Questions, one of which each pair answers all but certainly.
+ASKED_PER_PAIR = 16
 
 
 @dataclass(frozen=True)
@@ -207,6 +213,68 @@ def scenario(
     }
 
 
+def one_burst(
+    service: LocalService, *, streams: int, tokens: int, timeout_s: float = 300.0
+) -> dict[str, Any]:
+    """Many requests at once on one pair, whose queue the new pairs can only shorten by taking from
+    it. Raises as `scenario`."""
+    scaling = service.config.autoscaling
+    assert scaling is not None
+    got, together = Streams(), threading.Barrier(streams + 1)
+
+    def one(number: int) -> None:
+        with Client(service.address) as client:
+            together.wait(timeout_s)
+            ask(client, got, PROMPTS[number % len(PROMPTS)], tokens)
+
+    with Watch(got) as watch, ThreadPoolExecutor(streams) as pool:
+        with Client(service.address) as client:
+            for prompt in PROMPTS:
+                ask(client, got, prompt, tokens)
+        (old,) = prompt_tokens_read(1)
+        asked = [pool.submit(one, number) for number in range(streams)]
+        together.wait(timeout_s)
+        begin = watch.now()
+        for future in asked:
+            future.result()
+        seconds = watch.now() - begin
+        read = prompt_tokens_read(scaling.max_pairs)
+    read[0] -= old
+    works = next(now.at for now in watch.samples if now.running == scaling.max_pairs)
+    return {
+        "streams": streams,
+        "streams_wrong": got.wrong,
+        "all_work_after_s": round(works - begin, 1),
+        "last_stream_after_s": round(seconds, 1),
+        "share_on_new_pairs": round(sum(read[1:]) / sum(read), 3),
+        "shares": [round(tokens / sum(read), 3) for tokens in read],
+    }
+
+
+def prompt_tokens_read(pairs: int) -> list[float]:
+    """Prompt tokens that each pair has read, the pair that began first in front. To be asked when
+    nothing runs: Serve chooses who answers, and a pair is known by what it has done, if anything.
+    """
+    found: dict[float, tuple[float, float]] = {}
+    for stats in pair_stats(ASKED_PER_PAIR * pairs):
+        tower = stats["context"]
+        age = tower["pass_seconds"] / tower["busy_share"] if tower["passes"] else 0.0
+        found[tower["pass_seconds"]] = age, tower["prefill_tokens"]
+    read = [tokens for _, tokens in sorted(found.values(), reverse=True) if tokens]
+    return read + [0.0] * (pairs - len(read))
+
+
+def pair_stats(times: int) -> list[dict[str, dict[str, float]]]:
+    """Counters by tower, of whichever pairs Serve lets answer so many questions."""
+    asking = serve.get_deployment_handle(PAIR_DEPLOYMENT, APP_NAME).stats
+    try:
+        # One after the other: of many at once Serve gives all to the first two that it has drawn.
+        return [asking.remote().result(timeout_s=60) for _ in range(times)]
+    finally:
+        # It reports to the controller, from a thread that would outlive this service.
+        asking.shutdown()
+
+
 def levels(samples: Sequence[Sample]) -> list[dict[str, Any]]:
     """The samples at which a number of pairs changed."""
     shown: list[dict[str, Any]] = []
@@ -225,10 +293,17 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--tail-tokens", type=int, default=320)
+    parser.add_argument("--burst", type=int, default=200, help="requests at once; 0 = leave out")
     args = parser.parse_args()
     with LocalService(scaling_config(args.model, args.pairs)) as service:
         limits = {"tokens": args.tokens, "tail_tokens": args.tail_tokens}
-        print(json.dumps(scenario(service, clients=args.clients, **limits), indent=2))
+        found = scenario(service, clients=args.clients, **limits)
+    if args.burst:
+        # No pair goes before it has been asked what it did.
+        config = scaling_config(args.model, args.pairs, scale_down_after_s=60.0)
+        with LocalService(config) as service:
+            found["burst"] = one_burst(service, streams=args.burst, tokens=args.tokens)
+    print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

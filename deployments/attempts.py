@@ -4,6 +4,9 @@ An attempt is the request's prompt with the tokens committed so far, under a nam
 whichever pair Serve chooses. When it is lost, what it may still send goes with its stream, and the
 next attempt goes on from the log's end: random numbers belong to seed and position, so the tokens
 are those of the undisturbed request.
+
+An attempt that has not begun and has no place in its pair moves to one that has room, such as a new
+pair that autoscaling has brought: that ends it too, but nothing was lost.
 """
 
 from __future__ import annotations
@@ -11,21 +14,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TypeVar
 
 from ray.serve.exceptions import BackPressureError
 
+from twotower.cluster.remote import plain_error
 from twotower.deployments.commit_log import CommitLog
-from twotower.deployments.losses import Losses, NoPairError, RetryPolicy
+from twotower.deployments.losses import BrokenPairError, Losses, NoPairError, RetryPolicy
 from twotower.deployments.pair import Job
 from twotower.deployments.pair_client import PairClient
+from twotower.towers.errors import QueueFullError
 from twotower.towers.protocols import Block
 
 logger = logging.getLogger("ray.serve")
 
+# How often a row that has no block yet looks for a pair that has room.
+LOOK_S = 1.0
 PING_TIMEOUT_S = 5.0
 LEAST_WAIT_S = 0.05
 T = TypeVar("T")
@@ -36,12 +43,20 @@ def attempt_id() -> str:
     return secrets.token_hex(16)
 
 
-class Attempts:
-    """Gives requests to pairs, and to other pairs when those are lost."""
+class _MovedError(Exception):
+    """The attempt has ended here: the next one has a place in another pair."""
 
-    def __init__(self, pairs: PairClient, policy: RetryPolicy) -> None:
+
+class Attempts:
+    """Gives requests to pairs, and to other pairs when those are lost or others have room.
+
+    A pair works on `room` rows of this router at once.
+    """
+
+    def __init__(self, pairs: PairClient, policy: RetryPolicy, room: int) -> None:
         self._pairs = pairs
         self._policy = policy
+        self._room = room
 
     async def blocks(self, job: Job, log: CommitLog) -> AsyncGenerator[Block, None]:
         """The job's blocks from the log's end on, in order.
@@ -50,22 +65,33 @@ class Attempts:
         is not a loss; UnavailableError if no pair came up in time; LostTooOftenError.
         """
         losses = Losses(self._policy)
-        while True:
-            try:
-                async with aclosing(self._read(job)) as stream:
-                    async for block in stream:
-                        # A gap raises here: the attempt is lost, the next closes the gap.
-                        if not log.has(block):
-                            yield block
-                            losses.forget()
-                return
-            except Exception as error:
-                if log.finish_reason is not None:
-                    # Lost after its last block: nothing is left to do.
+        next_id, moved = attempt_id(), False
+        try:
+            while True:
+                try:
+                    async with aclosing(self._read(job, next_id)) as stream:
+                        async for block in stream:
+                            # A gap raises here: the attempt is lost, the next closes the gap.
+                            if not log.has(block):
+                                yield block
+                                losses.forget()
                     return
-                await losses.pause(error)
-                logger.info("a request goes on at %d: %s", log.end, type(error).__name__)
-            job = replace(job, row_id=attempt_id(), generated=log.token_ids)
+                except _MovedError:
+                    moved = True
+                except Exception as error:
+                    if log.finish_reason is not None:
+                        # Lost after its last block: nothing is left to do.
+                        return
+                    await losses.pause(_after_move(error) if moved else error)
+                    logger.info("a request goes on at %d: %s", log.end, type(error).__name__)
+                    moved = False
+                params = log.served(job.params)
+                job = replace(job, row_id=next_id, generated=log.token_ids, params=params)
+                next_id = attempt_id()
+        finally:
+            # One of them may have been promised a place that it never came to take.
+            self._pairs.forget(job.row_id)
+            self._pairs.forget(next_id)
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """As TowerPair.score."""
@@ -76,24 +102,40 @@ class Attempts:
             except Exception as error:
                 await losses.pause(error)
 
-    async def _read(self, job: Job) -> AsyncGenerator[Block, None]:
-        async with aclosing(self._pairs.generate(job)) as stream:
-            while (block := await self._while_a_pair_is_up(anext(stream, None))) is not None:
-                yield block
+    async def _read(self, job: Job, next_id: str) -> AsyncGenerator[Block, None]:
+        """The blocks of one attempt. Raises _MovedError if it moves before the first."""
 
-    async def _while_a_pair_is_up(self, answer: Awaitable[T]) -> T:
+        def look() -> None:
+            if self._pairs.moved(job.row_id, next_id, self._room):
+                raise _MovedError
+
+        async with aclosing(self._pairs.generate(job)) as stream:
+            block = await self._while_a_pair_is_up(anext(stream, None), look)
+            while block is not None:
+                yield block
+                block = await self._while_a_pair_is_up(anext(stream, None))
+
+    async def _while_a_pair_is_up(
+        self, answer: Awaitable[T], look: Callable[[], None] = lambda: None
+    ) -> T:
         """The answer, however long a pair has the call in its queue.
 
-        Serve itself waits for a pair without an end. Raises NoPairError.
+        Serve itself waits for a pair without an end. Every LOOK_S, `look` may raise to end the
+        wait. Raises NoPairError.
         """
         asking = asyncio.ensure_future(answer)
-        seconds = max(self._policy.resume_timeout_s, LEAST_WAIT_S)
+        clock = asyncio.get_running_loop().time
+        period = max(self._policy.resume_timeout_s, LEAST_WAIT_S)
+        check_at = clock() + period
         try:
             while True:
-                await asyncio.wait([asking], timeout=seconds)
+                await asyncio.wait([asking], timeout=min(LOOK_S, check_at - clock()))
                 if asking.done():
                     return asking.result()
-                await self._check_up()
+                look()
+                if clock() >= check_at:
+                    await self._check_up()
+                    check_at = clock() + period
         finally:
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
@@ -107,3 +149,11 @@ class Attempts:
             return
         except Exception as error:
             raise NoPairError("no pair of towers is up; try again later") from error
+
+
+def _after_move(error: Exception) -> Exception:
+    """What has become of an attempt that was moved: a pair had it in its queue once, so that one
+    which refuses it has lost it."""
+    if isinstance(plain_error(error), (QueueFullError, BackPressureError)):
+        return BrokenPairError("the pair that the request was moved to has no room; try again")
+    return error

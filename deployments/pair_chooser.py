@@ -1,5 +1,5 @@
-"""How Serve chooses a pair for a call, among those that work: the one that has the prompt's
-beginning, or the shorter queue of two.
+"""How Serve chooses a pair for a call, among those that work: the one that a row moves to, or that
+has the prompt's beginning, or the shorter queue of two.
 
 Serve pickles this module by value, so it imports little, and shared state lives elsewhere.
 """
@@ -12,13 +12,23 @@ from typing import Any
 
 from ray.serve.request_router import FIFOMixin, RequestRouter
 
-from twotower.deployments import affinity, breaker
+from twotower.deployments import affinity, pairs
 
 CHOICES = 2
 
 
 class PairChooser(FIFOMixin, RequestRouter):  # type: ignore[misc]
-    """Serve's own rule, power of two choices, after `breaker.PAIRS` and `affinity` were asked."""
+    """Serve's own rule, power of two choices, after `pairs.PAIRS` and `affinity` were asked."""
+
+    def update_replicas(self, replicas: list[Any]) -> None:
+        """Notes which pairs there are: rows that wait may move to one that is new."""
+        super().update_replicas(replicas)
+        self._tell()
+
+    def on_replica_actor_died(self, replica_id: Any) -> None:
+        """Notes that a pair is gone."""
+        super().on_replica_actor_died(replica_id)
+        self._tell()
 
     async def choose_replicas(
         self, candidate_replicas: list[Any], pending_request: Any = None
@@ -26,12 +36,17 @@ class PairChooser(FIFOMixin, RequestRouter):  # type: ignore[misc]
         """Replicas to ask for their queue's length, in ranks."""
         named = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         row_id, prompt = _row_of(pending_request)
-        ranks = breaker.PAIRS.ranked(list(named), probe=row_id is not None)
+        target = pairs.PAIRS.target_of(row_id) if row_id is not None else None
+        # A row that is sent to a pair says nothing about another.
+        probe = row_id is not None and target is None
+        ranks = pairs.PAIRS.ranked(list(named), probe=probe)
         chosen = [random.sample(rank, min(CHOICES, len(rank))) for rank in ranks]
-        own = affinity.preferred_pair(prompt, ranks[-1], breaker.PAIRS.rows())
+        own = affinity.preferred_pair(prompt, ranks[-1], pairs.PAIRS.rows())
         if own is not None:
             # Behind a pair that is being probed, before the others.
             chosen.insert(len(chosen) - 1, [own])
+        if target is not None and target in ranks[-1]:
+            chosen.insert(0, [target])
         return [[named[pair] for pair in rank] for rank in chosen]
 
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
@@ -39,7 +54,10 @@ class PairChooser(FIFOMixin, RequestRouter):  # type: ignore[misc]
         del result
         row_id, _ = _row_of(pending_request)
         if row_id is not None:
-            breaker.PAIRS.routed(row_id, replica_id.unique_id)
+            pairs.PAIRS.routed(row_id, replica_id.unique_id)
+
+    def _tell(self) -> None:
+        pairs.PAIRS.present([replica_id.unique_id for replica_id in self.curr_replicas])
 
 
 def _row_of(request: Any) -> tuple[str | None, Sequence[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from ray.exceptions import (
@@ -17,9 +18,9 @@ from ray.exceptions import (
 )
 
 from twotower.cluster.remote import plain_error
-from twotower.deployments.breaker import PAIRS
 from twotower.deployments.losses import BrokenPairError
 from twotower.deployments.pair import Job
+from twotower.deployments.pairs import PAIRS
 from twotower.towers.errors import UnavailableError
 from twotower.towers.protocols import Block
 
@@ -44,19 +45,29 @@ class PairClient:
 
     async def generate(self, job: Job) -> AsyncGenerator[Block, None]:
         """The blocks of a job; closing it frees the row. Raises what the pair raised."""
-        stream = self._streaming.generate.remote(job)
+        # Before the call, which Serve may route at once.
+        PAIRS.opened(job.row_id)
         try:
-            async for block in stream:
-                PAIRS.worked(job.row_id)
-                yield block
+            async with aclosing(self._blocks(job)) as blocks:
+                async for block in blocks:
+                    PAIRS.worked(job.row_id)
+                    yield block
         except (*_WRAPPED, UnavailableError) as error:
             plain = _plain(error)
             if isinstance(plain, UnavailableError) and PAIRS.lost(job.row_id):
                 plain = BrokenPairError(str(plain))
             raise plain from None
         finally:
-            stream.cancel()
             PAIRS.ended(job.row_id)
+
+    def moved(self, row_id: str, next_id: str, room: int) -> bool:
+        """Whether the row waits in a pair that works on `room` of this router's rows, and another
+        has room for it. Then the row belongs there, as the attempt `next_id`."""
+        return PAIRS.moved(row_id, next_id, room)
+
+    def forget(self, row_id: str) -> None:
+        """The attempt is over, or will not be made."""
+        PAIRS.ended(row_id)
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """As TowerPair.score."""
@@ -72,6 +83,14 @@ class PairClient:
             await self._handle.ping.remote()
         except _WRAPPED as error:
             raise _plain(error) from None
+
+    async def _blocks(self, job: Job) -> AsyncGenerator[Block, None]:
+        stream = self._streaming.generate.remote(job)
+        try:
+            async for block in stream:
+                yield block
+        finally:
+            stream.cancel()
 
 
 def _plain(error: BaseException) -> BaseException:

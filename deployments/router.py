@@ -54,7 +54,9 @@ class Router:
         self._model = TwoTowerConfig.from_file(folder / "config.json")
         self._tokenizer = load_tokenizer(folder)
         self._pairs = PairClient(pairs)
-        self._attempts = Attempts(self._pairs, retry)
+        # Each router sees its own share of what a pair has.
+        room = max(1, config.max_num_seqs // config.num_routers)
+        self._attempts = Attempts(self._pairs, retry, room)
         self._modes = ("ar",) if config.placement == "ar_only" else MODES
         self._from_zero = config.autoscaling is not None and config.autoscaling.min_pairs == 0
         self._max_context = min(config.max_context, self._model.max_position_embeddings)

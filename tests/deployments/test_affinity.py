@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from twotower.deployments import breaker, pair_chooser
 from twotower.deployments.affinity import PREFIX_TOKENS, SLACK_ROWS, preferred_pair
-from twotower.deployments.breaker import Breaker
-from twotower.deployments.pair import Job
-from twotower.deployments.pair_chooser import PairChooser
-from twotower.towers.params import GenerationParams
 
 PAIRS = [f"pair-{number}" for number in range(5)]
 
@@ -59,28 +52,3 @@ def test_a_pair_with_many_more_rows_than_another_is_passed_over(least: int) -> N
     rows = dict.fromkeys(PAIRS, least)
     assert preferred_pair(prompt, PAIRS, {**rows, own: most}) == own
     assert preferred_pair(prompt, PAIRS, {**rows, own: most + 1}) is None
-
-
-async def test_serve_is_offered_the_pair_before_the_others(monkeypatch: Any) -> None:
-    monkeypatch.setattr(breaker, "PAIRS", Breaker())
-    replicas = {name: SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in PAIRS}
-    chooser = object.__new__(PairChooser)
-
-    async def ranks(prompt: list[int]) -> list[list[str]]:
-        job = Job("row", tuple(prompt), (), GenerationParams())
-        request = SimpleNamespace(args=[job])
-        chosen = await pair_chooser.PairChooser.choose_replicas(
-            chooser, list(replicas.values()), request
-        )
-        return [[replica.replica_id.unique_id for replica in rank] for rank in chosen]
-
-    prompt = prompt_of(4)
-    own = preferred_pair(prompt, PAIRS, {})
-    assert own is not None
-    first, second = await ranks(prompt)
-    assert first == [own]
-    assert len(second) == 2
-    assert len(await ranks(prompt[:5])) == 1
-    for number in range(SLACK_ROWS + 1):
-        breaker.PAIRS.routed(f"other-{number}", own)
-    assert len(await ranks(prompt)) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,11 +15,11 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from twotower.deployments import losses
 from twotower.deployments.attempts import Attempts
-from twotower.deployments.breaker import Breaker
 from twotower.deployments.commit_log import CommitLog
 from twotower.deployments.losses import LostTooOftenError, RetryPolicy
 from twotower.deployments.pair import Job
 from twotower.deployments.pair_client import PairClient
+from twotower.deployments.pairs import Pairs
 from twotower.towers.errors import (
     CapacityError,
     InvalidRequestError,
@@ -165,7 +166,7 @@ async def run(handle: Handle, job: Job = JOB, policy: RetryPolicy | None = None)
 
 
 async def fill(log: CommitLog, handle: Handle, job: Job, policy: RetryPolicy | None) -> None:
-    attempts = Attempts(PairClient(handle), policy or RetryPolicy(resume_timeout_s=20))
+    attempts = Attempts(PairClient(handle), policy or RetryPolicy(resume_timeout_s=20), room=4)
     async for block in attempts.blocks(job, log):
         assert block.start == log.end
         log.append(block)
@@ -205,6 +206,31 @@ async def test_a_resumed_request_is_resumed_again() -> None:
     log = await run(handle, Job("first", PROMPT, OUTPUT[:4], JOB.params))
     assert log.token_ids == OUTPUT
     assert handle.jobs[1].generated == OUTPUT[:12]
+
+
+async def test_what_a_request_is_served_with_outlives_its_pairs() -> None:
+    """The first block settles how far it is eased; the next pair may not decide anew."""
+
+    def easing(share: float, deaths_after: int) -> Pair:
+        async def blocks(job: Job) -> AsyncIterator[Block]:
+            count = 0
+            async for block in all_of(job):
+                if count == deaths_after:
+                    raise DEATHS[0]
+                yield replace(block, eased=share if job.params.may_be_eased else 0.0)
+                count += 1
+
+        return blocks
+
+    asked = replace(JOB.params, steps_per_block=16, min_steps_per_block=4)
+    handle = Handle(easing(1.0, 0), easing(0.5, 2), easing(1.0, BLOCKS))
+    log = await run(handle, replace(JOB, params=asked))
+    assert log.token_ids == OUTPUT
+    first, second, third = (job.params for job in handle.jobs)
+    # A pair that was lost before its first block has settled nothing.
+    assert first == second == asked
+    assert third == replace(asked, steps_per_block=10, min_steps_per_block=None)
+    assert log.served(asked) == third
 
 
 async def test_late_blocks_of_an_earlier_attempt_are_dropped() -> None:
@@ -268,7 +294,7 @@ async def test_a_request_that_is_lost_with_every_pair_is_given_up() -> None:
 
 async def test_what_a_broken_pair_loses_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Serve sends all to one pair, the only one, until it is replaced."""
-    pairs = Breaker()
+    pairs = Pairs()
     monkeypatch.setattr("twotower.deployments.pair_client.PAIRS", pairs)
 
     class Only(Handle):
@@ -355,7 +381,7 @@ async def test_a_cancel_wins(plan: list[Pair], monkeypatch: pytest.MonkeyPatch) 
 async def test_a_score_is_repeated_too() -> None:
     handle = Handle()
     handle.scores = [ActorDiedError(), UnavailableError("gone")]
-    attempts = Attempts(PairClient(handle), RetryPolicy(resume_timeout_s=20))
+    attempts = Attempts(PairClient(handle), RetryPolicy(resume_timeout_s=20), room=4)
     assert await attempts.score([4, 5, 6]) == [-5.0, -6.0]
     handle.scores = [NumericalError("nan")]
     with pytest.raises(NumericalError):

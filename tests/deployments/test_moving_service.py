@@ -1,0 +1,91 @@
+"""A queue in one pair of a real service, and a second pair that comes up beside it."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import serve
+
+from benchmarks.autoscale import pair_stats, prompt_tokens_read
+from tests.deployments.test_service import await_true
+from twotower import TwoTower
+from twotower.client import Client
+from twotower.deployments.app import PAIR_DEPLOYMENT
+from twotower.deployments.config import APP_NAME, PairAutoscaling, ServiceConfig
+from twotower.deployments.server import LocalService, free_port
+
+pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
+
+PROMPTS = [list(range(5 + number, 15 + 2 * number)) for number in range(4)]
+STREAMS = 16
+PLACES = 2
+# Long enough that most still wait when the second pair has loaded.
+TOKENS = 256
+BLOCK = 8
+
+
+def test_rows_that_wait_move_to_a_pair_that_comes_up(tiny_text: Path) -> None:
+    """All are asked for while there is one pair: the second can only have what moves to it."""
+    how: dict[str, Any] = {"max_tokens": TOKENS, "block_size": BLOCK, "seed": 3, "temperature": 1.0}
+    model = TwoTower.from_pretrained(tiny_text)
+    alone = [list(model.generate([prompt], **how)[0].token_ids) for prompt in PROMPTS]
+    config = ServiceConfig(
+        model=str(tiny_text),
+        grpc_port=free_port(),
+        http_port=free_port(),
+        threads_per_tower=1,
+        cpus_per_tower=0.1,
+        max_num_seqs=PLACES,
+        prefix_cache_mib=0,
+        autoscaling=PairAutoscaling(
+            max_pairs=2, target_rows_per_pair=PLACES, smoothing_s=0.0, metrics_interval_s=0.5
+        ),
+    )
+
+    def ask(number: int) -> tuple[list[int], float, float]:
+        with Client(service.address) as client:
+            prompt = PROMPTS[number % len(PROMPTS)]
+            stream = client.generate(prompt, ignore_eos=True, timeout=240, **how)
+            starts, tokens, first = [], [], 0.0
+            for block in stream:
+                first = first or time.monotonic()
+                starts.append(block.index)
+                tokens += block.token_ids
+        assert starts == list(range(len(starts)))
+        return tokens, first, time.monotonic()
+
+    with LocalService(config) as service, ThreadPoolExecutor(STREAMS) as pool:
+        asked = [pool.submit(ask, number) for number in range(STREAMS)]
+        loaded = await_true(lambda: running_pairs() == 2, "no second pair", timeout_s=120)
+        second = time.monotonic()
+        found = [one.result(timeout=240) for one in asked]
+        read = prompt_tokens_read(2)
+        await_true(lambda: held() == 0, "rows are left", timeout_s=8)
+    waited = sum(first > second for _, first, _ in found)
+    print(
+        f"second pair after {loaded:.1f} s, {waited} of {STREAMS} streams began later, all in "
+        f"{max(end for *_, end in found) - second + loaded:.1f} s, prompt tokens by pair {read}"
+    )
+    assert [tokens for tokens, *_ in found] == [
+        alone[number % len(PROMPTS)] for number in range(STREAMS)
+    ]
+    assert waited > 2 * PLACES, "too few waited when the second pair came for this to say much"
+    assert read[1] > 0
+    # Each prompt was read once: nobody moved who had a place.
+    assert sum(read) == sum(len(PROMPTS[number % len(PROMPTS)]) for number in range(STREAMS))
+
+
+def running_pairs() -> int:
+    deployments = serve.status().applications[APP_NAME].deployments
+    running: int = deployments[PAIR_DEPLOYMENT].replica_states.get("RUNNING", 0)
+    return running
+
+
+def held() -> float:
+    """Rows and mirrors of both pairs."""
+    towers = [tower for stats in pair_stats(16) for tower in stats.values()]
+    return sum(tower.get(name, 0.0) for tower in towers for name in ("rows", "mirrors"))
