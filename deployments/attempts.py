@@ -21,12 +21,10 @@ from typing import TypeVar
 
 from ray.serve.exceptions import BackPressureError
 
-from twotower.cluster.remote import plain_error
 from twotower.deployments.commit_log import CommitLog
-from twotower.deployments.losses import BrokenPairError, Losses, NoPairError, RetryPolicy
+from twotower.deployments.losses import Losses, NoPairError, RetryPolicy
 from twotower.deployments.pair import Job
 from twotower.deployments.pair_client import PairClient
-from twotower.towers.errors import QueueFullError
 from twotower.towers.protocols import Block
 
 logger = logging.getLogger("ray.serve")
@@ -65,11 +63,11 @@ class Attempts:
         is not a loss; UnavailableError if no pair came up in time; LostTooOftenError.
         """
         losses = Losses(self._policy)
-        next_id, moved = attempt_id(), False
+        next_id = attempt_id()
         try:
             while True:
                 try:
-                    async with aclosing(self._read(job, next_id)) as stream:
+                    async with aclosing(self._read(job, next_id, losses)) as stream:
                         async for block in stream:
                             # A gap raises here: the attempt is lost, the next closes the gap.
                             if not log.has(block):
@@ -77,14 +75,13 @@ class Attempts:
                                 losses.forget()
                     return
                 except _MovedError:
-                    moved = True
+                    losses.queued()
                 except Exception as error:
                     if log.finish_reason is not None:
                         # Lost after its last block: nothing is left to do.
                         return
-                    await losses.pause(_after_move(error) if moved else error)
+                    await losses.pause(error)
                     logger.info("a request goes on at %d: %s", log.end, type(error).__name__)
-                    moved = False
                 params = log.served(job.params)
                 job = replace(job, row_id=next_id, generated=log.token_ids, params=params)
                 next_id = attempt_id()
@@ -98,11 +95,11 @@ class Attempts:
         losses = Losses(self._policy)
         while True:
             try:
-                return await self._while_a_pair_is_up(self._pairs.score(token_ids))
+                return await self._while_a_pair_is_up(self._pairs.score(token_ids), losses)
             except Exception as error:
                 await losses.pause(error)
 
-    async def _read(self, job: Job, next_id: str) -> AsyncGenerator[Block, None]:
+    async def _read(self, job: Job, next_id: str, losses: Losses) -> AsyncGenerator[Block, None]:
         """The blocks of one attempt. Raises _MovedError if it moves before the first."""
 
         def look() -> None:
@@ -110,13 +107,13 @@ class Attempts:
                 raise _MovedError
 
         async with aclosing(self._pairs.generate(job)) as stream:
-            block = await self._while_a_pair_is_up(anext(stream, None), look)
+            block = await self._while_a_pair_is_up(anext(stream, None), losses, look)
             while block is not None:
                 yield block
-                block = await self._while_a_pair_is_up(anext(stream, None))
+                block = await self._while_a_pair_is_up(anext(stream, None), losses)
 
     async def _while_a_pair_is_up(
-        self, answer: Awaitable[T], look: Callable[[], None] = lambda: None
+        self, answer: Awaitable[T], losses: Losses, look: Callable[[], None] = lambda: None
     ) -> T:
         """The answer, however long a pair has the call in its queue.
 
@@ -135,6 +132,7 @@ class Attempts:
                 look()
                 if clock() >= check_at:
                     await self._check_up()
+                    losses.queued()
                     check_at = clock() + period
         finally:
             asking.cancel()
@@ -149,11 +147,3 @@ class Attempts:
             return
         except Exception as error:
             raise NoPairError("no pair of towers is up; try again later") from error
-
-
-def _after_move(error: Exception) -> Exception:
-    """What has become of an attempt that was moved: a pair had it in its queue once, so that one
-    which refuses it has lost it."""
-    if isinstance(plain_error(error), (QueueFullError, BackPressureError)):
-        return BrokenPairError("the pair that the request was moved to has no room; try again")
-    return error

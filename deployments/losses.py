@@ -47,23 +47,28 @@ class Losses:
     def __init__(self, policy: RetryPolicy) -> None:
         self._policy = policy
         self._since: float | None = None
+        self._admitted = False
         self._lost = 0
         self._tries = 0
 
     def forget(self) -> None:
         """A block has been committed."""
-        self._since, self._lost, self._tries = None, 0, 0
+        self._since, self._admitted, self._lost, self._tries = None, True, 0, 0
+
+    def queued(self) -> None:
+        """A pair that is up has the request in its queue."""
+        self._since, self._admitted = None, True
 
     async def pause(self, error: Exception) -> None:
         """Waits until the request may be tried again; a cancellation ends the wait.
 
         Raises `error` if it is none of a lost pair or if the resume timeout would pass, and
         LostTooOftenError after too many losses in a row. What a broken pair loses does not count,
-        nor does a full queue, which a request waits for that has lost its pair: it has been
-        admitted once.
+        nor does a full queue, which a request waits for that has lost its pair or was moved: it has
+        been admitted once.
         """
         plain = plain_error(error)
-        full = isinstance(plain, _FULL) and self._since is not None
+        full = isinstance(plain, _FULL) and (self._admitted or self._since is not None)
         if isinstance(plain, NoPairError) or not (full or isinstance(plain, _LOST)):
             raise error
         self._lost += not (full or isinstance(plain, BrokenPairError))

@@ -359,6 +359,20 @@ async def test_a_long_queue_is_no_loss() -> None:
     assert len(handle.jobs) == 1
 
 
+async def test_a_long_queue_between_two_losses_is_no_wait_for_a_pair() -> None:
+    """The timeout counts from a loss until a pair that is up has the request, not until the next
+    loss."""
+
+    async def queued_and_lost(_: Job) -> AsyncIterator[Block]:
+        await asyncio.sleep(0.5)
+        raise DEATHS[0]
+        yield block_at(0)
+
+    handle = Handle(dying(DEATHS[0]), queued_and_lost, queued_and_lost)
+    assert (await run(handle, policy=RetryPolicy(resume_timeout_s=0.2))).token_ids == OUTPUT
+    assert len(handle.jobs) == 4
+
+
 @pytest.mark.parametrize(
     "plan",
     [[silent], [dying(DEATHS[0], 1), silent], [dying(DEATHS[0])] * 1000],

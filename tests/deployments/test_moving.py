@@ -176,7 +176,7 @@ async def test_a_moved_row_that_finds_no_place_in_time_is_told_so(pairs: Pairs) 
     requests = start(service, ROOM + 1, RetryPolicy(resume_timeout_s=0.0))
     found = await asyncio.gather(*requests, return_exceptions=True)
     assert isinstance(found[ROOM], UnavailableError)
-    assert "no room" in str(found[ROOM])
+    assert "no pair of towers has room" in str(found[ROOM])
 
 
 async def test_a_pair_that_loses_what_it_gets_is_no_target(pairs: Pairs) -> None:
