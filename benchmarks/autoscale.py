@@ -235,12 +235,12 @@ def one_burst(
         asked = [pool.submit(one, number) for number in range(streams)]
         together.wait(timeout_s)
         begin = watch.now()
+        works = watch.until(lambda now: now.running == scaling.max_pairs, timeout_s)
         for future in asked:
             future.result()
         seconds = watch.now() - begin
         read = prompt_tokens_read(scaling.max_pairs)
     read[0] -= old
-    works = next(now.at for now in watch.samples if now.running == scaling.max_pairs)
     return {
         "streams": streams,
         "streams_wrong": got.wrong,

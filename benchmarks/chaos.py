@@ -201,19 +201,22 @@ def run_round(
     )
 
 
-def run(disturbances: Sequence[str], streams: int, tokens: int, rounds: int) -> list[Round]:
+def run(
+    disturbances: Sequence[str], streams: int, tokens: int, rounds: int, first_seed: int = 0
+) -> list[Round]:
     """Rounds of every disturbance; those of the link get a cluster of their own each time."""
+    seeds = range(first_seed, first_seed + rounds)
     requests = requests_of(streams, tokens)
     want = alone(requests)
     done = []
     # Faults of the link are there from its beginning: a cluster for each of those rounds.
     shared = [name for name in disturbances if faults_of(name, 0) is None]
-    plans = [(None, [(name, seed) for name in shared for seed in range(rounds)])] if shared else []
+    plans = [(None, [(name, seed) for name in shared for seed in seeds])] if shared else []
     plans += [
         (faults_of(name, seed), [(name, seed)])
         for name in disturbances
         if name not in shared
-        for seed in range(rounds)
+        for seed in seeds
     ]
     for faults, plan in plans:
         with ChaosCluster(faults) as cluster:
@@ -249,8 +252,10 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens a stream")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="of the first round")
     args = parser.parse_args()
-    rounds = run(args.only or list(DISTURBANCES), args.streams, args.tokens, args.rounds)
+    disturbances = args.only or list(DISTURBANCES)
+    rounds = run(disturbances, args.streams, args.tokens, args.rounds, args.seed)
     print(table(rounds))
     sys.exit(any(one.wrong or one.left for one in rounds))
 

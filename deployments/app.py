@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 from ray.serve.config import RequestRouterConfig
 
 from twotower.cluster.autoscaling import serve_settings
@@ -17,6 +17,7 @@ from twotower.deployments.losses import RetryPolicy
 from twotower.deployments.metrics import PairMetrics
 from twotower.deployments.pair import TowerPair
 from twotower.deployments.router import Router
+from twotower.towers.errors import ConfigError
 
 PAIR_DEPLOYMENT = "TowerPair"
 PAIR_CHOOSER = "twotower.deployments.pair_chooser.PairChooser"
@@ -33,24 +34,17 @@ START_ATTEMPTS = 2
 def build_app(config: ServiceConfig, topology: PairTopology | None = None) -> Application:
     """The application of a config; `topology` replaces the config's own.
 
-    Raises CheckpointError if the checkpoint cannot be served.
+    Raises CheckpointError if the checkpoint cannot be served, ConfigError for labels that Ray does
+    not take.
     """
     config.checkpoint()
     topology = topology or config.topology()
-    bundles = topology.bundles()
-    pair = serve.deployment(TowerPair).options(
+    pair = _placed(serve.deployment(TowerPair), config, topology).options(
         name=PAIR_DEPLOYMENT,
-        placement_group_bundles=bundles,
-        placement_group_strategy="STRICT_PACK" if config.pack == "host" else "PACK",
-        placement_group_bundle_label_selector=[config.label_selector] * len(bundles),
-        ray_actor_options={"num_cpus": bundles[0]["CPU"]},
         max_ongoing_requests=_pair_requests(config),
         max_constructor_retry_count=START_ATTEMPTS,
-        health_check_period_s=config.health_check_period_s,
-        health_check_timeout_s=config.health_check_timeout_s,
-        graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s,
-        graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
         request_router_config=RequestRouterConfig(request_router_class=PAIR_CHOOSER),
+        **_watching(config),
         **_scaling(config),
     )
     router = serve.deployment(Router).options(
@@ -58,10 +52,7 @@ def build_app(config: ServiceConfig, topology: PairTopology | None = None) -> Ap
         ray_actor_options={"num_cpus": 0.1},
         num_replicas=config.num_routers,
         max_ongoing_requests=ROUTER_ONGOING,
-        health_check_period_s=config.health_check_period_s,
-        health_check_timeout_s=config.health_check_timeout_s,
-        graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s,
-        graceful_shutdown_wait_loop_s=DRAIN_POLL_S,
+        **_watching(config),
     )
     towers = pair.bind(partial(start_towers, topology), PairMetrics, config.dial())
     retry = RetryPolicy(config.resume_timeout_s, config.max_attempts)
@@ -71,6 +62,31 @@ def build_app(config: ServiceConfig, topology: PairTopology | None = None) -> Ap
 def build_app_from_settings(settings: dict[str, Any]) -> Application:
     """Entry for Serve's own config files: `args` of the application are ServiceConfig's fields."""
     return build_app(ServiceConfig.from_settings(settings))
+
+
+def _placed(pair: Deployment, config: ServiceConfig, topology: PairTopology) -> Deployment:
+    """Where a pair's replica and towers go."""
+    bundles = topology.bundles()
+    try:
+        return pair.options(
+            placement_group_bundles=bundles,
+            placement_group_strategy="STRICT_PACK" if config.pack == "host" else "PACK",
+            placement_group_bundle_label_selector=[config.label_selector] * len(bundles),
+            ray_actor_options={"num_cpus": bundles[0]["CPU"]},
+        )
+    except ValueError as error:
+        # Bundles are made here; what may be wrong is what was given.
+        raise ConfigError(f"label_selector: {error}") from None
+
+
+def _watching(config: ServiceConfig) -> dict[str, float]:
+    """How often Serve asks whether a replica works, and how long it lets one end its streams."""
+    return {
+        "health_check_period_s": config.health_check_period_s,
+        "health_check_timeout_s": config.health_check_timeout_s,
+        "graceful_shutdown_timeout_s": config.graceful_shutdown_timeout_s,
+        "graceful_shutdown_wait_loop_s": DRAIN_POLL_S,
+    }
 
 
 def _pair_requests(config: ServiceConfig) -> int:

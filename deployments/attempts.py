@@ -23,6 +23,7 @@ from ray.serve.exceptions import BackPressureError
 
 from twotower.deployments.commit_log import CommitLog
 from twotower.deployments.losses import Losses, NoPairError, RetryPolicy
+from twotower.deployments.moves import Room
 from twotower.deployments.pair import Job
 from twotower.deployments.pair_client import PairClient
 from twotower.towers.protocols import Block
@@ -46,12 +47,9 @@ class _MovedError(Exception):
 
 
 class Attempts:
-    """Gives requests to pairs, and to other pairs when those are lost or others have room.
+    """Gives requests to pairs, and to other pairs when those are lost or others have room."""
 
-    A pair works on `room` rows of this router at once.
-    """
-
-    def __init__(self, pairs: PairClient, policy: RetryPolicy, room: int) -> None:
+    def __init__(self, pairs: PairClient, policy: RetryPolicy, room: Room) -> None:
         self._pairs = pairs
         self._policy = policy
         self._room = room

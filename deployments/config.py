@@ -79,7 +79,7 @@ class ServiceConfig(BaseModel):
         None,
         ge=0,
         description="waiting rows of a pair up to which requests are served as asked, whatever "
-        "floors they declare; none = 1/4 of max_num_seqs",
+        "floors they declare; none = 1/4 of max_num_seqs, and less than ease_full",
     )
     ease_full: int | None = Field(
         None,
@@ -152,6 +152,12 @@ class ServiceConfig(BaseModel):
     def _domain_by_its_labels(self) -> ServiceConfig:
         if self.pack == "domain" and not self.label_selector:
             raise ValueError("pack: got 'domain' without label_selector, which names the domain")
+        for label, value in self.label_selector.items():
+            if self.pack == "domain" and value.startswith(("in(", "!")):
+                # Ray would spread a pair over all of them.
+                raise ValueError(
+                    f"label_selector.{label}: got {value!r}, expected one value with pack 'domain'"
+                )
         return self
 
     @model_validator(mode="after")
@@ -164,6 +170,13 @@ class ServiceConfig(BaseModel):
     @model_validator(mode="after")
     def _dial_that_turns(self) -> ServiceConfig:
         self.dial()
+        for name in ("ease_from", "ease_full"):
+            given = getattr(self, name)
+            if given is not None and 0 <= self.max_queued_requests < given:
+                raise ValueError(
+                    f"{name}: got {given}, expected at most max_queued_requests, "
+                    f"which is {self.max_queued_requests}"
+                )
         return self
 
     @classmethod

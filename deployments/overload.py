@@ -17,7 +17,8 @@ NOTCHES = 4
 
 @dataclass(frozen=True)
 class OverloadDial:
-    """Full steps up to `ease_from` waiting rows, the floors from `ease_full` on."""
+    """As asked up to `ease_from` waiting rows, nearer to the floors with more, the floors from
+    `ease_full` on."""
 
     ease_from: int
     ease_full: int
@@ -32,8 +33,10 @@ class OverloadDial:
     def eased(self, waiting: int) -> float:
         """Share of the way to its floors for a row that begins while `waiting` others wait: a
         multiple of 1 / NOTCHES from 0 to 1."""
+        if waiting <= self.ease_from:
+            return 0.0
         way = (waiting - self.ease_from) / (self.ease_full - self.ease_from)
-        return math.floor(min(1.0, max(0.0, way)) * NOTCHES) / NOTCHES
+        return (1 + math.floor(min(1.0, way) * (NOTCHES - 1))) / NOTCHES
 
 
 # As many rows never wait.

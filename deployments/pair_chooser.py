@@ -10,15 +10,19 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from ray.serve.request_router import FIFOMixin, RequestRouter
+from ray.serve.request_router import RequestRouter
 
 from twotower.deployments import affinity, pairs
 
 CHOICES = 2
 
 
-class PairChooser(FIFOMixin, RequestRouter):  # type: ignore[misc]
-    """Serve's own rule, power of two choices, after `pairs.PAIRS` and `affinity` were asked."""
+class PairChooser(RequestRouter):  # type: ignore[misc]
+    """Serve's own rule, power of two choices, after `pairs.PAIRS` and `affinity` were asked.
+
+    Without Serve's FIFOMixin, which would give the pair chosen for one call to the oldest that
+    waits: here it matters which call gets which pair.
+    """
 
     def update_replicas(self, replicas: list[Any]) -> None:
         """Notes which pairs there are: rows that wait may move to one that is new."""

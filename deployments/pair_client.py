@@ -19,9 +19,10 @@ from ray.exceptions import (
 
 from twotower.cluster.remote import plain_error
 from twotower.deployments.losses import BrokenPairError
+from twotower.deployments.moves import Room
 from twotower.deployments.pair import Job
 from twotower.deployments.pairs import PAIRS
-from twotower.towers.errors import UnavailableError
+from twotower.towers.errors import QueueFullError, UnavailableError
 from twotower.towers.protocols import Block
 
 # Ways in which Ray says that the process or node behind a call has gone, beside RayActorError.
@@ -51,18 +52,23 @@ class PairClient:
             async with aclosing(self._blocks(job)) as blocks:
                 async for block in blocks:
                     PAIRS.worked(job.row_id)
+                    if block.finish_reason is not None:
+                        # Its place may have been given to the next before the stream has ended.
+                        PAIRS.ended(job.row_id)
                     yield block
         except (*_WRAPPED, UnavailableError) as error:
             plain = _plain(error)
+            if isinstance(plain, QueueFullError):
+                PAIRS.refused(job.row_id)
             if isinstance(plain, UnavailableError) and PAIRS.lost(job.row_id):
                 plain = BrokenPairError(str(plain))
             raise plain from None
         finally:
             PAIRS.ended(job.row_id)
 
-    def moved(self, row_id: str, next_id: str, room: int) -> bool:
-        """Whether the row waits in a pair that works on `room` of this router's rows, and another
-        has room for it. Then the row belongs there, as the attempt `next_id`."""
+    def moved(self, row_id: str, next_id: str, room: Room) -> bool:
+        """Whether the row waits for a place in its pair, and another has one for it. Then the row
+        belongs there, as the attempt `next_id`."""
         return PAIRS.moved(row_id, next_id, room)
 
     def forget(self, row_id: str) -> None:

@@ -9,6 +9,10 @@ from collections.abc import Callable, Sequence
 from twotower.deployments import moves
 from twotower.deployments.assignments import Assignments
 from twotower.deployments.breaker import Breaker
+from twotower.deployments.moves import Room
+
+# A pair that had no place for a row that was moved there is no target for so long.
+FULL_S = 5.0
 
 
 class Pairs:
@@ -18,6 +22,8 @@ class Pairs:
         self._lock = threading.Lock()
         self._assignments = Assignments()
         self._breaker = Breaker(clock)
+        self._clock = clock
+        self._full: dict[str, float] = {}
         self._up: tuple[str, ...] = ()
 
     def present(self, pairs: Sequence[str]) -> None:
@@ -33,6 +39,9 @@ class Pairs:
     def routed(self, row_id: str, pair: str) -> None:
         """An attempt has gone to a pair."""
         with self._lock:
+            target = self._assignments.target_of(row_id)
+            if target not in (None, pair):
+                self._full[target] = self._clock()
             self._assignments.routed(row_id, pair, suspect=self._breaker.avoids(pair))
 
     def worked(self, row_id: str) -> None:
@@ -51,12 +60,19 @@ class Pairs:
                 self._breaker.lost(pair)
             return self._assignments.is_suspect(row_id)
 
+    def refused(self, row_id: str) -> None:
+        """The pair of an attempt has no place for it, not even in its queue."""
+        with self._lock:
+            pair = self._assignments.pair_of(row_id)
+            if pair is not None:
+                self._full[pair] = self._clock()
+
     def ended(self, row_id: str) -> None:
         """An attempt is over, however it ended."""
         with self._lock:
             self._assignments.ended(row_id)
 
-    def moved(self, row_id: str, next_id: str, room: int) -> bool:
+    def moved(self, row_id: str, next_id: str, room: Room) -> bool:
         """Whether an attempt waits on its pair and another has room for it.
 
         If so it is over here, and the attempt `next_id` counts there from now on.
@@ -84,16 +100,19 @@ class Pairs:
         with self._lock:
             return self._breaker.ranked(pairs, probe=probe)
 
-    def _target_of_waiting(self, row_id: str, room: int) -> str | None:
+    def _target_of_waiting(self, row_id: str, room: Room) -> str | None:
         pair = self._assignments.pair_of(row_id)
         if pair is None:
             return None
         here = self._assignments.on(pair)
-        if len(here) <= room:
+        if len(here) <= room.places:
             # All have a place: the usual case, for which no other pair need be looked at.
             return None
         counts = self._assignments.counts()
-        rows = {up: counts.get(up, 0) for up in self._up if not self._breaker.avoids(up)}
+        since = self._clock() - FULL_S
+        self._full = {full: at for full, at in self._full.items() if at > since}
+        avoided = {up for up in self._up if up in self._full or self._breaker.avoids(up)}
+        rows = {up: counts.get(up, 0) for up in self._up if up not in avoided}
         return moves.target_of(row_id, here, rows, room)
 
 

@@ -23,6 +23,7 @@ from twotower.deployments.attempts import Attempts, attempt_id
 from twotower.deployments.commit_log import CommitLog
 from twotower.deployments.config import ServiceConfig
 from twotower.deployments.losses import RetryPolicy
+from twotower.deployments.moves import Room
 from twotower.deployments.pair import Job
 from twotower.deployments.pair_client import PairClient
 from twotower.deployments.resumed import resumed_text
@@ -54,8 +55,7 @@ class Router:
         self._model = TwoTowerConfig.from_file(folder / "config.json")
         self._tokenizer = load_tokenizer(folder)
         self._pairs = PairClient(pairs)
-        # Each router sees its own share of what a pair has.
-        room = max(1, config.max_num_seqs // config.num_routers)
+        room = Room.of(config.max_num_seqs, config.num_routers)
         self._attempts = Attempts(self._pairs, retry, room)
         self._modes = ("ar",) if config.placement == "ar_only" else MODES
         self._from_zero = config.autoscaling is not None and config.autoscaling.min_pairs == 0

@@ -51,6 +51,8 @@ class LocalService:
         self._folder: str | None = None
 
     def __enter__(self) -> LocalService:
+        if self.config.label_selector:
+            raise ConfigError("label_selector: a service on one machine has no labelled nodes")
         app = build_app(self.config)
         for port in (self.config.grpc_port, self.config.http_port):
             _check_free(port)

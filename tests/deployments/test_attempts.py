@@ -17,6 +17,7 @@ from twotower.deployments import losses
 from twotower.deployments.attempts import Attempts
 from twotower.deployments.commit_log import CommitLog
 from twotower.deployments.losses import LostTooOftenError, RetryPolicy
+from twotower.deployments.moves import Room
 from twotower.deployments.pair import Job
 from twotower.deployments.pair_client import PairClient
 from twotower.deployments.pairs import Pairs
@@ -166,7 +167,7 @@ async def run(handle: Handle, job: Job = JOB, policy: RetryPolicy | None = None)
 
 
 async def fill(log: CommitLog, handle: Handle, job: Job, policy: RetryPolicy | None) -> None:
-    attempts = Attempts(PairClient(handle), policy or RetryPolicy(resume_timeout_s=20), room=4)
+    attempts = Attempts(PairClient(handle), policy or RetryPolicy(resume_timeout_s=20), Room(4, 4))
     async for block in attempts.blocks(job, log):
         assert block.start == log.end
         log.append(block)
@@ -395,7 +396,7 @@ async def test_a_cancel_wins(plan: list[Pair], monkeypatch: pytest.MonkeyPatch) 
 async def test_a_score_is_repeated_too() -> None:
     handle = Handle()
     handle.scores = [ActorDiedError(), UnavailableError("gone")]
-    attempts = Attempts(PairClient(handle), RetryPolicy(resume_timeout_s=20), room=4)
+    attempts = Attempts(PairClient(handle), RetryPolicy(resume_timeout_s=20), Room(4, 4))
     assert await attempts.score([4, 5, 6]) == [-5.0, -6.0]
     handle.scores = [NumericalError("nan")]
     with pytest.raises(NumericalError):

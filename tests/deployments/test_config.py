@@ -55,6 +55,12 @@ def test_file_and_options(tmp_path: Path) -> None:
         ({"ease_from": -1}, "ease_from"),
         ({"pack": "domain"}, "pack: got 'domain' without label_selector"),
         ({"pack": "anywhere"}, "pack"),
+        (
+            {"pack": "domain", "label_selector": {"d": "in(a,b)"}},
+            r"label_selector\.d: got 'in\(a,b\)', expected one value",
+        ),
+        ({"max_queued_requests": 4, "ease_from": 5}, "ease_from: got 5, expected at most max_que"),
+        ({"max_queued_requests": 4, "ease_full": 5}, "ease_full: got 5, expected at most max_que"),
         ({"label_selector": "a=b"}, "label_selector"),
     ],
 )

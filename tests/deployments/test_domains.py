@@ -20,10 +20,12 @@ from twotower.deployments.config import APP_NAME, ServiceConfig
 from twotower.deployments.server import (
     ENVIRONMENT,
     OBJECT_STORE_BYTES,
+    LocalService,
     await_proxy,
     free_port,
     start_serve,
 )
+from twotower.towers.errors import ConfigError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
 
@@ -86,5 +88,11 @@ def test_a_pair_spans_the_hosts_of_its_domain(tiny_text: Path) -> None:
 
 def test_a_label_that_ray_would_not_take_is_refused_at_once(tiny_text: Path) -> None:
     config = ServiceConfig(model=str(tiny_text), label_selector={"a b": "c"})
-    with pytest.raises(ValueError, match="a b"):
+    with pytest.raises(ConfigError, match=r"^label_selector: .*a b"):
         build_app(config)
+
+
+def test_a_service_on_this_machine_would_wait_for_labels_without_an_end(tiny_text: Path) -> None:
+    config = ServiceConfig(model=str(tiny_text), label_selector={LABEL: "south"})
+    with pytest.raises(ConfigError, match=r"^label_selector: "), LocalService(config):
+        pass

@@ -14,6 +14,7 @@ from twotower.deployments import losses
 from twotower.deployments.attempts import Attempts
 from twotower.deployments.commit_log import CommitLog
 from twotower.deployments.losses import RetryPolicy
+from twotower.deployments.moves import Room
 from twotower.deployments.pair import Job
 from twotower.deployments.pair_client import PairClient
 from twotower.deployments.pairs import Pairs
@@ -98,7 +99,9 @@ def pairs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pairs]:
 
 def start(service: Service, count: int, policy: RetryPolicy | None = None) -> list[Any]:
     """So many requests at once, known by the first token of their prompts."""
-    attempts = Attempts(PairClient(service), policy or RetryPolicy(20, max_attempts=1), ROOM)
+    attempts = Attempts(
+        PairClient(service), policy or RetryPolicy(20, max_attempts=1), Room(ROOM, ROOM)
+    )
 
     async def tokens(number: int) -> tuple[int, ...]:
         prompt = (number, *PROMPT[1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,15 @@ from twotower.deployments.server import LocalService, free_port
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
 
 PROMPTS = [list(range(5 + number, 15 + 2 * number)) for number in range(4)]
-STREAMS = 16
 PLACES = 2
-# Long enough that most still wait when the second pair has loaded.
+# So many are there at any time until the second pair has loaded, however long that takes.
+STREAMS = 16
 TOKENS = 256
 BLOCK = 8
 
 
 def test_rows_that_wait_move_to_a_pair_that_comes_up(tiny_text: Path) -> None:
-    """All are asked for while there is one pair: the second can only have what moves to it."""
+    """Nearly all are asked for while there is one pair: the second has what moves to it."""
     how: dict[str, Any] = {"max_tokens": TOKENS, "block_size": BLOCK, "seed": 3, "temperature": 1.0}
     model = TwoTower.from_pretrained(tiny_text)
     alone = [list(model.generate([prompt], **how)[0].token_ids) for prompt in PROMPTS]
@@ -59,24 +59,32 @@ def test_rows_that_wait_move_to_a_pair_that_comes_up(tiny_text: Path) -> None:
         return tokens, first, time.monotonic()
 
     with LocalService(config) as service, ThreadPoolExecutor(STREAMS) as pool:
-        asked = [pool.submit(ask, number) for number in range(STREAMS)]
-        loaded = await_true(lambda: running_pairs() == 2, "no second pair", timeout_s=120)
+        asked: list[Future[tuple[list[int], float, float]]] = []
+
+        def kept_busy() -> bool:
+            while sum(not one.done() for one in asked) < STREAMS:
+                asked.append(pool.submit(ask, len(asked)))
+            return running_pairs() == 2
+
+        loaded = await_true(kept_busy, "no second pair", timeout_s=120)
         second = time.monotonic()
         found = [one.result(timeout=240) for one in asked]
         read = prompt_tokens_read(2)
         await_true(lambda: held() == 0, "rows are left", timeout_s=8)
     waited = sum(first > second for _, first, _ in found)
     print(
-        f"second pair after {loaded:.1f} s, {waited} of {STREAMS} streams began later, all in "
+        f"second pair after {loaded:.1f} s, {waited} of {len(asked)} streams began later, all in "
         f"{max(end for *_, end in found) - second + loaded:.1f} s, prompt tokens by pair {read}"
     )
     assert [tokens for tokens, *_ in found] == [
-        alone[number % len(PROMPTS)] for number in range(STREAMS)
+        alone[number % len(PROMPTS)] for number in range(len(asked))
     ]
-    assert waited > 2 * PLACES, "too few waited when the second pair came for this to say much"
-    assert read[1] > 0
-    # Each prompt was read once: nobody moved who had a place.
-    assert sum(read) == sum(len(PROMPTS[number % len(PROMPTS)]) for number in range(STREAMS))
+    lengths = [len(PROMPTS[number % len(PROMPTS)]) for number in range(len(asked))]
+    # More than those two that may have been asked for when both pairs were there.
+    assert read[1] > 2 * max(lengths)
+    # Each prompt was read once: nobody moved who had a place. But a place may have been given to
+    # the next row before the router hears that it was free.
+    assert 0 <= sum(read) - sum(lengths) <= 2 * max(lengths)
 
 
 def running_pairs() -> int:

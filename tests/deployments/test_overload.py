@@ -37,9 +37,9 @@ FLOORS = replace(
 def test_the_dial_turns_in_quarters_between_its_ends() -> None:
     dial = OverloadDial(4, 12)
     assert [dial.eased(waiting) for waiting in range(15)] == [
-        *[0.0] * 6,
+        *[0.0] * 5,
         *[0.25] * 2,
-        *[0.5] * 2,
+        *[0.5] * 3,
         *[0.75] * 2,
         *[1.0] * 3,
     ]
@@ -54,7 +54,7 @@ def test_a_dial_that_cannot_turn(ends: tuple[int, int]) -> None:
 
 @pytest.fixture
 async def pair() -> AsyncIterator[TowerPair]:
-    """Eased from the third waiting row on, at the floors from the fifth."""
+    """Eased from the second waiting row on, at the floors from the fifth."""
     actors = await linked_towers()
 
     async def start() -> PairServices:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from twotower.deployments import pair_chooser
 from twotower.deployments import pairs as shared
 from twotower.deployments.affinity import SLACK_ROWS, preferred_pair
 from twotower.deployments.breaker import FAILURES, REST_S
+from twotower.deployments.moves import Room
 from twotower.deployments.pair import Job
 from twotower.deployments.pair_chooser import PairChooser
 from twotower.deployments.pairs import Pairs
@@ -26,6 +28,7 @@ from twotower.towers.params import GenerationParams
 
 PAIRS = [f"pair-{number}" for number in range(5)]
 DEPLOYMENT = DeploymentID("TowerPair", "app")
+ONE = Room(1, 1)
 
 
 class Clock:
@@ -110,7 +113,7 @@ def send(pairs: Pairs, target: str) -> None:
     for row in ("0", "1"):
         pairs.opened(row)
         pairs.routed(row, "full")
-    assert pairs.moved("1", "moved", 1)
+    assert pairs.moved("1", "moved", ONE)
 
 
 async def test_a_row_that_moves_is_sent_to_its_pair_before_all_others(
@@ -157,9 +160,9 @@ async def test_serves_router_sends_a_row_its_way_and_tells_of_new_pairs(pairs: P
     for replica in others:
         pairs.opened(f"on {replica.replica_id.unique_id}")
         pairs.routed(f"on {replica.replica_id.unique_id}", replica.replica_id.unique_id)
-    assert not pairs.moved("1", "moved", 1)
+    assert not pairs.moved("1", "moved", ONE)
     chooser.update_replicas(replicas)
-    assert pairs.moved("1", "moved", 1)
+    assert pairs.moved("1", "moved", ONE)
 
     async def chosen(row_id: str) -> Any:
         metadata = RequestMetadata(row_id, row_id)
@@ -175,4 +178,33 @@ async def test_serves_router_sends_a_row_its_way_and_tells_of_new_pairs(pairs: P
     pairs.routed("2", "full")
     pairs.opened("3")
     pairs.routed("3", "full")
-    assert not pairs.moved("3", "moved too", 1)
+    assert not pairs.moved("3", "moved too", ONE)
+
+
+async def test_each_call_gets_the_pair_that_was_chosen_for_it(pairs: Pairs) -> None:
+    """Also when another call comes while the target is asked how long its queue is."""
+
+    class Slow(Replica):
+        async def get_queue_len(self, *, deadline_s: float) -> int:
+            await asyncio.sleep(0.05)
+            return await super().get_queue_len(deadline_s=deadline_s)
+
+    chooser = PairChooser(
+        DEPLOYMENT, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True
+    )
+    full, target = Replica("full", calls=9), Slow("target")
+    chooser.update_replicas([full])
+    # Serve asks a replica that it has just heard of how long its queue is.
+    await asyncio.sleep(0.01)
+    send(pairs, "target")
+    chooser.update_replicas([full, target])
+
+    async def chosen(row_id: str) -> Any:
+        request = PendingRequest([job_of(row_id)], {}, RequestMetadata(row_id, row_id))
+        return await chooser._choose_replica_for_request(request)
+
+    moved = asyncio.create_task(chosen("moved"))
+    await asyncio.sleep(0.01)
+    others = [asyncio.create_task(chosen(f"another {number}")) for number in range(3)]
+    assert await moved is target
+    assert all(replica in (full, target) for replica in await asyncio.gather(*others))

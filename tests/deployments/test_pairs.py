@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from twotower.deployments.breaker import FAILURES, REST_S
-from twotower.deployments.pairs import Pairs
+from twotower.deployments.moves import Room
+from twotower.deployments.pairs import FULL_S, Pairs
 
-ROOM = 4
+ROOM = Room(4, 4)
+ONE = Room(1, 1)
 
 
 class Clock:
@@ -44,7 +46,7 @@ def lose(pairs: Pairs, pair: str) -> None:
         pairs.ended(f"lost-{number}")
 
 
-def moved(pairs: Pairs, *rows: str, room: int = ROOM) -> list[str]:
+def moved(pairs: Pairs, *rows: str, room: Room = ROOM) -> list[str]:
     return [row for row in rows if pairs.moved(row, f"{row}'", room)]
 
 
@@ -104,6 +106,38 @@ def test_the_oldest_that_wait_move_and_no_more_than_fit(pairs: Pairs) -> None:
     assert pairs.target_of("7'") is None
 
 
+def test_with_several_routers_a_row_that_may_have_a_place_is_not_sent_to_and_fro(
+    pairs: Pairs,
+) -> None:
+    """Four places, two of them this router's share: it alone may have all four."""
+    shared = Room(4, 2)
+    put(pairs, "a", "long", "1", "2", "3")
+    for row in "123":
+        # They have overtaken it: its prompt is long.
+        pairs.worked(row)
+    assert moved(pairs, "long", room=shared) == []
+    put(pairs, "a", *"4567")
+    # Four before them have places; the other pair takes this router's share.
+    assert moved(pairs, "long", *"4567", room=shared) == ["4", "5"]
+
+
+def test_a_target_that_turns_out_full_is_none_for_a_while(pairs: Pairs, clock: Clock) -> None:
+    put(pairs, "a", *"01234567")
+    assert moved(pairs, "4") == ["4"]
+    # Serve has found no place there, and chose the next best.
+    put(pairs, "a", "4'")
+    assert moved(pairs, *"567") == []
+    clock.now += FULL_S
+    assert moved(pairs, "5") == ["5"]
+    put(pairs, "b", "5'")
+    # Here the tower itself refuses.
+    pairs.refused("5'")
+    pairs.ended("5'")
+    assert moved(pairs, *"67") == []
+    clock.now += FULL_S
+    assert moved(pairs, "6") == ["6"]
+
+
 def test_a_place_that_comes_free_is_taken_by_the_next(pairs: Pairs) -> None:
     put(pairs, "a", *"012345678")
     assert moved(pairs, *"012345678") == list("4567")
@@ -151,16 +185,16 @@ def test_rows_leave_a_pair_that_gets_no_more(pairs: Pairs) -> None:
 
 def test_a_row_without_a_pair_does_not_move(pairs: Pairs) -> None:
     pairs.opened("queued in Serve")
-    assert moved(pairs, "queued in Serve", "unknown", room=1) == []
+    assert moved(pairs, "queued in Serve", "unknown", room=ONE) == []
     put(pairs, "a", "0", "1")
-    assert moved(pairs, "1", room=1) == ["1"]
-    assert moved(pairs, "1'", room=1) == []
+    assert moved(pairs, "1", room=ONE) == ["1"]
+    assert moved(pairs, "1'", room=ONE) == []
 
 
 def test_many_threads_move_no_more_than_fit(pairs: Pairs) -> None:
     rows = [str(number) for number in range(400)]
     put(pairs, "a", *rows)
     with ThreadPoolExecutor(8) as pool:
-        went = list(pool.map(lambda row: pairs.moved(row, f"{row}'", 50), rows * 3))
+        went = list(pool.map(lambda row: pairs.moved(row, f"{row}'", Room(50, 50)), rows * 3))
     assert sum(went) == 50
     assert pairs.rows() == {"a": 350, "b": 50}
