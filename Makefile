@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
+# A test file stays with one process; tests with real processes have the machine to themselves.
+PARALLEL := -n auto --dist loadfile
 
 .PHONY: help env demo test quick lint format types layering proto check-proto verify check bench chaos clean
 
@@ -23,10 +25,11 @@ demo: $(STAMP) ## Start the service on the shipped model, stream one completion,
 	$(BIN)/python -m benchmarks.demo
 
 test: $(STAMP) ## All tests that need no GPU, those with real processes included
-	$(BIN)/pytest -q -m 'not gpu and not slow'
+	$(BIN)/pytest -q $(PARALLEL) -m 'not gpu and not slow and not cluster'
+	$(BIN)/pytest -q -m 'cluster and not gpu and not slow'
 
 quick: $(STAMP) ## Tests without real processes
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q $(PARALLEL)
 
 lint: $(STAMP) ## Style
 	$(BIN)/ruff check .
@@ -64,6 +67,7 @@ bench: $(STAMP) ## Speed and memory on this machine
 	$(BIN)/python -m benchmarks.channel
 	$(BIN)/python -m benchmarks.service
 	$(BIN)/python -m benchmarks.concurrency
+	$(BIN)/python -m benchmarks.overload
 	$(BIN)/python -m benchmarks.verified
 	$(BIN)/python -m benchmarks.soak
 	$(BIN)/python -m benchmarks.quantization --prompts 200

@@ -69,18 +69,23 @@ class Round:
     resumes: int
 
 
-def killed(title: str) -> Callable[[ChaosCluster, random.Random], None]:
-    """Kills one of the processes of a title."""
+def signalled(title: str, kind: int) -> Callable[[ChaosCluster, random.Random], None]:
+    """Sends a signal to one of the processes of a title."""
 
     def disturb(_: ChaosCluster, draw: random.Random) -> None:
-        os.kill(draw.choice(sorted(own_processes(title))), signal.SIGKILL)
+        os.kill(draw.choice(sorted(own_processes(title))), kind)
 
     return disturb
 
 
-def hung(_: ChaosCluster, draw: random.Random) -> None:
-    """A denoiser tower stops without an end."""
-    os.kill(draw.choice(sorted(own_processes("ray::DenoiserTowerActor"))), signal.SIGSTOP)
+def killed(title: str) -> Callable[[ChaosCluster, random.Random], None]:
+    """Kills one of the processes of a title."""
+    return signalled(title, signal.SIGKILL)
+
+
+def hung(title: str) -> Callable[[ChaosCluster, random.Random], None]:
+    """Stops one of the processes of a title without ending it."""
+    return signalled(title, signal.SIGSTOP)
 
 
 def node_killed(cluster: ChaosCluster, draw: random.Random) -> None:
@@ -100,7 +105,8 @@ DISTURBANCES: dict[str, Callable[[ChaosCluster, random.Random], None]] = {
     "pair killed": killed("ray::ServeReplica:twotower:TowerPair"),
     "router killed": killed("ray::ServeReplica:twotower:Router"),
     "node killed": node_killed,
-    "denoiser tower hung": hung,
+    "context tower hung": hung("ray::ContextTowerActor"),
+    "denoiser tower hung": hung("ray::DenoiserTowerActor"),
     "link cut": nothing,
     "link slow": nothing,
 }

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+from twotower.cluster.watch import ANSWER_TIMEOUT_S
 from twotower.towers.errors import UnavailableError
 from twotower.towers.params import GenerationParams
 from twotower.towers.protocols import Block, ContextService, DenoiserService, Prefilled
@@ -26,8 +27,6 @@ T = TypeVar("T")
 MOST_MOVES = 3
 # Repairs of one denoiser in a row that failed, after which the pair is replaced.
 MOST_REPAIRS = 3
-# A tower that does not say within this time how it is, hangs.
-ANSWER_TIMEOUT_S = 5.0
 
 
 class ContextTowerService(ContextService, Protocol):

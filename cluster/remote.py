@@ -6,11 +6,14 @@ import asyncio
 import contextvars
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
+import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from twotower.cluster.channel.grpc import LinkSpec
+from twotower.cluster.watch import Watch
 from twotower.towers.errors import UnavailableError
 from twotower.towers.params import GenerationParams
 from twotower.towers.protocols import Block, ContextService, DenoiserService, Prefilled
@@ -81,10 +84,14 @@ async def detached(call: Callable[[], Awaitable[T]]) -> T:
 
 
 class RemoteContext:
-    """A ContextTowerActor's handle; fulfils ContextService."""
+    """A ContextTowerActor's handle; fulfils ContextService.
 
-    def __init__(self, actor: Any) -> None:
+    `process` is the actor whose process has the tower, if it is another: it is ended if it hangs.
+    """
+
+    def __init__(self, actor: Any, process: Any = None) -> None:
         self._actor = actor
+        self._watch = Watch(partial(ray.kill, process or actor))
 
     async def load(self) -> None:
         """Loads the tower. Raises CheckpointError."""
@@ -106,7 +113,8 @@ class RemoteContext:
         await plainly(self._actor.move.remote(row_id, denoiser))
 
     async def broken_links(self) -> list[int]:
-        broken: list[int] = await plainly(self._actor.broken_links.remote())
+        asked = plainly(self._actor.broken_links.remote())
+        broken: list[int] = await self._watch.answer(asked)
         return broken
 
     async def prefill(
@@ -136,11 +144,11 @@ class RemoteContext:
         await detached(lambda: self._actor.release.remote(row_id))
 
     async def stats(self) -> dict[str, float]:
-        stats: dict[str, float] = await plainly(self._actor.stats.remote())
+        stats: dict[str, float] = await self._watch.answer(plainly(self._actor.stats.remote()))
         return stats
 
     async def check(self) -> None:
-        await plainly(self._actor.check.remote())
+        await self._watch.answer(plainly(self._actor.check.remote()))
 
 
 class RemoteDenoiser:

@@ -44,7 +44,7 @@ async def start_towers(topology: PairTopology) -> PairServices:
 
 async def _start_colocated(topology: PairTopology, group: PlacementGroup | None) -> PairServices:
     actor = _actor(ColocatedActor, topology, group, CONTEXT_BUNDLE)
-    context = RemoteContext(SideHandle(actor, "context"))
+    context = RemoteContext(SideHandle(actor, "context"), process=actor)
     denoiser = RemoteDenoiser(SideHandle(actor, "denoiser"))
     # Not `context.load`: the actor loads both at once.
     await RemoteContext(actor).load()

@@ -11,7 +11,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
 
 
 @pytest.mark.parametrize(
-    "disturbances", [("node killed", "denoiser tower hung"), ("link cut",), ("link slow",)]
+    "disturbances",
+    [("node killed", "context tower hung", "denoiser tower hung"), ("link cut",), ("link slow",)],
 )
 def test_every_stream_ends_with_the_tokens_of_the_undisturbed_run(
     disturbances: tuple[str, ...],
