@@ -1,4 +1,4 @@
-"""A tiny checkpoint that can read and write text."""
+"""A tiny checkpoint that can read and write text, and a clock that stands still."""
 
 from __future__ import annotations
 
@@ -15,6 +15,22 @@ with warnings.catch_warnings():
     import ray.serve  # noqa: F401
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny_a"
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock of the test's own."""
+    return Clock()
 
 
 @pytest.fixture(scope="session")

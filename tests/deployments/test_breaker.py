@@ -6,22 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
+from tests.deployments.conftest import Clock
 from twotower.deployments.breaker import FAILURES, REST_S, WINDOW_S, Breaker
 
 PAIRS = ["a", "b", "c"]
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

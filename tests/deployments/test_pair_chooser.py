@@ -15,6 +15,7 @@ from ray.serve._private.common import (
 )
 from ray.serve._private.request_router.common import PendingRequest
 
+from tests.deployments.conftest import Clock
 from tests.deployments.test_affinity import prompt_of
 from twotower.deployments import pair_chooser
 from twotower.deployments import pairs as shared
@@ -31,13 +32,6 @@ DEPLOYMENT = DeploymentID("TowerPair", "app")
 ONE = Room(1, 1)
 
 
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class Replica:
     """A replica as Serve's router sees it, with so many calls in it."""
 
@@ -49,11 +43,6 @@ class Replica:
     async def get_queue_len(self, *, deadline_s: float) -> int:
         del deadline_s
         return self.calls
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture(autouse=True)

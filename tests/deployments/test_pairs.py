@@ -6,24 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.deployments.conftest import Clock
 from twotower.deployments.breaker import FAILURES, REST_S
 from twotower.deployments.moves import Room
 from twotower.deployments.pairs import FULL_S, Pairs
 
 ROOM = Room(4, 4)
 ONE = Room(1, 1)
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture
