@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.test_client_resume import Mortal, Server
 from twotower.agreement import Comparison
 from twotower.cli import app
 from twotower.deployments.commit_log import CommitLog
@@ -119,6 +120,21 @@ def test_log_probabilities_are_printed_beside_the_text(recorded: Recorded) -> No
     assert (result.exit_code, result.stdout) == (0, "text")
     assert result.stderr.endswith("7\t-0.750000\n8\t-1.500000\n")
     assert recorded.log.token_ids == (7, 8)
+
+
+def test_what_a_service_has_used_is_said_where_a_floor_allows_less() -> None:
+    service = Mortal(b"some text")
+    server = Server(service)
+    command = ["generate", "x", "--target", f"127.0.0.1:{server.port}"]
+    try:
+        plain = CliRunner().invoke(app, command)
+        service.served = [(5, 0.625)] * 9
+        eased = CliRunner().invoke(app, [*command, "--min-steps-per-block", "2"])
+    finally:
+        server.close()
+    assert plain.stdout == eased.stdout == "some text"
+    assert "served with" not in plain.stderr
+    assert eased.stderr.endswith("served with 5 steps, threshold 0.625\n")
 
 
 def test_verify_reports_every_case() -> None:

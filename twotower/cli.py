@@ -343,6 +343,9 @@ def _generate_remotely(
     assert stream.usage is not None, "a stream that ended well has its usage"
     seconds = time.perf_counter() - begin
     _report(stream.usage.completion_tokens, stream.usage.nfe, seconds, stream.seed)
+    if stream.steps_per_block is not None:
+        used = f"{stream.steps_per_block} steps, threshold {stream.confidence_threshold:g}"
+        typer.echo(f"served with {used}", err=True)
     if logprobs:
         _report_log_probs(stream.token_ids, stream.log_probs)
 
