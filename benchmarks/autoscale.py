@@ -18,21 +18,18 @@ import argparse
 import json
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray import serve
-
 from benchmarks.demo import PROMPT
 from benchmarks.figures import median, percentile
 from benchmarks.machine import machine
+from benchmarks.pairs import pair_states, pair_stats
 from twotower.client import Client
-from twotower.deployments.app import PAIR_DEPLOYMENT
-from twotower.deployments.config import APP_NAME, PairAutoscaling, ServiceConfig
+from twotower.deployments.config import PairAutoscaling, ServiceConfig
 from twotower.deployments.server import LocalService, free_port
 
 SAMPLE_S = 0.1
@@ -104,13 +101,6 @@ class Watch:
                 streams = self._streams.in_flight
             counts = [states[name] for name in ("RUNNING", "STARTING", "STOPPING")]
             self.samples.append(Sample(self.now(), *counts, streams))
-
-
-def pair_states() -> Counter[str]:
-    """How many pairs are in each of Serve's states."""
-    deployments = serve.status().applications[APP_NAME].deployments
-    states = deployments[PAIR_DEPLOYMENT].replica_states
-    return Counter({str(getattr(name, "value", name)): count for name, count in states.items()})
 
 
 def scaling_config(model: str | None, pairs: int, **autoscaling: Any) -> ServiceConfig:
@@ -262,17 +252,6 @@ def prompt_tokens_read(pairs: int) -> list[float]:
         found[tower["pass_seconds"]] = age, tower["prefill_tokens"]
     read = [tokens for _, tokens in sorted(found.values(), reverse=True) if tokens]
     return read + [0.0] * (pairs - len(read))
-
-
-def pair_stats(times: int) -> list[dict[str, dict[str, float]]]:
-    """Counters by tower, of whichever pairs Serve lets answer so many questions."""
-    asking = serve.get_deployment_handle(PAIR_DEPLOYMENT, APP_NAME).stats
-    try:
-        # One after the other: of many at once Serve gives all to the first two that it has drawn.
-        return [asking.remote().result(timeout_s=60) for _ in range(times)]
-    finally:
-        # It reports to the controller, from a thread that would outlive this service.
-        asking.shutdown()
 
 
 def levels(samples: Sequence[Sample]) -> list[dict[str, Any]]:

@@ -22,10 +22,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.chaos_cluster import ChaosCluster
+from benchmarks.chaos_cluster import ChaosCluster, chaos_cluster
 from benchmarks.processes import own_processes
 from twotower import TwoTower
 from twotower.client import Client, Usage
@@ -167,6 +168,28 @@ def receive(address: str, request: Request, seen: list[int], timeout_s: float = 
         )
 
 
+def disturbed(
+    address: str,
+    requests: Sequence[Request],
+    draw: random.Random,
+    disturb: Callable[[], None],
+    timeout_s: float = 300.0,
+) -> tuple[list[Stream], int]:
+    """The streams of all requests at once, and how many were running at the disturbance, which
+    comes after a random number of blocks."""
+    seen: list[int] = []
+    with ThreadPoolExecutor(len(requests)) as pool:
+        streams = [pool.submit(receive, address, one, seen, timeout_s) for one in requests]
+        # In blocks: in seconds a fast machine would be done before.
+        moment = draw.randrange(4 * len(requests))
+        while len(seen) < moment and not all(stream.done() for stream in streams):
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0.0, 0.05))
+        running = sum(not stream.done() for stream in streams)
+        disturb()
+        return [stream.result(timeout=timeout_s) for stream in streams], running
+
+
 def run_round(
     cluster: ChaosCluster,
     disturbance: str,
@@ -174,21 +197,12 @@ def run_round(
     want: Sequence[tuple[list[int], str]],
     seed: int,
 ) -> Round:
-    """All requests at once; the disturbance comes after a random number of blocks."""
+    """All requests at once, disturbed once; what of it came out as it should."""
     draw = random.Random(f"{disturbance}/{seed}")
-    seen: list[int] = []
-    with ThreadPoolExecutor(len(requests)) as pool:
-        begin = time.monotonic()
-        streams = [pool.submit(receive, cluster.address, one, seen) for one in requests]
-        # In blocks: in seconds a fast machine would be done before.
-        moment = draw.randrange(4 * len(requests))
-        while len(seen) < moment and not all(stream.done() for stream in streams):
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0.0, 0.05))
-        running = sum(not stream.done() for stream in streams)
-        DISTURBANCES[disturbance](cluster, draw)
-        received = [stream.result(timeout=300) for stream in streams]
-        seconds = time.monotonic() - begin
+    begin = time.monotonic()
+    disturb = partial(DISTURBANCES[disturbance], cluster, draw)
+    received, running = disturbed(cluster.address, requests, draw, disturb)
+    seconds = time.monotonic() - begin
     wrong = sum(
         (one.token_ids, one.text) != own or not one.gapless
         for one, own in zip(received, want, strict=True)
@@ -225,7 +239,7 @@ def run(
         for seed in seeds
     ]
     for faults, plan in plans:
-        with ChaosCluster(faults) as cluster:
+        with chaos_cluster(faults) as cluster:
             for name, seed in plan:
                 done.append(run_round(cluster, name, requests, want, seed))
                 print(json.dumps(asdict(done[-1])), flush=True)

@@ -68,9 +68,10 @@ class Losses:
         been admitted once.
         """
         plain = plain_error(error)
-        full = isinstance(plain, _FULL) and (self._admitted or self._since is not None)
+        full = isinstance(plain, _FULL) and self._admitted
         if isinstance(plain, NoPairError) or not (full or isinstance(plain, _LOST)):
             raise error
+        self._admitted = True
         self._lost += not (full or isinstance(plain, BrokenPairError))
         self._tries += 1
         if self._lost >= self._policy.max_attempts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack
 from typing import Any
 
 from ray.exceptions import (
@@ -48,23 +48,24 @@ class PairClient:
         """The blocks of a job; closing it frees the row. Raises what the pair raised."""
         # Before the call, which Serve may route at once.
         PAIRS.opened(job.row_id)
-        try:
-            async with aclosing(self._blocks(job)) as blocks:
-                async for block in blocks:
+        with ExitStack() as ending:
+            ending.callback(PAIRS.ended, job.row_id)
+            try:
+                stream = self._streaming.generate.remote(job)
+                ending.callback(stream.cancel)
+                async for block in stream:
                     PAIRS.worked(job.row_id)
                     if block.finish_reason is not None:
                         # Its place may have been given to the next before the stream has ended.
                         PAIRS.ended(job.row_id)
                     yield block
-        except (*_WRAPPED, UnavailableError) as error:
-            plain = _plain(error)
-            if isinstance(plain, QueueFullError):
-                PAIRS.refused(job.row_id)
-            if isinstance(plain, UnavailableError) and PAIRS.lost(job.row_id):
-                plain = BrokenPairError(str(plain))
-            raise plain from None
-        finally:
-            PAIRS.ended(job.row_id)
+            except (*_WRAPPED, UnavailableError) as error:
+                plain = _plain(error)
+                if isinstance(plain, QueueFullError):
+                    PAIRS.refused(job.row_id)
+                if isinstance(plain, UnavailableError) and PAIRS.lost(job.row_id):
+                    plain = BrokenPairError(str(plain))
+                raise plain from None
 
     def moved(self, row_id: str, next_id: str, room: Room) -> bool:
         """Whether the row waits for a place in its pair, and another has one for it. Then the row
@@ -89,14 +90,6 @@ class PairClient:
             await self._handle.ping.remote()
         except _WRAPPED as error:
             raise _plain(error) from None
-
-    async def _blocks(self, job: Job) -> AsyncGenerator[Block, None]:
-        stream = self._streaming.generate.remote(job)
-        try:
-            async for block in stream:
-                yield block
-        finally:
-            stream.cancel()
 
 
 def _plain(error: BaseException) -> BaseException:

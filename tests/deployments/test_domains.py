@@ -2,57 +2,30 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import ray
-from ray import serve
-from ray.cluster_utils import Cluster
 
+from benchmarks.nodes import add_node, deploy, local_cluster, raylet_of
 from benchmarks.processes import ancestors, own_processes
 from twotower import TwoTower
 from twotower.client import Client
 from twotower.deployments.app import build_app
-from twotower.deployments.config import APP_NAME, ServiceConfig
+from twotower.deployments.config import ServiceConfig
 from twotower.deployments.server import (
-    ENVIRONMENT,
-    OBJECT_STORE_BYTES,
     LocalService,
-    await_proxy,
     free_port,
-    start_serve,
 )
 from twotower.towers.errors import ConfigError
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
 
-# Pretended GPUs and label of each node: a host of the wrong domain could hold the whole pair.
-NODES = [(2, "north"), (1, "south"), (1, "south")]
 LABEL = "example.com/gpu-domain"
-
-
-@contextmanager
-def cluster_of(nodes: list[tuple[int, str]]) -> Iterator[list[int]]:
-    """A head and these nodes on this machine; yields the nodes' raylets, as process ids."""
-    os.environ.update(ENVIRONMENT)
-    memory = {"object_store_memory": OBJECT_STORE_BYTES}
-    head = {"num_cpus": 1, "num_gpus": 0, "include_dashboard": False, **memory}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        started = [
-            cluster.add_node(num_cpus=1, num_gpus=gpus, labels={LABEL: domain}, **memory)
-            for gpus, domain in nodes
-        ]
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-        yield [node.all_processes["raylet"][0].process.pid for node in started]
-    finally:
-        if ray.is_initialized():
-            serve.delete(APP_NAME)
-            ray.shutdown()
-        cluster.shutdown()
+# With pretended GPUs: the host of the wrong domain could hold the whole pair.
+NODES = [
+    {"num_gpus": gpus, "labels": {LABEL: domain}}
+    for gpus, domain in ((2, "north"), (1, "south"), (1, "south"))
+]
 
 
 def test_a_pair_spans_the_hosts_of_its_domain(tiny_text: Path) -> None:
@@ -68,10 +41,9 @@ def test_a_pair_spans_the_hosts_of_its_domain(tiny_text: Path) -> None:
         max_num_seqs=4,
     )
     address = f"127.0.0.1:{config.grpc_port}"
-    with cluster_of(NODES) as (_, *south):
-        start_serve(config, proxy_location="HeadOnly")
-        serve.run(build_app(config), name=APP_NAME, route_prefix="/")
-        await_proxy(address)
+    with local_cluster() as cluster:
+        _, *south = [raylet_of(add_node(cluster, node)) for node in NODES]
+        deploy(config)
         (context,) = own_processes("ray::ContextTowerActor")
         (denoiser,) = own_processes("ray::DenoiserTowerActor")
         hosts = [

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray import serve
 
-from benchmarks.autoscale import pair_stats, prompt_tokens_read
+from benchmarks.autoscale import prompt_tokens_read
+from benchmarks.pairs import held, pair_states
 from tests.deployments.test_service import await_true
 from twotower import TwoTower
 from twotower.client import Client
-from twotower.deployments.app import PAIR_DEPLOYMENT
-from twotower.deployments.config import APP_NAME, PairAutoscaling, ServiceConfig
+from twotower.deployments.config import PairAutoscaling, ServiceConfig
 from twotower.deployments.server import LocalService, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
@@ -64,13 +63,13 @@ def test_rows_that_wait_move_to_a_pair_that_comes_up(tiny_text: Path) -> None:
         def kept_busy() -> bool:
             while sum(not one.done() for one in asked) < STREAMS:
                 asked.append(pool.submit(ask, len(asked)))
-            return running_pairs() == 2
+            return pair_states()["RUNNING"] == 2
 
         loaded = await_true(kept_busy, "no second pair", timeout_s=120)
         second = time.monotonic()
         found = [one.result(timeout=240) for one in asked]
         read = prompt_tokens_read(2)
-        await_true(lambda: held() == 0, "rows are left", timeout_s=8)
+        await_true(lambda: held(2) == 0, "rows are left", timeout_s=8)
     waited = sum(first > second for _, first, _ in found)
     print(
         f"second pair after {loaded:.1f} s, {waited} of {len(asked)} streams began later, all in "
@@ -85,15 +84,3 @@ def test_rows_that_wait_move_to_a_pair_that_comes_up(tiny_text: Path) -> None:
     # Each prompt was read once: nobody moved who had a place. But a place may have been given to
     # the next row before the router hears that it was free.
     assert 0 <= sum(read) - sum(lengths) <= 2 * max(lengths)
-
-
-def running_pairs() -> int:
-    deployments = serve.status().applications[APP_NAME].deployments
-    running: int = deployments[PAIR_DEPLOYMENT].replica_states.get("RUNNING", 0)
-    return running
-
-
-def held() -> float:
-    """Rows and mirrors of both pairs."""
-    towers = [tower for stats in pair_stats(16) for tower in stats.values()]
-    return sum(tower.get(name, 0.0) for tower in towers for name in ("rows", "mirrors"))

@@ -7,17 +7,16 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from ray import serve
 
-from benchmarks.chaos import MODES, TEXTS, receive
-from benchmarks.chaos_cluster import PAIRS, held
+from benchmarks.chaos import MODES, TEXTS, disturbed
+from benchmarks.chaos_cluster import PAIRS
+from benchmarks.pairs import left_over
 from benchmarks.processes import own_processes
 from twotower import GenerationResult, TwoTower
-from twotower.deployments.config import APP_NAME, ServiceConfig
+from twotower.deployments.config import ServiceConfig
 from twotower.deployments.server import LocalService, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
@@ -70,46 +69,22 @@ def undisturbed() -> list[GenerationResult]:
     return [model.generate([text], **options)[0] for text, options in asked()]
 
 
-def await_whole() -> None:
-    """Waits until all pairs are up again and hold nothing."""
-    begin = time.monotonic()
-    while time.monotonic() - begin < 60:
-        deployments = serve.status().applications[APP_NAME].deployments
-        running = deployments["TowerPair"].replica_states.get("RUNNING", 0)
-        if running == PAIRS and sum(deployments["TowerPair"].replica_states.values()) == PAIRS:
-            try:
-                if held() == 0:
-                    return
-            except Exception as error:  # a pair that has just gone
-                print(f"not whole yet: {type(error).__name__}")
-        time.sleep(0.2)
-    raise AssertionError(f"not whole: {serve.status()}")
-
-
 @pytest.mark.parametrize("victim", TITLES, ids=list(TITLES))
 def test_a_death_under_ten_streams_changes_no_token(
     service: LocalService, undisturbed: list[GenerationResult], victim: str
 ) -> None:
     moments = random.Random(victim)
     requests = asked() * 2
-    seen: list[int] = []
-    with ThreadPoolExecutor(len(requests)) as pool:
-        begin = time.monotonic()
-        streams = [
-            pool.submit(receive, service.address, request, seen, 120.0) for request in requests
-        ]
-        # In blocks: in seconds a fast machine would be done before.
-        moment = moments.randrange(40)
-        while len(seen) < moment and not all(stream.done() for stream in streams):
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0.0, 0.05))
-        running = sum(not stream.done() for stream in streams)
+
+    def kill() -> None:
         os.kill(moments.choice(sorted(own_processes(TITLES[victim]))), signal.SIGKILL)
-        received = [stream.result(timeout=120) for stream in streams]
-        seconds = time.monotonic() - begin
+
+    begin = time.monotonic()
+    received, running = disturbed(service.address, requests, moments, kill, timeout_s=120.0)
+    seconds = time.monotonic() - begin
     longest = max(one.longest_pause_s for one in received)
     print(
-        f"\n{victim} killed under {running} streams after {moment} blocks: longest pause "
+        f"\n{victim} killed under {running} streams: longest pause "
         f"{longest:.2f} s, all in {seconds:.1f} s, "
         f"resumed by clients {sum(one.resumes for one in received)}"
     )
@@ -123,4 +98,4 @@ def test_a_death_under_ten_streams_changes_no_token(
         assert one.usage is not None
         assert one.usage.completion_tokens == len(alone.token_ids)
         assert one.usage.nfe == alone.nfe
-    await_whole()
+    assert left_over(PAIRS, timeout_s=60.0) == 0

@@ -11,7 +11,8 @@ import grpc
 import pytest
 from ray import serve
 
-from benchmarks.autoscale import PROMPTS, pair_states, scaling_config, scenario
+from benchmarks.autoscale import PROMPTS, scaling_config, scenario
+from benchmarks.pairs import pair_states
 from twotower.client import Client, ServiceError
 from twotower.deployments.app import PAIR_DEPLOYMENT, build_app
 from twotower.deployments.config import PairAutoscaling, ServiceConfig
