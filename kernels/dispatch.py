@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from functools import cached_property
 from typing import Generic, Literal, ParamSpec, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from twotower.kernels import attention as _attention
@@ -54,13 +55,17 @@ class Operator(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         backend = _forced.get()
+        first = next((arg for arg in args if isinstance(arg, Tensor)), None)
+        on_gpu = first is not None and first.is_cuda
         if backend is None:
-            first = next((arg for arg in args if isinstance(arg, Tensor)), None)
-            on_gpu = first is not None and first.is_cuda
             backend = "triton" if on_gpu else "reference"
         if backend == "reference" or self._triton_module is None:
             return self.reference(*args, **kwargs)
-        return self.triton(*args, **kwargs)
+        if first is None or not on_gpu or first.get_device() == torch.cuda.current_device():
+            return self.triton(*args, **kwargs)
+        # Triton launches on the current device, whatever device its tensors are on.
+        with torch.cuda.device(first.device):
+            return self.triton(*args, **kwargs)
 
 
 @contextmanager

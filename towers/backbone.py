@@ -54,6 +54,9 @@ class Tower:
         self.weights = weights
         self.device = weights.embedding.device
         self.dtype = weights.embedding.dtype
+        if self.device.type == "cuda":
+            # Long sums of few rows are split; their parts are not to be rounded to bf16 between.
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         pattern = config.layer_pattern
         # A state holds its Mamba and attention layers by their place among their own kind.
         self._places = [pattern[:index].count(kind) for index, kind in enumerate(pattern)]

@@ -32,10 +32,18 @@ def buckets_up_to(rows: int) -> list[int]:
 
 
 class GraphMemory:
-    """Memory that all graphs of one device share: no two of them run at a time."""
+    """What all graphs of one tower share: memory, as no two of them run at a time, and the stream
+    on which they are warmed up and captured.
 
-    def __init__(self) -> None:
+    Libraries keep a workspace per stream. On a stream of its own it is made once, by a warm-up
+    outside all graphs, and lives as long as this does; on torch's common capture stream it would
+    belong to the first graph and go with it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._handle: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     def handle(self) -> Any:
         """The pool's handle, made when the first graph is captured."""
@@ -43,42 +51,60 @@ class GraphMemory:
             self._handle = torch.cuda.graph_pool_handle()
         return self._handle
 
+    def stream(self) -> torch.cuda.Stream:
+        """The capture stream, made when the first graph is captured."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        return self._stream
+
 
 class Captured:
-    """Calls `work`, on a CUDA device as a graph captured at the first call.
+    """Calls `work`, on a CUDA device as a graph once it has been captured.
 
     `work` takes and returns nothing: it reads and writes tensors that live as long as this does,
     and never waits for the device. It is run twice before it is captured: its inputs must describe
     padding then, so that this changes no row.
     """
 
-    def __init__(self, work: Callable[[], None], device: torch.device, memory: GraphMemory) -> None:
+    def __init__(self, work: Callable[[], None], memory: GraphMemory) -> None:
         self._work = work
-        self._device = device
         self._memory = memory
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @property
     def ready(self) -> bool:
         """Whether a call costs a replay only."""
-        return self._device.type != "cuda" or self._graph is not None
+        return self._memory.device.type != "cuda" or self._graph is not None
 
     @torch.inference_mode()
     def capture(self) -> None:
         """Compiles the kernels by running the work, then records it; on a CPU nothing."""
         if self.ready:
             return
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
-            for _ in range(2):
+        device, stream = self._memory.device, self._memory.stream()
+        # Triton launches on the current device, whatever device its tensors are on.
+        with torch.cuda.device(device):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._work()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads of the process go on allocating and copying meanwhile.
+            with torch.cuda.graph(
+                graph,
+                pool=self._memory.handle(),
+                stream=stream,
+                capture_error_mode="thread_local",
+            ):
                 self._work()
-        torch.cuda.current_stream(self._device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of the process go on allocating and copying meanwhile.
-        with torch.cuda.graph(graph, pool=self._memory.handle(), capture_error_mode="thread_local"):
-            self._work()
         self._graph = graph
+
+    def close(self) -> None:
+        """Gives the graph's memory back to the pool; a later call runs the work itself."""
+        if self._graph is not None:
+            self._graph.reset()
+            self._graph = None
 
     @torch.inference_mode()
     def __call__(self) -> None:

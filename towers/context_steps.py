@@ -43,7 +43,7 @@ class ContextSteps:
 
     def __init__(self, tower: ContextTower) -> None:
         self._tower = tower
-        self._memory = GraphMemory()
+        self._memory = GraphMemory(tower.device)
         self._pool: StatePool | None = None
         self._programs: dict[int, _Program] = {}
 
@@ -90,7 +90,7 @@ class _Program:
         shape = (rows, tower.config.hidden_size)
         self._hidden = torch.zeros(shape, dtype=tower.dtype, device=device)
         self._results = Results((4, rows), device)
-        self._work = Captured(self._forward, device, memory)
+        self._work = Captured(self._forward, memory)
 
     def capture(self) -> None:
         """Captures the graph for padding alone, where that has not been done."""

@@ -7,9 +7,11 @@ made of the drafts. Bits and decisions are those of the host's loop (`unmasking.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -41,6 +43,11 @@ _MAX_QUOTA = 64
 _HEAD_SHARES = (4, 2, 1)
 _WORDS = ("key", "start", "domain", "fixed_step", "eos", "eos_from")
 _INPUTS = ("slots", "visible")
+# Clients choose block lengths. A pass of a length and size that nobody has warmed up runs without
+# graphs until it comes often, and the least recently used of too many gives its graphs up: those
+# of the default length need one program a bucket.
+_CAPTURE_AFTER = 8
+_MAX_PROGRAMS = 4 * len(ROW_BUCKETS)
 _PADDING = {"slots": -1}
 
 
@@ -98,9 +105,14 @@ class DenoiserSteps:
 
     def __init__(self, tower: DenoiserTower) -> None:
         self._tower = tower
-        self._memory = GraphMemory()
+        self._memory = GraphMemory(tower.device)
         self._tables: _Tables | None = None
-        self._programs: dict[tuple[int, int], _Program] = {}
+        self._programs: OrderedDict[tuple[int, int], _Program] = OrderedDict()
+
+    @property
+    def num_programs(self) -> int:
+        """Pairs of rows and length that have buffers, and graphs if they come often."""
+        return len(self._programs)
 
     def run(
         self, works: Sequence[tuple[ContextState, DeviceDraft]]
@@ -141,11 +153,18 @@ class DenoiserSteps:
     def _program(self, pool: StatePool, rows: int, length: int) -> _Program:
         if self._tables is None or self._tables.pool is not pool:
             self._tables = _Tables(pool, self._tower)
-            self._programs.clear()
+            self._drop_programs(0)
         key = (rows, length)
         if key not in self._programs:
+            self._drop_programs(_MAX_PROGRAMS - 1)
             self._programs[key] = _Program(self._tower, self._tables, rows, length, self._memory)
+        self._programs.move_to_end(key)
         return self._programs[key]
+
+    def _drop_programs(self, kept: int) -> None:
+        """Ends the least recently used programs beyond so many."""
+        while len(self._programs) > kept:
+            self._programs.popitem(last=False)[1].close()
 
 
 class _Tables:
@@ -155,7 +174,8 @@ class _Tables:
         slots, device = pool.slots.num_slots, tower.device
         self.pool = pool
         self._tower = tower
-        self._modulations: dict[int, Tensor] = {}
+        # As long as a program of the length: those of 64 tokens are 54 MB for the 30B model.
+        self._modulations: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 
         def table(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(slots, *shape, dtype=dtype, device=device)
@@ -176,10 +196,11 @@ class _Tables:
 
     def modulations(self, length: int) -> Tensor:
         """Of every number of masked positions of a block, [length + 1, layers, 3, H]."""
-        if length not in self._modulations:
+        known = self._modulations.get(length)
+        if known is None:
             parts = [self._tower.modulation(masked / length) for masked in range(length + 1)]
-            self._modulations[length] = torch.stack(parts)
-        return self._modulations[length]
+            known = self._modulations[length] = torch.stack(parts)
+        return known
 
     def word(self, name: str, slots: Tensor) -> Tensor:
         """One word of each slot, as `slots`."""
@@ -261,28 +282,39 @@ class _Program:
         # What is drawn of each token; one more takes what the padding of the lines gives.
         self._drawn = torch.zeros(4, total + 1, dtype=torch.float64, device=device)
         self._results = Results((rows, 1 + 4 * length), device)
-        self._body = Captured(self._forward, device, memory)
+        self._steps_done = 0
+        self._body = Captured(self._forward, memory)
         self._heads = {
             -(-total // share): Captured(
-                partial(self._predict_and_commit, -(-total // share)), device, memory
+                partial(self._predict_and_commit, -(-total // share)), memory
             )
             for share in _HEAD_SHARES
         }
 
     def capture(self) -> None:
-        """Captures both graphs for padding alone, where that has not been done."""
-        programs = [self._body, *self._heads.values()]
+        """Captures all graphs for padding alone, where that has not been done."""
+        programs = self._graphs()
         if all(program.ready for program in programs):
             return
         self._staging.send(_PADDING)
         for program in programs:
             program.capture()
 
+    def close(self) -> None:
+        """Gives the graphs up."""
+        for program in self._graphs():
+            program.close()
+
+    def _graphs(self) -> list[Captured]:
+        return [self._body, *self._heads.values()]
+
     def step(
         self, states: Sequence[ContextState], masked: int
     ) -> list[StepResult | NumericalError]:
         """One step of the drafts in these states' slots, with so many masked positions in all."""
-        self.capture()
+        if self._steps_done >= _CAPTURE_AFTER:
+            self.capture()
+        self._steps_done += 1
         visible = [state.position for state in states]
         self._staging.send(_PADDING, slots=[state.slot for state in states], visible=visible)
         self._body()
@@ -306,7 +338,10 @@ class _Program:
         self._visible.copy_(self._staging["visible"])
         own = self._slots.clamp_min(0).long()
         tokens = drafts.tokens[own, :length].flatten()
-        index = drafts.remaining[own].clamp_min(0).long().repeat_interleave(length)
+        # Padding reads slot 0, whose block may be of any length: without the bound its entry could
+        # lie behind this length's table. A failed row has -1.
+        masked = torch.where(self._slots >= 0, drafts.remaining[own], 0).clamp(0, length)
+        index = masked.long().repeat_interleave(length)
         pool = self._tables.pool
         rows = Rows(
             self._starts,

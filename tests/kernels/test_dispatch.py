@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import pytest
@@ -82,9 +84,28 @@ def test_where_there_is_no_choice_the_reference_runs(backend: Backend) -> None:
 
 
 class OnGpu(Tensor):
-    """Says that it is on a GPU."""
+    """Says that it is on GPU 1."""
 
     is_cuda = True
+    device = "cuda:1"
+
+    def get_device(self) -> int:
+        return 1
+
+
+@pytest.fixture(autouse=True)
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """GPU 1 is the current device; returns the devices that were made current."""
+    entered: list[object] = []
+
+    @contextmanager
+    def device(chosen: object) -> Iterator[None]:
+        entered.append(chosen)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    return entered
 
 
 def on_gpu(value: float) -> Tensor:
@@ -106,6 +127,20 @@ def test_the_first_tensor_says_where(operator: Operator[[Tensor], Tensor]) -> No
     assert commit(tables, slots, torch.zeros(1)) == "kernel"
     assert commit(tables, torch.zeros(1), slots) == "reference"
     assert commit(tables) == "reference"
+
+
+def test_a_kernel_runs_on_the_device_of_its_tensors(
+    operator: Operator[[Tensor], Tensor],
+    guarded: list[object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    operator(on_gpu(0.0))
+    assert guarded == []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    operator(on_gpu(0.0))
+    assert guarded == ["cuda:1"]
+    operator(torch.zeros(1))
+    assert guarded == ["cuda:1"]
 
 
 def test_a_cpu_tensor_takes_the_reference(operator: Operator[[Tensor], Tensor]) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from tests.random_model import small_config, write_checkpoint
 from twotower.kernels.dispatch import force
+from twotower.towers import denoiser_steps
 from twotower.towers.captured import ROW_BUCKETS, Captured, GraphMemory, Staging, bucket_for
 from twotower.towers.context import ContextTower
 from twotower.towers.context_engine import ContextEngine
@@ -214,7 +215,7 @@ def test_buckets() -> None:
 
 def test_without_cuda_work_is_called_and_never_run_to_be_captured() -> None:
     calls: list[int] = []
-    captured = Captured(lambda: calls.append(1), CPU, GraphMemory())
+    captured = Captured(lambda: calls.append(1), GraphMemory(CPU))
     assert captured.ready
     captured.capture()
     assert calls == []
@@ -230,6 +231,58 @@ def test_staging_pads_what_is_not_sent() -> None:
     assert staging["key"].tolist() == [2**62, -5, 7, 0]
     staging.send({"slot": -1}, slot=[2])
     assert [staging[name].tolist() for name in ("slot", "token")] == [[2, -1, -1, -1], [0] * 4]
+
+
+def test_padding_beside_blocks_of_another_length(towers: Towers) -> None:
+    """Three rows fill a bucket of four: its padding must not read the timestep of slot 0, whose
+    block is longer than theirs, nor that of a longer block that was cancelled there."""
+    long = ([5, 9], params_of(max_tokens=33, block_size=33))
+    short = [([7, 8, index], params_of(max_tokens=10, block_size=5)) for index in range(3)]
+    got = decode(towers, [long, *short], True)
+    assert got == decode(towers, [long, *short], False)
+
+    reading, filling = engines(towers, True)
+
+    async def row(name: str, request: Request) -> list[Block]:
+        return [block async for block in generate_blocks(reading, filling, name, *request)]
+
+    async def beside_a_cancelled_one() -> list[list[Block]]:
+        first = asyncio.ensure_future(row("long", long))
+        while filling.stats()["passes"] < 2:
+            await asyncio.sleep(0)
+        # Its slot stays as it was left while the others hold the next three.
+        others = [asyncio.ensure_future(row(f"{index}", own)) for index, own in enumerate(short)]
+        while reading.stats()["slots_used"] < 4:
+            await asyncio.sleep(0)
+        first.cancel()
+        return list(await asyncio.gather(*others))
+
+    assert asyncio.run(beside_a_cancelled_one()) == got[1:]
+
+
+def test_only_so_many_programs_are_kept(towers: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block lengths are the clients': buffers and graphs of all that were ever asked for would
+    fill a device."""
+    monkeypatch.setattr(denoiser_steps, "_MAX_PROGRAMS", 3)
+    closed: list[int] = []
+    monkeypatch.setattr(Captured, "close", lambda _: closed.append(1))
+    requests = [([5, 9], params_of(max_tokens=size, block_size=size)) for size in range(1, 7)]
+    reading, filling = engines(towers, True)
+
+    async def rows() -> list[list[Block]]:
+        return [
+            [block async for block in generate_blocks(reading, filling, f"{index}", *request)]
+            for index, request in enumerate(requests)
+        ]
+
+    got = asyncio.run(rows())
+    assert filling._steps is not None
+    assert filling._steps.num_programs == 3
+    # The pass and three sizes of its head, which may coincide.
+    assert len(closed) == sum(
+        1 + len({-(-size // share) for share in (4, 2, 1)}) for size in range(1, 4)
+    )
+    assert got == [decode(towers, [request], False)[0] for request in requests]
 
 
 def test_warming_up_prepares_every_bucket_and_changes_no_row(towers: Towers) -> None:
