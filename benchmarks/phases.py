@@ -168,6 +168,7 @@ class PhasedLink:
 
 class _PhasedWriter:
     def __init__(self, writer: UpdateWriter, row_id: str, phases: Phases) -> None:
+        self.takes_shares = writer.takes_shares
         self._writer = writer
         self._row_id = row_id
         self._phases = phases

@@ -61,6 +61,7 @@ class FaultyLink:
 
 class _FaultyWriter:
     def __init__(self, link: FaultyLink, writer: UpdateWriter) -> None:
+        self.takes_shares = writer.takes_shares
         self._link = link
         self._writer = writer
 

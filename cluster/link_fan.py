@@ -100,6 +100,8 @@ def _is_broken(link: Link) -> bool:
 class _Nowhere:
     """An update that nobody will get."""
 
+    takes_shares = False
+
     def put(self, name: str, layer: int, tensor: Tensor) -> None:
         """Dropped."""
 
@@ -114,6 +116,7 @@ class _Forgiving:
     """An update whose failure loses the mirror and not the row."""
 
     def __init__(self, fan: LinkFan, row_id: str, writer: UpdateWriter) -> None:
+        self.takes_shares = writer.takes_shares
         self._fan = fan
         self._row_id = row_id
         self._writer = writer

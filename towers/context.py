@@ -80,7 +80,7 @@ class ContextTower(Tower):
         pool, lengths = states[0].pool, list(map(len, tokens))
         rows = pool.rows(states, lengths, [state.length for state in states])
         log = self.new_log(rows.host.total)
-        hidden = self.run(self.pack(tokens), TowerPass(rows, pool, True), log, sinks)
+        hidden = self.run(self.pack(tokens), TowerPass(rows, pool, True), log, _listening(sinks))
         for row, (state, length) in enumerate(zip(states, lengths, strict=True)):
             start = rows.host.starts[row]
             state.append(log.part(start, start + length) if log is not None else None, length)
@@ -133,8 +133,9 @@ class ContextTower(Tower):
         pool, weights, log = states[0].pool, self.replay_weights, passed.log
         if log is not None and weights is not None and any(counts):
             moved = torch.tensor(counts, dtype=torch.int32, device=self.device)
+            listening = _listening(sinks)
             # In one go where nobody waits for a layer.
-            whole = [slice(0, len(weights))] if not any(sinks) else []
+            whole = [slice(0, len(weights))] if not any(listening) else []
             for own in whole or [slice(layer, layer + 1) for layer in range(len(weights))]:
                 dispatch.replay(
                     pool.ssm[:, own],
@@ -145,7 +146,7 @@ class ContextTower(Tower):
                     passed.rows,
                     moved,
                 )
-                for state, sink in zip(states, sinks, strict=True):
+                for state, sink in zip(states, listening, strict=False):
                     if sink is not None:
                         sink.put("conv", own.start, state.conv[own.start])
                         sink.put("ssm", own.start, state.ssm[own.start])
@@ -177,6 +178,12 @@ class ContextTower(Tower):
                 own = tensor[span]
                 # K/V travel by head, as they stand in the pages.
                 sink.put(name, place, own.transpose(0, 1).contiguous() if name in "kv" else own)
+
+
+def _listening(sinks: Sequence[LayerSink | None]) -> list[LayerSink | None]:
+    """Each row's sink, None for one that takes no shares; empty if none does."""
+    own = [sink if sink is not None and sink.takes_shares else None for sink in sinks]
+    return own if any(sink is not None for sink in own) else []
 
 
 def _stacked(mixers: Sequence[MambaWeights], groups: int) -> ReplayWeights:

@@ -72,6 +72,8 @@ class LocalLink:
 class _Adoption:
     """Lets the denoiser read the state itself once it has the update's tokens."""
 
+    takes_shares = False
+
     def __init__(self, denoiser: DenoiserEngine, row_id: str, state: ContextState) -> None:
         self._denoiser = denoiser
         self._row_id = row_id
@@ -92,6 +94,8 @@ class _Adoption:
 
 class _Copy:
     """Gathers an update on the denoiser's device."""
+
+    takes_shares = True
 
     def __init__(self, denoiser: DenoiserEngine, row_id: str, builder: UpdateBuilder) -> None:
         self._denoiser = denoiser

@@ -136,7 +136,13 @@ class DenoiserService(Protocol):
 
 
 class LayerSink(Protocol):
-    """Takes shares of a row's update while a pass computes them, from the pass's own thread."""
+    """Takes shares of a row's update while a pass computes them, from the pass's own thread.
+
+    `takes_shares` is False where the mirror reads the state itself: a pass then has no work for
+    this row beside its own.
+    """
+
+    takes_shares: bool
 
     def put(self, name: str, layer: int, tensor: Tensor) -> None:
         """One layer's share, named and shaped as `UpdatePlan.shapes` without its first dimension.

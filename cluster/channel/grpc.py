@@ -355,6 +355,8 @@ class GrpcStateLink:
 class _Writer:
     """What an engine holds of an update; fulfils `UpdateWriter`."""
 
+    takes_shares = True
+
     def __init__(self, link: GrpcStateLink, outgoing: Outgoing) -> None:
         self._link = link
         self._outgoing = outgoing

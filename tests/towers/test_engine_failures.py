@@ -24,6 +24,7 @@ class PoisonedWriter:
 
     def __init__(self, writer: UpdateWriter, state: ContextState, after: int) -> None:
         self.writer, self.state, self.after = writer, state, after
+        self.takes_shares = writer.takes_shares
 
     def put(self, name: str, layer: int, tensor: Tensor) -> None:
         self.writer.put(name, layer, tensor)

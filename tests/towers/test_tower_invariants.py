@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.comparing import BATCH_SIZES, assert_relative_rms, assert_same_bits
+from twotower.kernels import dispatch
 from twotower.kernels.rows import Rows
 from twotower.towers.backbone import TowerPass
 from twotower.towers.context import ContextTower
@@ -166,7 +168,8 @@ def test_scattered_pages_change_no_bit(
 class Shares:
     """A sink that remembers in which order it got what."""
 
-    def __init__(self) -> None:
+    def __init__(self, takes_shares: bool = True) -> None:
+        self.takes_shares = takes_shares
         self.got: list[tuple[str, int, Tensor]] = []
 
     def put(self, name: str, layer: int, tensor: Tensor) -> None:
@@ -200,6 +203,33 @@ def test_a_sink_takes_each_layers_share_in_the_order_of_the_layers(
             continue
         assert [(name, layer) for name, layer, _ in sink.got] == order
         mirror_follows_shares(context_tower, state, sink, len(piece))
+
+
+def test_a_sink_that_takes_no_shares_makes_no_work(
+    context_tower: ContextTower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Towers that share their states replay all layers at once, as where nobody follows."""
+    pieces = [tokens(5, seed=2), tokens(16, seed=3)]
+    replay, layers = dispatch.replay, []
+
+    def counted(ssm: Tensor, *args: Any) -> None:
+        layers.append(ssm.shape[1])
+        replay(ssm, *args)
+
+    monkeypatch.setattr(dispatch, "replay", counted)
+    ends = []
+    for sinks in ([], [Shares(takes_shares=False) for _ in pieces]):
+        states = read_all(context_tower, [tokens(9, seed=row) for row in range(2)])
+        layers.clear()
+        passed = context_tower.read(pieces, states, sinks)
+        taken = sinks or [None, None]
+        context_tower.advance_rows(passed, states, list(map(len, pieces)), taken)
+        assert layers == [context_tower.config.layer_pattern.count("M")]
+        assert all(not sink.got for sink in sinks)
+        ends.append([everything(state) for state in states])
+    for got, want in zip(*ends, strict=True):
+        for own, other in zip(got, want, strict=True):
+            assert_same_bits(own, other)
 
 
 def mirror_follows_shares(
