@@ -23,6 +23,9 @@ from torch import Tensor
 from twotower.kernels.rows import Rows
 
 _TILE = 1024
+# On a GPU a context is cut into splits, for rows of at most so many new tokens.
+SHORT_TOKENS = 64
+MAX_SPLITS = 16
 
 
 @dataclass(frozen=True, slots=True)

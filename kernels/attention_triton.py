@@ -26,10 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.kernels.attention import PagedKeyValues
+from twotower.kernels.attention import MAX_SPLITS, SHORT_TOKENS, PagedKeyValues
 from twotower.kernels.rows import Rows
 
-SHORT_TOKENS = 64
 FEW_ROWS = 16
 MAX_HEAD_DIM = 128
 _STORED_TOKENS = 16
@@ -57,8 +56,8 @@ class Tiling:
 # A split's partials weigh as much as the K/V of one token for each of its folded rows: the fewer
 # rows, the shorter a split may be. In fp32, products hold their operands in registers.
 _SINGLE = Tiling(rows=16, keys=64, warps=4, stages=3, split_tokens=256, max_splits=64)
-_BLOCK = Tiling(rows=128, keys=64, warps=8, stages=3, split_tokens=512, max_splits=16)
-_WIDE = Tiling(rows=16, keys=32, warps=4, stages=2, split_tokens=512, max_splits=16)
+_BLOCK = Tiling(128, 64, warps=8, stages=3, split_tokens=512, max_splits=MAX_SPLITS)
+_WIDE = Tiling(16, 32, warps=4, stages=2, split_tokens=512, max_splits=MAX_SPLITS)
 
 
 def attention(

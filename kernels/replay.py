@@ -17,6 +17,9 @@ from twotower.kernels.causal_conv1d import advance_history, causal_conv1d
 from twotower.kernels.elementwise import softplus
 from twotower.kernels.rows import Rows
 
+# What the replay of a GPU may take for conv and steps; more layers than fit follow one another.
+SCRATCH_BYTES = 128 << 20
+
 
 @dataclass(frozen=True)
 class ReplayWeights:
@@ -32,9 +35,8 @@ class ReplayWeights:
     def __len__(self) -> int:
         return self.a_log.shape[0]
 
-    def layer(self, index: int) -> ReplayWeights:
-        """Those of one layer alone, M = 1."""
-        own = slice(index, index + 1)
+    def layers(self, own: slice) -> ReplayWeights:
+        """Those of a run of layers."""
         return ReplayWeights(
             self.conv_weight[own],
             None if self.conv_bias is None else self.conv_bias[own],

@@ -7,7 +7,8 @@ The first launch leaves conv and steps in memory. In the second a program owns a
 head's state, holds it in registers over the row's tokens, and moves a share of the conv history.
 Every step is pointwise, with the same operations in the same order for every token: the bits of
 a state depend on its row's tokens alone, and n tokens then m give those of n + m at once. The
-scratch is M T (Di + G N) elements of the log's dtype. Source: Dao and Gu 2024 (Mamba-2).
+scratch is M T (Di + G N) elements of the log's dtype, of as many layers at a time as SCRATCH_BYTES
+hold. Source: Dao and Gu 2024 (Mamba-2).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower.kernels.mamba_triton import prepare
-from twotower.kernels.replay import ReplayWeights
+from twotower.kernels.replay import SCRATCH_BYTES, ReplayWeights
 from twotower.kernels.rows import Rows
 
 # Channels of a head's state that one program holds.
@@ -124,11 +125,32 @@ def replay(
     the first counts[row] (int32 [B]) of the row's tokens in xbc [M, T, Cd] and dt [M, T, H]."""
     layers, tokens, all_channels = xbc.shape
     heads, width, n = ssm_state.shape[2:]
-    kept = conv_state.shape[2]
     assert ssm_state.stride(4) == 1
     assert conv_state.shape[3] == all_channels
     if not rows.count or not rows.longest or not layers:
         return
+    channels = heads * width + weights.groups * n
+    layer_bytes = tokens * (channels * xbc.element_size() + heads * 4)
+    at_once = max(1, SCRATCH_BYTES // layer_bytes)
+    for first in range(0, layers, at_once):
+        own = slice(first, first + at_once)
+        part = weights if at_once >= layers else weights.layers(own)
+        _replay_layers(ssm_state[:, own], conv_state[:, own], xbc[own], dt[own], part, rows, counts)
+
+
+def _replay_layers(
+    ssm_state: Tensor,
+    conv_state: Tensor,
+    xbc: Tensor,
+    dt: Tensor,
+    weights: ReplayWeights,
+    rows: Rows,
+    counts: Tensor,
+) -> None:
+    """Two launches for as many layers as the scratch holds."""
+    layers, tokens, all_channels = xbc.shape
+    heads, width, n = ssm_state.shape[2:]
+    kept = conv_state.shape[2]
     channels = heads * width + weights.groups * n
     conv, steps = prepare(
         xbc,

@@ -23,7 +23,7 @@ from twotower.planner.devices import DEVICES, device_named
 from twotower.planner.estimates import Estimate, break_even
 from twotower.planner.flow import in_step_pair, simulate_pair
 from twotower.planner.measured import read_measured
-from twotower.planner.memory import log_bytes, row_bytes, tower_bytes
+from twotower.planner.memory import row_bytes, tower_bytes
 from twotower.planner.passes import FLOOR, Measured, Passes
 from twotower.planner.plan import Plan, make_plan
 from twotower.planner.question import Question, formats_named, model_config
@@ -110,7 +110,6 @@ def test_a_row_is_a_slot_and_pages() -> None:
     assert row_bytes(LARGE, 4096) == slot + 4096 * 6144
     # Pages of 64 tokens.
     assert row_bytes(LARGE, 4097) - row_bytes(LARGE, 4096) == 64 * 6144
-    assert log_bytes(LARGE, 16) == 23 * (6144 + 64) * 16 * 2
 
 
 def test_which_placements_fit() -> None:

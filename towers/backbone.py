@@ -47,7 +47,12 @@ class Mixed:
 
 
 class Tower:
-    """Weights of one tower on one device, and the steps of a pass."""
+    """Weights of one tower on one device, and the steps of a pass.
+
+    `reads_prompts` tells whether it extends states, or only reads them.
+    """
+
+    reads_prompts: bool
 
     def __init__(self, config: TwoTowerConfig, weights: TowerWeights) -> None:
         self.config = config

@@ -45,6 +45,8 @@ class ContextTower(Tower):
     """Extends rows' context states; with its head it is the plain autoregressive model, whose
     logits at a token predict the next one."""
 
+    reads_prompts = True
+
     def __init__(self, config: TwoTowerConfig, weights: TowerWeights) -> None:
         super().__init__(config, weights)
         mixers = [layer.mixer for layer in weights.layers if isinstance(layer.mixer, MambaWeights)]
@@ -142,7 +144,7 @@ class ContextTower(Tower):
                     pool.conv[:, own],
                     log.xbc[own],
                     log.dt[own],
-                    weights if whole else weights.layer(own.start),
+                    weights if whole else weights.layers(own),
                     passed.rows,
                     moved,
                 )

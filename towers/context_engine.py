@@ -12,12 +12,13 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from torch import Tensor
 
 from twotower.towers.admission import Admission
+from twotower.towers.backbone import Tower
 from twotower.towers.config import ATTENTION
 from twotower.towers.context import ContextTower
 from twotower.towers.context_pass import ContextPass, ContextResult, ContextWork
 from twotower.towers.context_steps import ContextSteps
 from twotower.towers.engine import Engine, EngineOptions, EngineRow, state_of
-from twotower.towers.memory import MemoryBudget, StatePool, pool_for
+from twotower.towers.memory import StatePool
 from twotower.towers.params import GenerationParams
 from twotower.towers.prefill import KvFeed, default_prefill_chunk, prefill_pieces, send_update
 from twotower.towers.prefix_cache import PrefixCache, chain_keys, next_key
@@ -88,7 +89,7 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         device_steps: bool | None = None,
         prefill_chunk: int | None = None,
     ) -> None:
-        pool = pool or pool_for(tower.config, MemoryBudget(), tower.device, tower.dtype)
+        pool = pool or EngineOptions().pool_for(tower)
         cache = PrefixCache(pool, prefix_cache_bytes) if prefix_cache_bytes else None
         admission = Admission(pool, cache.reclaim if cache else None, max_waiting)
         wanted = tower.device.type == "cuda" if device_steps is None else device_steps
@@ -104,13 +105,22 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
 
     @classmethod
     def with_options(
-        cls, tower: ContextTower, link: StateLink | None, options: EngineOptions, *, threaded: bool
+        cls,
+        tower: ContextTower,
+        link: StateLink | None,
+        options: EngineOptions,
+        *,
+        threaded: bool,
+        readers: Sequence[Tower] = (),
     ) -> ContextEngine:
-        """An engine as its operator wants it. Raises ConfigError if the states have no room."""
+        """An engine as its operator wants it; `readers` are towers that read its states in place.
+
+        Raises ConfigError if the states have no room.
+        """
         return cls(
             tower,
             link,
-            pool=options.pool_for(tower),
+            pool=options.pool_for(tower, *readers),
             limits=options.limits,
             max_waiting=options.max_waiting,
             prefix_cache_bytes=options.prefix_cache_bytes,

@@ -16,6 +16,8 @@ from twotower.towers.protocols import LayerSink
 from twotower.towers.sampling import Draw, Drawn, draw_tokens
 from twotower.towers.state import ContextState
 
+_SCORED_LINES = 128
+
 
 @dataclass(frozen=True)
 class ContextWork:
@@ -103,15 +105,24 @@ class ContextPass:
                 results.append(own)
             elif work.targets is not None:
                 span = slice(end - len(work.tokens), end)
-                results.append(_score(self._tower.logits(hidden[span]), work.targets, last))
+                results.append(self._score(hidden[span], work.targets, last))
             else:
                 results.append(ContextResult(last, own))
         return results
 
-
-def _score(logits: Tensor, targets: Sequence[int], hidden: Tensor) -> ContextResult | BaseException:
-    if not bool(torch.isfinite(logits).all()):
-        return NumericalError("non-finite logits while scoring")
-    chosen = torch.tensor(list(targets), device=logits.device).unsqueeze(1)
-    logprobs = torch.log_softmax(logits.float(), dim=-1).gather(1, chosen).squeeze(1)
-    return ContextResult(hidden, logprobs=tuple(logprobs.tolist()))
+    def _score(
+        self, hidden: Tensor, targets: Sequence[int], last: Tensor
+    ) -> ContextResult | BaseException:
+        """Log-probabilities of `targets` at hidden states [n, H], a few lines at a time: in fp32
+        the logits of a whole piece of a prompt would be gigabytes."""
+        chosen = torch.tensor(list(targets), device=hidden.device).unsqueeze(1)
+        found: list[float] = []
+        for lines, own in zip(
+            hidden.split(_SCORED_LINES), chosen.split(_SCORED_LINES), strict=True
+        ):
+            logits = self._tower.logits(lines)
+            if not bool(torch.isfinite(logits).all()):
+                return NumericalError("non-finite logits while scoring")
+            logprobs = torch.log_softmax(logits.float(), dim=-1)
+            found += logprobs.gather(1, own).squeeze(1).tolist()
+        return ContextResult(last, logprobs=tuple(found))

@@ -41,6 +41,8 @@ class DenoiserTower(Tower):
     """Predicts the tokens of blocks from rows' context states, which it only reads; its logits at
     a position predict that position's own token."""
 
+    reads_prompts = False
+
     def __init__(
         self, config: TwoTowerConfig, weights: TowerWeights, timestep: TimestepWeights
     ) -> None:

@@ -18,6 +18,7 @@ from twotower.towers.backbone import Tower
 from twotower.towers.batching import BatchLoop
 from twotower.towers.errors import UnavailableError
 from twotower.towers.memory import MemoryBudget, StatePool, pool_for
+from twotower.towers.pass_memory import working_bytes
 from twotower.towers.scheduler import PassLimits
 from twotower.towers.state import ContextState
 
@@ -48,9 +49,20 @@ class EngineOptions:
     prefix_cache_bytes: int = PREFIX_CACHE_BYTES
     prefill_chunk: int | None = None
 
-    def pool_for(self, tower: Tower) -> StatePool:
-        """The memory of a tower's rows. Raises ConfigError if the budget holds none."""
-        return pool_for(tower.config, self.budget, tower.device, tower.dtype)
+    def pool_for(self, tower: Tower, *others: Tower) -> StatePool:
+        """The memory of a tower's rows, beside what its passes take on a GPU and those of others
+        that read the same states. Raises ConfigError if the budget holds none."""
+        reserved = sum(self._reserved_bytes(own) for own in (tower, *others))
+        return pool_for(tower.config, self.budget, tower.device, tower.dtype, reserved)
+
+    def _reserved_bytes(self, tower: Tower) -> int:
+        if tower.device.type != "cuda":
+            return 0
+        limits = self.limits or PassLimits.for_device(tower.device.type)
+        reads, rows = tower.reads_prompts, self.budget.max_num_seqs
+        tokens = limits.max_tokens + (limits.prefill_tokens if reads else 0)
+        cache = self.prefix_cache_bytes if reads else 0
+        return cache + working_bytes(tower.config, tower.dtype, tokens, rows, reads_prompts=reads)
 
 
 @dataclass(eq=False)

@@ -149,5 +149,8 @@ def load_engines(
         threaded=threaded,
     )
     link = LocalLink(context_tower, denoiser, shared)
-    context = ContextEngine.with_options(context_tower, link, chosen, threaded=threaded)
+    readers = [denoiser_tower] if shared else []
+    context = ContextEngine.with_options(
+        context_tower, link, chosen, threaded=threaded, readers=readers
+    )
     return context, denoiser

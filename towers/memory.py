@@ -24,8 +24,8 @@ from twotower.towers.errors import CapacityError, ConfigError
 from twotower.towers.state import ContextState
 
 PAGE_TOKENS = 64
-# Beside weights and K/V a pass needs room for its own tensors; on a CPU, others need theirs too.
-_CUDA_FRACTION, _CPU_FRACTION = 0.9, 0.25
+# What passes need on a GPU is reserved before; on a CPU, they and other programs need the rest.
+_CUDA_FRACTION, _CPU_FRACTION = 0.95, 0.25
 
 
 def pages_for(tokens: int) -> int:
@@ -276,7 +276,8 @@ def page_bytes(config: TwoTowerConfig, dtype: torch.dtype) -> int:
 @dataclass(frozen=True)
 class MemoryBudget:
     """How much a tower's states may take: rows at a time, tokens a row (None: what the model
-    allows), and the share of the free memory (None: 0.9 on CUDA, 0.25 on a CPU)."""
+    allows), and a share of the memory that weights and passes leave (None: 0.95 on CUDA, 0.25 on
+    a CPU)."""
 
     max_num_seqs: int = 64
     max_context: int | None = None
@@ -294,17 +295,21 @@ class MemoryBudget:
 
 
 def pool_for(
-    config: TwoTowerConfig, budget: MemoryBudget, device: torch.device, dtype: torch.dtype
+    config: TwoTowerConfig,
+    budget: MemoryBudget,
+    device: torch.device,
+    dtype: torch.dtype,
+    reserved: int = 0,
 ) -> StatePool:
     """A pool of `max_num_seqs` slots, with pages for as many rows of `max_context` tokens or for
-    those that fit into the memory's share.
+    those that fit into the share of the memory that is free beside `reserved` bytes.
 
     Raises ConfigError if not one row of `max_context` tokens fits.
     """
     fraction = budget.memory_fraction
     if fraction is None:
         fraction = _CUDA_FRACTION if device.type == "cuda" else _CPU_FRACTION
-    free = free_bytes(device)
+    free = max(0, free_bytes(device) - reserved)
     num_pages = affordable_pages(config, budget, int(fraction * free), dtype)
     return StatePool(config, budget.max_num_seqs, num_pages, device, dtype)
 

@@ -248,7 +248,7 @@ class ContextState:
                 pool.conv[:, own],
                 xbc[layer].unsqueeze(0),
                 dt[layer].unsqueeze(0),
-                weights.layer(layer),
+                weights.layers(own),
                 rows,
                 counts,
             )

@@ -179,7 +179,7 @@ def test_each_row_moves_its_own_slot_over_its_own_count() -> None:
                 want[1][slot, layer],
                 xbc[layer, start : start + count],
                 dt[layer, start : start + count],
-                weights.layer(layer),
+                weights.layers(slice(layer, layer + 1)),
             )
         for log in (xbc, dt):
             log[:, start + count : rows.host.starts[row + 1]] = float("nan")
@@ -218,7 +218,7 @@ def test_states_may_be_a_part_of_the_layers_of_a_pool() -> None:
     for layer in range(LAYERS):
         own = slice(layer, layer + 1)
         parts = one[0][:, own], one[1][:, own], xbc[own], dt[own]
-        replay(*parts, weights.layer(layer), rows, counts)
+        replay(*parts, weights.layers(own), rows, counts)
     assert_same_bits(one[0], ssm)
     assert_same_bits(one[1], conv)
 
@@ -237,7 +237,7 @@ def test_weights_travel_as_named_tensors(with_bias: bool) -> None:
     # Taps of neighbouring channels side by side, as the conv reads them.
     assert back.conv_weight.stride() == (CHANNELS * TAPS, 1, CHANNELS)
     for layer in range(LAYERS):
-        for name, part in back.layer(layer).tensors().items():
+        for name, part in back.layers(slice(layer, layer + 1)).tensors().items():
             assert_same_bits(part, named[name][layer : layer + 1], name)
 
 

@@ -303,6 +303,17 @@ def test_padding_alone(lengths: tuple[int, ...]) -> None:
         assert_same_bits(got, before)
 
 
+@pytest.mark.parametrize("limit", [1, 3 * 1000, 1 << 30])
+def test_more_layers_than_the_scratch_holds_follow_one_another(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make((5, 3), (5, 2), layers=5)
+    want = case.run()
+    monkeypatch.setattr(module, "SCRATCH_BYTES", limit)
+    for got, own in zip(case.run(), want, strict=True):
+        assert_same_bits(got, own)
+
+
 MULTIPLES = (
     "ssm_state_stride_s ssm_state_stride_m ssm_state_stride_h ssm_state_stride_p "
     "conv_state_stride_s conv_state_stride_m conv_state_stride_k xbc_stride_m xbc_stride_t "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -12,7 +12,7 @@ from twotower.planner import commits
 from twotower.planner.devices import device_named
 from twotower.planner.flow import Flow, in_step_pair, simulate_pair
 from twotower.planner.measured import MeasuredPasses
-from twotower.planner.memory import GpuMemory, gpu_memory, tower_bytes
+from twotower.planner.memory import GpuMemory, Side, gpu_memory, tower_bytes
 from twotower.planner.passes import FLOOR, Passes, Reached
 from twotower.planner.question import Experts, Question
 from twotower.towers.config import TwoTowerConfig
@@ -127,7 +127,7 @@ class Estimator:
         return PassSeconds(cache(passes.denoise), extend)
 
     def _memory(
-        self, role: str, weights: int, rows: int, *, reads_prompts: bool = True
+        self, role: str, weights: int, rows: int, *, sides: Sequence[Side] = ("context",)
     ) -> GpuMemory:
         return gpu_memory(
             role,
@@ -137,7 +137,7 @@ class Estimator:
             self._question.context,
             BLOCK,
             self._device.memory_bytes,
-            reads_prompts=reads_prompts,
+            sides=sides,
         )
 
     def _ar(self) -> Estimate:
@@ -163,7 +163,8 @@ class Estimator:
 
     def _colocated(self) -> Estimate:
         rows, weights = self._question.batch, self._weights
-        memory = self._memory("shared", weights.context + weights.denoiser, rows)
+        both = weights.context + weights.denoiser
+        memory = self._memory("shared", both, rows, sides=("context", "denoiser"))
         own = Estimate("colocated", self._experts, 1, True, 1, rows, (memory,))
         if not own.fits:
             return own
@@ -189,7 +190,7 @@ class Estimator:
         rows, weights = self._question.batch, self._weights
         memory = (
             self._memory("context", weights.context, denoisers * rows),
-            self._memory("denoiser", weights.denoiser, rows, reads_prompts=False),
+            self._memory("denoiser", weights.denoiser, rows, sides=("denoiser",)),
         )
         name, gpus, total = f"1:{denoisers}", 1 + denoisers, denoisers * rows
         own = Estimate(name, self._experts, denoisers, False, gpus, total, memory)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
+from typing import Literal
 
 import torch
 
 from twotower.towers.checkpoint import expert_matrices, scale_name, tensor_shapes
-from twotower.towers.config import MAMBA, TwoTowerConfig
+from twotower.towers.config import TwoTowerConfig
 from twotower.towers.memory import page_bytes, pages_for, slot_bytes
+from twotower.towers.pass_memory import working_bytes
 from twotower.towers.scheduler import PassLimits
 
 # CUDA's own context, kernels, graphs and NCCL's buffers; assumed, not measured.
 RUNTIME_BYTES = 2 << 30
-# As the service: states take at most this share of what the weights leave.
-STATE_SHARE = 0.9
+# As the service: states take at most this share of what weights and passes leave.
+STATE_SHARE = 0.95
 PREFIX_CACHE_BYTES = 256 << 20
 _VALUE, _SCALE = 2, 4
+Side = Literal["context", "denoiser"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class GpuMemory:
     @property
     def needed(self) -> int:
         """All parts together, and what must stay free beside the states."""
-        spare = max(self.work, round(self.states * (1 / STATE_SHARE - 1)))
+        spare = self.work + round(self.states * (1 / STATE_SHARE - 1))
         return self.weights + self.states + spare + self.runtime
 
     @property
@@ -81,20 +85,13 @@ def row_bytes(config: TwoTowerConfig, tokens: int) -> int:
     return slot_bytes(config, torch.bfloat16) + pages
 
 
-def log_bytes(config: TwoTowerConfig, tokens: int) -> int:
-    """Raw projections of so many tokens, which a context tower keeps until it has advanced."""
-    per_token = config.conv_dim + config.mamba_num_heads
-    return len(config.layers_of(MAMBA)) * per_token * tokens * _VALUE
-
-
-def work_bytes(config: TwoTowerConfig, rows: int, block: int) -> int:
-    """Tensors of a pass at its widest, a MoE layer's, and the logits of all rows' blocks."""
-    tokens = max(rows * block, PassLimits.for_device("cuda").max_tokens)
-    picks, hidden = config.num_experts_per_tok, config.hidden_size
-    expert = picks * (config.moe_intermediate_size + hidden)
-    shared = config.moe_shared_expert_intermediate_size
-    layer = tokens * (2 * hidden + expert + shared) * _VALUE
-    return layer + rows * block * config.vocab_size * _VALUE
+def work_bytes(config: TwoTowerConfig, rows: int, block: int, side: Side) -> int:
+    """What the service reserves for a tower's passes, with its limits of a pass."""
+    limits, reads_prompts = PassLimits.for_device("cuda"), side == "context"
+    tokens = max(rows * block, limits.max_tokens) + (limits.prefill_tokens if reads_prompts else 0)
+    return working_bytes(
+        config, torch.bfloat16, tokens, rows, block=block, reads_prompts=reads_prompts
+    )
 
 
 def gpu_memory(
@@ -106,14 +103,12 @@ def gpu_memory(
     block: int,
     there: int,
     *,
-    reads_prompts: bool,
+    sides: Sequence[Side],
 ) -> GpuMemory:
-    """One GPU with `rows` rows of `context` tokens; one that reads prompts has logs and the prefix
-    cache beside."""
+    """One GPU with `rows` rows of `context` tokens and the towers `sides`; one that reads prompts
+    has logs and the prefix cache beside."""
     states = rows * row_bytes(config, context + block)
-    if reads_prompts:
+    if "context" in sides:
         states += PREFIX_CACHE_BYTES
-    work = work_bytes(config, rows, block)
-    if reads_prompts:
-        work += rows * log_bytes(config, block)
+    work = sum(work_bytes(config, rows, block, side) for side in sides)
     return GpuMemory(role, rows, weights, states, work, RUNTIME_BYTES, there)
