@@ -1,0 +1,177 @@
+"""Which stages run on which card, in what order, and for how long at most.
+
+The most telling and the least certain come first: a stage that fails there is a finding. Times are
+limits, not estimates; each stage writes what it has as it goes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_KERNELS = "tests/kernels"
+# Heaviest first, so that no long file is the last to begin.
+TEST_FILES = (
+    f"{_KERNELS}/test_mamba_scan_triton.py",
+    f"{_KERNELS}/test_experts_triton.py",
+    f"{_KERNELS}/test_attention_triton.py",
+    f"{_KERNELS}/test_replay_triton.py",
+    f"{_KERNELS}/test_unmask_triton.py",
+    f"{_KERNELS}/test_norm_triton.py",
+    f"{_KERNELS}/test_mamba_triton.py",
+    f"{_KERNELS}/test_router_triton.py",
+    f"{_KERNELS}/test_expert_tiles_triton.py",
+    f"{_KERNELS}/test_commit.py",
+    "tests/towers/test_device_steps.py",
+    "tests/towers/test_on_gpu.py",
+)
+DRY_TEST_FILES = (f"{_KERNELS}/test_rows.py", f"{_KERNELS}/test_philox.py")
+_GOLDEN = ("tiny_a", "tiny_b")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Processes that run side by side, `workers` at a time, each for at most `seconds`.
+
+    `{out}` in an argument is the file for a process's own figures (JSON).
+    """
+
+    name: str
+    seconds: float
+    commands: tuple[tuple[str, ...], ...]
+    workers: int = 1
+
+
+def stages(plan: str, *, dry: bool = False) -> list[Stage]:
+    """The stages of a plan; `dry` runs the same programs at tiny shapes on a CPU.
+
+    Raises ValueError for an unknown plan.
+    """
+    if plan not in PLANS:
+        raise ValueError(f"plan: got {plan!r}, expected one of {', '.join(PLANS)}")
+    return PLANS[plan](_Shape.tiny() if dry else _Shape())
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What differs between a run on a card and a dry one."""
+
+    preset: str = "30b"
+    device: str = "cuda"
+    rows: tuple[int, ...] = (1, 16, 64)
+    many: int = 128
+    tests: tuple[str, ...] = TEST_FILES
+    prompt: int = 3000
+
+    @classmethod
+    def tiny(cls) -> _Shape:
+        return cls("tiny", "cpu", (1, 2, 4), 6, DRY_TEST_FILES, 70)
+
+    def program(self, name: str, *arguments: object) -> tuple[str, ...]:
+        """One of the programs beside this file."""
+        words = ("--device", self.device, "--out", "{out}", *map(str, arguments))
+        return (sys.executable, "-m", f"benchmarks.gpu.{name}", *words)
+
+    def bench(self, sections: str, batches: Sequence[int], *more: object) -> tuple[str, ...]:
+        """`twotower bench` over some sections and numbers of rows."""
+        words = ["--preset", self.preset, "--device", self.device, "--sections", sections]
+        words += ["--batches", ",".join(map(str, batches)), "--out", "{out}", "--no-compiled"]
+        return (sys.executable, "-m", "twotower.bench", *words, *map(str, more))
+
+
+def _ceilings(shape: _Shape) -> Stage:
+    return Stage("ceilings", 60, (shape.program("ceilings"),))
+
+
+def _checks(shape: _Shape) -> Stage:
+    """Kernels at real shapes, the recorded cases and the engines' steps, on the device."""
+    pytest = (sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", ".")
+    options = ("-p", "no:cacheprovider", "-m", "not slow", "-rf", "--tb=short", "--maxfail=8")
+    tests = [(*pytest, *options, name) for name in shape.tests]
+    verify = [
+        (sys.executable, "-m", "benchmarks.gpu.verify", "--device", shape.device, name)
+        for name in (_GOLDEN if shape.device == "cuda" else _GOLDEN[1:])
+    ]
+    return Stage("checks", 150, (*verify, *tests), workers=8)
+
+
+def _products(shape: _Shape) -> Stage:
+    tokens = ("1", "16", "256", "1024") if shape.device == "cuda" else ("1", "8")
+    program = shape.program("products", "--preset", shape.preset, "--tokens", *tokens)
+    return Stage("products", 90, (program,))
+
+
+def _speed(shape: _Shape, rows: int, *more: object) -> Stage:
+    """Passes and decoding of so many rows, and where a pass's time goes."""
+    name = f"speed-{rows}" + ("-fp8" if "fp8" in more else "")
+    return Stage(name, 120, (shape.bench("speed,operators", (rows,), *more),))
+
+
+def _profile(shape: _Shape, *more: object) -> Stage:
+    rows = shape.rows[:2]
+    program = shape.program("profile_passes", "--preset", shape.preset, "--rows", *rows, *more)
+    return Stage("profile", 120, (program,))
+
+
+def _default_service(shape: _Shape, *more: object) -> Stage:
+    few = shape.rows[-1] if shape.device == "cuda" else 8
+    arguments = ("--preset", shape.preset, "--rows", few, "--prompt", shape.prompt, *more)
+    return Stage("default-service", 120, (shape.program("default_service", *arguments),))
+
+
+def _rest(shape: _Shape) -> list[Stage]:
+    """What waits until the most telling stages have run."""
+    long = ("--long-context", "1024") if shape.device == "cpu" else ()
+    scans = ("--scans", "256") if shape.device == "cpu" else ()
+    return [
+        Stage("continuous", 150, (shape.bench("continuous", (shape.rows[1],)),)),
+        Stage("baseline", 150, (shape.bench("speed,baseline", shape.rows[:2]),)),
+        Stage("attention", 120, (shape.bench("attention", shape.rows[1:2], *long),)),
+        Stage("scans", 90, (shape.bench("scans", shape.rows[:1], *scans),)),
+        _speed(shape, shape.many),
+        Stage("verified", 90, (shape.bench("verified", shape.rows[1:2]),)),
+    ]
+
+
+def _h200(shape: _Shape) -> list[Stage]:
+    speeds = [_speed(shape, rows) for rows in shape.rows]
+    return [
+        _ceilings(shape),
+        _checks(shape),
+        speeds[0],
+        _profile(shape),
+        _products(shape),
+        *speeds[1:],
+        _default_service(shape),
+        *_rest(shape),
+    ]
+
+
+def _h100(shape: _Shape) -> list[Stage]:
+    """Both towers fit with experts in 8 bits only."""
+    fp8 = ("--experts", "fp8")
+    return [
+        _ceilings(shape),
+        _checks(shape),
+        *(_speed(shape, rows, *fp8) for rows in shape.rows[:2]),
+        _profile(shape, *fp8),
+        _products(shape),
+        _default_service(shape, *fp8),
+    ]
+
+
+def _two(shape: _Shape) -> list[Stage]:
+    """A tower on each of two cards: what carries states between them."""
+    pytest = (sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", ".", "-rf")
+    names = ("tests/cluster/test_nccl.py",) if shape.device == "cuda" else shape.tests[:1]
+    channel = (sys.executable, "-m", "benchmarks.channel", "--transport")
+    transport = "nccl" if shape.device == "cuda" else "gloo"
+    return [
+        _ceilings(shape),
+        Stage("nccl-tests", 120, ((*pytest, "-p", "no:cacheprovider", *names),)),
+        Stage("nccl-channel", 120, ((*channel, transport),)),
+    ]
+
+
+PLANS = {"h200": _h200, "h100": _h100, "two": _two}

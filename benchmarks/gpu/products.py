@@ -1,0 +1,207 @@
+"""Single launches at the 30B model's shapes: `python -m benchmarks.gpu.products --out FILE`.
+
+Dense products by the library, the router's product in fp64 and in other forms, and the experts'
+kernels at several numbers of unique experts, each beside the least time of its bytes and
+operations. Weights go round several copies, so that none is found in the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twotower.bench.floors import Ceilings
+from twotower.bench.shapes import PRESETS
+from twotower.bench.timing import measure_ceilings, synchronize
+from twotower.kernels import dispatch
+from twotower.kernels.moe import RouterRule
+from twotower.towers.config import TwoTowerConfig
+
+Entry = dict[str, Any]
+# More than the last-level cache of any card.
+_BEYOND_CACHE = 256 << 20
+_PIECES = 21
+_CALLS = {"cuda": 20, "cpu": 1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="30b", choices=list(PRESETS))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 256, 1024])
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    bench = _Products(PRESETS[args.preset], device)
+    lines: list[Entry] = []
+    for entry in bench.entries(args.tokens):
+        lines.append(entry)
+        print(json.dumps(entry), flush=True)
+        args.out.write_text(json.dumps({"products": lines}, indent=1), encoding="utf-8")
+
+
+class _Products:
+    """Launches of one model's shapes on one device, in bf16 on a GPU."""
+
+    def __init__(self, config: TwoTowerConfig, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.ceilings: Ceilings = measure_ceilings(device, self.dtype)
+
+    def entries(self, tokens: Sequence[int]) -> Iterator[Entry]:
+        """Every measurement, the most telling first."""
+        for count in tokens:
+            yield from self._router(count)
+        for count in tokens:
+            yield from self._experts(count)
+        for count in tokens:
+            yield from self._dense(count)
+
+    def _dense(self, tokens: int) -> Iterator[Entry]:
+        config = self.config
+        hidden, queries = config.hidden_size, config.num_attention_heads * config.head_dim
+        keys = 2 * config.num_key_value_heads * config.head_dim
+        projected = config.d_inner + config.conv_dim + config.mamba_num_heads
+        shapes = {
+            "in_proj": (projected, hidden),
+            "out_proj": (hidden, config.d_inner),
+            "qkv": (queries + keys, hidden),
+            "o_proj": (hidden, queries),
+            "head": (config.vocab_size, hidden),
+        }
+        for name, (outputs, inputs) in shapes.items():
+            x = self._normal(tokens, inputs)
+            weights = self._copies(outputs, inputs)
+            work = _over(weights, lambda weight, x=x: F.linear(x, weight))
+            moved = (outputs * inputs + tokens * (inputs + outputs)) * self.dtype.itemsize
+            flops = 2.0 * tokens * outputs * inputs
+            yield self._entry(name, tokens, work, moved, flops / self.ceilings.matmul_flops)
+
+    def _router(self, tokens: int) -> Iterator[Entry]:
+        """The choice's product in fp64, and as fp32 sums of pieces added in fp64."""
+        experts, hidden = self.config.n_routed_experts, self.config.hidden_size
+        x = self._normal(tokens, hidden)
+        wide = torch.randn(experts, hidden, device=self.device, dtype=torch.float64)
+        narrow = wide.to(self.dtype)
+        pieces = next(count for count in range(_PIECES, 0, -1) if hidden % count == 0)
+        folded = wide.float().view(experts, pieces, -1).permute(1, 2, 0).contiguous()
+        moved = experts * hidden * 8 + tokens * (hidden * 2 + experts * 8)
+        seconds = 2.0 * tokens * experts * hidden / self.ceilings.wide_flops
+
+        def fp64() -> Tensor:
+            return torch.mm(x.double(), wide.T)
+
+        def split() -> Tensor:
+            parts = x.float().view(tokens, pieces, -1).transpose(0, 1)
+            return torch.bmm(parts, folded).double().sum(0)
+
+        def half() -> Tensor:
+            return torch.mm(x, narrow.T)
+
+        for name, work in (("router fp64", fp64), ("router fp32 pieces", split)):
+            yield self._entry(name, tokens, work, moved, seconds)
+        yield self._entry("router bf16", tokens, half, moved / 4, 0.0)
+        bias = torch.zeros(experts, device=self.device)
+        rule = RouterRule(self.config.num_experts_per_tok, 1, 1, True, 2.5)
+
+        def route() -> tuple[Tensor, Tensor]:
+            return dispatch.route(x, wide, bias, rule)
+
+        yield self._entry("route", tokens, route, moved, seconds)
+
+    def _experts(self, tokens: int) -> Iterator[Entry]:
+        config, hidden = self.config, self.config.hidden_size
+        count, picks = config.n_routed_experts, config.num_experts_per_tok
+        width, shared = config.moe_intermediate_size, config.moe_shared_expert_intermediate_size
+        up, down = self._normal(count, width, hidden), self._normal(count, hidden, width)
+        shared_up, shared_down = self._normal(shared, hidden), self._normal(hidden, shared)
+        x = self._normal(tokens, hidden)
+        scores = torch.full((tokens, picks), 1.0 / picks, device=self.device)
+        most = min(count, tokens * picks)
+        for wanted in sorted({min(own, most) for own in (6, 34, 69, 127, 128)}):
+            ids = self._ids(tokens, picks, wanted)
+            used = int(ids.unique().numel())
+            moved = 2 * hidden * (used * width + shared) * self.dtype.itemsize
+            moved += 2 * tokens * (hidden + picks * (hidden + 2 * width)) * self.dtype.itemsize
+            flops = 4.0 * tokens * hidden * (picks * width + shared) / self.ceilings.matmul_flops
+
+            def work(ids: Tensor = ids) -> Tensor:
+                own: Tensor = dispatch.experts(x, ids, scores, up, down, shared_up, shared_down)
+                return own
+
+            yield {**self._entry("experts", tokens, work, moved, flops), "unique": used}
+
+    def _ids(self, tokens: int, picks: int, wanted: int) -> Tensor:
+        """Different experts for each token, `wanted` of them in all, spread over all experts."""
+        generator = torch.Generator().manual_seed(wanted)
+        chosen = torch.randperm(self.config.n_routed_experts, generator=generator)[:wanted]
+        order = torch.arange(tokens * picks).view(tokens, picks) % max(wanted, picks)
+        return chosen[order % wanted].to(self.device)
+
+    def _normal(self, *shape: int) -> Tensor:
+        scale = shape[-1] ** -0.5
+        out = torch.empty(shape, device=self.device, dtype=self.dtype)
+        return out.normal_(0.0, scale)
+
+    def _copies(self, outputs: int, inputs: int) -> list[Tensor]:
+        size = outputs * inputs * self.dtype.itemsize
+        count = 1 + _BEYOND_CACHE // size if self.device.type == "cuda" else 1
+        return [self._normal(outputs, inputs) for _ in range(min(count, 16))]
+
+    def _entry(
+        self, name: str, tokens: int, work: Callable[[], object], moved: float, seconds: float
+    ) -> Entry:
+        floor = max(moved / self.ceilings.bytes_per_s, seconds)
+        spent = _launch_seconds(work, self.device)
+        return {
+            "name": name,
+            "tokens": tokens,
+            "us": round(1e6 * spent, 2),
+            "floor_us": round(1e6 * floor, 2),
+            "share_of_floor": round(floor / spent, 3),
+        }
+
+
+def _over(weights: Sequence[Tensor], product: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+    turn = cycle(weights)
+    return lambda: product(next(turn))
+
+
+def _launch_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Time of one call among many in a graph, so that no launch of the host is in it."""
+    calls = _CALLS[device.type]
+    for _ in range(3):
+        work()
+    if device.type != "cuda":
+        begun = time.perf_counter()
+        work()
+        return time.perf_counter() - begun
+    synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            work()
+    times = []
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3 / calls)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""A stage's figures as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from twotower.bench.markdown import markdown
+
+Entry = dict[str, Any]
+_MOST_KERNELS = 24
+_FAILED_TAIL = 12
+
+
+def table_of(entry: Entry) -> str:
+    """What one stage found, with the end of the output of what failed."""
+    lines = [f"## {entry['stage']}: {entry['status']}", ""]
+    if "reason" in entry:
+        lines += [entry["reason"], ""]
+    if "seconds" in entry:
+        lines += [f"{entry['seconds']} s", ""]
+    for run in entry.get("runs", ()):
+        lines += _run(run)
+    return "\n".join(lines)
+
+
+def _run(run: Entry) -> list[str]:
+    words = run["command"]
+    what = " ".join(words[1:] if words[:1] == ["-m"] else words)
+    ended = "ended at its limit" if run["exit"] is None else f"exit {run['exit']}"
+    lines = [f"- `{what[-110:]}`: {ended}, {run['seconds']} s"]
+    tail = run.get("tail") or []
+    if run["exit"] != 0:
+        lines += ["", "```", *tail[-_FAILED_TAIL:], "```"]
+    elif tail and "pytest" in what:
+        lines.append(f"  {tail[-1]}")
+    return [*lines, *_figures(run["figures"] or {}), ""]
+
+
+def _figures(found: Entry) -> list[str]:
+    if "steps" in found:
+        return ["", markdown(found)]
+    if "products" in found:
+        return ["", *_rows(found["products"])]
+    if "profiles" in found:
+        return [line for own in found["profiles"] for line in _profile(own)]
+    plain = {name: own for name, own in found.items() if not isinstance(own, dict | list)}
+    nested = [own for own in found.values() if isinstance(own, dict)]
+    return ["", *(line for own in [plain, *nested] if own for line in _rows([own]))]
+
+
+def _profile(found: Entry) -> list[str]:
+    kernels = found.get("kernels", [])[:_MOST_KERNELS]
+    scalars = {name: own for name, own in found.items() if not isinstance(own, dict | list)}
+    return ["", *_rows([scalars]), "", *_rows(kernels)]
+
+
+def _rows(entries: Sequence[Entry]) -> list[str]:
+    """Entries as a table, a column for each name that any of them has."""
+    if not entries:
+        return []
+    names = list(dict.fromkeys(name for entry in entries for name in entry))
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    lines += [f"| {' | '.join(_cell(entry.get(name)) for name in names)} |" for entry in entries]
+    return [*lines, ""]
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
