@@ -1,4 +1,4 @@
-"""Work over fixed buffers, replayed as a CUDA graph.
+"""Work over fixed buffers, replayed as CUDA graphs.
 
 A pass is hundreds of launches of a few microseconds: at small batches the host would be slower
 than the device. On a CPU the same work is simply called, so that everything else is the same.
@@ -6,14 +6,20 @@ than the device. On a CPU the same work is simply called, so that everything els
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 # Sizes of passes that have graphs of their own; a pass of another size is padded to the next.
 ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+# Clients choose block lengths. A pass of a length and size that nobody has warmed up runs without
+# graphs until it comes often, and the least recently used of too many gives its graphs up: those
+# of one length need a program a bucket.
+CAPTURE_AFTER = 8
+MAX_PROGRAMS = 4 * len(ROW_BUCKETS)
 
 
 def bucket_for(rows: int, buckets: Sequence[int] = ROW_BUCKETS) -> int:
@@ -159,3 +165,69 @@ class Results:
         if self._device.is_cuda:
             torch.cuda.current_stream(self._device.device).synchronize()
         return self._host
+
+
+class Program:
+    """The graphs of one shape of pass, over buffers of its own and inputs in `staging`."""
+
+    def __init__(self, staging: Staging, padding: Mapping[str, int], memory: GraphMemory) -> None:
+        self._staging = staging
+        self._padding = padding
+        self._memory = memory
+        self._graphs: list[Captured] = []
+        self._calls = 0
+
+    def capture(self) -> None:
+        """Captures all graphs for padding alone, where that has not been done."""
+        if all(graph.ready for graph in self._graphs):
+            return
+        self._staging.send(self._padding)
+        for graph in self._graphs:
+            graph.capture()
+
+    def close(self) -> None:
+        """Gives the graphs up."""
+        for graph in self._graphs:
+            graph.close()
+
+    def _add(self, work: Callable[[], None]) -> Captured:
+        """One more part of the work."""
+        self._graphs.append(Captured(work, self._memory))
+        return self._graphs[-1]
+
+    def _begin(self, **values: Sequence[int]) -> None:
+        """Sends a call's inputs; captures a shape that comes often."""
+        if self._calls >= CAPTURE_AFTER:
+            self.capture()
+        self._calls += 1
+        self._staging.send(self._padding, **values)
+
+
+Key = TypeVar("Key", bound=Hashable)
+Shape = TypeVar("Shape", bound=Program)
+
+
+class Programs(Generic[Key, Shape]):
+    """Programs by their shape, MAX_PROGRAMS at most: the least recently used are closed."""
+
+    def __init__(self, make: Callable[[Key], Shape]) -> None:
+        self._make = make
+        self._programs: OrderedDict[Key, Shape] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+    def __getitem__(self, key: Key) -> Shape:
+        if key not in self._programs:
+            self._drop(MAX_PROGRAMS - 1)
+            self._programs[key] = self._make(key)
+        self._programs.move_to_end(key)
+        return self._programs[key]
+
+    def clear(self) -> None:
+        """Closes all."""
+        self._drop(0)
+
+    def _drop(self, kept: int) -> None:
+        while len(self._programs) > kept:
+            self._programs.popitem(last=False)[1].close()

@@ -17,8 +17,9 @@ from twotower.kernels.unmask import Lines
 from twotower.towers.backbone import TowerPass
 from twotower.towers.captured import (
     ROW_BUCKETS,
-    Captured,
     GraphMemory,
+    Program,
+    Programs,
     Results,
     Staging,
     bucket_for,
@@ -45,7 +46,7 @@ class ContextSteps:
         self._tower = tower
         self._memory = GraphMemory(tower.device)
         self._pool: StatePool | None = None
-        self._programs: dict[int, _Program] = {}
+        self._programs: Programs[int, _Program] = Programs(self._new_program)
 
     def run(self, steps: Sequence[Step]) -> list[tuple[Tensor, Drawn | NumericalError]]:
         """Each row's state takes its token; what it drew after it, and its last hidden state [H].
@@ -68,12 +69,14 @@ class ContextSteps:
         if self._pool is not pool:
             self._pool = pool
             self._programs.clear()
-        if rows not in self._programs:
-            self._programs[rows] = _Program(self._tower, pool, rows, self._memory)
         return self._programs[rows]
 
+    def _new_program(self, rows: int) -> _Program:
+        assert self._pool is not None
+        return _Program(self._tower, self._pool, rows, self._memory)
 
-class _Program:
+
+class _Program(Program):
     """The step of up to B rows, over buffers of its own."""
 
     def __init__(
@@ -82,7 +85,7 @@ class _Program:
         self._tower = tower
         self._pool = pool
         device = tower.device
-        self._staging = Staging(_INPUTS, rows, device)
+        super().__init__(Staging(_INPUTS, rows, device), _PADDING, memory)
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._slots = torch.full((rows,), -1, dtype=torch.int32, device=device)
         self._visible = torch.zeros_like(self._slots)
@@ -90,22 +93,13 @@ class _Program:
         shape = (rows, tower.config.hidden_size)
         self._hidden = torch.zeros(shape, dtype=tower.dtype, device=device)
         self._results = Results((4, rows), device)
-        self._work = Captured(self._forward, memory)
-
-    def capture(self) -> None:
-        """Captures the graph for padding alone, where that has not been done."""
-        if self._work.ready:
-            return
-        self._staging.send(_PADDING)
-        self._work.capture()
+        self._work = self._add(self._forward)
 
     def step(self, steps: Sequence[Step]) -> list[tuple[Tensor, Drawn | NumericalError]]:
         """See `ContextSteps.run`; at most B rows."""
-        self.capture()
         draws = [draw for _, _, draw in steps]
         heats = torch.tensor([draw.sampler.temperature for draw in draws], dtype=torch.float32)
-        self._staging.send(
-            _PADDING,
+        self._begin(
             token=[token for _, token, _ in steps],
             slot=[state.slot for state, _, _ in steps],
             visible=[state.length for state, _, _ in steps],

@@ -7,7 +7,6 @@ made of the drafts. Bits and decisions are those of the host's loop (`unmasking.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +22,9 @@ from twotower.kernels.unmask import Lines
 from twotower.towers.backbone import TowerPass
 from twotower.towers.captured import (
     ROW_BUCKETS,
-    Captured,
     GraphMemory,
+    Program,
+    Programs,
     Results,
     Staging,
     bucket_for,
@@ -43,11 +43,6 @@ _MAX_QUOTA = 64
 _HEAD_SHARES = (4, 2, 1)
 _WORDS = ("key", "start", "domain", "fixed_step", "eos", "eos_from")
 _INPUTS = ("slots", "visible")
-# Clients choose block lengths. A pass of a length and size that nobody has warmed up runs without
-# graphs until it comes often, and the least recently used of too many gives its graphs up: those
-# of the default length need one program a bucket.
-_CAPTURE_AFTER = 8
-_MAX_PROGRAMS = 4 * len(ROW_BUCKETS)
 _PADDING = {"slots": -1}
 
 
@@ -107,12 +102,7 @@ class DenoiserSteps:
         self._tower = tower
         self._memory = GraphMemory(tower.device)
         self._tables: _Tables | None = None
-        self._programs: OrderedDict[tuple[int, int], _Program] = OrderedDict()
-
-    @property
-    def num_programs(self) -> int:
-        """Pairs of rows and length that have buffers, and graphs if they come often."""
-        return len(self._programs)
+        self._programs: Programs[tuple[int, int], _Program] = Programs(self._new_program)
 
     def run(
         self, works: Sequence[tuple[ContextState, DeviceDraft]]
@@ -153,18 +143,12 @@ class DenoiserSteps:
     def _program(self, pool: StatePool, rows: int, length: int) -> _Program:
         if self._tables is None or self._tables.pool is not pool:
             self._tables = _Tables(pool, self._tower)
-            self._drop_programs(0)
-        key = (rows, length)
-        if key not in self._programs:
-            self._drop_programs(_MAX_PROGRAMS - 1)
-            self._programs[key] = _Program(self._tower, self._tables, rows, length, self._memory)
-        self._programs.move_to_end(key)
-        return self._programs[key]
+            self._programs.clear()
+        return self._programs[rows, length]
 
-    def _drop_programs(self, kept: int) -> None:
-        """Ends the least recently used programs beyond so many."""
-        while len(self._programs) > kept:
-            self._programs.popitem(last=False)[1].close()
+    def _new_program(self, shape: tuple[int, int]) -> _Program:
+        assert self._tables is not None
+        return _Program(self._tower, self._tables, *shape, self._memory)
 
 
 class _Tables:
@@ -256,7 +240,7 @@ def _first_rows(draft: DeviceDraft, mask_token_id: int) -> tuple[list[int], list
     return whole, [threshold, sampler.temperature]
 
 
-class _Program:
+class _Program(Program):
     """The step of up to B rows with blocks of L tokens, over buffers of its own."""
 
     def __init__(
@@ -271,7 +255,7 @@ class _Program:
         self._tables = tables
         self._length = length
         device, total = tower.device, rows * length
-        self._staging = Staging(_INPUTS, rows, device)
+        super().__init__(Staging(_INPUTS, rows, device), _PADDING, memory)
         self._starts = torch.arange(0, total + 1, length, dtype=torch.int32, device=device)
         self._slots = torch.full((rows,), -1, dtype=torch.int32, device=device)
         self._visible = torch.zeros_like(self._slots)
@@ -282,41 +266,16 @@ class _Program:
         # What is drawn of each token; one more takes what the padding of the lines gives.
         self._drawn = torch.zeros(4, total + 1, dtype=torch.float64, device=device)
         self._results = Results((rows, 1 + 4 * length), device)
-        self._steps_done = 0
-        self._body = Captured(self._forward, memory)
-        self._heads = {
-            -(-total // share): Captured(
-                partial(self._predict_and_commit, -(-total // share)), memory
-            )
-            for share in _HEAD_SHARES
-        }
-
-    def capture(self) -> None:
-        """Captures all graphs for padding alone, where that has not been done."""
-        programs = self._graphs()
-        if all(program.ready for program in programs):
-            return
-        self._staging.send(_PADDING)
-        for program in programs:
-            program.capture()
-
-    def close(self) -> None:
-        """Gives the graphs up."""
-        for program in self._graphs():
-            program.close()
-
-    def _graphs(self) -> list[Captured]:
-        return [self._body, *self._heads.values()]
+        self._body = self._add(self._forward)
+        sizes = dict.fromkeys(-(-total // share) for share in _HEAD_SHARES)
+        self._heads = {size: self._add(partial(self._predict_and_commit, size)) for size in sizes}
 
     def step(
         self, states: Sequence[ContextState], masked: int
     ) -> list[StepResult | NumericalError]:
         """One step of the drafts in these states' slots, with so many masked positions in all."""
-        if self._steps_done >= _CAPTURE_AFTER:
-            self.capture()
-        self._steps_done += 1
         visible = [state.position for state in states]
-        self._staging.send(_PADDING, slots=[state.slot for state in states], visible=visible)
+        self._begin(slots=[state.slot for state in states], visible=visible)
         self._body()
         self._heads[min(size for size in self._heads if size >= masked)]()
         results = self._results.receive()[: len(states)].tolist()

@@ -13,7 +13,7 @@ import torch
 
 from tests.random_model import small_config, write_checkpoint
 from twotower.kernels.dispatch import force
-from twotower.towers import denoiser_steps
+from twotower.towers import captured
 from twotower.towers.captured import ROW_BUCKETS, Captured, GraphMemory, Staging, bucket_for
 from twotower.towers.context import ContextTower
 from twotower.towers.context_engine import ContextEngine
@@ -215,12 +215,12 @@ def test_buckets() -> None:
 
 def test_without_cuda_work_is_called_and_never_run_to_be_captured() -> None:
     calls: list[int] = []
-    captured = Captured(lambda: calls.append(1), GraphMemory(CPU))
-    assert captured.ready
-    captured.capture()
+    work = Captured(lambda: calls.append(1), GraphMemory(CPU))
+    assert work.ready
+    work.capture()
     assert calls == []
-    captured()
-    captured()
+    work()
+    work()
     assert calls == [1, 1]
 
 
@@ -263,7 +263,7 @@ def test_padding_beside_blocks_of_another_length(towers: Towers) -> None:
 def test_only_so_many_programs_are_kept(towers: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
     """Block lengths are the clients': buffers and graphs of all that were ever asked for would
     fill a device."""
-    monkeypatch.setattr(denoiser_steps, "_MAX_PROGRAMS", 3)
+    monkeypatch.setattr(captured, "MAX_PROGRAMS", 3)
     closed: list[int] = []
     monkeypatch.setattr(Captured, "close", lambda _: closed.append(1))
     requests = [([5, 9], params_of(max_tokens=size, block_size=size)) for size in range(1, 7)]
@@ -277,7 +277,7 @@ def test_only_so_many_programs_are_kept(towers: Towers, monkeypatch: pytest.Monk
 
     got = asyncio.run(rows())
     assert filling._steps is not None
-    assert filling._steps.num_programs == 3
+    assert len(filling._steps._programs) == 3
     # The pass and three sizes of its head, which may coincide.
     assert len(closed) == sum(
         1 + len({-(-size // share) for share in (4, 2, 1)}) for size in range(1, 4)
