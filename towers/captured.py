@@ -140,10 +140,13 @@ class Staging:
 
     def send(self, padding: Mapping[str, int], **values: Sequence[int]) -> None:
         """Puts each name's first numbers in place, and its padding (0 if not given) behind them."""
-        for name, place in self._place.items():
-            line, own = self._host[place], values.get(name, ())
-            line[: len(own)] = torch.tensor(own, dtype=torch.int64)
-            line[len(own) :] = padding.get(name, 0)
+        size = self._host.shape[1]
+        lines = []
+        for name in self._place:
+            own = values.get(name, ())
+            lines.append([*own, *[padding.get(name, 0)] * (size - len(own))])
+        # One tensor: a call for each name would take longer than a small pass's launch.
+        self._host.copy_(torch.tensor(lines, dtype=torch.int64))
         self._inputs.copy_(self._host, non_blocking=True)
 
 

@@ -15,6 +15,7 @@ from twotower.towers.admission import Admission
 from twotower.towers.backbone import Tower
 from twotower.towers.config import ATTENTION
 from twotower.towers.context import ContextTower
+from twotower.towers.context_blocks import ContextBlocks
 from twotower.towers.context_pass import ContextPass, ContextResult, ContextWork
 from twotower.towers.context_steps import ContextSteps
 from twotower.towers.engine import Engine, EngineOptions, EngineRow, state_of
@@ -94,7 +95,8 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         admission = Admission(pool, cache.reclaim if cache else None, max_waiting)
         wanted = tower.device.type == "cuda" if device_steps is None else device_steps
         self._steps = ContextSteps(tower) if wanted else None
-        run = ContextPass(tower, self._steps).run
+        self._blocks = ContextBlocks(tower) if wanted else None
+        run = ContextPass(tower, self._steps, self._blocks).run
         limits = limits or PassLimits.for_device(tower.device.type)
         super().__init__("context", run, admission, limits, threaded)
         self.tower = tower
@@ -136,10 +138,14 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
             **{f"cache_{name}": value for name, value in cache.items()},
         }
 
-    def warm_up(self) -> None:
-        """Captures the graphs of decode steps before the first row would have to wait for it."""
+    def warm_up(self, block_size: int = 16) -> None:
+        """Captures the graphs of decode steps, and of extensions by blocks of a length, before the
+        first row would have to wait for it."""
+        rows = self.pool.slots.num_slots
         if self._steps is not None:
-            self._steps.warm_up(self.pool, self.pool.slots.num_slots)
+            self._steps.warm_up(self.pool, rows)
+        if self._blocks is not None and self.link is not None:
+            self._blocks.warm_up(self.pool, block_size, rows)
 
     async def open(self, row_id: str, capacity: int) -> int:
         """Waits for the row's slot and pages; returns how many rows still wait for theirs."""
@@ -219,7 +225,7 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
             if feed is not None:
                 await feed.close()
         for piece in held:
-            await self._submit(ContextWork(state, piece, advance=False), prefill=True)
+            await self._submit(ContextWork(state, piece, advance=False, prefill=True))
         if draw is not None:
             assert hidden is not None
             row.own = self._first_token(draw, hidden)
@@ -235,16 +241,15 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         for piece in pieces[first:-1]:
             if feed is not None and state.position:
                 feed.push()
-            result = await self._submit(ContextWork(state, piece), prefill=True)
+            result = await self._submit(ContextWork(state, piece, prefill=True))
             self._note(row, piece, result.hidden)
         if feed is not None:
             await feed.flush()
         piece = pieces[-1]
         plan = UpdatePlan("snapshot", state.position, state.position + len(piece))
         writer = None if feed is None else self._writer(row, plan)
-        result = await self._write_through(
-            ContextWork(state, piece, sink=writer), writer, prefill=True
-        )
+        work = ContextWork(state, piece, sink=writer, prefill=True)
+        result = await self._write_through(work, writer)
         self._note(row, piece, result.hidden, end=True)
         return result.hidden
 
@@ -357,19 +362,18 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         for start in range(0, len(read), self.prefill_chunk):
             piece = read[start : start + self.prefill_chunk]
             targets = token_ids[start + 1 : start + 1 + len(piece)]
-            result = await self._submit(ContextWork(state, piece, targets=targets), prefill=True)
+            work = ContextWork(state, piece, targets=targets, prefill=True)
+            result = await self._submit(work)
             logprobs.extend(result.logprobs)
         return logprobs
 
-    async def _submit(self, work: ContextWork, *, prefill: bool = False) -> ContextResult:
-        return await self._loop.submit(work, len(work.tokens), prefill=prefill)
+    async def _submit(self, work: ContextWork) -> ContextResult:
+        return await self._loop.submit(work, len(work.tokens), prefill=work.prefill)
 
-    async def _write_through(
-        self, work: ContextWork, writer: UpdateWriter | None, *, prefill: bool = False
-    ) -> ContextResult:
+    async def _write_through(self, work: ContextWork, writer: UpdateWriter | None) -> ContextResult:
         """A pass whose update travels while it computes."""
         try:
-            result = await self._submit(work, prefill=prefill)
+            result = await self._submit(work)
             if writer is not None:
                 await writer.finish()
         finally:

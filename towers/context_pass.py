@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from twotower.towers.context import ContextTower
+from twotower.towers.context_blocks import MAX_LENGTH, BlockWork, ContextBlocks
 from twotower.towers.context_steps import ContextSteps
 from twotower.towers.errors import NumericalError
 from twotower.towers.protocols import LayerSink
@@ -21,22 +22,37 @@ _SCORED_LINES = 128
 
 @dataclass(frozen=True)
 class ContextWork:
+    """Tokens of a row to read. `advance` moves the snapshot over them, otherwise they stay in the
+    log; `draw` draws at the last of them, `targets` asks for these tokens' log-probabilities,
+    `sink` takes the update's shares. `prefill` is a piece of a prompt."""
+
     state: ContextState
     tokens: Sequence[int]
     advance: bool = True
     draw: Draw | None = None
     targets: Sequence[int] | None = None
     sink: LayerSink | None = None
+    prefill: bool = False
 
     @property
     def is_step(self) -> bool:
         """Whether it reads one token into the state, draws the next and no more."""
         plain = self.advance and self.targets is None and self.sink is None
-        return plain and len(self.tokens) == 1 and _draws_one(self.draw)
+        return plain and len(self.tokens) == 1 and _draws(self.draw, 1)
+
+    @property
+    def is_block(self) -> bool:
+        """Whether it extends a row by a committed block, or checks a whole draft."""
+        if self.prefill or self.targets is not None or len(self.tokens) > MAX_LENGTH:
+            return False
+        if self.advance:
+            return self.draw is None
+        return self.sink is None and _draws(self.draw, len(self.tokens))
 
 
-def _draws_one(draw: Draw | None) -> bool:
-    return draw is not None and len(draw.positions) == 1 and not draw.sampler.filtered
+def _draws(draw: Draw | None, count: int) -> bool:
+    """Whether it draws so many tokens, without filters."""
+    return draw is not None and len(draw.positions) == count and not draw.sampler.filtered
 
 
 @dataclass(frozen=True)
@@ -49,20 +65,39 @@ class ContextResult:
 
 
 class ContextPass:
-    """Runs works of several rows as one packed pass of a tower, plain decode steps as `steps`."""
+    """Runs works of several rows: decode steps as `steps`, blocks as `blocks`, the rest as one
+    packed pass of the tower.
 
-    def __init__(self, tower: ContextTower, steps: ContextSteps | None = None) -> None:
+    Blocks join the packed pass where there is one: it reads the weights in any case.
+    """
+
+    def __init__(
+        self,
+        tower: ContextTower,
+        steps: ContextSteps | None = None,
+        blocks: ContextBlocks | None = None,
+    ) -> None:
         self._tower = tower
         self._steps = steps
+        self._blocks = blocks
 
     def run(self, works: Sequence[ContextWork]) -> list[ContextResult | BaseException]:
         """One result per work; an error there concerns its row alone."""
-        stepping = [work for work in works if self._steps is not None and work.is_step]
-        packed = [work for work in works if self._steps is None or not work.is_step]
-        stepped = iter(self._step(stepping) if stepping else ())
-        rest = iter(self._pass(packed) if packed else ())
-        chosen = {id(work) for work in stepping}
-        return [next(stepped if id(work) in chosen else rest) for work in works]
+        kinds = [self._kind(work) for work in works]
+        if "packed" in kinds:
+            kinds = ["packed" if kind == "block" else kind for kind in kinds]
+        runs = {"step": self._step, "block": self._block, "packed": self._pass}
+        results = {
+            kind: iter(run([work for work, own in zip(works, kinds, strict=True) if own == kind]))
+            for kind, run in runs.items()
+            if kind in kinds
+        }
+        return [next(results[kind]) for kind in kinds]
+
+    def _kind(self, work: ContextWork) -> str:
+        if self._steps is not None and work.is_step:
+            return "step"
+        return "block" if self._blocks is not None and work.is_block else "packed"
 
     def _step(self, works: Sequence[ContextWork]) -> list[ContextResult | BaseException]:
         assert self._steps is not None
@@ -70,6 +105,14 @@ class ContextPass:
         return [
             drawn if isinstance(drawn, NumericalError) else ContextResult(hidden, drawn)
             for hidden, drawn in self._steps.run(steps)
+        ]
+
+    def _block(self, works: Sequence[ContextWork]) -> list[ContextResult | BaseException]:
+        assert self._blocks is not None
+        blocks = [BlockWork(work.state, work.tokens, work.draw, work.sink) for work in works]
+        return [
+            drawn if isinstance(drawn, NumericalError) else ContextResult(hidden, drawn)
+            for hidden, drawn in self._blocks.run(blocks)
         ]
 
     def _pass(self, works: Sequence[ContextWork]) -> list[ContextResult | BaseException]:

@@ -28,13 +28,11 @@ from twotower.towers.captured import (
 from twotower.towers.context import ContextTower
 from twotower.towers.errors import NumericalError
 from twotower.towers.memory import StatePool
-from twotower.towers.sampling import Draw, Drawn, signed
+from twotower.towers.sampling import Draw, Drawn, as_bits, from_bits, signed
 from twotower.towers.state import ContextState
 
 _INPUTS = ("token", "slot", "visible", "key", "position", "step", "domain", "barred", "heat")
 _PADDING = {"slot": -1, "barred": -1}
-# A temperature travels among whole numbers, in units that keep every fp32 value's bits.
-_FLOAT_BITS = torch.int32
 
 Step = tuple[ContextState, int, Draw]
 
@@ -98,7 +96,6 @@ class _Program(Program):
     def step(self, steps: Sequence[Step]) -> list[tuple[Tensor, Drawn | NumericalError]]:
         """See `ContextSteps.run`; at most B rows."""
         draws = [draw for _, _, draw in steps]
-        heats = torch.tensor([draw.sampler.temperature for draw in draws], dtype=torch.float32)
         self._begin(
             token=[token for _, token, _ in steps],
             slot=[state.slot for state, _, _ in steps],
@@ -108,7 +105,7 @@ class _Program(Program):
             step=[draw.step for draw in draws],
             domain=[draw.domain for draw in draws],
             barred=[draw.barred_tokens()[0] for draw in draws],
-            heat=heats.view(_FLOAT_BITS).tolist(),
+            heat=as_bits([draw.sampler.temperature for draw in draws]),
         )
         self._work()
         tokens, confidences, log_probs, finite = self._results.receive().tolist()
@@ -148,9 +145,8 @@ class _Program(Program):
 
     def _lines(self) -> Lines:
         staging = self._staging
-        heat = staging["heat"].to(_FLOAT_BITS).view(torch.float32)
         return Lines(
-            heat,
+            from_bits(staging["heat"]),
             staging["key"],
             staging["position"],
             staging["step"],

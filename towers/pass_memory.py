@@ -76,5 +76,6 @@ def working_bytes(
     logits = lines * config.vocab_size * dtype.itemsize
     peak = layer_bytes(config, dtype, tokens) + partial_bytes(config, rows, block) + logits
     if reads_prompts:
-        peak += log_bytes(config, dtype, tokens) + SCRATCH_BYTES
+        # The log of a pass, and that of blocks, which their graphs keep.
+        peak += log_bytes(config, dtype, tokens + lines) + SCRATCH_BYTES
     return int(_SLACK * peak) + _FIXED_BYTES

@@ -124,12 +124,13 @@ class ContextState:
         rest = self.length - self.position
         self._log = log.part(count, count + rest).copy() if log is not None and rest else None
 
-    def stepped(self) -> None:
-        """Takes note that a pass has read one token into K/V and snapshot alike."""
+    def stepped(self, count: int = 1) -> None:
+        """Takes note that a pass has read `count` tokens into K/V and snapshot alike."""
         assert not self._released
-        assert self.length == self.position < self.capacity
+        assert self.length == self.position
+        assert self.length + count <= self.capacity
         self._replayed = None
-        self.length = self.position = self.length + 1
+        self.length = self.position = self.length + count
 
     def own_log(self) -> None:
         """Copies the log out of the pass that it is a part of, to be kept."""

@@ -1,0 +1,253 @@
+"""Extension and verification of many rows' blocks over fixed buffers, as graphs.
+
+An extension reads a committed block into K/V and snapshot; a verification reads a draft into K/V
+and log, and draws the tower's own token after each of its tokens. Both are hundreds of launches of
+a few microseconds, which took longer than the device's own work for any number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twotower.kernels import dispatch
+from twotower.kernels.rows import Rows
+from twotower.kernels.unmask import Lines
+from twotower.towers.backbone import TowerPass
+from twotower.towers.captured import (
+    ROW_BUCKETS,
+    GraphMemory,
+    Program,
+    Programs,
+    Results,
+    Staging,
+    bucket_for,
+    buckets_up_to,
+)
+from twotower.towers.config import ATTENTION
+from twotower.towers.context import ContextTower
+from twotower.towers.errors import NumericalError
+from twotower.towers.memory import StatePool
+from twotower.towers.protocols import LayerSink
+from twotower.towers.sampling import Draw, Drawn, as_bits, from_bits, signed
+from twotower.towers.state import ContextState, PassLog
+
+MAX_LENGTH = 64
+_INPUTS = ("token", "slot", "visible", "key", "position", "step", "domain", "barred", "heat")
+_PADDING = {"slot": -1, "barred": -1}
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """A row's block: without a draw an extension, whose shares go to `sink` if it takes any;
+    with one, of as many positions, a verification."""
+
+    state: ContextState
+    tokens: Sequence[int]
+    draw: Draw | None
+    sink: LayerSink | None
+
+
+BlockResult = tuple[Tensor, Drawn | NumericalError | None]
+
+
+class ContextBlocks:
+    """Blocks of rows whose states live in one pool, which is that of the first block."""
+
+    def __init__(self, tower: ContextTower) -> None:
+        self._tower = tower
+        self._memory = GraphMemory(tower.device)
+        self._pool: StatePool | None = None
+        # The log of all programs, as large as the largest: one for each would be gigabytes.
+        self._log: PassLog | None = None
+        self._log_tokens = 0
+        self._programs: Programs[tuple[int, int, bool], _Program] = Programs(self._new_program)
+
+    def run(self, works: Sequence[BlockWork]) -> list[BlockResult]:
+        """Each row's last hidden state [H], and what was drawn of it; blocks of one length and
+        kind together. Draws without filters only."""
+        results: dict[int, BlockResult] = {}
+        for length, draws in {(len(work.tokens), work.draw is not None) for work in works}:
+            same = [
+                index
+                for index, work in enumerate(works)
+                if (len(work.tokens), work.draw is not None) == (length, draws)
+            ]
+            for first in range(0, len(same), ROW_BUCKETS[-1]):
+                own = same[first : first + ROW_BUCKETS[-1]]
+                program = self._program(
+                    works[own[0]].state.pool, bucket_for(len(own)), length, draws
+                )
+                results |= zip(own, program.run([works[index] for index in own]), strict=True)
+        return [results[index] for index in range(len(works))]
+
+    def warm_up(self, pool: StatePool, length: int, rows: int) -> None:
+        """Captures the extensions of up to `rows` blocks of `length` tokens."""
+        for bucket in buckets_up_to(rows):
+            self._program(pool, bucket, length, False).capture()
+
+    def _program(self, pool: StatePool, rows: int, length: int, draws: bool) -> _Program:
+        if self._pool is not pool or rows * length > self._log_tokens:
+            # Graphs know the log by its place in memory.
+            self._programs.clear()
+            self._pool = pool
+            most = bucket_for(min(pool.slots.num_slots, ROW_BUCKETS[-1]))
+            self._log_tokens = max(self._log_tokens, max(rows, most) * length)
+            self._log = None
+            self._log = self._tower.new_log(self._log_tokens)
+        return self._programs[rows, length, draws]
+
+    def _new_program(self, shape: tuple[int, int, bool]) -> _Program:
+        assert self._pool is not None
+        rows, length, _ = shape
+        log = None if self._log is None else self._log.part(0, rows * length)
+        return _Program(self._tower, self._pool, log, *shape, self._memory)
+
+
+class _Program(Program):
+    """The blocks of up to B rows, L tokens each, over buffers of its own."""
+
+    def __init__(
+        self,
+        tower: ContextTower,
+        pool: StatePool,
+        log: PassLog | None,
+        rows: int,
+        length: int,
+        draws: bool,
+        memory: GraphMemory,
+    ) -> None:
+        self._tower = tower
+        self._pool = pool
+        self._log = log
+        self._rows = rows
+        self._length = length
+        device, total = tower.device, rows * length
+        super().__init__(Staging(_INPUTS, total, device), _PADDING, memory)
+        self._starts = torch.arange(0, total + 1, length, dtype=torch.int32, device=device)
+        self._slots = torch.full((rows,), -1, dtype=torch.int32, device=device)
+        self._visible = torch.zeros_like(self._slots)
+        shape = (rows, tower.config.hidden_size)
+        self._ends = torch.zeros(shape, dtype=tower.dtype, device=device)
+        self._results = Results((4, total if draws else 1), device)
+        self._work = self._add(self._verify if draws else self._extend)
+
+    def run(self, works: Sequence[BlockWork]) -> list[BlockResult]:
+        """See `ContextBlocks.run`; at most B rows of one kind."""
+        draws = [work.draw for work in works if work.draw is not None]
+        self._begin(
+            token=[token for work in works for token in work.tokens],
+            slot=[work.state.slot for work in works],
+            visible=[work.state.length for work in works],
+            **_of_draws(draws),
+        )
+        self._work()
+        drawn = self._results.receive().tolist()
+        ends = self._ends[: len(works)].clone()
+        if draws:
+            return [(ends[row], self._drawn(work, row, drawn)) for row, work in enumerate(works)]
+        self._hand_out(works)
+        return [(ends[row], None) for row in range(len(works))]
+
+    def _drawn(self, work: BlockWork, row: int, drawn: list[list[float]]) -> Drawn | NumericalError:
+        """Takes the draft into a row's log; what was drawn after each of its tokens."""
+        span = slice(row * self._length, (row + 1) * self._length)
+        log = self._log
+        own = None if log is None else log.part(span.start, span.stop).copy()
+        work.state.append(own, self._length)
+        tokens, confidences, log_probs, finite = (line[span] for line in drawn)
+        if all(finite):
+            return Drawn([int(token) for token in tokens], confidences, log_probs)
+        assert work.draw is not None
+        return NumericalError(f"non-finite logits at position {work.draw.positions[0]}")
+
+    def _hand_out(self, works: Sequence[BlockWork]) -> None:
+        """Moves the rows' states on, and gives sinks their shares; the log's as a copy, since the
+        next block overwrites it while they may still be on their way."""
+        taking = [work for work in works if work.sink is not None and work.sink.takes_shares]
+        log = self._log.copy() if taking and self._log is not None else None
+        for row, work in enumerate(works):
+            work.state.stepped(self._length)
+            if work.sink is None or not work.sink.takes_shares:
+                continue
+            for name, layer, share in self._shares(work.state, row, log):
+                work.sink.put(name, layer, share)
+
+    def _shares(
+        self, state: ContextState, row: int, log: PassLog | None
+    ) -> Iterator[tuple[str, int, Tensor]]:
+        """What a mirror may need of the row's last block, layer by layer."""
+        first = row * self._length
+        if log is not None:
+            own = log.part(first, first + self._length)
+            for layer in range(len(own.xbc)):
+                yield "xbc", layer, own.xbc[layer]
+                yield "dt", layer, own.dt[layer]
+                yield "conv", layer, state.conv[layer]
+                yield "ssm", layer, state.ssm[layer]
+        for layer in range(len(self._tower.config.layers_of(ATTENTION))):
+            k, v = state.kv(layer, state.position - self._length, state.position)
+            yield "k", layer, k
+            yield "v", layer, v
+
+    def _extend(self) -> None:
+        rows, _ = self._forward()
+        weights, log, pool = self._tower.replay_weights, self._log, self._pool
+        if log is not None and weights is not None:
+            counts = torch.full_like(self._slots, self._length)
+            dispatch.replay(pool.ssm, pool.conv, log.xbc, log.dt, weights, rows, counts)
+
+    def _verify(self) -> None:
+        _, hidden = self._forward()
+        drawn = dispatch.predict(self._tower.logits(hidden), self._lines())
+        self._results.put(torch.stack([part.double() for part in drawn]))
+
+    def _forward(self) -> tuple[Rows, Tensor]:
+        staging, pool, count = self._staging, self._pool, self._rows
+        self._slots.copy_(staging["slot"][:count])
+        self._visible.copy_(staging["visible"][:count])
+        rows = Rows(
+            self._starts,
+            self._slots,
+            self._visible,
+            pool.page_table,
+            pool.page_tokens,
+            self._length,
+            real=(self._slots >= 0).repeat_interleave(self._length),
+        )
+        hidden = self._tower.run(staging["token"], TowerPass(rows, pool, causal=True), self._log)
+        self._ends.copy_(hidden[self._length - 1 :: self._length])
+        return rows, hidden
+
+    def _lines(self) -> Lines:
+        staging = self._staging
+        return Lines(
+            from_bits(staging["heat"]),
+            staging["key"],
+            staging["position"],
+            staging["step"],
+            staging["domain"],
+            torch.full_like(staging["key"], -1),
+            staging["barred"],
+        )
+
+
+def _of_draws(draws: Sequence[Draw]) -> dict[str, list[int]]:
+    """How each position of verified blocks is drawn; nothing for extensions."""
+    if not draws:
+        return {}
+
+    def spread(values: Sequence[int]) -> list[int]:
+        return [v for v, draw in zip(values, draws, strict=True) for _ in draw.positions]
+
+    return {
+        "key": spread([signed(draw.sampler.key) for draw in draws]),
+        "position": [position for draw in draws for position in draw.positions],
+        "step": spread([draw.step for draw in draws]),
+        "domain": spread([draw.domain for draw in draws]),
+        "barred": [token for draw in draws for token in draw.barred_tokens()],
+        "heat": spread(as_bits([draw.sampler.temperature for draw in draws])),
+    }
