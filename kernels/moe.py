@@ -24,6 +24,9 @@ from twotower.kernels.quantized import QuantizedExperts
 ExpertWeights = Sequence[Tensor] | Tensor | QuantizedExperts
 
 
+_MOST_PARTS = 3
+
+
 @dataclass(frozen=True)
 class RouterRule:
     """How experts are chosen: `top_k` of them within the best `top_groups` of `groups` groups."""
@@ -35,13 +38,30 @@ class RouterRule:
     scaling: float
 
 
+def narrow_parts(weight: Tensor) -> Tensor | None:
+    """weight [E, H] fp64 -> the fewest bf16 parts [P, E, H] whose sum it is exactly, the largest
+    first; one for a weight stored in bf16, three for one in fp32. None if three are not enough."""
+    parts, rest = [], weight
+    for _ in range(_MOST_PARTS):
+        parts.append(rest.bfloat16())
+        rest = rest - parts[-1].double()
+        if not bool(rest.any()):
+            return torch.stack(parts)
+    return None
+
+
 def route(
-    x: Tensor, weight: Tensor, bias: Tensor, rule: RouterRule, real: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rule: RouterRule,
+    real: Tensor | None = None,
+    narrow: Tensor | None = None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:
     """x [T, H], weight [E, H] fp64, bias [E] -> expert ids [T, k] int64 and weights [T, k] fp32.
 
     Everything from the product on is fp64; equal choice scores go to the lower expert id. Tokens
-    that are not `real` [T] bool get no expert, -1.
+    that are not `real` [T] bool get no expert, -1. `narrow` is for kernels and not read here.
     """
     scores = sigmoid(linear_tiled(x.double(), weight))
     choice = scores + bias.double()

@@ -1,5 +1,12 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""The router of moe.py on a GPU: torch's fp64 product, then a program per token for the choice."""
+"""The router of moe.py on a GPU: a product, then a program per token for the choice.
+
+The choice is that of fp64. With a narrow weight the product is made by tensor cores, in pieces of
+the inner dimension that are added in fp64: products of two bf16 are exact in fp32, so only a
+piece's sum errs. Where experts lie so close to the border of the choice that this could decide,
+their scores are computed again in fp64; the order of ids is that of the scores as they are.
+Otherwise the product is torch's in fp64.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +17,53 @@ from torch import Tensor
 
 from twotower.kernels.moe import RouterRule
 
+PIECE = 128
+_EXPERTS_AT_ONCE = 64
+# Scores differ from those of fp64 by about 1e-6: experts nearer to the border are looked at again.
+_DOUBT = 1e-4
+
 
 def route(
-    x: Tensor, weight: Tensor, bias: Tensor, rule: RouterRule, real: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rule: RouterRule,
+    real: Tensor | None = None,
+    narrow: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x [T, H], weight [E, H] fp64, bias [E] -> expert ids [T, k] int64 and weights [T, k] fp32.
 
-    All in fp64, equal choice scores to the lower expert id; tokens that are not `real` [T] bool get
-    no expert, -1. The product is torch's, which may sum
-    in another order for another T: choices can differ where scores agree to about 1e-15.
+    Equal choice scores go to the lower expert id; tokens that are not `real` [T] bool get no
+    expert, -1. `narrow` [P, E, H] bf16 are parts whose sum is `weight` (`moe.narrow_parts`); they
+    serve bf16 tokens where experts have no groups. Without them torch sums in an order that depends
+    on T, which moves choices only where scores agree to about 1e-15.
     """
     tokens, count = x.shape[0], weight.shape[0]
     ids = torch.empty(tokens, rule.top_k, dtype=torch.int64, device=x.device)
     weights = torch.empty(tokens, rule.top_k, dtype=torch.float32, device=x.device)
     if tokens == 0:
         return ids, weights
-    logits = torch.mm(x.double(), weight.T)
+    pieces = 0
+    if narrow is not None and x.dtype == torch.bfloat16 and rule.groups == 1:
+        logits = _in_pieces(x, narrow)
+        pieces = logits.shape[0]
+    else:
+        logits = torch.mm(x.double(), weight.T)
+    assert weight.stride(1) == x.stride(1) == 1
     _choose_kernel[(tokens,)](
         logits,
+        x,
+        weight,
         bias,
         logits if real is None else real,
         ids,
         weights,
-        logits.stride(0),
+        tokens,
+        x.stride(0),
+        weight.stride(0),
+        hidden=x.shape[1],
+        pieces=pieces,
+        doubt=_DOUBT,
         with_padding=real is not None,
         experts=count,
         groups=rule.groups,
@@ -48,14 +79,92 @@ def route(
     return ids, weights
 
 
+def _in_pieces(x: Tensor, narrow: Tensor) -> Tensor:
+    """x [T, H] and parts [P, E, H] -> sums of each PIECE of H, [ceil(H / PIECE), T, E] fp32."""
+    assert x.stride(1) == narrow.stride(2) == 1
+    parts, experts, hidden = narrow.shape
+    tokens = x.shape[0]
+    pieces = triton.cdiv(hidden, PIECE)
+    out = torch.empty((pieces, tokens, experts), dtype=torch.float32, device=x.device)
+    rows = 16 if tokens <= 64 else 64
+    _pieces_kernel[(pieces, triton.cdiv(experts, _EXPERTS_AT_ONCE), triton.cdiv(tokens, rows))](
+        x,
+        narrow,
+        out,
+        tokens,
+        experts,
+        x.stride(0),
+        narrow.stride(0),
+        narrow.stride(1),
+        hidden=hidden,
+        parts=parts,
+        piece=PIECE,
+        tile_experts=_EXPERTS_AT_ONCE,
+        tile_rows=rows,
+        num_warps=4,
+    )
+    return out
+
+
+@triton.jit
+def _pieces_kernel(
+    x,
+    narrow,
+    out,
+    tokens,
+    experts,
+    x_stride,
+    part_stride,
+    expert_stride,
+    hidden: tl.constexpr,
+    parts: tl.constexpr,
+    piece: tl.constexpr,
+    tile_experts: tl.constexpr,
+    tile_rows: tl.constexpr,
+):
+    """One piece of some experts' products with some tokens, the smallest part first."""
+    lane = tl.program_id(0) * piece + tl.arange(0, piece)
+    expert = tl.program_id(1) * tile_experts + tl.arange(0, tile_experts)
+    token = tl.program_id(2) * tile_rows + tl.arange(0, tile_rows)
+    inside = lane < hidden
+    rows = x + token.to(tl.int64)[None, :] * x_stride + lane[:, None]
+    right = tl.load(rows, mask=(token < tokens)[None, :] & inside[:, None], other=0.0)
+    held = (expert < experts)[:, None] & inside[None, :]
+    left = narrow + expert[:, None] * expert_stride + lane[None, :]
+    total = tl.zeros([tile_experts, tile_rows], tl.float32)
+    for index in tl.static_range(parts):
+        part = parts - 1 - index
+        total = tl.dot(tl.load(left + part * part_stride, mask=held, other=0.0), right, total)
+    place = (tl.program_id(0) * tokens + token).to(tl.int64)[None, :] * experts + expert[:, None]
+    tl.store(out + place, total, mask=(token < tokens)[None, :] & (expert < experts)[:, None])
+
+
+@triton.jit
+def _exact_score(x, weight, hidden: tl.constexpr, piece: tl.constexpr):
+    """sigmoid of one expert's product with one token, in fp64."""
+    total = tl.zeros([piece], tl.float64)
+    for start in range(0, hidden, piece):
+        lane = start + tl.arange(0, piece)
+        own = tl.load(x + lane, mask=lane < hidden, other=0.0).to(tl.float64)
+        total += own * tl.load(weight + lane, mask=lane < hidden, other=0.0)
+    return 1.0 / (1.0 + tl.exp(-tl.sum(total, axis=0)))
+
+
 @triton.jit
 def _choose_kernel(
     logits,
+    x,
+    router,
     bias,
     real_tokens,
     ids,
     weights,
-    logits_stride,
+    tokens,
+    x_stride,
+    router_stride,
+    hidden: tl.constexpr,
+    pieces: tl.constexpr,
+    doubt: tl.constexpr,
     with_padding: tl.constexpr,
     experts: tl.constexpr,
     groups: tl.constexpr,
@@ -73,9 +182,16 @@ def _choose_kernel(
     member = tl.arange(0, member_lanes)[None, :]
     expert = group[:, None] * size + member
     real = (group[:, None] < groups) & (member < size)
-    logit = tl.load(logits + token * logits_stride + expert, mask=real, other=0.0)
+    if pieces == 0:
+        logit = tl.load(logits + token * experts + expert, mask=real, other=0.0)
+    else:
+        logit = tl.zeros([group_lanes, member_lanes], tl.float64)
+        for index in range(pieces):
+            place = logits + (index * tokens + token) * experts + expert
+            logit += tl.load(place, mask=real, other=0.0).to(tl.float64)
     score = 1.0 / (1.0 + tl.exp(-logit))
-    choice = score + tl.load(bias + expert, mask=real, other=0.0).to(tl.float64)
+    moved = tl.load(bias + expert, mask=real, other=0.0).to(tl.float64)
+    choice = score + moved
     # As in a sort, NaN is above all numbers; left alone it would equal no maximum.
     choice = tl.where(choice != choice, float("inf"), choice)
     choice = tl.where(real, choice, -float("inf"))
@@ -93,6 +209,25 @@ def _choose_kernel(
             open_groups = open_groups & (group != taken)
         # An expert of a lost group counts as 0, as the model was trained.
         choice = tl.where(open_groups[:, None] & real, 0.0, choice)
+
+    if pieces > 0:
+        # The border of the choice: the k-th score, ties counted once each.
+        left = real
+        border = tl.full([], float("inf"), tl.float64)
+        for _ in range(top_k):
+            border = tl.max(tl.where(left, choice, -float("inf")))
+            last = tl.min(tl.where(left & (choice == border), expert, experts))
+            left = left & (expert != last)
+        unsure = real & (tl.abs(choice - border) <= doubt)
+        if tl.sum(unsure.to(tl.int32)) > 1:
+            while tl.sum(unsure.to(tl.int32)) > 0:
+                own = tl.min(tl.where(unsure, expert, experts))
+                exact = _exact_score(
+                    x + token * x_stride, router + own.to(tl.int64) * router_stride, hidden, 256
+                )
+                score = tl.where(expert == own, exact, score)
+                choice = tl.where(expert == own, exact + moved, choice)
+                unsure = unsure & (expert != own)
 
     open_experts = real
     slots = tl.arange(0, slot_lanes)

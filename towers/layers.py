@@ -63,13 +63,15 @@ class MlpWeights:
 @dataclass(frozen=True)
 class MoeWeights:
     """Router gate [E, H] fp64 and bias [E] fp32, experts up E x [F, H] and down E x [H, F],
-    shared MLP. On a GPU the experts are one stacked tensor, elsewhere a packed weight each."""
+    shared MLP. On a GPU the experts are one stacked tensor, elsewhere a packed weight each, and
+    `narrow_gate` [P, E, H] are the gate's bf16 parts (`moe.narrow_parts`)."""
 
     gate: Tensor
     choice_bias: Tensor
     up: ExpertWeights
     down: ExpertWeights
     shared: MlpWeights
+    narrow_gate: Tensor | None = None
 
 
 Mixer = MambaWeights | AttentionWeights | MlpWeights | MoeWeights
@@ -126,7 +128,9 @@ def moe(x: Tensor, weights: MoeWeights, config: TwoTowerConfig, rows: Rows) -> T
         config.norm_topk_prob,
         config.routed_scaling_factor,
     )
-    ids, scores = dispatch.route(x, weights.gate, weights.choice_bias, rule, rows.real)
+    ids, scores = dispatch.route(
+        x, weights.gate, weights.choice_bias, rule, rows.real, weights.narrow_gate
+    )
     shared = weights.shared
     return dispatch.experts(x, ids, scores, weights.up, weights.down, shared.up, shared.down)
 

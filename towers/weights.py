@@ -13,7 +13,7 @@ from torch import Tensor
 
 from twotower.kernels.causal_conv1d import tap_major
 from twotower.kernels.linear import pack
-from twotower.kernels.moe import ExpertWeights
+from twotower.kernels.moe import ExpertWeights, narrow_parts
 from twotower.kernels.quantized import FP8, QuantizedExperts
 from twotower.towers.backbone import TowerWeights
 from twotower.towers.checkpoint import Checkpoint, expert_matrices, scale_name, tensor_shapes
@@ -200,13 +200,16 @@ class _Loader:
         if self.config.mlp_bias:
             raise CheckpointError("mlp_bias: got True, expected False in a model with MoE layers")
         experts = range(self.config.n_routed_experts)
+        gate = self._one(f"{prefix}.gate.weight", torch.float64)
+        narrow = not self._packs and self._dtype == torch.bfloat16
         return MoeWeights(
-            self._one(f"{prefix}.gate.weight", torch.float64),
+            gate,
             # Stays fp32 in a bf16 model: rounding it moves borderline choices of experts.
             self._one(f"{prefix}.gate.e_score_correction_bias", torch.float32),
             self._experts([f"{prefix}.experts.{e}.up_proj.weight" for e in experts]),
             self._experts([f"{prefix}.experts.{e}.down_proj.weight" for e in experts]),
             self._mlp(f"{prefix}.shared_experts"),
+            narrow_parts(gate) if narrow else None,
         )
 
     def _mlp(self, prefix: str) -> MlpWeights:

@@ -163,7 +163,7 @@ class _Products:
         self, name: str, tokens: int, work: Callable[[], object], moved: float, seconds: float
     ) -> Entry:
         floor = max(moved / self.ceilings.bytes_per_s, seconds)
-        spent = _launch_seconds(work, self.device)
+        spent = launch_seconds(work, self.device)
         return {
             "name": name,
             "tokens": tokens,
@@ -178,7 +178,7 @@ def _over(weights: Sequence[Tensor], product: Callable[[Tensor], Tensor]) -> Cal
     return lambda: product(next(turn))
 
 
-def _launch_seconds(work: Callable[[], object], device: torch.device) -> float:
+def launch_seconds(work: Callable[[], object], device: torch.device) -> float:
     """Time of one call among many in a graph, so that no launch of the host is in it."""
     calls = _CALLS[device.type]
     for _ in range(3):

@@ -263,27 +263,6 @@ def test_one_token_in_bf16() -> None:
     make((1, 1), dtype=torch.bfloat16).check(2e-2)
 
 
-@pytest.fixture
-def products_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the interpreter, where there is one, multiply bf16 as numbers and not as their bits."""
-    if DEVICE.type == "cuda":
-        return
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    multiply = interpreter.InterpreterBuilder.create_dot
-    language = pytest.importorskip("triton.language")
-
-    def widened(operand: Any) -> Any:
-        if operand.dtype.scalar != language.bfloat16:
-            return operand
-        bits = operand.data.view("uint16").astype("uint32") << 16
-        return interpreter.TensorHandle(bits.view("float32"), language.float32)
-
-    def correct(builder: Any, a: Any, b: Any, *others: Any) -> Any:
-        return multiply(builder, widened(a), widened(b), *others)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", correct)
-
-
 @pytest.mark.usefixtures("products_of_bf16")
 @pytest.mark.parametrize("lengths", [(3, 16), (40, 2), (70,)])
 def test_products_beside_bf16_are_as_exact_as_fp32(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from twotower.kernels.causal_conv1d import tap_major
-from twotower.kernels.moe import ExpertWeights
+from twotower.kernels.moe import ExpertWeights, narrow_parts
 from twotower.kernels.quantized import quantize
 from twotower.towers.backbone import TowerWeights
 from twotower.towers.config import ATTENTION, MAMBA, MOE, TIMESTEP_FEATURES, TwoTowerConfig
@@ -121,13 +121,14 @@ class TowerMaker:
     def _moe(self) -> MoeWeights:
         config = self.config
         count, hidden = config.n_routed_experts, config.hidden_size
-        gate = self._normal(count, hidden, scale=1.0 / math.sqrt(hidden), dtype=torch.float64)
+        gate = self._matrix(count, hidden).double()
         return MoeWeights(
             gate=gate,
             choice_bias=torch.zeros(count, device=self.device, dtype=torch.float32),
             up=self._experts(config.moe_intermediate_size, hidden),
             down=self._experts(hidden, config.moe_intermediate_size),
             shared=self._mlp(config.moe_shared_expert_intermediate_size),
+            narrow_gate=narrow_parts(gate) if self.device.type == "cuda" else None,
         )
 
     def _experts(self, outputs: int, inputs: int) -> ExpertWeights:
