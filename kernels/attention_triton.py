@@ -6,20 +6,20 @@
 
 A program holds a tile of folded query rows, (token, query head of one KV head), and walks the keys
 of one split in tiles; the row's new tokens come after the context in its last split. A split is a
-run of whole pages; how many there are depends on the row's visible tokens alone, but it is one if
-the row has more than SHORT_TOKENS new tokens: those fill a GPU with query tiles. The grid is as
-large as the page table's width allows, and programs without work return at once.
+run of whole pages; how many there are depends on the row's visible tokens, but it is one if the
+row has more than SHORT_TOKENS new tokens: those fill a GPU with query tiles. The grid is as large
+as the page table's width allows, and programs without work return at once.
 
-What a row gets does not depend, bit by bit, on the other rows of its launch, except that the sizes
-of tiles and splits depend on whether `rows.longest` times the query heads of a KV head is at most
-FEW_ROWS (a pass of single tokens) or above.
+What a row gets depends, in its last bits, on two things beside the row: whether `rows.longest`
+times the query heads of a KV head is at most FEW_ROWS (a pass of single tokens) or above, and how
+many rows there are, as splits are longer where rows alone fill the device (`longer_splits`).
 Source: Dao et al. 2022 (FlashAttention) and 2023 (Flash-Decoding).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -34,6 +34,8 @@ MAX_HEAD_DIM = 128
 _STORED_TOKENS = 16
 _MERGED_ROWS = 4
 _MERGED_SPLITS = 16
+# Programs up to which splits are as short as their partials allow, and how much longer they get.
+_FULL, _LONGEST = 32, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,10 @@ def attention(
     out = torch.empty(tokens, heads * width, dtype=q.dtype, device=q.device)
     if tokens == 0:
         return out
-    tiling = _tiling(q.dtype, rows.longest * per_kv)
+    folded = rows.longest * per_kv
+    tiling = tiling_for(q.dtype, folded)
+    longer = longer_splits(rows.count * kv_heads * triton.cdiv(folded, tiling.rows))
+    tiling = replace(tiling, split_tokens=tiling.split_tokens * longer)
     splits = tiling.splits(rows.pages.shape[1] * rows.page_tokens)
     short = min(rows.longest, SHORT_TOKENS)
     partials = _partials((splits if splits > 1 else 0, rows.count, short, heads), width, q.device)
@@ -141,10 +146,18 @@ def _partials(shape: tuple[int, ...], width: int, device: torch.device) -> tuple
     return tuple(torch.empty(own, dtype=torch.float32, device=device) for own in shapes)
 
 
-def _tiling(dtype: torch.dtype, folded_rows: int) -> Tiling:
+def tiling_for(dtype: torch.dtype, folded_rows: int) -> Tiling:
+    """The tiles of a pass whose longest row has so many folded query rows."""
     if dtype.itemsize > 2:
         return _WIDE
     return _SINGLE if folded_rows <= FEW_ROWS else _BLOCK
+
+
+def longer_splits(programs: int) -> int:
+    """How many times longer splits are where a pass has so many programs without any: splits are
+    there to fill a device, and each writes and reads partials."""
+    full = programs // _FULL
+    return min(_LONGEST, 1 << (full.bit_length() - 1)) if full else 1
 
 
 def _padded(width: int) -> int:

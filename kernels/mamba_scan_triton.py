@@ -30,8 +30,9 @@ from twotower.kernels.rows import Rows
 
 # Rows of more tokens are pieces of a prompt.
 LONGEST_BLOCK = 64
-# Channels of a head in a program of the kernel for single tokens.
+# Channels of a head in a program of the kernel for single tokens, and its warps.
 TOKEN_CHANNELS = 32
+TOKEN_WARPS = 4
 
 
 @triton.jit
@@ -329,7 +330,7 @@ def _scan_tokens(
         taps=weights.conv_weight.shape[1],
         block_p=block_p,
         block_n=triton.next_power_of_2(n),
-        num_warps=4,
+        num_warps=TOKEN_WARPS,
     )
 
 

@@ -21,8 +21,9 @@ from twotower.kernels.mamba_triton import prepare
 from twotower.kernels.replay import SCRATCH_BYTES, ReplayWeights
 from twotower.kernels.rows import Rows
 
-# Channels of a head's state that one program holds.
+# Channels of a head's state that one program holds, and its warps.
 SLICE = 32
+WARPS = 4
 
 
 @triton.jit
@@ -193,5 +194,5 @@ def _replay_layers(
         block_n=triton.next_power_of_2(n),
         block_k=max(1, triton.next_power_of_2(kept)),
         block_c=triton.next_power_of_2(moved),
-        num_warps=4,
+        num_warps=WARPS,
     )

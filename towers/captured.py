@@ -6,8 +6,10 @@ than the device. On a CPU the same work is simply called, so that everything els
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -37,31 +39,33 @@ def buckets_up_to(rows: int) -> list[int]:
     return [bucket for bucket in reversed(ROW_BUCKETS) if bucket <= largest]
 
 
-class GraphMemory:
-    """What all graphs of one tower share: memory, as no two of them run at a time, and the stream
-    on which they are warmed up and captured.
+# One thread of a process captures at a time, as all do so on one stream of a device.
+_capturing = threading.Lock()
 
-    Libraries keep a workspace per stream. On a stream of its own it is made once, by a warm-up
-    outside all graphs, and lives as long as this does; on torch's common capture stream it would
-    belong to the first graph and go with it.
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which all graphs of a device are warmed up and captured.
+
+    Libraries keep a workspace per stream, for good. On one stream it is made once, by the first
+    warm-up and so outside all graphs; on torch's own capture stream it would belong to the first
+    graph and go with it, and on a stream for each tower there would be one for each.
     """
+    return torch.cuda.Stream(device)
+
+
+class GraphMemory:
+    """Memory that all graphs of one tower share, as no two of them run at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._handle: Any = None
-        self._stream: torch.cuda.Stream | None = None
 
     def handle(self) -> Any:
         """The pool's handle, made when the first graph is captured."""
         if self._handle is None:
             self._handle = torch.cuda.graph_pool_handle()
         return self._handle
-
-    def stream(self) -> torch.cuda.Stream:
-        """The capture stream, made when the first graph is captured."""
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self.device)
-        return self._stream
 
 
 class Captured:
@@ -87,9 +91,9 @@ class Captured:
         """Compiles the kernels by running the work, then records it; on a CPU nothing."""
         if self.ready:
             return
-        device, stream = self._memory.device, self._memory.stream()
         # Triton launches on the current device, whatever device its tensors are on.
-        with torch.cuda.device(device):
+        with _capturing, torch.cuda.device(self._memory.device):
+            stream = _capture_stream(self._memory.device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):
