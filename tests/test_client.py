@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
 from twotower.client import Client, ServiceError, Usage
@@ -112,6 +113,25 @@ def test_a_broken_stream_keeps_what_a_resume_needs(served: tuple[Scripted, Clien
     list(client.generate([1, 2], seed=stream.seed, generated_token_ids=stream.token_ids))
     assert list(service.asked[1].generated_token_ids) == [4, 5]
     assert service.asked[1].sampling_params.seed == 7
+
+
+def test_ids_of_other_libraries(served: tuple[Scripted, Client]) -> None:
+    service, client = served
+    list(
+        client.generate(
+            np.array([[1, 2]]), generated_token_ids=np.array([3]), max_tokens=np.int8(4)
+        )
+    )
+    assert client.score(np.array([3, 4])).token_ids == (3, 4)
+    assert list(service.asked[0].tokens.ids) == [1, 2]
+    assert list(service.asked[0].generated_token_ids) == [3]
+    assert service.asked[0].sampling_params.max_tokens == 4
+    for wrong in (np.array([1.0]), [True], [-1]):
+        with pytest.raises(InvalidRequestError, match=r"^(prompt|text)\[0\]: got .*an id in 0"):
+            client.generate(wrong)
+        with pytest.raises(InvalidRequestError, match=r"^text\[0\]: got .*an id in 0"):
+            client.score(wrong)
+    assert len(service.asked) == 2
 
 
 def test_unary_calls(served: tuple[Scripted, Client]) -> None:
