@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Library
 
-from twotower.towers.errors import CheckpointError
+from twotower.towers.errors import CheckpointError, InvalidRequestError
 
 REPLACEMENT = "\ufffd"
 # How the vocabularies of byte fallback spell a byte.
@@ -36,15 +36,28 @@ class FastTokenizer:
         tokenizer.encode_special_tokens = True
         added = tokenizer.get_added_tokens_decoder().values()
         self._special = frozenset(token.content for token in added if token.special)
-        if tokenizer.get_vocab_size() <= len(self._special):
-            raise CheckpointError(f"{name}: its vocabulary is empty, but for special tokens")
+        own = tokenizer.get_vocab_size(with_added_tokens=False)
+        if not own or tokenizer.get_vocab_size() <= len(self._special):
+            raise CheckpointError(f"{name}: its vocabulary is empty, but for added tokens")
         self._tokenizer = tokenizer
+        try:
+            self.encode("")
+        except InvalidRequestError as error:
+            # A post-processor may name tokens that are not there.
+            raise CheckpointError(f"{name}: cannot encode an empty text ({error.limit})") from None
         decoders = list(_decoders_of(tokenizer))
         self._falls_back = any(decoder["type"] == "ByteFallback" for decoder in decoders)
         self.keeps_beginnings = _keep_beginnings(decoders, tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text).ids)
+        """The ids; raises InvalidRequestError for a text that the vocabulary cannot spell."""
+        try:
+            return list(self._tokenizer.encode(text).ids)
+        except BaseException as error:  # the library raises bare Exception
+            if not (isinstance(error, Exception) or is_panic(error)):
+                raise
+            limit = f"a text that the model's tokenizer can spell ({error})"
+            raise InvalidRequestError("text", text, limit) from None
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text; bytes that are no UTF-8 are U+FFFD each.
@@ -106,9 +119,12 @@ def _keep_beginnings(decoders: Iterable[dict[str, Any]], tokenizer: Library) -> 
 
     Not so where a step looks for a pattern in the joined text: what comes may complete one.
     """
-    joined = False
+    joined = fused = False
     for decoder in decoders:
         kind = decoder["type"]
+        if kind == "Strip" and decoder["stop"] and not fused:
+            # The library fails as soon as a token is stripped whole, and all text is gone.
+            return False
         if kind == "Replace":
             if joined and len(decoder["pattern"].get("String", "")) != 1:
                 return False
@@ -117,6 +133,7 @@ def _keep_beginnings(decoders: Iterable[dict[str, Any]], tokenizer: Library) -> 
         if kind == "BPEDecoder" and _inside(decoder["suffix"], tokenizer.get_vocab()):
             return False
         joined = joined or kind in _JOINING
+        fused = fused or kind in ("ByteLevel", "Fuse")
     return True
 
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers, processors
 
 from tests.towers.tokenizer_families import FAMILIES, LETTERS, WAITING, llama, saved, word_piece
-from twotower.towers.errors import CheckpointError
+from twotower.towers.errors import CheckpointError, InvalidRequestError
 from twotower.towers.tokenizer import Tokenizer, load_tokenizer
 
 SHIPPED = Path(__file__).parents[2] / "twotower" / "models" / "pystdlib" / "tokenizer.json"
@@ -179,3 +179,24 @@ def test_an_empty_vocabulary_is_refused(tmp_path: Path, make: Callable[[], Libra
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(CheckpointError, match=r"^tokenizer.json: its vocabulary is empty"):
         load_tokenizer(tmp_path)
+
+
+def test_a_post_processor_that_names_no_token_is_refused(tmp_path: Path) -> None:
+    """Every prompt would fail, in a way that no `except Exception` sees."""
+    raw = json.loads((saved(llama, tmp_path) / "tokenizer.json").read_text())
+    raw["post_processor"]["special_tokens"] = {}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=r"^tokenizer.json: cannot encode an empty text"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_text_that_the_vocabulary_cannot_spell(tmp_path: Path) -> None:
+    """Without a token for what is unknown."""
+    raw = json.loads((saved(word_piece, tmp_path) / "tokenizer.json").read_text())
+    del raw["model"]["vocab"]["<unk>"]
+    raw["added_tokens"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = loaded(tmp_path)
+    assert tokenizer.encode("a") == [1, 4, 2]
+    with pytest.raises(InvalidRequestError, match=r"^text: got 'q', expected a text that .*UNK"):
+        tokenizer.encode("q")

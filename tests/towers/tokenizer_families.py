@@ -79,6 +79,13 @@ def byte_fallback_unfused() -> Tokenizer:
     return tokenizer
 
 
+def strip_before_joining() -> Tokenizer:
+    tokenizer = byte_fallback()
+    steps = [decoders.ByteFallback(), decoders.Replace(SPLIT, " "), decoders.Strip(" ", 0, 1)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
 def unigram() -> Tokenizer:
     """T5, XLM-R: a word begins with the mark that stands for a space."""
     words = [*SPECIAL, SPLIT, f"{SPLIT}a", "a", "b", "日本", "é", ".", "!", f"{SPLIT}b{SPLIT}"]
@@ -161,6 +168,7 @@ WAITING: dict[str, Callable[[], Tokenizer]] = {
     "pattern in the joined text": lambda: byte_fallback(decoders.Replace("ab", "X")),
     "pattern over bytes": lambda: byte_fallback(decoders.WordPiece()),
     "ends inside words": lambda: word_ends("a</w>b"),
+    "strip before joining": strip_before_joining,
 }
 
 
