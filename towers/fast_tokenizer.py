@@ -23,15 +23,17 @@ _AFTER_JOINING = ("Fuse", "Metaspace", "Strip")
 class FastTokenizer:
     """Text to ids and back; `name` is the file that errors name. Raises CheckpointError.
 
-    A prompt's ids are those of transformers' `tokenizer(text)`: with the special tokens that the
-    file's post-processor puts around a text (most often one that begins it). What would change a
-    prompt by its length or by chance is switched off: truncation, padding, BPE dropout.
+    A prompt's ids are those of transformers' `tokenizer(text, split_special_tokens=True)`: with
+    the special tokens that the file's post-processor puts around a text (most often one that
+    begins it). What would change a prompt by its length or by chance is switched off:
+    truncation, padding, BPE dropout.
     """
 
     def __init__(self, tokenizer: Library, name: str) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        _switch_off_sampling(tokenizer.model)
+        if getattr(tokenizer.model, "dropout", None) is not None:
+            tokenizer.model.dropout = None
         # A prompt that spells out a special token means those letters, not the token.
         tokenizer.encode_special_tokens = True
         added = tokenizer.get_added_tokens_decoder().values()
@@ -91,13 +93,6 @@ class FastTokenizer:
 def is_panic(error: BaseException) -> bool:
     """Whether a defect of the library was met: that is no Exception, and has no name to import."""
     return type(error).__name__ == "PanicException"
-
-
-def _switch_off_sampling(model: Any) -> None:
-    """Dropout and sampled segmentations are for training; each prompt would have ids by chance."""
-    for name in ("dropout", "alpha", "nbest_size"):
-        if getattr(model, name, None) is not None:
-            setattr(model, name, None)
 
 
 def _decoders_of(tokenizer: Library) -> Iterator[dict[str, Any]]:
