@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -184,8 +185,9 @@ class ServiceConfig(BaseModel):
         """Reads a YAML file; `overrides` that are not None win. Raises ConfigError."""
         try:
             raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path.name}: unreadable ({type(error).__name__})") from None
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            # ValueError: bytes that are no text, and dates that are none.
+            raise ConfigError(f"{path.name}: unreadable ({_reason(error)})") from None
         if not isinstance(raw or {}, dict):
             raise ConfigError(f"{path.name}: expected a mapping, got {type(raw).__name__}")
         return cls.from_settings({**(raw or {}), **_given(overrides)})
@@ -193,11 +195,13 @@ class ServiceConfig(BaseModel):
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> ServiceConfig:
         """Checks settings, None meaning the default. Raises ConfigError naming the field."""
+        _check_names(settings)
         try:
             return cls(**_given(settings))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(str(part) for part in first["loc"]) or "settings"
+            field = field if field.isprintable() else repr(field)
             raise ConfigError(f"{field}: {first['msg']}, got {first['input']!r}") from None
 
     def checkpoint(self) -> Checkpoint:
@@ -250,6 +254,26 @@ class ServiceConfig(BaseModel):
             prefix_cache_bytes=self.prefix_cache_mib << 20,
             transport=self.transport,
         )
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a file and where, as far as is known, in one line."""
+    reason = type(error).__name__
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        reason += f" in line {error.problem_mark.line + 1}: {error.problem}"
+    return " ".join(reason.split())
+
+
+def _check_names(settings: Mapping[Any, Any], above: str = "") -> None:
+    """Raises ConfigError for a key that is no text: YAML reads 1, on or 2026-01-01 as others."""
+    for key, value in settings.items():
+        if not isinstance(key, str):
+            raise ConfigError(
+                f"{above}{key}: got a key of type {type(key).__name__}, expected a name "
+                "(in quotes if it is one)"
+            )
+        if isinstance(value, dict):
+            _check_names(value, f"{above}{key}.")
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from twotower.towers.params import GenerationParams
 from twotower.towers.protocols import Block
 
 GOLDEN = Path(__file__).parent / "golden"
+INT_KEY = Path(__file__).parent / "data" / "faults" / "int_key.yaml"
 
 
 def test_help_needs_no_heavy_import() -> None:
@@ -58,6 +59,7 @@ def test_each_command_explains_itself(command: str) -> None:
         (["generate", "x", "--model", "no-such-folder"], "no-such-folder"),
         (["generate", "x", "--target", "127.0.0.1:1"], "UNAVAILABLE"),
         (["serve", "--max-num-seqs", "0"], "max_num_seqs"),
+        (["serve", "--config", str(INT_KEY)], "1: got a key of type int, expected a name"),
         (["verify", str(GOLDEN)], "error: "),
         (["quantize", "no-such-folder", "out"], "no-such-folder"),
         (["quantize", str(GOLDEN / "tiny_a"), str(GOLDEN)], "golden: exists already"),
@@ -71,6 +73,7 @@ def test_errors_are_one_line(arguments: list[str], named: str) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert named in result.stderr
+    assert len(result.stderr.splitlines()) == 1
     assert "Traceback" not in result.output
 
 

@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
-from twotower.client import Client, ServiceError, Usage
+from twotower.client import AsyncClient, Client, ServiceError, Usage
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.protos.v1 import generation_pb2_grpc
 from twotower.towers.errors import InvalidRequestError
@@ -112,6 +113,35 @@ def test_a_broken_stream_keeps_what_a_resume_needs(served: tuple[Scripted, Clien
     list(client.generate([1, 2], seed=stream.seed, generated_token_ids=stream.token_ids))
     assert list(service.asked[1].generated_token_ids) == [4, 5]
     assert service.asked[1].sampling_params.seed == 7
+
+
+def test_ids_of_other_libraries(served: tuple[Scripted, Client]) -> None:
+    service, client = served
+    list(
+        client.generate(
+            np.array([[1, 2]]), generated_token_ids=np.array([3]), max_tokens=np.int8(4)
+        )
+    )
+    assert client.score(np.array([3, 4])).token_ids == (3, 4)
+    assert list(service.asked[0].tokens.ids) == [1, 2]
+    assert list(service.asked[0].generated_token_ids) == [3]
+    assert service.asked[0].sampling_params.max_tokens == 4
+    for wrong in (np.array([1.0]), [True], [-1]):
+        with pytest.raises(InvalidRequestError, match=r"^prompt\[0\]: got .*an id in 0"):
+            client.generate(wrong)
+        with pytest.raises(InvalidRequestError, match=r"^text\[0\]: got .*an id in 0"):
+            client.score(wrong)
+    assert len(service.asked) == 2
+
+
+async def test_the_other_client_checks_ids_too() -> None:
+    """Before it calls anybody."""
+    async with AsyncClient("127.0.0.1:1") as client:
+        with pytest.raises(InvalidRequestError, match=r"^text\[0\]: got True"):
+            await client.score([True])
+        for prompt, generated in (([1.5], [1]), ([1], np.array([1.5]))):
+            with pytest.raises(InvalidRequestError, match=r"\[0\]: got 1\.5, expected an id in 0"):
+                client.generate(prompt, generated_token_ids=generated)
 
 
 def test_unary_calls(served: tuple[Scripted, Client]) -> None:

@@ -10,12 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
+from tokenizers import AddedToken
 
 import twotower
+from tests.towers.tokenizer_families import llama, saved, word_level
 from twotower import GenerationParams, GenerationResult, Request, TwoTower
 from twotower.towers.errors import CheckpointError, InvalidRequestError
+from twotower.towers.tokenizer import load_tokenizer
 
 PROMPT = [5, 3, 17, 3, 9]
 MODES: list[Any] = ["mask_diffusion", "ar", "mock_ar", "verified"]
@@ -71,6 +76,7 @@ def test_the_signatures() -> None:
         ("dtype", "float32"),
     ]
     assert defaults_of(TwoTower.score) == [("self", empty), ("token_ids", empty)]
+    assert defaults_of(TwoTower.decode) == [("self", empty), ("token_ids", empty)]
 
 
 def test_the_defaults_of_a_request_are_those_of_generate() -> None:
@@ -245,6 +251,18 @@ async def test_it_works_inside_an_event_loop(model: TwoTower) -> None:
         ([[True]], {}, r"prompt\[0\]"),
         ("text", {}, "prompts"),
         (["text"], {}, "prompt"),
+        (PROMPT, {}, "prompt"),
+        (None, {}, "prompts"),
+        ({"input_ids": [PROMPT]}, {}, "prompts"),
+        (torch.tensor(PROMPT), {}, "prompts"),
+        ([torch.tensor([PROMPT, PROMPT])], {}, "prompt"),
+        ([b"text"], {}, "prompt"),
+        ([["text"]], {}, r"prompt\[0\]"),
+        (torch.tensor([[1.0, 2.0]]), {}, r"prompt\[0\]"),
+        (np.array([[True]]), {}, r"prompt\[0\]"),
+        (["a\ud83d"], {}, "prompt"),
+        ([PROMPT], {"max_tokens": np.bool_(True)}, "max_tokens"),
+        ([PROMPT], {"eos_token_id": torch.tensor([1])}, "eos_token_id"),
         ([PROMPT], {"max_tokens": 0}, "max_tokens"),
         ([PROMPT], {"max_tokens": 10**6}, "max_tokens"),
         ([PROMPT], {"block_size": 0}, "block_size"),
@@ -268,8 +286,63 @@ def test_bad_input_is_refused_and_leaves_nothing(
     assert model._context.num_rows == model._denoiser.num_rows == 0
 
 
+def test_ids_are_lists_arrays_or_tensors(model: TwoTower) -> None:
+    """As scripts for the released code have them, the end-of-text id and limits too."""
+    want = model.generate([PROMPT], max_tokens=5, eos_token_id=7, seed=3)[0]
+    scores = model.score(PROMPT)
+    several: list[Any] = [torch.tensor([PROMPT]), np.array([PROMPT]), [torch.tensor([PROMPT])]]
+    several += [[torch.tensor(PROMPT)], [np.array(PROMPT)], [list(torch.tensor(PROMPT))]]
+    numbers = {"max_tokens": np.int64(5), "eos_token_id": torch.tensor(7), "seed": np.uint8(3)}
+    for prompts in several:
+        result = model.generate(prompts, **numbers)[0]
+        assert (result.token_ids, result.seed) == (want.token_ids, 3)
+    for ids in (torch.tensor([PROMPT]), np.array(PROMPT), list(np.array(PROMPT))):
+        assert model.score(ids) == scores
+        assert model.encode(ids) == PROMPT
+    both = model.generate(torch.tensor([PROMPT, PROMPT[::-1]]), max_tokens=5)
+    assert [one.token_ids for one in both] == [
+        model.generate([ids], max_tokens=5)[0].token_ids for ids in (PROMPT, PROMPT[::-1])
+    ]
+
+
+def test_decoding(model: TwoTower) -> None:
+    writing = TwoTower(model._context, model._denoiser, Letters())
+    for ids in (PROMPT, torch.tensor([PROMPT]), np.array(PROMPT)):
+        assert writing.decode(ids) == Letters().decode(PROMPT)
+    last = model.config.vocab_size
+    for wrong in ([-1], [last], np.array([1.0]), [True], [2**70]):
+        with pytest.raises(InvalidRequestError, match=rf"^token_ids\[0\]: got .*0\.\.{last - 1}$"):
+            writing.decode(wrong)
+    with pytest.raises(InvalidRequestError, match="the model has no tokenizer"):
+        model.decode(PROMPT)
+
+
+def test_a_vocabulary_of_another_size_than_the_models(model: TwoTower, tmp_path: Path) -> None:
+    """Larger: a text that needs what the model lacks is refused. Smaller: the rest has no text."""
+    size = model.config.vocab_size
+    tools = [AddedToken(f"<tool {index}>", special=False) for index in range(size)]
+    larger = load_tokenizer(saved(llama, tmp_path / "larger", tools))
+    smaller = load_tokenizer(saved(word_level, tmp_path / "smaller"))
+    assert larger is not None
+    assert smaller is not None
+    text = f"<tool {size - 1}>"
+    assert larger.encode(text)[-1] > size
+    reading = TwoTower(model._context, model._denoiser, larger)
+    with pytest.raises(InvalidRequestError, match=rf"^prompt\[\d\]: got .*0\.\.{size - 1}$"):
+        reading.generate([text])
+    # An empty text is the special token that begins one.
+    empty, begun = reading.generate(["", [1]], max_tokens=4)
+    assert empty.token_ids == begun.token_ids
+    writing = TwoTower(model._context, model._denoiser, smaller)
+    result = writing.generate([PROMPT], max_tokens=40, temperature=1.0, seed=1)[0]
+    assert result.text == smaller.decode(result.token_ids)
+    assert max(result.token_ids) > 20
+    with pytest.raises(InvalidRequestError, match=r"^prompt: got \[\], expected at least 1 token"):
+        writing.generate([""])
+
+
 def test_bad_scores_are_refused(model: TwoTower) -> None:
-    for ids in ([], [-1, 2], [1, 10**6]):
+    for ids in ([], [-1, 2], [1, 10**6], [1.0], [True], torch.tensor([[1], [2]]), 5, "text"):
         with pytest.raises(InvalidRequestError):
             model.score(ids)
 

@@ -2,7 +2,7 @@
 
 Keys follow the released Nemotron-H schema. Three kinds of keys are told apart, so that none is
 ignored by accident: those that shape the model (fields here), those known to change nothing at
-inference (`_INERT_KEYS`), and all others, which are refused by name.
+inference (`config_keys`), and all others, which are refused by name.
 """
 
 from __future__ import annotations
@@ -14,9 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from twotower.towers import quantization_config
+from twotower.towers.config_keys import ATTENTION, MAMBA, MLP, MOE, PATTERN_KEY, plain_keys
 from twotower.towers.errors import ConfigError
 
-MAMBA, ATTENTION, MOE, MLP = "M", "*", "E", "-"
+__all__ = [
+    "ATTENTION",
+    "LAYER_KINDS",
+    "MAMBA",
+    "MASK_TOKEN_ID",
+    "MLP",
+    "MOE",
+    "TIMESTEP_FEATURES",
+    "TwoTowerConfig",
+]
+
 LAYER_KINDS = frozenset((MAMBA, ATTENTION, MOE, MLP))
 MASK_TOKEN_ID = 3
 TIMESTEP_FEATURES = 256
@@ -82,7 +93,7 @@ class TwoTowerConfig:
         unknown = set(self.layer_pattern) - LAYER_KINDS
         if unknown or not self.layer_pattern:
             raise ConfigError(
-                f"hybrid_override_pattern: got {self.layer_pattern!r}, expected letters of 'M*E-'"
+                f"{PATTERN_KEY}: got {self.layer_pattern!r}, expected letters of 'M*E-'"
             )
         for name in _POSITIVE:
             if getattr(self, name) < 1:
@@ -121,7 +132,7 @@ class TwoTowerConfig:
 
     @classmethod
     def from_file(cls, path: Path) -> TwoTowerConfig:
-        """Reads `path` (a config.json, bare `Infinity` allowed)."""
+        """Reads `path` (a config.json; `Infinity` bare or as transformers 5 tags it)."""
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -135,26 +146,16 @@ class TwoTowerConfig:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> TwoTowerConfig:
         """Builds the config from released keys; raises ConfigError naming the offending key."""
-        _refuse_unknown(raw)
-        for key, allowed in _FIXED.items():
-            if key in raw and raw[key] not in allowed:
-                raise ConfigError(f"{key}: got {raw[key]!r}, expected one of {list(allowed)}")
-        _check_time_step_limit(raw.get("time_step_limit"))
-        values = {name: _typed(raw, key, kind) for key, (name, kind) in _REQUIRED.items()}
+        plain = plain_keys(raw, {*_REQUIRED, *_OPTIONAL, quantization_config.KEY})
+        values = {name: _typed(plain, key, kind) for key, (name, kind) in _REQUIRED.items()}
         for key, kind in _OPTIONAL.items():
-            if raw.get(key) is not None:
-                values[key] = _typed(raw, key, kind)
-            elif key in raw and key in _TOKEN_IDS:
+            if plain.get(key) is not None:
+                values[key] = _typed(plain, key, kind)
+            elif key in plain and key in _TOKEN_IDS:
                 values[key] = None
-        if raw.get(quantization_config.KEY) is not None:
-            quantization_config.check_quantization_config(raw[quantization_config.KEY])
+        if plain.get(quantization_config.KEY) is not None:
+            quantization_config.check_quantization_config(plain[quantization_config.KEY])
             values["quantized_experts"] = True
-        layers = raw.get("num_hidden_layers")
-        if layers is not None and layers != len(values["layer_pattern"]):
-            raise ConfigError(
-                f"num_hidden_layers: got {layers}, expected {len(values['layer_pattern'])}, "
-                "the length of hybrid_override_pattern"
-            )
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -179,7 +180,7 @@ class TwoTowerConfig:
 _REQUIRED: dict[str, tuple[str, type]] = {
     "vocab_size": ("vocab_size", int),
     "hidden_size": ("hidden_size", int),
-    "hybrid_override_pattern": ("layer_pattern", str),
+    PATTERN_KEY: ("layer_pattern", str),
     "num_attention_heads": ("num_attention_heads", int),
     "num_key_value_heads": ("num_key_value_heads", int),
     "head_dim": ("head_dim", int),
@@ -209,47 +210,6 @@ _OPTIONAL: dict[str, type] = {
     "eos_token_id": int,
     "pad_token_id": int,
 }
-# Keys whose other values would change what is computed, in ways that no kernel here covers.
-_FIXED: dict[str, tuple[object, ...]] = {
-    "model_type": ("nemotron_h",),
-    "architectures": (["NemotronHTwoTowerForCausalLM"],),
-    "mamba_hidden_act": ("silu",),
-    "mlp_hidden_act": ("relu2",),
-    "tie_word_embeddings": (False,),
-    "residual_in_fp32": (False,),
-    "n_shared_experts": (1,),
-}
-# Present in released files without any effect on inference: training and initialisation, other
-# code paths, position encodings that the model does not have. `chunk_size` belongs here: the
-# scan's result does not depend on how the sequence is cut.
-_INERT_KEYS = frozenset(
-    [
-        "_name_or_path",
-        "attention_dropout",
-        "auto_map",
-        "chunk_size",
-        "dtype",
-        "expand",
-        "hidden_dropout",
-        "initializer_range",
-        "mamba_proj_bias",
-        "mamba_ssm_cache_dtype",
-        "norm_eps",
-        "num_logits_to_keep",
-        "partial_rotary_factor",
-        "rescale_prenorm_residual",
-        "rope_theta",
-        "sliding_window",
-        "time_step_floor",
-        "time_step_max",
-        "time_step_min",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-        "use_mamba_kernels",
-    ]
-)
-_CHECKED_ELSEWHERE = frozenset(("num_hidden_layers", "time_step_limit", quantization_config.KEY))
 # Fields that have no key of their own.
 _NOT_KEYS = frozenset(("mask_token_id", "quantized_experts"))
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -277,21 +237,6 @@ _DIVISIBLE = (
     ("mamba_num_heads", "n_groups"),
     ("n_routed_experts", "n_group"),
 )
-
-
-def _refuse_unknown(raw: dict[str, Any]) -> None:
-    known = {*_REQUIRED, *_OPTIONAL, *_FIXED, *_INERT_KEYS, *_CHECKED_ELSEWHERE}
-    unknown = sorted(set(raw) - known)
-    if unknown:
-        raise ConfigError(f"{unknown[0]}: unknown key in config.json; it may change the model")
-
-
-def _check_time_step_limit(limit: Any) -> None:
-    """Only [0, inf] is computed; a finite limit would clamp dt in every scan."""
-    if limit is None:
-        return
-    if not isinstance(limit, list) or limit != [0.0, math.inf]:
-        raise ConfigError(f"time_step_limit: got {limit}, expected [0.0, Infinity]")
 
 
 def _typed(raw: dict[str, Any], key: str, kind: type) -> Any:

@@ -6,10 +6,11 @@ import hashlib
 import math
 import secrets
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 from twotower.towers.errors import InvalidRequestError
+from twotower.towers.token_ids import check_ids, plain_number
 
 Mode = Literal["mask_diffusion", "ar", "mock_ar", "verified"]
 FinishReason = Literal["stop", "length"]
@@ -18,12 +19,14 @@ MAX_BLOCK_SIZE = 256
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 SEED_BITS = 63
+_NO_NUMBERS = ("mode", "stop")
 
 
 @dataclass(frozen=True)
 class GenerationParams:
     """Parameters of one row. Raises InvalidRequestError on construction.
 
+    Numbers may be numpy's or tensors without dimensions; they are kept as Python's.
     `temperature` 0 is greedy. `top_k`, `top_p` and `min_p` narrow the draw, in this order, after
     the temperature. `seed` None means that one is drawn. `eos_token_id` None means no EOS.
     `steps_per_block` matters to mask_diffusion only, `confidence_threshold` to it and to verified;
@@ -54,6 +57,10 @@ class GenerationParams:
     eos_from: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name not in _NO_NUMBERS:
+                number = plain_number(getattr(self, field.name))
+                object.__setattr__(self, field.name, number)
         if self.mode not in MODES:
             raise InvalidRequestError("mode", self.mode, f"one of {', '.join(MODES)}")
         _whole("max_tokens", self.max_tokens, 1)
@@ -134,8 +141,8 @@ class GenerationParams:
         """
         if not prompt:
             raise InvalidRequestError("prompt", [], "at least 1 token")
-        _check_ids("prompt", prompt, vocab_size)
-        _check_ids("generated_token_ids", generated, vocab_size)
+        check_ids("prompt", prompt, vocab_size)
+        check_ids("generated_token_ids", generated, vocab_size)
         if self.eos_token_id is not None and self.eos_token_id >= vocab_size:
             raise InvalidRequestError("eos_token_id", self.eos_token_id, f"below {vocab_size}")
         if len(generated) >= self.max_tokens:
@@ -168,12 +175,6 @@ def row_key(seed: int, choice: int = 0) -> int:
     """The 64-bit random key of a row: a hash of the request's seed and the choice's index."""
     digest = hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
-
-
-def _check_ids(field: str, ids: list[int], vocab_size: int) -> None:
-    for index, token in enumerate(ids):
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise InvalidRequestError(f"{field}[{index}]", token, f"an id in 0..{vocab_size - 1}")
 
 
 def _check_stop(stop: object) -> None:

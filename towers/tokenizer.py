@@ -2,119 +2,110 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import Tokenizer as Library
 
 from twotower.towers.errors import CheckpointError
+from twotower.towers.fast_tokenizer import REPLACEMENT, FastTokenizer, is_panic
 
-_REPLACEMENT = "\ufffd"
+TOKENIZER_FILE = "tokenizer.json"
+# Of the text so far, decoding begins anew with the last few tokens once there are many.
 _CONTEXT_TOKENS = 8
-# A UTF-8 character has at most four bytes.
-_CHARACTER_BYTES = 4
+_WINDOW_TOKENS = 16
+# A UTF-8 character has at most four bytes, so an unfinished one up to three.
+_UNFINISHED_BYTES = 3
 
 
 class Tokenizer(Protocol):
     """What the towers' users need of a tokenizer."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens around it."""
+        """Token ids of a text, with the special tokens that the tokenizer puts around one."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids; special tokens give none."""
 
 
-class _FileTokenizer:
-    """A tokenizer.json, read by the `tokenizers` library."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._tokenizer = FastTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for any malformed file
-            raise CheckpointError(f"{path.name}: unreadable ({error})") from None
-        # A prompt that spells out a special token means those letters, not the token.
-        self._tokenizer.encode_special_tokens = True
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
-
-
-class _HubTokenizer:
-    """Any other tokenizer that transformers reads without running a checkpoint's code."""
-
-    def __init__(self, folder: Path) -> None:
-        # Costs seconds to import, and only checkpoints without a tokenizer.json need it.
-        from transformers import AutoTokenizer
-
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"tokenizer: unreadable ({type(error).__name__})") from None
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
-
-
 def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a checkpoint folder, or None if it has none (token ids only)."""
-    if (folder / "tokenizer.json").is_file():
-        return _FileTokenizer(folder / "tokenizer.json")
-    if (folder / "tokenizer_config.json").is_file():
-        return _HubTokenizer(folder)
+    """The tokenizer of a checkpoint folder, or None if it has none (token ids only).
+
+    Raises CheckpointError, naming the file that is damaged or missing.
+    """
+    # A link that leads nowhere is there too: half a download is not a model without a tokenizer.
+    if os.path.lexists(folder / TOKENIZER_FILE):
+        return _read_file(folder / TOKENIZER_FILE)
+    if os.path.lexists(folder / "tokenizer_config.json"):
+        # Costs seconds to import, and only checkpoints without a tokenizer.json need it.
+        from twotower.towers.hub_tokenizer import read_hub_tokenizer
+
+        return read_hub_tokenizer(folder)
     return None
 
 
+def _read_file(path: Path) -> Tokenizer:
+    try:
+        return FastTokenizer(Library.from_file(str(path)), path.name)
+    except CheckpointError:
+        raise
+    except BaseException as error:  # the library raises bare Exception for any malformed file
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
+        raise CheckpointError(f"{path.name}: unreadable ({error})") from None
+
+
 class TextStream:
-    """Turns a growing list of token ids into text, holding back an incomplete UTF-8 character."""
+    """Turns a growing list of token ids into text, holding back an unfinished character.
+
+    The pieces join to the text of all ids decoded at once, however they are cut, and what has
+    been returned depends on the ids so far alone. Where decoding may change its mind about the
+    text so far (`keeps_beginnings`), all of it comes with `flush`.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._fast = tokenizer if isinstance(tokenizer, FastTokenizer) else None
+        self._waits = self._fast is not None and not self._fast.keeps_beginnings
+        # Tokens from some place on, and what has been returned of their text.
         self._tokens: list[int] = []
-        self._settled = 0
         self._shown = ""
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Adds token ids; returns the text that is now certain and was not returned before."""
-        self._tokens.extend(token_ids)
-        total = len(self._tokens)
-        for count in range(total, max(self._settled, total - _CHARACTER_BYTES), -1):
-            text = self._tokenizer.decode(self._tokens[:count])
-            if not text.endswith(_REPLACEMENT):
-                new = self._show(text)
-                self._settle(count)
-                return new
-        if total - self._settled < _CHARACTER_BYTES:
+        before = len(self._tokens)
+        # Tokens without text would fill the window, and decoding is then left without context.
+        fast = self._fast
+        self._tokens.extend(t for t in token_ids if fast is None or fast.gives_text(t))
+        if self._waits or len(self._tokens) == before:
             return ""
-        # Broken bytes, or tokens that all end inside a character: hold back its bytes alone.
         text = self._tokenizer.decode(self._tokens)
-        broken = len(text) - len(text.rstrip(_REPLACEMENT))
-        return self._show(text[: len(text) - min(broken, _CHARACTER_BYTES - 1)])
+        broken = len(text) - len(text.rstrip(REPLACEMENT))
+        new = self._show(text[: len(text) - min(broken, _UNFINISHED_BYTES)])
+        if len(self._tokens) > _WINDOW_TOKENS:
+            self._shorten(text)
+        return new
 
     def flush(self) -> str:
         """The rest, once no more tokens will come."""
-        new = self._show(self._tokenizer.decode(self._tokens))
-        self._settle(len(self._tokens))
-        return new
+        return self._show(self._tokenizer.decode(self._tokens))
 
     def _show(self, text: str) -> str:
         new = text[len(self._shown) :]
         self._shown += new
         return new
 
-    def _settle(self, count: int) -> None:
-        """The first `count` tokens end with a character, all of which has been shown."""
-        # A few tokens stay as context: some tokenizers drop the space before a first token.
-        done = max(0, count - _CONTEXT_TOKENS)
-        self._tokens = self._tokens[done:]
-        self._settled = count - done
-        self._shown = self._tokenizer.decode(self._tokens[: self._settled])
+    def _shorten(self, text: str) -> None:
+        """Keeps only the last tokens, if decoding them alone gives the end of the `text`.
+
+        A first token may be decoded otherwise than one in the middle (without its space, or with
+        the end of a character only), so some text that has been returned stays as context.
+        """
+        tokens = self._tokens[-_CONTEXT_TOKENS:]
+        tail = self._tokenizer.decode(tokens)
+        held = len(text) - len(self._shown)
+        shown = tail[: max(0, len(tail) - held)]
+        if shown and text.endswith(tail[len(shown) // 2 :]):
+            self._tokens, self._shown = tokens, shown

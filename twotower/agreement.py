@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
-from twotower.api import GenerationResult, Prompt, Request, TwoTower
+from twotower.api import GenerationResult, Request, TwoTower
 from twotower.towers.params import GenerationParams, Mode
+from twotower.towers.token_ids import Prompt
 
 # Beginnings of code, reports and explanations, for a first look at any model.
 PROMPTS = (

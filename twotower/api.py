@@ -22,10 +22,18 @@ from twotower.towers.link import load_engines
 from twotower.towers.output_text import OutputText
 from twotower.towers.params import FinishReason, GenerationParams, Mode
 from twotower.towers.protocols import Block
+from twotower.towers.token_ids import (
+    Array,
+    Prompt,
+    TokenIds,
+    check_ids,
+    check_text,
+    id_row,
+    prompt_rows,
+)
 from twotower.towers.tokenizer import Tokenizer, load_tokenizer
 from twotower.towers.weights import parse_dtype, resolve_checkpoint
 
-Prompt = str | Sequence[int]
 Device = str | torch.device
 T = TypeVar("T")
 
@@ -98,7 +106,7 @@ class TwoTower:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt] | Array,
         mode: Mode = "mask_diffusion",
         max_tokens: int = 64,
         block_size: int = 16,
@@ -114,14 +122,15 @@ class TwoTower:
         min_tokens: int = 0,
         stop: Sequence[str] | None = None,
     ) -> list[GenerationResult]:
-        """One result per prompt (texts or lists of token ids), all with the same parameters.
+        """One result per prompt (texts or token ids), all with the same parameters.
 
+        Ids are lists, arrays or tensors, a prompt's [n] or [1, n]; a [B, n] is B prompts, whose
+        rows are taken as they are: ids that pad them are read like any other.
         Prompts are decoded together, and each gets what it gets alone. Without a seed each prompt
         draws its own; `eos_token_id` None means that no token ends a row. A row also ends at one
         of the `stop` strings, which need a tokenizer. Raises InvalidRequestError, NumericalError.
         """
-        if isinstance(prompts, str):
-            raise InvalidRequestError("prompts", prompts, "a list of prompts")
+        rows = prompt_rows(prompts)
         params = GenerationParams(
             mode,
             max_tokens,
@@ -138,7 +147,7 @@ class TwoTower:
             min_tokens,
             () if stop is None else stop,  # type: ignore[arg-type]  # params check and keep a tuple
         )
-        return self.generate_requests([Request(prompt, params) for prompt in prompts])
+        return self.generate_requests([Request(prompt, params) for prompt in rows])
 
     def generate_requests(self, requests: Sequence[Request]) -> list[GenerationResult]:
         """The same for requests that each have their own mode, lengths, seed and limits."""
@@ -153,21 +162,35 @@ class TwoTower:
         with self._calling:
             return _run(self._generate_rows(rows))
 
-    def score(self, token_ids: Sequence[int]) -> list[float]:
-        """The context tower's natural-log probabilities of tokens 1..n-1, given those before."""
-        ids = list(token_ids)
+    def score(self, token_ids: TokenIds) -> list[float]:
+        """The context tower's natural-log probabilities of tokens 1..n-1, given those before.
+
+        `token_ids` are a list, an array or a tensor, [n] or [1, n]. Raises InvalidRequestError.
+        """
+        ids = id_row("prompt", token_ids)
         limits = GenerationParams(mode="ar", max_tokens=1)
         limits.check_row(ids, self.config.vocab_size, self.config.max_position_embeddings + 1, [])
         with self._calling:
             return _run(self._context.score(ids))
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; a list of ids stays as it is."""
+        """Token ids of a prompt: of a text those that the tokenizer gives, with the special tokens
+        that it puts around one; ids as a list. Raises InvalidRequestError."""
         if not isinstance(prompt, str):
-            return list(prompt)
+            return id_row("prompt", prompt)
+        check_text("prompt", prompt)
         if self.tokenizer is None:
             raise InvalidRequestError("prompt", prompt, "token ids: the model has no tokenizer")
         return self.tokenizer.encode(prompt)
+
+    def decode(self, token_ids: TokenIds) -> str:
+        """The text of token ids ([n] or [1, n]), without special tokens. Raises
+        InvalidRequestError for an id that the model does not have, or without a tokenizer."""
+        ids = id_row("token_ids", token_ids)
+        check_ids("token_ids", ids, self.config.vocab_size)
+        if self.tokenizer is None:
+            raise InvalidRequestError("token_ids", ids, "none: the model has no tokenizer")
+        return self.tokenizer.decode(ids)
 
     async def _generate_rows(
         self, rows: Sequence[tuple[list[int], GenerationParams, OutputText]]

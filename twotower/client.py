@@ -16,7 +16,6 @@ import grpc.aio
 from twotower.completion import Completion, Limits
 from twotower.messages import (
     ModelInfo,
-    Prompt,
     Score,
     ServiceError,
     TextBlock,
@@ -29,6 +28,7 @@ from twotower.messages import (
 )
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.protos.v1 import generation_pb2_grpc
+from twotower.towers.token_ids import Prompt, TokenIds
 
 __all__ = [
     "AsyncClient",
@@ -170,7 +170,7 @@ class _Calls(ABC, Generic[S]):
         min_confidence_threshold: float | None = None,
         stop: Sequence[str] = (),
         logprobs: bool | None = None,
-        generated_token_ids: Sequence[int] = (),
+        generated_token_ids: TokenIds = (),
         request_id: str = "",
         timeout: float | None = None,
         resume: bool = True,
@@ -178,6 +178,7 @@ class _Calls(ABC, Generic[S]):
     ) -> S:
         """Starts a completion of a text or of token ids; None leaves the service's default.
 
+        Ids are a list, an array or a tensor, [n] or [1, n].
         `stop` is a list of strings, `logprobs` asks for log-probabilities, `generated_token_ids`
         goes on with what an earlier program has received; `timeout` is in seconds, for the whole.
         `min_steps_per_block` and `min_confidence_threshold` are the floors down to which a service
@@ -185,7 +186,7 @@ class _Calls(ABC, Generic[S]):
         With `resume` a stream whose service, router or connection is lost goes on by itself, for
         up to `resume_timeout` seconds from a loss to the next block (5 before the service has
         first answered); then the last error is raised. Raises InvalidRequestError if `stop` is not
-        a list.
+        a list, or for ids and numbers that are none.
         """
         scalars = {
             "mode": mode,
@@ -227,7 +228,8 @@ class Client(_Calls[GenerationStream]):
         )
 
     def score(self, text: Prompt, *, timeout: float | None = None) -> Score:
-        """Log-probabilities of a text or of token ids. Raises ServiceError."""
+        """Log-probabilities of a text or of token ids ([n] or [1, n]). Raises ServiceError, and
+        InvalidRequestError for ids that are none."""
         with _plain_errors():
             return score_of(self._stub.Score(score_request(text), timeout=timeout))
 

@@ -7,12 +7,30 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.descriptor import FieldDescriptor
 
 from twotower.deployments.refusals import retry_after_of
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.errors import InvalidRequestError, TwoTowerError
+from twotower.towers.token_ids import (
+    Prompt,
+    TokenIds,
+    check_ids,
+    check_text,
+    id_row,
+    plain_number,
+)
 
-Prompt = str | Sequence[int]
+# Ids are int32 on the wire; which of them a model has is for the service to say.
+_ID_VALUES = 2**31
+_SCALARS = pb.SamplingParams.DESCRIPTOR.fields_by_name
+_EXPECTED = {
+    FieldDescriptor.CPPTYPE_BOOL: "True or False",
+    FieldDescriptor.CPPTYPE_INT32: f"a whole number of at most {2**31 - 1}",
+    FieldDescriptor.CPPTYPE_INT64: f"a whole number of at most {2**63 - 1}",
+    FieldDescriptor.CPPTYPE_UINT64: f"a whole number in 0..{2**64 - 1}",
+    FieldDescriptor.CPPTYPE_STRING: "a text",
+}
 
 
 class ServiceError(TwoTowerError):
@@ -104,25 +122,25 @@ class ModelInfo:
 def generate_request(
     prompt: Prompt,
     stop: Sequence[str],
-    generated_token_ids: Sequence[int],
+    generated_token_ids: TokenIds,
     request_id: str,
     scalars: dict[str, Any],
 ) -> pb.GenerateRequest:
     """The request of a completion; scalars that are None stay unset.
 
-    Raises InvalidRequestError if `stop` is not a list.
+    Raises InvalidRequestError if `stop` is not a list, or for a value that no service could take.
     """
     return pb.GenerateRequest(
         request_id=request_id,
-        **_input_of(prompt),
-        sampling_params=pb.SamplingParams(stop=_texts(stop), **scalars),
-        generated_token_ids=generated_token_ids,
+        **_input_of("prompt", prompt),
+        sampling_params=_sampling_params(stop, scalars),
+        generated_token_ids=_ids_of("generated_token_ids", generated_token_ids),
     )
 
 
 def score_request(text: Prompt) -> pb.ScoreRequest:
-    """The request to score a text or token ids."""
-    return pb.ScoreRequest(**_input_of(text))
+    """The request to score a text or token ids. Raises InvalidRequestError."""
+    return pb.ScoreRequest(**_input_of("text", text))
 
 
 def text_block(block: pb.Block, index: int) -> TextBlock:
@@ -176,10 +194,36 @@ def service_error(error: Any) -> ServiceError:
     return ServiceError(error.code(), error.details() or "no details")
 
 
-def _input_of(prompt: Prompt) -> dict[str, Any]:
+def _input_of(field: str, prompt: Prompt) -> dict[str, Any]:
     if isinstance(prompt, str):
+        check_text(field, prompt)
         return {"text": prompt}
-    return {"tokens": pb.TokenIds(ids=prompt)}
+    return {"tokens": pb.TokenIds(ids=_ids_of(field, prompt))}
+
+
+def _ids_of(field: str, value: TokenIds) -> list[int]:
+    """Ids from a list, an array or a tensor, [n] or [1, n]. Raises InvalidRequestError."""
+    ids = id_row(field, value)
+    check_ids(field, ids, _ID_VALUES)
+    return ids
+
+
+def _sampling_params(stop: Sequence[str], scalars: dict[str, Any]) -> pb.SamplingParams:
+    """Raises InvalidRequestError for a value of another type than the field's, by its name."""
+    params = pb.SamplingParams(stop=_texts(stop))
+    for name, given in scalars.items():
+        if given is None:
+            continue
+        value, kind = plain_number(given), _SCALARS[name].cpp_type
+        expected = _EXPECTED.get(kind, "a number")
+        # protobuf would take True for 1.
+        if isinstance(value, bool) != (kind == FieldDescriptor.CPPTYPE_BOOL):
+            raise InvalidRequestError(name, value, expected)
+        try:
+            setattr(params, name, value)
+        except (TypeError, ValueError):
+            raise InvalidRequestError(name, value, expected) from None
+    return params
 
 
 def _texts(stop: Sequence[str]) -> Sequence[str]:

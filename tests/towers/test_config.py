@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +17,9 @@ from twotower.towers.config import TwoTowerConfig
 from twotower.towers.errors import ConfigError
 from twotower.towers.quantization_config import FP8_EXPERTS
 
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "twotower" / "models" / "pystdlib"
+FAULTS = ROOT / "tests" / "data" / "faults"
 SHAPING = sorted(
     {field.name for field in fields(TwoTowerConfig) if field.name != "layer_pattern"}
     - {"use_bias", "use_conv_bias", "attention_bias", "mlp_bias", "mask_token_id"}
@@ -83,7 +87,7 @@ def test_a_boolean_is_not_a_number(key: str) -> None:
         TwoTowerConfig.from_dict(changed(**{key: True}))
 
 
-@pytest.mark.parametrize("key", ["sliding_window_size", "moe_latent_size", "Hidden_size"])
+@pytest.mark.parametrize("key", ["sliding_window_size", "moe_latent_dim", "Hidden_size"])
 def test_an_unknown_key_is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{key}: unknown key"):
         TwoTowerConfig.from_dict(changed(**{key: 1}))
@@ -209,3 +213,112 @@ def test_another_quantization_is_refused_by_its_first_key(path: str, value: obje
 def test_a_quantization_that_is_no_such_object_is_refused(value: object) -> None:
     with pytest.raises(ConfigError, match=r"^quantization_config(: got|\.quant_method: missing)"):
         TwoTowerConfig.from_dict(changed(quantization_config=value))
+
+
+INF = {"__float__": "Infinity"}
+
+
+@pytest.mark.parametrize("limit", [[0.0, INF], [0, INF], [{"__float__": "NaN"}], [0.0, 5.0]])
+def test_infinity_as_transformers_5_tags_it(limit: list[Any]) -> None:
+    if limit[-1] == INF:
+        assert TwoTowerConfig.from_dict(changed(time_step_limit=limit)) == SMALL
+        return
+    with pytest.raises(ConfigError, match=r"^time_step_limit: got"):
+        TwoTowerConfig.from_dict(changed(time_step_limit=limit))
+
+
+@pytest.mark.parametrize("tag", ["Infinity", "-Infinity", "NaN", "inf", 1, None, ["Infinity"]])
+def test_a_tag_where_no_infinity_may_be(tag: object) -> None:
+    with pytest.raises(ConfigError, match=r"^routed_scaling_factor: got"):
+        TwoTowerConfig.from_dict(changed(routed_scaling_factor={"__float__": tag}))
+
+
+@pytest.mark.parametrize("name", ["tagged_infinity", "resaved_by_transformers"])
+def test_files_that_transformers_5_has_written(name: str) -> None:
+    shipped = TwoTowerConfig.from_file(SHIPPED / "config.json")
+    assert TwoTowerConfig.from_file(FAULTS / name / "config.json") == shipped
+
+
+@pytest.mark.parametrize("eos", [None, 2])
+def test_saved_by_the_installed_transformers(tmp_path: Path, eos: int | None) -> None:
+    """By its own class of the architecture, and by one that a checkpoint brings along."""
+    from transformers import NemotronHConfig, PretrainedConfig
+
+    class Own(PretrainedConfig):  # type: ignore[misc]
+        model_type = "nemotron_h"
+
+    config = small_config(eos_token_id=eos, layer_norm_epsilon=3e-5, use_conv_bias=False)
+    released = config.to_dict() | {"time_step_limit": [0.0, math.inf], "torch_dtype": "bfloat16"}
+    for kind in (NemotronHConfig, Own):
+        kind(**released).save_pretrained(tmp_path)
+        text = (tmp_path / "config.json").read_text()
+        assert "__float__" in text
+        assert '"dtype": "bfloat16"' in text
+        assert TwoTowerConfig.from_file(tmp_path / "config.json") == config
+        # And once more, from what was written.
+        kind.from_pretrained(tmp_path).save_pretrained(tmp_path)
+        assert TwoTowerConfig.from_file(tmp_path / "config.json") == config
+        (tmp_path / "config.json").write_text(json.dumps(kind(**released).to_dict()))
+        assert TwoTowerConfig.from_file(tmp_path / "config.json") == config
+
+
+# What versions of transformers have written into every model's config, at its defaults.
+OLDER: list[dict[str, Any]] = [
+    {"torch_dtype": "bfloat16", "transformers_version": "4.48.3", "use_cache": True},
+    {"dtype": "bfloat16", "transformers_version": "4.57.1", "auto_map": {"AutoConfig": "c.C"}},
+    {"_name_or_path": "a/b", "_attn_implementation_autoset": True, "return_dict": True},
+    {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": None},
+    {"rope_theta": 10000, "rope_scaling": None, "partial_rotary_factor": 1.0},
+    {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "sliding_window": None},
+    {"max_length": 20, "do_sample": False, "num_beams": 1, "temperature": 1.0, "top_k": 50},
+    {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "bad_words_ids": None, "prefix": None},
+    {"is_encoder_decoder": False, "is_decoder": False, "pruned_heads": {}, "torchscript": False},
+    {"num_nextn_predict_layers": 0, "mtp_layers_block_type": ["full_attention", "moe"]},
+    {"moe_latent_size": None, "moe_shared_expert_overlap": True, "num_local_experts": 4},
+    {"layer_types": ["linear_attention", "full_attention", "moe", "mlp"]},
+    {"layers_block_type": ["mamba", "attention", "moe", "mlp"], "num_hidden_layers": 4},
+    {"layers_block_type": None, "num_hidden_layers": None},
+]
+
+
+@pytest.mark.parametrize("keys", OLDER, ids=lambda keys: next(iter(keys)))
+def test_keys_that_change_nothing(keys: dict[str, Any]) -> None:
+    assert TwoTowerConfig.from_dict(changed(**keys)) == SMALL
+
+
+def test_layers_by_their_names() -> None:
+    raw = without("hybrid_override_pattern")
+    del raw["num_hidden_layers"]
+    for key in ("layers_block_type", "layer_types"):
+        for names in (["mamba", "attention", "moe", "mlp"], ["linear_attention", "full_attention"]):
+            layers = [*names, "moe", "mamba"]
+            pattern = TwoTowerConfig.from_dict(raw | {key: layers}).layer_pattern
+            assert pattern == ("M*E-EM" if len(names) == 4 else "M*EM")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("layers_block_type", ["mamba", "attention", "moe", "moe"]),
+        ("layer_types", ["mamba"]),
+        ("layer_types", []),
+        ("layer_types", "M*E-"),
+        ("layer_types[1]", ["mamba", "sliding_attention", "moe", "mlp"]),
+        ("layer_types[0]", [None, "attention", "moe", "mlp"]),
+        ("num_local_experts", 8),
+        ("moe_latent_size", 64),
+        ("num_nextn_predict_layers", 1),
+        ("is_encoder_decoder", True),
+        ("add_cross_attention", True),
+        ("pruned_heads", {"0": [1]}),
+        ("repetition_penalty", 1.2),
+        ("no_repeat_ngram_size", 3),
+        ("suppress_tokens", [5]),
+        ("forced_eos_token_id", 2),
+        ("bad_words_ids", [[7]]),
+        ("prefix", "def "),
+    ],
+)
+def test_keys_that_would_change_the_output(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^{re.escape(key)}: got .*expected"):
+        TwoTowerConfig.from_dict(changed(**{key.split("[")[0]: value}))

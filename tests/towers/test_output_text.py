@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.towers.tokenizer_families import FAMILIES, saved
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.output_text import OutputText, StopSearch
 from twotower.towers.params import GenerationParams
@@ -167,6 +168,45 @@ def test_the_shipped_tokenizer() -> None:
             output = OutputText(tokenizer, params)
             kept, pieces, _ = stream(output, tokens, [size] * len(tokens))
             assert (kept, "".join(pieces)) == (want_tokens, want_text)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("broken", [False, True])
+def test_every_kind_of_tokenizer(tmp_path: Path, kind: str, broken: bool) -> None:
+    """Stop strings of 1 to 4 characters from anywhere in the text, in blocks of every size."""
+    tokenizer = load_tokenizer(saved(FAMILIES[kind], tmp_path))
+    assert tokenizer is not None
+    tokens = tokenizer.encode("ab 日本 ba🙂. éb a日a 本.b" * 2 + "🙂")
+    if broken:
+        tokens = tokens[:-1]
+    text = tokenizer.decode(tokens)
+    source = random.Random(kind)
+    for _ in range(8):
+        begin = source.randrange(len(text) - 4)
+        stop = text[begin : begin + source.randint(1, 4)]
+        params = params_of(stop, "never", eos=None)
+        want_tokens, want_text, want_stop = whole(tokenizer, tokens, params)
+        assert want_stop == stop
+        for size in (1, 2, 5, 16, len(tokens)):
+            output = OutputText(tokenizer, params)
+            kept, pieces, last = stream(output, tokens, [size] * len(tokens))
+            assert ("".join(pieces), output.matched_stop) == (want_text, stop)
+            assert (kept, last.finish_reason) == (want_tokens, "stop")
+
+
+def test_a_text_that_ends_inside_a_character(tmp_path: Path) -> None:
+    """What is missing of it shows only at the end, and a stop string may be in what shows then."""
+    tokenizer = load_tokenizer(saved(FAMILIES["byte fallback"], tmp_path))
+    assert tokenizer is not None
+    tokens = tokenizer.encode("a🙂é")[:-1]
+    for stop, want in (("x", "a🙂\ufffd"), ("🙂\ufffd", "a"), ("\ufffd", "a🙂")):
+        for size in (1, 2, 4, 9):
+            output = OutputText(tokenizer, params_of(stop, eos=None))
+            kept, pieces, _ = stream(output, tokens, [size] * 9)
+            assert ("".join(pieces), kept) == (want, tokens)
+    # Complete, it is no end of a stop string; nor is the half of a character before the last one.
+    output = OutputText(tokenizer, params_of("\ufffd", eos=None))
+    assert "".join(stream(output, tokenizer.encode("a🙂é"), [1] * 9)[1]) == "a🙂é"
 
 
 def test_only_a_possible_beginning_is_held_back() -> None:

@@ -6,7 +6,9 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.params import GenerationParams, row_key
@@ -236,3 +238,24 @@ def test_row_keys_differ_by_seed_and_choice_and_stay_what_they_are() -> None:
 
 
 RECORDED_KEY = "2bc42e553a894a51"
+
+
+WHOLES = ["max_tokens", "block_size", "steps_per_block", "top_k", "seed", "eos_token_id"]
+WHOLES += ["draft_steps", "min_tokens", "min_steps_per_block", "eos_from"]
+REALS = ["confidence_threshold", "temperature", "top_p", "min_p", "min_confidence_threshold"]
+
+
+@pytest.mark.parametrize("field", WHOLES + REALS)
+def test_numbers_of_other_libraries_are_kept_as_pythons(field: str) -> None:
+    whole = field in WHOLES
+    value = 7 if whole else 0.5
+    others: list[Any] = [np.array(value), torch.tensor(value)]
+    others += [np.int64(7), np.uint8(7)] if whole else [np.float32(0.5), np.float64(0.5)]
+    for other in others:
+        params = GenerationParams(**{field: other})
+        assert params == GenerationParams(**{field: value})
+        assert type(getattr(params, field)) is type(value)
+    wrong: list[Any] = [np.bool_(True), torch.tensor(True), np.array([7]), torch.tensor([0.5])]
+    for other in [*wrong, np.float64(7.0), torch.tensor(7.0)] if whole else wrong:
+        with pytest.raises(InvalidRequestError, match=f"^{field}: got .*expected a "):
+            GenerationParams(**{field: other})
