@@ -2,10 +2,11 @@
 
     onednn       oneDNN multiplies fp32 and bf16              x86 with AVX-512
     onednn_fp32  oneDNN multiplies fp32, bf16 is widened      x86 without it, like AVX2
-    plain        torch's usual fp32 product in tiles of rows  where there is no such oneDNN
+    plain        torch's usual fp32 product in tiles of rows  anything else, like ARM
 
 oneDNN's product stands behind an operator that torch itself uses for compiled graphs. Neither
-processor flags nor versions say for sure whether it is there, so it is tried.
+processor flags nor versions say for sure whether it is there and keeps a row's bits (on ARM it is,
+and does not), so it is tried.
 """
 
 from __future__ import annotations
