@@ -6,10 +6,10 @@ export OMP_NUM_THREADS ?= 1
 # A test file stays with one process; tests with real processes have the machine to themselves.
 PARALLEL := -n auto --dist loadfile
 
-.PHONY: help env demo test quick lint format types layering proto check-proto verify check bench chaos clean
+.PHONY: help env demo test quick quick-products lint format types layering proto check-proto verify check bench chaos clean
 
 help: ## This list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "needs Python 3.11 or newer" >&2; exit 1; }
@@ -30,6 +30,10 @@ test: $(STAMP) ## All tests that need no GPU, those with real processes included
 
 quick: $(STAMP) ## Tests without real processes
 	$(BIN)/pytest -q $(PARALLEL)
+
+quick-products: $(STAMP) ## The same as on processors without bf16 products, and without oneDNN
+	$(BIN)/pytest -q $(PARALLEL) --products=onednn_fp32
+	$(BIN)/pytest -q $(PARALLEL) --products=plain
 
 lint: $(STAMP) ## Style
 	$(BIN)/ruff check .

@@ -1,12 +1,15 @@
 """What all tests share: one thread, the recorded checkpoints and models made from them.
 
 Without a GPU, Triton kernels run under Triton's interpreter, which has to be asked for before
-Triton is imported.
+Triton is imported. `--products=plain` (or `onednn_fp32`) runs tests without real processes as on a
+processor that has no better products.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,9 @@ if not torch.cuda.is_available():
 # Triton 3.9 warns at every launch where this is not said; 1 is what it does.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+from tests.products import ALL_PRODUCTS, multiplied_by
 from twotower import TwoTower
+from twotower.kernels.products import Products, best_products
 from twotower.towers.context import ContextTower
 from twotower.towers.denoiser import DenoiserTower
 from twotower.towers.weights import load_context_tower, load_denoiser_tower
@@ -27,6 +32,27 @@ NAMES = ("tiny_a", "tiny_b")
 
 # Tiny matrices and a machine with other work on it: more threads only wait for each other.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--products", choices=ALL_PRODUCTS, help="multiply as other processors do")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def products_asked_for(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What `--products` says, or what there is."""
+    asked = request.config.getoption("--products")
+    with multiplied_by(asked) if asked else nullcontext():
+        yield
+
+
+@pytest.fixture(scope="module", params=ALL_PRODUCTS)
+def each_products(request: pytest.FixtureRequest) -> Iterator[Products]:
+    """Each kind of products that this processor has, in turn."""
+    if ALL_PRODUCTS.index(request.param) < ALL_PRODUCTS.index(best_products()):
+        pytest.skip(f"this processor has {best_products()}")
+    with multiplied_by(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="session", params=NAMES)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
 import twotower
@@ -347,13 +347,32 @@ def test_bad_scores_are_refused(model: TwoTower) -> None:
             model.score(ids)
 
 
-def test_a_bad_model_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_bad_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a folder, nor a hub id"):
         TwoTower.from_pretrained(tmp_path / "absent")
     with pytest.raises(CheckpointError):
         TwoTower.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="dtype: got 'int8'"):
-        TwoTower.from_pretrained(folder, dtype="int8")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", torch.bfloat16, ["float32"], None])
+def test_a_dtype_that_is_not_computed_is_refused_before_the_model_is_read(dtype: Any) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        TwoTower.from_pretrained("no-such-folder", dtype=dtype)
+    assert str(refused.value) == f"dtype: got {dtype!r}, expected one of float32, bfloat16"
+
+
+def test_a_checkpoint_in_fp16_is_converted(folder: Path, tmp_path: Path) -> None:
+    """Whatever its config says: the dtype that is computed in is the caller's."""
+    raw = json.loads((folder / "config.json").read_text()) | {"torch_dtype": "float16"}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    for path in folder.glob("model*.safetensors"):
+        halves = {name: value.half() for name, value in load_file(path).items()}
+        save_file(halves, tmp_path / path.name)
+    for path in folder.glob("*.index.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    for dtype in ("float32", "bfloat16"):
+        model = TwoTower.from_pretrained(tmp_path, dtype=dtype)
+        assert len(model.generate([PROMPT], max_tokens=9)[0].token_ids) == 9
 
 
 def test_bf16_runs(folder: Path) -> None:

@@ -20,7 +20,7 @@ from twotower.towers.checkpoint import Checkpoint, expert_matrices, scale_name, 
 from twotower.towers.config import ATTENTION, MAMBA, MOE, TwoTowerConfig
 from twotower.towers.context import ContextTower
 from twotower.towers.denoiser import DenoiserTower, TimestepWeights
-from twotower.towers.errors import CheckpointError, ConfigError
+from twotower.towers.errors import CheckpointError, ConfigError, InvalidRequestError
 from twotower.towers.layers import (
     AttentionWeights,
     LayerWeights,
@@ -53,9 +53,9 @@ def resolve_checkpoint(path: str | Path | None) -> Path:
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """`float32` or `bfloat16`; raises ValueError for anything else."""
-    if name not in DTYPES:
-        raise ValueError(f"dtype: got {name!r}, expected one of {', '.join(DTYPES)}")
+    """`float32` or `bfloat16`; raises InvalidRequestError, a ValueError, for anything else."""
+    if not isinstance(name, str) or name not in DTYPES:
+        raise InvalidRequestError("dtype", name, f"one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

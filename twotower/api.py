@@ -95,13 +95,13 @@ class TwoTower:
         """Loads a folder, a hub id, or (None) the shipped model.
 
         `device` is one device or a pair (context, denoiser); `dtype` is float32 or bfloat16.
-        Raises CheckpointError or ConfigError, naming the tensor or key.
+        Raises CheckpointError or ConfigError, naming the tensor or key; InvalidRequestError for
+        another `dtype`.
         """
         context_device, denoiser_device = device if isinstance(device, tuple) else (device, device)
+        working = parse_dtype(dtype)
         folder = resolve_checkpoint(path)
-        context, denoiser = load_engines(
-            folder, context_device, denoiser_device, parse_dtype(dtype)
-        )
+        context, denoiser = load_engines(folder, context_device, denoiser_device, working)
         return cls(context, denoiser, load_tokenizer(folder))
 
     def generate(

@@ -215,10 +215,14 @@ def train(
     denoiser_steps: Annotated[int | None, typer.Option(help="Steps instead of time.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 1,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32 or bfloat16; what this processor multiplies faster."),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
 ) -> None:
     """Train a small two-tower model from source code, as the shipped one was."""
-    settings = {
+    settings: dict[str, Any] = {
         "out_dir": out_dir,
         "work_dir": work_dir,
         "corpus": corpus,
@@ -230,6 +234,8 @@ def train(
         "seed": seed,
         "resume": resume,
     }
+    if dtype is not None:
+        settings["dtype"] = dtype
     _shown_errors(lambda: _train(settings))
 
 
@@ -361,9 +367,11 @@ def _generate_here(
 ) -> None:
     from twotower.in_process import InProcessModel
     from twotower.towers.params import GenerationParams
-    from twotower.towers.weights import resolve_checkpoint
+    from twotower.towers.weights import parse_dtype, resolve_checkpoint
 
+    # Both before a checkpoint is fetched for nothing.
     params = GenerationParams(**sampling)
+    parse_dtype(dtype)
     loaded = InProcessModel(resolve_checkpoint(model), device, dtype)
     begin = time.perf_counter()
     stream = loaded.stream(prompt, params, ignore_eos=ignore_eos)

@@ -9,6 +9,7 @@ import torch
 from tests.bench.conftest import CPU
 from twotower.bench.hardware import hardware
 from twotower.bench.timing import Stopwatch, measure_ceilings, median_seconds
+from twotower.kernels.products import force_products, products
 
 
 def test_the_median_of_calls_leaves_warm_ups_out() -> None:
@@ -46,3 +47,6 @@ def test_the_hardware_is_named() -> None:
     assert own["torch"] == torch.__version__
     assert int(own["cores"]) >= 1
     assert own["cpu"]
+    assert own["products"] == products()
+    with force_products("plain"):
+        assert hardware(CPU)["products"] == "plain"

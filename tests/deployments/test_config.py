@@ -33,7 +33,7 @@ def test_file_and_options(tmp_path: Path) -> None:
         ({"max_num_seqs": 0}, "max_num_seqs"),
         ({"device": "tpu"}, "device"),
         ({"grpc_port": 70000}, "grpc_port"),
-        ({"dtype": "int8"}, "dtype"),
+        ({"dtype": "float16"}, "dtype: Input should be 'float32' or 'bfloat16', got 'float16'"),
         ({"memory_fraction": 1.5}, "memory_fraction"),
         ({"transport": "carrier pigeon"}, "transport"),
         ({"prefix_cache_mib": -1}, "prefix_cache_mib"),

@@ -1,4 +1,7 @@
-"""Matrix products: against fp64, and with bits that do not depend on the other rows."""
+"""Matrix products: against fp64, and with bits that do not depend on the other rows.
+
+Each with the products of every kind of processor that this one can stand in for.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ from tests.comparing import (
     normal,
 )
 from twotower.kernels.linear import linear, linear_tiled, pack
+from twotower.kernels.products import Products
+
+pytestmark = pytest.mark.usefixtures("each_products")
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 SHAPES = [(1, 7, 3), (2, 56, 24), (5, 40, 129), (17, 131, 64), (33, 1000, 10)]
@@ -54,9 +60,25 @@ def test_rows_are_independent(dtype: torch.dtype, width: int, out: int, packed: 
     assert_rows_are_independent(lambda x: linear(x, held), normal(40, width).to(dtype))
 
 
-def test_rows_of_the_fallback_are_independent() -> None:
-    weight = normal(24, 130, seed=1)
-    assert_rows_are_independent(lambda x: linear_tiled(x, weight), normal(40, 130))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_of_the_fallback_are_independent(dtype: torch.dtype) -> None:
+    weight = normal(24, 130, seed=1).to(dtype)
+    assert_rows_are_independent(lambda x: linear_tiled(x, weight), normal(40, 130).to(dtype))
+
+
+@pytest.mark.parametrize("rows", [1, 6, 40])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_bf16_is_summed_in_fp32_and_rounded_once(
+    each_products: Products, rows: int, with_bias: bool
+) -> None:
+    x, weight = normal(rows, 515).bfloat16(), normal(33, 515, seed=1).bfloat16()
+    bias = normal(33, seed=2).bfloat16() if with_bias else None
+    got = linear(x, pack(weight), bias)
+    wide = linear(x.float(), weight.float(), None if bias is None else bias.float())
+    # Sums of bf16 would be off by 1e-2.
+    assert_relative_rms(got, wide, 2e-3)
+    if each_products != "onednn":
+        assert_same_bits(got, wide.bfloat16())
 
 
 def test_the_number_of_threads_does_not_matter() -> None:

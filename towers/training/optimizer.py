@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from twotower.kernels.products import fastest_dtype
 from twotower.towers.training.parameters import ROUTER_BIAS, Parameters
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -115,12 +116,13 @@ def _orthogonal(
 
 
 def newton_schulz(matrices: Tensor, iterations: int) -> Tensor:
-    """bf16 [B, rows, cols] with singular values near 1 and the singular vectors of `matrices`."""
+    """[B, rows, cols] with singular values near 1 and the singular vectors of `matrices`; bf16 is
+    precise enough and taken where it is fast."""
     a, b, c = _NEWTON_SCHULZ
     x: Tensor
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = (matrices.mT if tall else matrices).bfloat16()
-    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).bfloat16()
+    x = (matrices.mT if tall else matrices).to(fastest_dtype())
+    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(x.dtype)
     for _ in range(iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x

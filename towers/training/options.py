@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from twotower.kernels.products import fastest_dtype
 from twotower.towers.config import TwoTowerConfig
 from twotower.towers.training.batches import BatchShape
 from twotower.towers.training.loop import Budget, Intervals
@@ -39,12 +40,18 @@ SHIPPED_CONFIG = TwoTowerConfig(
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def _fastest() -> str:
+    fastest = fastest_dtype()
+    return next(name for name, dtype in DTYPES.items() if dtype == fastest)
+
+
 @dataclass(frozen=True)
 class TrainingOptions:
     """A run from corpus to exported model.
 
     `out_dir` receives the model, `work_dir` tokens and checkpoints; a phase given in steps ignores
-    its minutes. `corpus` defaults to the running interpreter's standard library.
+    its minutes. `corpus` defaults to the running interpreter's standard library,
+    `dtype` to what this processor multiplies fastest.
     """
 
     out_dir: Path
@@ -56,7 +63,7 @@ class TrainingOptions:
     denoiser_steps: int | None = None
     threads: int = 2
     seed: int = 1
-    dtype: str = "bfloat16"
+    dtype: str = field(default_factory=_fastest)
     compile: bool = False
     resume: bool = False
     corpus: Path | None = None

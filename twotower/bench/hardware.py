@@ -9,14 +9,17 @@ from pathlib import Path
 
 import torch
 
+from twotower.kernels.products import products
+
 
 def hardware(device: torch.device) -> dict[str, str | int | float]:
-    """The device, its memory in GiB, the host's processor, and versions."""
+    """The device, its memory in GiB, the host's processor and its products, and versions."""
     own: dict[str, str | int | float] = {
         "device": "CPU",
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
+        "products": products(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
