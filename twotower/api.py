@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 
+from twotower.interrupts import run_to_end
 from twotower.towers.config import TwoTowerConfig
 from twotower.towers.context_engine import ContextEngine
 from twotower.towers.denoiser_engine import DenoiserEngine
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.generation import generate_blocks
+from twotower.towers.limits import limit_threads
 from twotower.towers.link import load_engines
 from twotower.towers.output_text import OutputText
 from twotower.towers.params import FinishReason, GenerationParams, Mode
 from twotower.towers.protocols import Block
 from twotower.towers.tokenizer import Tokenizer, load_tokenizer
-from twotower.towers.weights import parse_dtype, resolve_checkpoint
+from twotower.towers.weights import parse_device, parse_dtype, resolve_checkpoint
 
 Prompt = str | Sequence[int]
 Device = str | torch.device
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,10 +89,10 @@ class TwoTower:
         Raises CheckpointError or ConfigError, naming the tensor or key.
         """
         context_device, denoiser_device = device if isinstance(device, tuple) else (device, device)
+        places = parse_device(context_device), parse_device(denoiser_device)
         folder = resolve_checkpoint(path)
-        context, denoiser = load_engines(
-            folder, context_device, denoiser_device, parse_dtype(dtype)
-        )
+        limit_threads()
+        context, denoiser = load_engines(folder, *places, parse_dtype(dtype))
         return cls(context, denoiser, load_tokenizer(folder))
 
     def generate(
@@ -150,16 +149,14 @@ class TwoTower:
                 prompt, self.config.vocab_size, self.config.max_position_embeddings, []
             )
             rows.append((prompt, params, OutputText(self.tokenizer, params)))
-        with self._calling:
-            return _run(self._generate_rows(rows))
+        return run_to_end(self._generate_rows(rows), self._calling)
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """The context tower's natural-log probabilities of tokens 1..n-1, given those before."""
         ids = list(token_ids)
         limits = GenerationParams(mode="ar", max_tokens=1)
         limits.check_row(ids, self.config.vocab_size, self.config.max_position_embeddings + 1, [])
-        with self._calling:
-            return _run(self._context.score(ids))
+        return run_to_end(self._context.score(ids), self._calling)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; a list of ids stays as it is."""
@@ -230,13 +227,3 @@ def _joined(blocks: Sequence[Block]) -> Block:
         drafted_tokens=sum(block.drafted_tokens for block in blocks),
         cached_tokens=sum(block.cached_tokens for block in blocks),
     )
-
-
-def _run(work: Coroutine[Any, Any, T]) -> T:
-    """Runs a coroutine to its end, also for a caller that is inside an event loop (a notebook)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()
