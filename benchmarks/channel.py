@@ -42,6 +42,7 @@ from twotower.cluster.channel.nccl import RECEIVER, SENDER, TAG, settle
 from twotower.cluster.channel.process_group import GROUP_FRAME_BYTES
 from twotower.cluster.channel.receiver import StateReceiver
 from twotower.cluster.topology import Transport, max_update_bytes
+from twotower.towers.limits import usable_cpus
 from twotower.towers.update import StateUpdate, UpdateBuilder, UpdateKind, UpdatePlan
 
 TOKEN = "benchmark"
@@ -79,7 +80,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "machine": {
             "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
+            "cores": usable_cpus(),
             "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
         },
         "block": args.block,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
 
 import torch
+
+from twotower.towers.limits import usable_cpus
 
 
 def machine(threads: int) -> dict[str, str | int]:
     """Processor, its cores, threads that compute, and the version of torch."""
     return {
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cpus(),
         "threads": threads,
         "torch": torch.__version__,
     }

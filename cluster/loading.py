@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from twotower.cluster.topology import PairTopology
+from twotower.towers.limits import usable_cpus
 from twotower.towers.weights import parse_dtype
 
 # A pass's thread and the event loop share the interpreter: calls and updates of other rows should
@@ -21,7 +22,8 @@ T = TypeVar("T")
 
 def prepare_process(topology: PairTopology) -> None:
     """Threads of the arithmetic, and of the interpreter."""
-    torch.set_num_threads(topology.num_threads)
+    # Here and not where the service is described: hosts differ, and so do their limits.
+    torch.set_num_threads(topology.num_threads or max(1, usable_cpus() // 2))
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
 

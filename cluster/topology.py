@@ -28,11 +28,11 @@ class PairTopology:
     """One pair: where its towers come from, where they run, and what they may take.
 
     `cpus` and `gpus` are per tower and may be fractions; `num_threads` is the number of threads
-    of a tower's arithmetic, `max_rows` and `max_context` bound what a tower holds. `transport` is
-    what carries the bytes of states from tower to tower; NCCL needs a GPU for each. `max_waiting`
-    rows wait for room (None: any number); `memory_fraction` of the free memory is for states,
-    `prefix_cache_bytes` for the prefix cache's snapshots beside them. `prefill_chunk` (None: by
-    device) is the grid on which prompts are read.
+    of a tower's arithmetic (None: half of the CPUs that its process may use), `max_rows` and
+    `max_context` bound what a tower holds. `transport` is what carries the bytes of states from
+    tower to tower; NCCL needs a GPU for each. `max_waiting` rows wait for room (None: any number);
+    `memory_fraction` of the free memory is for states, `prefix_cache_bytes` for the prefix cache's
+    snapshots beside them. `prefill_chunk` (None: by device) is the grid on which prompts are read.
 
     `placement` "separate" gives the context tower and each of `denoisers` denoiser towers a process
     of its own, "colocated" holds both towers in one process and one copy of every state, "ar_only"
@@ -46,7 +46,7 @@ class PairTopology:
     dtype: str
     cpus: float
     gpus: float
-    num_threads: int
+    num_threads: int | None
     max_rows: int
     max_context: int
     transport: Transport = "grpc"
@@ -64,8 +64,9 @@ class PairTopology:
 
     def __post_init__(self) -> None:
         for name in ("num_threads", "max_rows", "max_context", "denoisers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
         if self.placement not in get_args(Placement):
             raise ValueError(
                 f"placement: got {self.placement!r}, expected one of {get_args(Placement)}"

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
 
+import ray
+import torch
 from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import RequestRouterConfig
 
 from twotower.cluster.autoscaling import serve_settings
+from twotower.cluster.growth import may_grow
+from twotower.cluster.room import Host, Need, hosts_of, lack_of_room
 from twotower.cluster.start import start_towers
 from twotower.cluster.topology import PairTopology
-from twotower.deployments.config import ServiceConfig
+from twotower.deployments.config import MOST_COUNT, ServiceConfig
 from twotower.deployments.losses import RetryPolicy
 from twotower.deployments.metrics import PairMetrics
 from twotower.deployments.pair import TowerPair
 from twotower.deployments.router import Router
+from twotower.deployments.waiting import WatchedRouter
 from twotower.towers.errors import ConfigError
+from twotower.towers.limits import usable_cpus
+
+logger = logging.getLogger("ray.serve")
 
 PAIR_DEPLOYMENT = "TowerPair"
 PAIR_CHOOSER = "twotower.deployments.pair_chooser.PairChooser"
@@ -29,9 +38,16 @@ DRAIN_POLL_S = 0.25
 WATCH_CALLS = 64
 # A tower that does not load now will not load later; a lost node gets another chance.
 START_ATTEMPTS = 2
+ROUTER_CPUS = 0.1
+# Router, replica, two towers: what a pair on CPU shares must find, whatever the machine counts.
+_LEAST_CPUS = 2
 
 
-def build_app(config: ServiceConfig, topology: PairTopology | None = None) -> Application:
+def build_app(
+    config: ServiceConfig,
+    topology: PairTopology | None = None,
+    router_class: type[Router] = Router,
+) -> Application:
     """The application of a config; `topology` replaces the config's own.
 
     Raises CheckpointError if the checkpoint cannot be served, ConfigError for labels that Ray does
@@ -47,9 +63,9 @@ def build_app(config: ServiceConfig, topology: PairTopology | None = None) -> Ap
         **_watching(config),
         **_scaling(config),
     )
-    router = serve.deployment(Router).options(
+    router = serve.deployment(router_class).options(
         name="Router",
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": ROUTER_CPUS},
         num_replicas=config.num_routers,
         max_ongoing_requests=ROUTER_ONGOING,
         **_watching(config),
@@ -60,8 +76,55 @@ def build_app(config: ServiceConfig, topology: PairTopology | None = None) -> Ap
 
 
 def build_app_from_settings(settings: dict[str, Any]) -> Application:
-    """Entry for Serve's own config files: `args` of the application are ServiceConfig's fields."""
-    return build_app(ServiceConfig.from_settings(settings))
+    """Entry for Serve's own config files: `args` of the application are ServiceConfig's fields.
+
+    Raises ConfigError for wrong ones, and for pairs that the cluster can never have room for.
+    """
+    config = ServiceConfig.from_settings(settings)
+    app = build_app(config, router_class=WatchedRouter)
+    if ray.is_initialized():
+        check_room(config, hosts_of(ray.nodes()), growing=may_grow())
+    return app
+
+
+def check_room(
+    config: ServiceConfig,
+    hosts: list[Host],
+    where: str = "the cluster",
+    *,
+    growing: bool = False,
+) -> None:
+    """Compares what the service needs with what the hosts have, before Ray waits for the rest.
+
+    Raises ConfigError with the arithmetic; where hosts may come, it is only said.
+    """
+    lack = lack_of_room(_need(config), hosts, where)
+    if lack is None:
+        return
+    if not growing:
+        raise ConfigError(lack)
+    logger.warning("%s; waiting for the cluster to grow", lack)
+
+
+def this_machine() -> Host:
+    """What a service in processes of its own has here."""
+    resources = {"CPU": max(usable_cpus(), _LEAST_CPUS), "GPU": torch.cuda.device_count()}
+    return Host("this machine", resources)
+
+
+def _need(config: ServiceConfig) -> Need:
+    scaling = config.autoscaling
+    # With none at first there is one as soon as somebody asks.
+    pairs = config.num_pairs if scaling is None else max(1, scaling.min_pairs)
+    return Need(
+        setting="num_pairs" if scaling is None else "autoscaling.min_pairs",
+        pairs=pairs,
+        bundles=config.topology().bundles(),
+        routers=config.num_routers,
+        router_cpus=ROUTER_CPUS,
+        one_host=config.pack == "host",
+        labels=config.label_selector,
+    )
 
 
 def _placed(pair: Deployment, config: ServiceConfig, topology: PairTopology) -> Deployment:
@@ -101,5 +164,6 @@ def _scaling(config: ServiceConfig) -> dict[str, Any]:
     if config.autoscaling is None or options is None:
         return {"num_replicas": config.num_pairs}
     waiting = config.autoscaling.cold_start_queue or options.max_pairs * _pair_requests(config)
+    waiting = min(waiting, MOST_COUNT)
     # Serve's own queue in each router, the only one there is without a pair; endless by default.
     return {"autoscaling_config": serve_settings(options), "max_queued_requests": waiting}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,22 +13,30 @@ from twotower.cluster.autoscaling import ScalingOptions
 from twotower.cluster.topology import PairTopology, Placement
 from twotower.deployments.overload import OverloadDial
 from twotower.towers.checkpoint import Checkpoint
-from twotower.towers.errors import ConfigError
+from twotower.towers.errors import ConfigError, shorten
+from twotower.towers.limits import MOST_THREADS
 from twotower.towers.scheduler import PassLimits
 from twotower.towers.weights import resolve_checkpoint
 
 APP_NAME = "twotower"
 # Of the rows that a pair may have; the rest is for those that come while another pair starts.
 TARGET_FILL = 0.75
+# Counts are 32 bits wide in Ray and in tensors' shapes. Rows have a call each in a tower's process,
+# twice and with room beside them; processes have a place in Serve's tables.
+MOST_COUNT, MOST_ROWS, MOST_PROCESSES = 2**31 - 1, 2**20, 2**14
 
 
 class PairAutoscaling(BaseModel):
     """Between how many pairs the service has, and how it gets there; `num_pairs` is not used."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    min_pairs: int = Field(1, ge=0, description="0 = none after zero_after_s without a request")
-    max_pairs: int = Field(ge=1, description="most pairs; the cluster must have room for them")
+    min_pairs: int = Field(
+        1, ge=0, le=MOST_PROCESSES, description="0 = none after zero_after_s without a request"
+    )
+    max_pairs: int = Field(
+        ge=1, le=MOST_PROCESSES, description="most pairs; the cluster must have room for them"
+    )
     target_rows_per_pair: float | None = Field(
         None, ge=1, description="rows that a pair should have; none = 3/4 of max_num_seqs"
     )
@@ -48,6 +55,7 @@ class PairAutoscaling(BaseModel):
     cold_start_queue: int | None = Field(
         None,
         ge=1,
+        le=MOST_COUNT,
         description="requests that wait in the router for a pair; more are refused; "
         "none = as many as max_pairs pairs take",
     )
@@ -60,7 +68,7 @@ class ServiceConfig(BaseModel):
     options of `twotower serve`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str | None = Field(None, description="folder or hub id; none = the shipped model")
     model_name: str | None = Field(None, description="name shown to clients; none = the folder's")
@@ -70,21 +78,32 @@ class ServiceConfig(BaseModel):
     http_port: int = Field(8000, ge=1, le=65535, description="Serve's HTTP side, loopback only")
     cpus_per_tower: float = Field(0.4, ge=0, description="share of CPUs that a tower reserves")
     gpus_per_tower: float | None = Field(None, ge=0, description="none = 1 on cuda, 0 on cpu")
-    threads_per_tower: int | None = Field(None, ge=1, description="none = half of the cores")
-    max_context: int = Field(8192, ge=2, description="most tokens of prompt and output together")
-    max_num_seqs: int = Field(32, ge=1, description="rows that a pair works on at once")
+    threads_per_tower: int | None = Field(
+        None, ge=1, le=MOST_THREADS, description="none = half of a tower's CPUs"
+    )
+    max_context: int = Field(
+        8192, ge=2, le=MOST_COUNT, description="most tokens of prompt and output together"
+    )
+    max_num_seqs: int = Field(
+        32, ge=1, le=MOST_ROWS, description="rows that a pair works on at once"
+    )
     max_queued_requests: int = Field(
-        256, ge=-1, description="rows that wait for a pair; more are refused; -1 = no limit"
+        256,
+        ge=-1,
+        le=MOST_ROWS,
+        description="rows that wait for a pair; more are refused; -1 = no limit",
     )
     ease_from: int | None = Field(
         None,
         ge=0,
+        le=MOST_COUNT,
         description="waiting rows of a pair up to which requests are served as asked, whatever "
         "floors they declare; none = 1/4 of max_num_seqs, and less than ease_full",
     )
     ease_full: int | None = Field(
         None,
         ge=1,
+        le=MOST_COUNT,
         description="waiting rows of a pair from which on a request is served at its floors; "
         "none = max_num_seqs, or half of the queue if that is less",
     )
@@ -92,17 +111,23 @@ class ServiceConfig(BaseModel):
         None, gt=0, le=1, description="share of free memory for states; none = 0.9, on cpu 0.25"
     )
     max_num_batched_tokens: int | None = Field(
-        None, ge=1, description="tokens of a tower's pass; none = 512, on cuda 4096"
+        None, ge=1, le=MOST_COUNT, description="tokens of a tower's pass; none = 512, on cuda 4096"
     )
     max_prefill_tokens: int | None = Field(
         None,
         ge=1,
+        le=MOST_COUNT,
         description="prompt tokens in a pass that other rows share; none = 64, on cuda 1024",
     )
     prefill_chunk: int | None = Field(
-        None, ge=1, description="grid on which prompts are read; none = 64, on cuda 1024"
+        None,
+        ge=1,
+        le=MOST_COUNT,
+        description="grid on which prompts are read; none = 64, on cuda 1024",
     )
-    prefix_cache_mib: int = Field(256, ge=0, description="snapshots of the prefix cache; 0 = none")
+    prefix_cache_mib: int = Field(
+        256, ge=0, le=MOST_COUNT, description="snapshots of the prefix cache; 0 = none"
+    )
     transport: Literal["grpc", "gloo", "nccl"] = Field(
         "grpc", description="how states travel between the towers"
     )
@@ -120,7 +145,9 @@ class ServiceConfig(BaseModel):
         default_factory=dict,
         description="Ray's labels of the nodes that may have pairs, as of a GPU domain; none = any",
     )
-    denoisers_per_context: int = Field(1, ge=1, description="denoiser towers of a pair")
+    denoisers_per_context: int = Field(
+        1, ge=1, le=MOST_PROCESSES, description="denoiser towers of a pair"
+    )
     stall_timeout_s: float = Field(60.0, gt=0, description="longest pass of a tower that works")
     repair_timeout_s: float = Field(
         120.0, gt=0, description="time in which a lost denoiser tower has to be back"
@@ -128,11 +155,18 @@ class ServiceConfig(BaseModel):
     resume_timeout_s: float = Field(
         60.0, gt=0, description="longest wait of a request for another pair"
     )
-    max_attempts: int = Field(8, ge=1, description="pairs in a row that a request may be lost with")
-    num_routers: int = Field(
-        1, ge=1, description="2 or more: a lost router is a pause of a second or two"
+    max_attempts: int = Field(
+        8, ge=1, le=MOST_COUNT, description="pairs in a row that a request may be lost with"
     )
-    num_pairs: int = Field(1, ge=1, description="fixed number of pairs, without autoscaling")
+    num_routers: int = Field(
+        1,
+        ge=1,
+        le=MOST_PROCESSES,
+        description="2 or more: a lost router is a pause of a second or two",
+    )
+    num_pairs: int = Field(
+        1, ge=1, le=MOST_PROCESSES, description="fixed number of pairs, without autoscaling"
+    )
     autoscaling: PairAutoscaling | None = Field(
         None, description="pairs that come and go with the load, in place of num_pairs"
     )
@@ -159,6 +193,12 @@ class ServiceConfig(BaseModel):
                 raise ValueError(
                     f"label_selector.{label}: got {value!r}, expected one value with pack 'domain'"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _a_port_for_each(self) -> ServiceConfig:
+        if self.grpc_port == self.http_port:
+            raise ValueError(f"grpc_port and http_port: got {self.grpc_port} for both")
         return self
 
     @model_validator(mode="after")
@@ -202,7 +242,7 @@ class ServiceConfig(BaseModel):
             first = error.errors(include_url=False)[0]
             field = ".".join(str(part) for part in first["loc"]) or "settings"
             field = field if field.isprintable() else repr(field)
-            raise ConfigError(f"{field}: {first['msg']}, got {first['input']!r}") from None
+            raise ConfigError(f"{field}: {first['msg']}, got {shorten(first['input'])}") from None
 
     def checkpoint(self) -> Checkpoint:
         """The checkpoint, with names, shapes and files checked. Raises CheckpointError."""
@@ -239,7 +279,7 @@ class ServiceConfig(BaseModel):
             dtype=self.dtype,
             cpus=self.cpus_per_tower,
             gpus=(1.0 if self.device == "cuda" else 0.0) if gpus is None else gpus,
-            num_threads=self.threads_per_tower or max(1, (os.cpu_count() or 2) // 2),
+            num_threads=self.threads_per_tower,
             max_rows=self.max_num_seqs,
             max_context=self.max_context,
             max_waiting=None if self.max_queued_requests < 0 else self.max_queued_requests,

@@ -16,15 +16,13 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions, gRPCOptions
 
-from twotower.deployments.app import build_app
+from twotower.deployments.app import build_app, check_room, this_machine
 from twotower.deployments.config import APP_NAME, ServiceConfig
 from twotower.deployments.ingress import SERVICER_FUNCTIONS
 from twotower.towers.errors import ConfigError, TwoTowerError, UnavailableError
 
 OBJECT_STORE_BYTES = 200 * 1024 * 1024
 PROXY_TIMEOUT_S = 30.0
-# Router, replica, two towers: what a pair on CPU shares must find, whatever the machine counts.
-_LEAST_CPUS = 2
 _OWN_ERRORS = TwoTowerError.__module__
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -54,6 +52,8 @@ class LocalService:
         if self.config.label_selector:
             raise ConfigError("label_selector: a service on one machine has no labelled nodes")
         app = build_app(self.config)
+        machine = this_machine()
+        check_room(self.config, [machine], machine.name)
         for port in (self.config.grpc_port, self.config.http_port):
             _check_free(port)
         try:
@@ -94,7 +94,8 @@ class LocalService:
         self._folder = tempfile.mkdtemp(prefix="tt-")
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, _LEAST_CPUS),
+            num_cpus=int(this_machine().resources["CPU"]),
+            num_gpus=int(this_machine().resources["GPU"]),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=self._verbose,

@@ -19,7 +19,7 @@ from tokenizers import AddedToken
 import twotower
 from tests.towers.tokenizer_families import llama, saved, word_level
 from twotower import GenerationParams, GenerationResult, Request, TwoTower
-from twotower.towers.errors import CheckpointError, InvalidRequestError
+from twotower.towers.errors import CheckpointError, ConfigError, InvalidRequestError
 from twotower.towers.tokenizer import load_tokenizer
 
 PROMPT = [5, 3, 17, 3, 9]
@@ -379,3 +379,11 @@ def test_bf16_runs(folder: Path) -> None:
     model = TwoTower.from_pretrained(str(folder), device=("cpu", "cpu"), dtype="bfloat16")
     for mode in MODES:
         assert len(model.generate([PROMPT, [1]], mode=mode, max_tokens=9)[0].token_ids) == 9
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", "cuda:7", ("cpu", "cuda:7"), ("cpu:3", "cpu")])
+def test_a_device_that_is_not_here(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    named = device if isinstance(device, str) else next(one for one in device if one != "cpu")
+    with pytest.raises(ConfigError, match=f"^device: got '{named}', expected c"):
+        TwoTower.from_pretrained(None, device)

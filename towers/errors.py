@@ -24,7 +24,7 @@ class InvalidRequestError(TwoTowerError, ValueError):
         self.field = field
         self.value = value
         self.limit = limit
-        super().__init__(f"{field}: got {_shorten(value)}, expected {limit}")
+        super().__init__(f"{field}: got {shorten(value)}, expected {limit}")
 
     def __reduce__(self) -> tuple[type[InvalidRequestError], tuple[str, object, str]]:
         return type(self), (self.field, self.value, self.limit)
@@ -54,6 +54,11 @@ class UnavailableError(TwoTowerError):
     """A tower, its link or its replica is gone or does not answer."""
 
 
-def _shorten(value: object, limit: int = 80) -> str:
-    text = repr(value)
+def shorten(value: object, limit: int = 80) -> str:
+    """A value as an error shows it."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python writes no whole numbers of more than 4300 digits.
+        text = f"a {type(value).__name__} too long to write"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -21,6 +21,7 @@ from twotower.kernels.attention import PagedKeyValues, page_runs
 from twotower.kernels.rows import Rows
 from twotower.towers.config import ATTENTION, MAMBA, TwoTowerConfig
 from twotower.towers.errors import CapacityError, ConfigError
+from twotower.towers.limits import group_bytes
 from twotower.towers.state import ContextState
 
 PAGE_TOKENS = 64
@@ -335,7 +336,7 @@ def free_bytes(device: torch.device) -> int:
     """Memory that is free on a device; on a CPU what the system and the control group leave."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min(_system_bytes(), _group_bytes())
+    return min(_system_bytes(), group_bytes())
 
 
 def _system_bytes() -> int:
@@ -345,13 +346,3 @@ def _system_bytes() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fields = dict(line.split(":", 1) for line in lines)
     return int(fields["MemAvailable"].split()[0]) * 1024
-
-
-def _group_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int:
-    """What a container's limit leaves; without a limit, more than any machine has."""
-    try:
-        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
-        used = (folder / "memory.current").read_text(encoding="ascii").strip()
-    except OSError:
-        limit = "max"
-    return 1 << 62 if limit == "max" else max(0, int(limit) - int(used))

@@ -125,6 +125,8 @@ def _replacing(target: Path) -> Iterator[Path]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: exists already, expected a new or an empty folder")
     folder = target.parent / f".{target.name}.partial"
+    if not target.parent.is_dir() and target.parent.exists():
+        raise CheckpointError(f"{target.parent}: is a file, expected a folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()

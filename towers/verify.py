@@ -36,7 +36,12 @@ from twotower.towers.prefill import PREFILL_CHUNK
 from twotower.towers.sampling import Draw, Sampler, lines_of
 from twotower.towers.state import ContextState
 from twotower.towers.unmasking import BlockDraft, ThresholdRule
-from twotower.towers.weights import load_context_tower, load_denoiser_tower, parse_dtype
+from twotower.towers.weights import (
+    load_context_tower,
+    load_denoiser_tower,
+    parse_device,
+    parse_dtype,
+)
 
 LOGIT_TOLERANCE = 2e-3
 STATE_TOLERANCE = 5e-4
@@ -104,12 +109,13 @@ def _verify(
     backend: Backend | None,
     kinds: Sequence[str],
 ) -> bool:
+    place = parse_device(device)
     cases, tensors = _read_cases(folder)
     cases = [case for case in cases if not kinds or case["kind"] in kinds]
     for_triton = None if backend is None else backend == "triton"
     replayer = _Replayer(
-        load_context_tower(folder, device, parse_dtype(dtype), for_triton=for_triton),
-        load_denoiser_tower(folder, device, parse_dtype(dtype), for_triton=for_triton),
+        load_context_tower(folder, place, parse_dtype(dtype), for_triton=for_triton),
+        load_denoiser_tower(folder, place, parse_dtype(dtype), for_triton=for_triton),
     )
     missed = 0
     for case in cases:

@@ -20,7 +20,7 @@ from twotower.towers.checkpoint import Checkpoint, expert_matrices, scale_name, 
 from twotower.towers.config import ATTENTION, MAMBA, MOE, TwoTowerConfig
 from twotower.towers.context import ContextTower
 from twotower.towers.denoiser import DenoiserTower, TimestepWeights
-from twotower.towers.errors import CheckpointError, ConfigError, InvalidRequestError
+from twotower.towers.errors import CheckpointError, ConfigError, InvalidRequestError, shorten
 from twotower.towers.layers import (
     AttentionWeights,
     LayerWeights,
@@ -41,15 +41,52 @@ def resolve_checkpoint(path: str | Path | None) -> Path:
     shipped model. Raises CheckpointError if there is no such thing."""
     if path is None:
         return SHIPPED_MODEL
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
+    if path == "":
+        # As a path it would be this very folder.
+        raise CheckpointError("'': not a folder, nor a hub id like owner/name")
+    try:
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            return folder
+    except (OSError, RuntimeError, ValueError):
+        # Too long, with a NUL, or of a user that is not there: no folder's name.
+        raise CheckpointError(f"{shorten(str(path))}: not a folder's name") from None
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise CheckpointError(f"{path}: not a folder, nor a hub id like owner/name")
+    return _fetched(str(path))
+
+
+def _fetched(hub_id: str) -> Path:
     try:
-        return Path(snapshot_download(str(path), allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{path}: could not be fetched ({type(error).__name__})") from None
+        raise CheckpointError(f"{hub_id}: could not be fetched ({type(error).__name__})") from None
+    except Exception as error:
+        # A proxy or a token that no header can hold, and the client has an error of its own for
+        # each. Its text may have the token in it.
+        raise CheckpointError(
+            f"{hub_id}: could not be asked for ({type(error).__name__}); look at the hub's token "
+            "and the proxies in the environment"
+        ) from None
+
+
+def parse_device(name: str | torch.device) -> torch.device:
+    """`cpu`, `cuda` or one of the machine's GPUs (`cuda:1`). Raises ConfigError for what is no
+    such device, or is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: got {shorten(str(name))}, expected cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            there = f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0" if count else "cpu"
+            raise ConfigError(f"device: got {str(name)!r}, expected {there}: {count} GPUs are here")
+    elif device.index:
+        raise ConfigError(f"device: got {str(name)!r}, expected cpu")
+    return device
 
 
 def parse_dtype(name: str) -> torch.dtype:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 
+from twotower.interrupts import run_to_end
 from twotower.towers.config import TwoTowerConfig
 from twotower.towers.context_engine import ContextEngine
 from twotower.towers.denoiser_engine import DenoiserEngine
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.generation import generate_blocks
+from twotower.towers.limits import limit_threads
 from twotower.towers.link import load_engines
 from twotower.towers.output_text import OutputText
 from twotower.towers.params import FinishReason, GenerationParams, Mode
@@ -32,10 +32,9 @@ from twotower.towers.token_ids import (
     prompt_rows,
 )
 from twotower.towers.tokenizer import Tokenizer, load_tokenizer
-from twotower.towers.weights import parse_dtype, resolve_checkpoint
+from twotower.towers.weights import parse_device, parse_dtype, resolve_checkpoint
 
 Device = str | torch.device
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,11 @@ class TwoTower:
         another `dtype`.
         """
         context_device, denoiser_device = device if isinstance(device, tuple) else (device, device)
+        places = parse_device(context_device), parse_device(denoiser_device)
         working = parse_dtype(dtype)
         folder = resolve_checkpoint(path)
-        context, denoiser = load_engines(folder, context_device, denoiser_device, working)
+        limit_threads()
+        context, denoiser = load_engines(folder, *places, working)
         return cls(context, denoiser, load_tokenizer(folder))
 
     def generate(
@@ -159,8 +160,7 @@ class TwoTower:
                 prompt, self.config.vocab_size, self.config.max_position_embeddings, []
             )
             rows.append((prompt, params, OutputText(self.tokenizer, params)))
-        with self._calling:
-            return _run(self._generate_rows(rows))
+        return run_to_end(self._generate_rows(rows), self._calling)
 
     def score(self, token_ids: TokenIds) -> list[float]:
         """The context tower's natural-log probabilities of tokens 1..n-1, given those before.
@@ -170,8 +170,7 @@ class TwoTower:
         ids = id_row("prompt", token_ids)
         limits = GenerationParams(mode="ar", max_tokens=1)
         limits.check_row(ids, self.config.vocab_size, self.config.max_position_embeddings + 1, [])
-        with self._calling:
-            return _run(self._context.score(ids))
+        return run_to_end(self._context.score(ids), self._calling)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: of a text those that the tokenizer gives, with the special tokens
@@ -253,13 +252,3 @@ def _joined(blocks: Sequence[Block]) -> Block:
         drafted_tokens=sum(block.drafted_tokens for block in blocks),
         cached_tokens=sum(block.cached_tokens for block in blocks),
     )
-
-
-def _run(work: Coroutine[Any, Any, T]) -> T:
-    """Runs a coroutine to its end, also for a caller that is inside an event loop (a notebook)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()

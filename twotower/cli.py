@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import sys
@@ -14,7 +15,10 @@ from typing import Annotated, Any
 
 import typer
 
+from twotower.cli_errors import CommandGroup
+
 app = typer.Typer(
+    cls=CommandGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,6 +38,7 @@ Config = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="YAML file of settings; options here win."),
 ]
+_GRPC_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
 Verbose = Annotated[bool, typer.Option(help="Show the logs of all processes.")]
 
 
@@ -48,7 +53,7 @@ def serve(
     device: Annotated[str | None, typer.Option(help="cpu (default) or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 (default) or bfloat16.")] = None,
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads of each tower; half of the cores.")
+        int | None, typer.Option(help="CPU threads of each tower; half of the CPUs it may use.")
     ] = None,
     max_context: Annotated[
         int | None, typer.Option(help="Most tokens of prompt and output together.")
@@ -87,7 +92,7 @@ def serve(
         "transport": transport,
         "num_pairs": pairs,
     }
-    _shown_errors(lambda: _serve(config, settings, verbose))
+    _serve(config, settings, verbose)
 
 
 @app.command()
@@ -158,13 +163,11 @@ def generate(
         "min_confidence_threshold": min_confidence_threshold,
         "stop": stop or [],
     }
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     if target is not None:
-        _shown_errors(lambda: _generate_remotely(target, text, sampling, ignore_eos, logprobs))
+        _generate_remotely(target, text, sampling, ignore_eos, logprobs)
     else:
-        _shown_errors(
-            lambda: _generate_here(model, device, dtype, text, sampling, ignore_eos, logprobs)
-        )
+        _generate_here(model, device, dtype, text, sampling, ignore_eos, logprobs)
 
 
 @app.command()
@@ -176,7 +179,7 @@ def verify(
     dtype: Dtype = "float32",
 ) -> None:
     """Replay recorded cases on this machine's kernels; exit code 1 if any differs."""
-    _shown_errors(lambda: _verify(folder, device, dtype))
+    _verify(folder, device, dtype)
 
 
 @app.command()
@@ -197,7 +200,7 @@ def quantize(
 
     Device and dtype are those of the comparison.
     """
-    _shown_errors(lambda: _quantize(source, target, evaluate, device, dtype))
+    _quantize(source, target, evaluate, device, dtype)
 
 
 @app.command()
@@ -236,7 +239,7 @@ def train(
     }
     if dtype is not None:
         settings["dtype"] = dtype
-    _shown_errors(lambda: _train(settings))
+    _train(settings)
 
 
 @app.command(
@@ -301,7 +304,7 @@ def plan(
         "experts": experts,
         "most_denoisers": most_denoisers,
     }
-    _shown_errors(lambda: _plan(question, model, measured, as_json))
+    _plan(question, model, measured, as_json)
 
 
 def main() -> None:
@@ -312,6 +315,7 @@ def main() -> None:
 def _serve(config: Path | None, settings: dict[str, Any], verbose: bool) -> None:
     from twotower.deployments.config import ServiceConfig
     from twotower.deployments.server import LocalService
+    from twotower.deployments.waiting import WaitingPairs
 
     service_config = (
         ServiceConfig.from_settings(settings)
@@ -319,7 +323,8 @@ def _serve(config: Path | None, settings: dict[str, Any], verbose: bool) -> None
         else ServiceConfig.from_file(config, **settings)
     )
     typer.echo("starting the towers ...", err=True)
-    with LocalService(service_config, verbose=verbose) as service:
+    waiting = WaitingPairs(lambda line: typer.echo(line, err=True))
+    with waiting, LocalService(service_config, verbose=verbose) as service:
         # Ray has its own idea of SIGTERM, so this comes after its start.
         stopped = _stop_event()
         command = f"twotower generate 'def main():' --target {service.address}"
@@ -341,6 +346,8 @@ def _generate_remotely(
 ) -> None:
     from twotower.client import Client
 
+    _check_target(target)
+    _check_fields(sampling)
     begin = time.perf_counter()
     with Client(target) as client:
         stream = client.generate(prompt, **sampling, ignore_eos=ignore_eos, logprobs=logprobs)
@@ -354,6 +361,30 @@ def _generate_remotely(
         typer.echo(f"served with {used}", err=True)
     if logprobs:
         _report_log_probs(stream.token_ids, stream.log_probs)
+
+
+def _check_target(target: str) -> None:
+    """`host:port`, or what gRPC knows by a scheme. Raises ValueError for anything else: gRPC would
+    try port 443, or 65535 for -1."""
+    if target.startswith(_GRPC_SCHEMES):
+        return
+    host, _, port = target.rpartition(":")
+    bare = ":" in host and not host.startswith("[")
+    known = port.isascii() and port.isdecimal() and 1 <= int(port[:6]) <= 65535
+    if not host.isascii() or not host or bare or not known:
+        raise ValueError(f"target: got {target!r}, expected host:port")
+
+
+def _check_fields(sampling: dict[str, Any]) -> None:
+    """The service's limits are its own; a number must fit into the message. Raises ValueError."""
+    from twotower.protos.v1.generation_pb2 import SamplingParams
+
+    for name, value in sampling.items():
+        try:
+            SamplingParams(**{name: value})
+        except ValueError:
+            bits = 64 if name == "seed" else 32
+            raise ValueError(f"{name}: got {value!r}, expected a number of {bits} bits") from None
 
 
 def _generate_here(
@@ -394,10 +425,11 @@ def _quantize(source: str, target: Path, evaluate: bool, device: str, dtype: str
     from twotower.agreement import compare
     from twotower.towers.quantization import quantize_checkpoint
     from twotower.towers.tokenizer import load_tokenizer
-    from twotower.towers.weights import parse_dtype, resolve_checkpoint
+    from twotower.towers.weights import parse_device, parse_dtype, resolve_checkpoint
 
     folder = resolve_checkpoint(source)
     # Here and not after an hour of work.
+    parse_device(device)
     parse_dtype(dtype)
     if evaluate and load_tokenizer(folder) is None:
         raise ValueError(f"--evaluate: {folder} has no tokenizer for its prompts")
@@ -430,9 +462,26 @@ def _plan(
     typer.echo(json.dumps(to_dict(answer), indent=2) if as_json else to_text(answer))
 
 
+def _standard_input() -> str:
+    """All of stdin, as UTF-8 whatever the locale. Raises ValueError for other bytes."""
+    if sys.stdin is None:
+        raise ValueError("prompt: got - with stdin closed, expected a text there")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"prompt: got byte 0x{error.object[error.start]:02x} at {error.start} of stdin, "
+            "expected UTF-8"
+        ) from None
+
+
 def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    # Not by `typer.echo`, which leaves out what it takes for colours.
+    if sys.stdout is not None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def _report(tokens: int, nfe: int, seconds: float, seed: int | None) -> None:
@@ -447,20 +496,6 @@ def _report_log_probs(token_ids: Sequence[int], log_probs: Sequence[float]) -> N
     """One line per token: its id and its natural-log probability."""
     for token, log_prob in zip(token_ids, log_probs, strict=True):
         typer.echo(f"{token}\t{log_prob:.6f}", err=True)
-
-
-def _shown_errors(command: Any) -> None:
-    """Runs a command; errors made for users end it with one line and exit code 2."""
-    from twotower.towers.errors import TwoTowerError
-
-    try:
-        command()
-    except TwoTowerError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
 
 
 if __name__ == "__main__":

@@ -11,18 +11,21 @@ from pathlib import Path
 from twotower.deployments.commit_log import CommitLog
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.generation import generate_blocks
+from twotower.towers.limits import limit_threads
 from twotower.towers.link import load_engines
 from twotower.towers.output_text import OutputText
 from twotower.towers.params import GenerationParams
 from twotower.towers.tokenizer import load_tokenizer
-from twotower.towers.weights import parse_dtype
+from twotower.towers.weights import parse_device, parse_dtype
 
 
 class InProcessModel:
-    """Both towers in this process. Raises CheckpointError on construction."""
+    """Both towers in this process. Raises CheckpointError, ConfigError on construction."""
 
     def __init__(self, folder: Path, device: str, dtype: str) -> None:
-        self._context, self._denoiser = load_engines(folder, device, device, parse_dtype(dtype))
+        place = parse_device(device)
+        limit_threads()
+        self._context, self._denoiser = load_engines(folder, place, place, parse_dtype(dtype))
         self._tokenizer = load_tokenizer(folder)
 
     def stream(

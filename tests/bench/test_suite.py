@@ -95,9 +95,9 @@ def test_a_failure_costs_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path:
     [
         ({"preset": "7b"}, "preset: got '7b', expected one of 30b, tiny"),
         ({"experts": "int4"}, "experts: got 'int4', expected one of full, fp8"),
-        ({"batches": (4, 0)}, "batches: got 0, expected at least 1"),
-        ({"batches": ()}, "batches: got 0, expected at least 1"),
-        ({"context": 1}, "context: got 1, expected at least 2"),
+        ({"batches": (4, 0)}, "batches: got 0, expected 1 to"),
+        ({"batches": ()}, "batches: got 0, expected 1 to"),
+        ({"context": 1}, "context: got 1, expected 2 to"),
         ({"profiles": ("poems",)}, "profiles: got 'poems', expected one of"),
         ({"sections": ("speeds",)}, "sections: got 'speeds', expected one of"),
         ({"unique": 16.0}, "unique: got 16.0, expected 0 or 1 to 15"),

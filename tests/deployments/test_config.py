@@ -47,7 +47,7 @@ def test_file_and_options(tmp_path: Path) -> None:
             "max_pairs: got 3, expected at least 4",
         ),
         ({"autoscaling": {"max_pairs": 3, "hysteresis": 1}}, r"autoscaling\.hysteresis"),
-        ({"autoscaling": {"max_pairs": 3, "zero_after_s": math.inf}}, "zero_after_s: got inf"),
+        ({"autoscaling": {"max_pairs": 3, "zero_after_s": math.inf}}, "zero_after_s: .*got inf"),
         ({"autoscaling": {"max_pairs": 3, "metrics_interval_s": 0.1}}, "metrics_interval_s"),
         ({"autoscaling": {"max_pairs": 3, "max_replicas": 3}}, r"autoscaling\.max_replicas"),
         ({"autoscaling": "auto"}, "autoscaling"),

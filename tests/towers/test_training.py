@@ -354,8 +354,13 @@ def run_phase(
     )
 
 
-def test_whole_run_exports_a_readable_model(corpus: Path, tmp_path: Path) -> None:
+def test_whole_run_exports_a_readable_model(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines: list[str] = []
+    touched: list[int] = []
+    monkeypatch.setattr("twotower.towers.training.pipeline.keep_pages", touched.append)
+    monkeypatch.setattr("twotower.towers.training.pipeline.free_bytes", lambda _: 1000)
     options = TrainingOptions(
         out_dir=tmp_path / "model",
         work_dir=tmp_path / "work",
@@ -370,9 +375,11 @@ def test_whole_run_exports_a_readable_model(corpus: Path, tmp_path: Path) -> Non
         own_text_prompt=8,
         own_text_rows=4,
         held_out_batches=1,
-        touch_bytes=0,
+        touch_bytes=3_500_000_000,
     )
     folder = train(options, lines.append)
+    # All of them would be more than there is.
+    assert touched == [500]
     config, params, tokenizer = load_for_training(folder)
     assert config == TINY
     assert set(params) == set(random_parameters())

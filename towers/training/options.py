@@ -9,6 +9,7 @@ import torch
 
 from twotower.kernels.products import fastest_dtype
 from twotower.towers.config import TwoTowerConfig
+from twotower.towers.limits import MOST_THREADS
 from twotower.towers.training.batches import BatchShape
 from twotower.towers.training.loop import Budget, Intervals
 
@@ -37,6 +38,8 @@ SHIPPED_CONFIG = TwoTowerConfig(
     layer_norm_epsilon=1e-5,
     max_position_embeddings=4096,
 )
+# A year, and more steps than it has room for.
+_MOST_MINUTES, _MOST_STEPS = 366.0 * 24 * 60, 2**31 - 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -77,6 +80,23 @@ class TrainingOptions:
     intervals: Intervals = field(default_factory=Intervals)
 
     def __post_init__(self) -> None:
+        for name in ("context_minutes", "own_text_minutes", "denoiser_minutes"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= _MOST_MINUTES:
+                raise ValueError(f"{name}: got {value}, expected 0 to {_MOST_MINUTES:g}")
+        for name, most in (
+            ("context_steps", _MOST_STEPS),
+            ("denoiser_steps", _MOST_STEPS),
+            ("threads", MOST_THREADS),
+        ):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"{name}: got {value}, expected 1 to {most}")
+        # Two more are drawn from it, one after the other.
+        if not 0 <= self.seed <= 2**63 - 3:
+            raise ValueError(f"seed: got {self.seed}, expected 0 to {2**63 - 3}")
+        if self.corpus is not None and not self.corpus.is_dir():
+            raise ValueError(f"corpus: got {self.corpus}, expected a folder")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: got {self.dtype!r}, expected one of {sorted(DTYPES)}")
         if self.own_text_prompt % self.shape.block_size:

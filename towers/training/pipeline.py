@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Generator, Tensor
 
+from twotower.towers.memory import free_bytes
 from twotower.towers.training.batches import draw_masks, draw_rows, draw_sequences
 from twotower.towers.training.corpus import (
+    MIN_CHARACTERS,
     TokenArray,
     encode_files,
     read_corpus,
@@ -61,10 +64,13 @@ class Data:
 def train(options: TrainingOptions, report: Report) -> Path:
     """Trains both towers, exports them to `options.out_dir` and returns that folder."""
     torch.set_num_threads(options.threads)
-    options.work_dir.mkdir(parents=True, exist_ok=True)
-    if options.touch_bytes and not keep_pages(options.touch_bytes):
-        report("memory: this libc keeps no pages; expect uneven steps")
+    # Now, and not when hours of work are to be written there.
+    for folder in (options.out_dir, options.work_dir):
+        _check_writable(folder)
     data = _data(options, report)
+    touched = min(options.touch_bytes, free_bytes(torch.device("cpu")) // 2)
+    if touched and not keep_pages(touched):
+        report("memory: this libc keeps no pages; expect uneven steps")
     operators = compiled_operators() if options.compile else PLAIN
     objective = Objective(options.config, options.shape, operators)
     context = _train_context(options, objective, data, report)
@@ -78,6 +84,22 @@ def train(options: TrainingOptions, report: Report) -> Path:
     return options.out_dir
 
 
+def _check_writable(folder: Path) -> None:
+    """Makes a folder if need be. Raises OSError if nothing can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=folder):
+        pass
+
+
+def _check_length(name: str, tokens: TokenArray, options: TrainingOptions) -> None:
+    needed = options.shape.length + 1
+    if len(tokens) < needed:
+        raise ValueError(
+            f"corpus: got {len(tokens)} tokens {name}, expected at least {needed}: more .py files "
+            f"of {MIN_CHARACTERS} characters or more"
+        )
+
+
 def _data(options: TrainingOptions, report: Report) -> Data:
     folder = options.work_dir
     paths = [folder / name for name in ("tokenizer.json", "train.npy", "heldout.npy", "data.json")]
@@ -88,6 +110,11 @@ def _data(options: TrainingOptions, report: Report) -> Data:
     files = read_corpus(options.corpus or standard_library())
     train_files = [file for file in files if not file.held_out]
     held_out_files = [file for file in files if file.held_out]
+    if not train_files or not held_out_files:
+        raise ValueError(
+            f"corpus: got {len(train_files)} .py files to train on and {len(held_out_files)} to "
+            f"hold out, of {MIN_CHARACTERS} characters or more; expected at least one of each"
+        )
     tokenizer = train_tokenizer((file.text for file in train_files), options.config.vocab_size)
     data = Data(
         tokenizer,
@@ -101,6 +128,8 @@ def _data(options: TrainingOptions, report: Report) -> Data:
             "held_out_bytes": sum(len(file.text.encode("utf-8")) for file in held_out_files),
         },
     )
+    _check_length("to train on", data.train, options)
+    _check_length("held out", data.held_out, options)
     tokenizer.save(str(paths[0]), pretty=False)
     np.save(paths[1], data.train)
     np.save(paths[2], data.held_out)

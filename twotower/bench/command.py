@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, NoReturn
 
 import torch
 
@@ -18,7 +19,9 @@ from twotower.bench.random_towers import EXPERT_FORMATS
 from twotower.bench.schedules import PROFILES
 from twotower.bench.shapes import PRESETS
 from twotower.bench.suite import run_suite
-from twotower.towers.weights import DTYPES
+from twotower.towers.errors import ConfigError, shorten
+from twotower.towers.limits import limit_threads
+from twotower.towers.weights import DTYPES, parse_device
 
 
 def main(arguments: Sequence[str], program: str = "python -m twotower.bench") -> int:
@@ -27,8 +30,11 @@ def main(arguments: Sequence[str], program: str = "python -m twotower.bench") ->
     args = parser.parse_args(arguments)
     try:
         options = _options(args)
-    except ValueError as error:
+        for path in (args.out, args.table, args.plot):
+            _check_writable(path)
+    except (ValueError, ConfigError) as error:
         parser.error(str(error))
+    limit_threads()
     wants_plot = args.plot is not None
     if wants_plot and not can_plot():
         # Before the measurements, so that nobody waits for a picture that will not come.
@@ -45,10 +51,32 @@ def main(arguments: Sequence[str], program: str = "python -m twotower.bench") ->
     return 1 if report.any_failed() else 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Wrong arguments are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        line = message if len(message) <= 300 else f"{message[:297]}..."
+        print(f"error: {line!s}. See `{self.prog} --help`.", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _check_writable(path: Path | None) -> None:
+    """Before the measurements. Raises ValueError where no file can be written."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{shorten(str(path))}: {error.strerror}") from None
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, expected a file's name")
+
+
 def _options(args: argparse.Namespace) -> BenchOptions:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device: got {device}, expected cpu on a machine without CUDA")
+    parse_device(device)
     given: dict[str, Any] = {
         name: value
         for name, value in vars(args).items()
@@ -57,8 +85,8 @@ def _options(args: argparse.Namespace) -> BenchOptions:
     return replace(defaults_for(args.preset, device), **(given | {"device": device}))
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(program: str) -> _Parser:
+    parser = _Parser(
         prog=program,
         description="Speed of both towers in one process at any shape: random weights on the "
         "device, recorded commit schedules, floors from this run's own ceilings, plain PyTorch "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from twotower.kernels.products import products
+from twotower.towers.limits import usable_cpus
 
 
 def hardware(device: torch.device) -> dict[str, str | int | float]:
@@ -17,7 +17,7 @@ def hardware(device: torch.device) -> dict[str, str | int | float]:
     own: dict[str, str | int | float] = {
         "device": "CPU",
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cpus(),
         "threads": torch.get_num_threads(),
         "products": products(),
         "python": platform.python_version(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from twotower.bench.random_towers import EXPERT_FORMATS
@@ -20,6 +21,8 @@ SECTIONS = (
     "profiles",
     "verified",
 )
+# What counts rows and tokens holds no more.
+_MOST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,10 @@ class BenchOptions:
         experts = PRESETS[self.preset].n_routed_experts
         if self.unique and not 1 <= self.unique < experts:
             raise ValueError(f"unique: got {self.unique}, expected 0 or 1 to {experts - 1}")
-        if self.minutes <= 0:
-            raise ValueError(f"minutes: got {self.minutes}, expected above 0")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: got {self.seed}, expected 0 to {2**63 - 1}")
+        if not 0 < self.minutes < math.inf:
+            raise ValueError(f"minutes: got {self.minutes}, expected above 0 and finite")
 
     @property
     def block(self) -> int:
@@ -107,5 +112,5 @@ def _one_of(field: str, value: str, allowed: object) -> None:
 
 
 def _at_least(field: str, value: int, limit: int) -> None:
-    if value < limit:
-        raise ValueError(f"{field}: got {value}, expected at least {limit}")
+    if not limit <= value <= _MOST:
+        raise ValueError(f"{field}: got {value}, expected {limit} to {_MOST}")
