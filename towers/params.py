@@ -18,6 +18,7 @@ MAX_BLOCK_SIZE = 256
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 SEED_BITS = 63
+_STOP_LIMIT = f"a list of at most {MAX_STOP_STRINGS} strings"
 
 
 @dataclass(frozen=True)
@@ -170,22 +171,39 @@ def row_key(seed: int, choice: int = 0) -> int:
     return int.from_bytes(digest, "little")
 
 
+def check_stop_count(count: int) -> None:
+    """Raises InvalidRequestError for more stop strings than a request may have."""
+    if count > MAX_STOP_STRINGS:
+        raise InvalidRequestError("stop", f"{count} strings", _STOP_LIMIT)
+
+
+def check_text(field: str, text: str) -> None:
+    """Raises InvalidRequestError for what is no Unicode text: neither a tokenizer nor the wire
+    takes half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        limit = "text that can be encoded in UTF-8, without lone surrogates"
+        raise InvalidRequestError(f"{field}[{error.start}]", text[error.start], limit) from None
+
+
 def _check_ids(field: str, ids: list[int], vocab_size: int) -> None:
+    if ids and set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size:
+        return
     for index, token in enumerate(ids):
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise InvalidRequestError(f"{field}[{index}]", token, f"an id in 0..{vocab_size - 1}")
 
 
 def _check_stop(stop: object) -> None:
-    limit = f"a list of at most {MAX_STOP_STRINGS} strings"
     if not isinstance(stop, list | tuple):
-        raise InvalidRequestError("stop", stop, limit)
-    if len(stop) > MAX_STOP_STRINGS:
-        raise InvalidRequestError("stop", f"{len(stop)} strings", limit)
+        raise InvalidRequestError("stop", stop, _STOP_LIMIT)
+    check_stop_count(len(stop))
     for index, text in enumerate(stop):
         if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_LENGTH:
             length = f"a string of 1 to {MAX_STOP_LENGTH} characters"
             raise InvalidRequestError(f"stop[{index}]", text, length)
+        check_text(f"stop[{index}]", text)
 
 
 def _whole(field: str, value: object, low: int, high: int | None = None) -> None:

@@ -20,7 +20,7 @@ from twotower.towers.errors import InvalidRequestError
 from twotower.towers.generation import generate_blocks
 from twotower.towers.link import load_engines
 from twotower.towers.output_text import OutputText
-from twotower.towers.params import FinishReason, GenerationParams, Mode
+from twotower.towers.params import FinishReason, GenerationParams, Mode, check_text
 from twotower.towers.protocols import Block
 from twotower.towers.tokenizer import Tokenizer, load_tokenizer
 from twotower.towers.weights import parse_dtype, resolve_checkpoint
@@ -167,6 +167,7 @@ class TwoTower:
             return list(prompt)
         if self.tokenizer is None:
             raise InvalidRequestError("prompt", prompt, "token ids: the model has no tokenizer")
+        check_text("prompt", prompt)
         return self.tokenizer.encode(prompt)
 
     async def _generate_rows(
