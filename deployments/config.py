@@ -11,15 +11,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from twotower.cluster.autoscaling import ScalingOptions
 from twotower.cluster.topology import PairTopology, Placement
+from twotower.deployments.incoming import MAX_MESSAGE_BYTES, MESSAGE_VARIABLE
 from twotower.deployments.overload import OverloadDial
 from twotower.towers.checkpoint import Checkpoint
 from twotower.towers.errors import ConfigError
 from twotower.towers.scheduler import PassLimits
+from twotower.towers.text_limit import longest_token_bytes
 from twotower.towers.weights import resolve_checkpoint
 
 APP_NAME = "twotower"
 # Of the rows that a pair may have; the rest is for those that come while another pair starts.
 TARGET_FILL = 0.75
+# What gRPC counts with 31 bits.
+MOST_MESSAGE_BYTES = (1 << 31) - 1
+# Of a message: an id in a list of token ids, and all that is neither prompt nor earlier output: 16
+# stop strings of 256 characters are the most of it.
+_ID_BYTES = 5
+_REST_BYTES = 64 << 10
 
 
 class PairAutoscaling(BaseModel):
@@ -71,6 +79,14 @@ class ServiceConfig(BaseModel):
     gpus_per_tower: float | None = Field(None, ge=0, description="none = 1 on cuda, 0 on cpu")
     threads_per_tower: int | None = Field(None, ge=1, description="none = half of the cores")
     max_context: int = Field(8192, ge=2, description="most tokens of prompt and output together")
+    max_message_bytes: int | None = Field(
+        None,
+        ge=64 << 10,
+        le=MOST_MESSAGE_BYTES,
+        description="longest gRPC message that is taken; none = what a request of max_context "
+        "tokens can have, as far as the tokenizer tells, otherwise 4 MiB. Proxies that were not "
+        f"started here take it from their environment: {MESSAGE_VARIABLE}, 4 MiB if it is not set",
+    )
     max_num_seqs: int = Field(32, ge=1, description="rows that a pair works on at once")
     max_queued_requests: int = Field(
         256, ge=-1, description="rows that wait for a pair; more are refused; -1 = no limit"
@@ -203,6 +219,17 @@ class ServiceConfig(BaseModel):
     def checkpoint(self) -> Checkpoint:
         """The checkpoint, with names, shapes and files checked. Raises CheckpointError."""
         return Checkpoint(resolve_checkpoint(self.model))
+
+    def message_bytes(self) -> int:
+        """The longest message that is taken. Raises CheckpointError without a checkpoint."""
+        if self.max_message_bytes is not None:
+            return self.max_message_bytes
+        ids = _ID_BYTES * self.max_context
+        text_bytes = longest_token_bytes(resolve_checkpoint(self.model))
+        if text_bytes is None:
+            return max(MAX_MESSAGE_BYTES, 2 * ids + _REST_BYTES)
+        prompt = max(ids, text_bytes * self.max_context)
+        return min(prompt + ids + _REST_BYTES, MOST_MESSAGE_BYTES)
 
     def dial(self) -> OverloadDial:
         """From how many waiting rows on requests are served nearer to their floors."""
