@@ -8,9 +8,10 @@ from typing import Any
 
 import grpc
 
-from twotower.deployments.refusals import retry_after_of
+from twotower.deployments.refusals import client_status, retry_after_of
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.errors import InvalidRequestError, TwoTowerError
+from twotower.wire_values import checked_ids, checked_scalars, checked_text
 
 Prompt = str | Sequence[int]
 
@@ -110,19 +111,20 @@ def generate_request(
 ) -> pb.GenerateRequest:
     """The request of a completion; scalars that are None stay unset.
 
-    Raises InvalidRequestError if `stop` is not a list.
+    Raises InvalidRequestError for what a message cannot carry.
     """
+    checked = checked_scalars(pb.SamplingParams.DESCRIPTOR, scalars)
     return pb.GenerateRequest(
-        request_id=request_id,
-        **_input_of(prompt),
-        sampling_params=pb.SamplingParams(stop=_texts(stop), **scalars),
-        generated_token_ids=generated_token_ids,
+        request_id=checked_text("request_id", request_id),
+        **_input_of("prompt", prompt),
+        sampling_params=pb.SamplingParams(stop=_texts(stop), **checked),
+        generated_token_ids=checked_ids("generated_token_ids", generated_token_ids),
     )
 
 
 def score_request(text: Prompt) -> pb.ScoreRequest:
-    """The request to score a text or token ids."""
-    return pb.ScoreRequest(**_input_of(text))
+    """The request to score a text or token ids. Raises InvalidRequestError for anything else."""
+    return pb.ScoreRequest(**_input_of("input", text))
 
 
 def text_block(block: pb.Block, index: int) -> TextBlock:
@@ -173,17 +175,18 @@ def model_info_of(info: pb.ModelInfo) -> ModelInfo:
 
 def service_error(error: Any) -> ServiceError:
     """A gRPC error as ours."""
-    return ServiceError(error.code(), error.details() or "no details")
+    return ServiceError(*client_status(error.code(), error.details() or "no details"))
 
 
-def _input_of(prompt: Prompt) -> dict[str, Any]:
+def _input_of(field: str, prompt: Prompt) -> dict[str, Any]:
     if isinstance(prompt, str):
-        return {"text": prompt}
-    return {"tokens": pb.TokenIds(ids=prompt)}
+        return {"text": checked_text(field, prompt)}
+    ids = checked_ids(field, prompt, "a text or a list of token ids")
+    return {"tokens": pb.TokenIds(ids=ids)}
 
 
 def _texts(stop: Sequence[str]) -> Sequence[str]:
-    if isinstance(stop, str):
-        # It is a sequence of strings too: each of its letters would end the output.
+    if isinstance(stop, str) or not isinstance(stop, Sequence):
+        # A string is a sequence of strings too: each of its letters would end the output.
         raise InvalidRequestError("stop", stop, "a list of strings")
-    return stop
+    return [checked_text(f"stop[{index}]", text) for index, text in enumerate(stop)]
