@@ -72,6 +72,7 @@ bench: $(STAMP) ## Speed and memory on this machine
 	$(BIN)/python -m benchmarks.service
 	$(BIN)/python -m benchmarks.concurrency
 	$(BIN)/python -m benchmarks.overload
+	$(BIN)/python -m benchmarks.big_prompts
 	$(BIN)/python -m benchmarks.verified
 	$(BIN)/python -m benchmarks.soak
 	$(BIN)/python -m benchmarks.quantization --prompts 200

@@ -7,13 +7,13 @@ import secrets
 from collections.abc import Sequence
 
 from twotower.deployments.commit_log import CommitLog
+from twotower.deployments.encoding import TextReader
 from twotower.deployments.pair import Job
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.config import TwoTowerConfig
 from twotower.towers.errors import InvalidRequestError
-from twotower.towers.params import GenerationParams
+from twotower.towers.params import GenerationParams, check_stop_count
 from twotower.towers.protocols import Block
-from twotower.towers.tokenizer import Tokenizer
 
 MAX_REQUEST_ID = 128
 _REQUEST_ID = re.compile(rf"[!-~]{{1,{MAX_REQUEST_ID}}}")
@@ -50,27 +50,38 @@ def params_of(message: pb.SamplingParams, eos_token_id: int | None) -> Generatio
 
     Raises InvalidRequestError.
     """
+    # Before each of them becomes a string of its own.
+    check_stop_count(len(message.stop))
     given = {name: getattr(message, name) for name in _OPTIONAL_SCALARS if message.HasField(name)}
     eos = None if message.ignore_eos else eos_token_id
     return GenerationParams(**given, eos_token_id=eos, stop=tuple(message.stop)).with_seed()
 
 
-def token_ids_of(
-    message: pb.GenerateRequest | pb.ScoreRequest, field: str, tokenizer: Tokenizer | None
+async def token_ids_of(
+    message: pb.GenerateRequest | pb.ScoreRequest, field: str, reader: TextReader
 ) -> list[int]:
     """The ids of a oneof of text and tokens; empty if neither is set or the text is empty.
 
-    Raises InvalidRequestError for text without a tokenizer.
+    Raises InvalidRequestError for text without a tokenizer and for more than the model takes,
+    QueueFullError if too many texts wait to be read.
     """
-    if message.WhichOneof(field) != "text":
-        return list(message.tokens.ids)
-    if tokenizer is None:
-        raise InvalidRequestError(field, "text", "token ids, as this model has no tokenizer")
-    return tokenizer.encode(message.text)
+    if message.WhichOneof(field) == "text":
+        return await reader.encode(field, message.text)
+    reader.check_count(field, len(message.tokens.ids))
+    return list(message.tokens.ids)
+
+
+def check_size(message: pb.GenerateRequest | pb.ScoreRequest, max_bytes: int) -> None:
+    """Raises InvalidRequestError for a message that is too long as a whole."""
+    size = message.ByteSize()
+    if size > max_bytes:
+        raise InvalidRequestError("message", f"{size} bytes", f"at most {max_bytes}")
 
 
 def check_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
     """Raises InvalidRequestError for an id that the model does not have."""
+    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        return
     for index, token in enumerate(token_ids):
         if not 0 <= token < vocab_size:
             raise InvalidRequestError(f"{field}[{index}]", token, f"an id in 0..{vocab_size - 1}")

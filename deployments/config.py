@@ -11,11 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from twotower.cluster.autoscaling import ScalingOptions
 from twotower.cluster.topology import PairTopology, Placement
+from twotower.deployments.incoming import MAX_MESSAGE_BYTES, MESSAGE_VARIABLE
 from twotower.deployments.overload import OverloadDial
 from twotower.towers.checkpoint import Checkpoint
 from twotower.towers.errors import ConfigError, shorten
 from twotower.towers.limits import MOST_THREADS
 from twotower.towers.scheduler import PassLimits
+from twotower.towers.text_limit import longest_token_bytes
 from twotower.towers.weights import resolve_checkpoint
 
 APP_NAME = "twotower"
@@ -24,6 +26,12 @@ TARGET_FILL = 0.75
 # Counts are 32 bits wide in Ray and in tensors' shapes. Rows have a call each in a tower's process,
 # twice and with room beside them; processes have a place in Serve's tables.
 MOST_COUNT, MOST_ROWS, MOST_PROCESSES = 2**31 - 1, 2**20, 2**14
+# What gRPC counts with 31 bits.
+MOST_MESSAGE_BYTES = (1 << 31) - 1
+# Of a message: an id in a list of token ids, and all that is neither prompt nor earlier output: 16
+# stop strings of 256 characters are the most of it.
+_ID_BYTES = 5
+_REST_BYTES = 64 << 10
 
 
 class PairAutoscaling(BaseModel):
@@ -83,6 +91,14 @@ class ServiceConfig(BaseModel):
     )
     max_context: int = Field(
         8192, ge=2, le=MOST_COUNT, description="most tokens of prompt and output together"
+    )
+    max_message_bytes: int | None = Field(
+        None,
+        ge=64 << 10,
+        le=MOST_MESSAGE_BYTES,
+        description="longest gRPC message that is taken; none = what a request of max_context "
+        "tokens can have, as far as the tokenizer tells, otherwise 4 MiB. Proxies that were not "
+        f"started here take it from their environment: {MESSAGE_VARIABLE}, 4 MiB if it is not set",
     )
     max_num_seqs: int = Field(
         32, ge=1, le=MOST_ROWS, description="rows that a pair works on at once"
@@ -247,6 +263,17 @@ class ServiceConfig(BaseModel):
     def checkpoint(self) -> Checkpoint:
         """The checkpoint, with names, shapes and files checked. Raises CheckpointError."""
         return Checkpoint(resolve_checkpoint(self.model))
+
+    def message_bytes(self) -> int:
+        """The longest message that is taken. Raises CheckpointError without a checkpoint."""
+        if self.max_message_bytes is not None:
+            return self.max_message_bytes
+        ids = _ID_BYTES * self.max_context
+        text_bytes = longest_token_bytes(resolve_checkpoint(self.model))
+        if text_bytes is None:
+            return max(MAX_MESSAGE_BYTES, 2 * ids + _REST_BYTES)
+        prompt = max(ids, text_bytes * self.max_context)
+        return min(prompt + ids + _REST_BYTES, MOST_MESSAGE_BYTES)
 
     def dial(self) -> OverloadDial:
         """From how many waiting rows on requests are served nearer to their floors."""

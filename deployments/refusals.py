@@ -7,10 +7,44 @@ from __future__ import annotations
 
 import re
 
+import grpc
+
+OWN = "twotower: "
 INTERNAL_TEXT = "internal error; the server's log has it under request"
 NUMERICAL_TEXT = "numerical error"
 RETRY_AFTER_S = 1.0
+BUSY_TEXT = f"too many requests are waiting; retry after {RETRY_AFTER_S:g} s"
+LOST_TEXT = "the process that held the request is gone; try again"
 _RETRY_AFTER = re.compile(r"; retry after (\d+(?:\.\d+)?) s$")
+_TOO_LONG = re.compile(r"essage larger than max \((\d+) vs\. (\d+)\)")
+# Ray's reports of an actor that has died, its traces, and Python's of an exception.
+_PLATFORM = re.compile(
+    r"The actor (?:died|is dead|\w+ is unavailable|is unavailable)|class_name: |actor_id[:=]|"
+    r"ActorID|ray::|\bray\.\w+|Traceback \(most|Unexpected <class"
+)
+# What Serve itself says with these codes; with any other one something has broken.
+_FOREIGN = {
+    grpc.StatusCode.OK: (grpc.StatusCode.OK, ""),
+    grpc.StatusCode.CANCELLED: (grpc.StatusCode.CANCELLED, "the call was cancelled"),
+    grpc.StatusCode.DEADLINE_EXCEEDED: (
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        "the call took longer than the service lets one take",
+    ),
+    grpc.StatusCode.NOT_FOUND: (grpc.StatusCode.UNAVAILABLE, "the service is not up"),
+    grpc.StatusCode.RESOURCE_EXHAUSTED: (grpc.StatusCode.RESOURCE_EXHAUSTED, BUSY_TEXT),
+    grpc.StatusCode.UNAVAILABLE: (
+        grpc.StatusCode.UNAVAILABLE,
+        "the service is not up; try again later",
+    ),
+}
+
+
+class RequestRefusedError(Exception):
+    """Ends a call whose status has been set; carries the same plain text.
+
+    It lives here because Serve's proxies read it, and import what its module imports: with torch in
+    it the first refusal stopped all streams of a proxy for the better part of a second.
+    """
 
 
 def with_retry_after(text: str, seconds: float) -> str:
@@ -22,6 +56,45 @@ def retry_after_of(details: str) -> float | None:
     """The hint in a refusal's text, in seconds, if it has one."""
     found = _RETRY_AFTER.search(details)
     return float(found.group(1)) if found else None
+
+
+def marked(details: str) -> str:
+    """A text that was made for clients, marked as such for the way through Serve's proxy."""
+    return f"{OWN}{details}"
+
+
+def shown(code: grpc.StatusCode, details: str) -> tuple[grpc.StatusCode, str]:
+    """What a client reads of a status: a marked text as it was made, of all others none.
+
+    Serve's proxy fills in an exception's text where nobody else has set one; of a replica that has
+    died it names class, actor, process, namespace and address.
+    """
+    if details.startswith(OWN):
+        return code, details.removeprefix(OWN)
+    return _FOREIGN.get(code, (grpc.StatusCode.UNAVAILABLE, LOST_TEXT))
+
+
+def client_status(code: grpc.StatusCode, details: str) -> tuple[grpc.StatusCode, str]:
+    """What a client makes of a status that it has received.
+
+    A service that is not behind this package's own proxies may name its processes, and gRPC calls a
+    message that is too long a lack of resources, which waiting would cure.
+    """
+    too_long = _TOO_LONG.search(details)
+    if too_long is not None and code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        size, limit = too_long.groups()
+        text = f"message: got {size} bytes, expected at most {limit}"
+        return grpc.StatusCode.INVALID_ARGUMENT, text
+    # What this package has written may name a request, and that anything.
+    own = code == grpc.StatusCode.INVALID_ARGUMENT or is_own_internal(details)
+    if not own and _PLATFORM.search(details):
+        return grpc.StatusCode.UNAVAILABLE, LOST_TEXT
+    return code, details
+
+
+def is_lost(details: str) -> bool:
+    """Whether a server process has gone while it held the request, as far as the service knows."""
+    return details == LOST_TEXT
 
 
 def is_own_internal(details: str) -> bool:

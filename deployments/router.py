@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from functools import partial
@@ -22,17 +23,21 @@ from twotower.deployments import codec
 from twotower.deployments.attempts import Attempts, attempt_id
 from twotower.deployments.commit_log import CommitLog
 from twotower.deployments.config import ServiceConfig
+from twotower.deployments.encoding import TextReader
+from twotower.deployments.incoming import MESSAGE_VARIABLE, message_limit
 from twotower.deployments.losses import RetryPolicy
 from twotower.deployments.moves import Room
 from twotower.deployments.pair import Job
 from twotower.deployments.pair_client import PairClient
+from twotower.deployments.refusals import RequestRefusedError, marked
 from twotower.deployments.resumed import resumed_text
-from twotower.deployments.status import RequestRefusedError, refuse
+from twotower.deployments.status import refuse
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.config import TwoTowerConfig
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.output_text import OutputText
-from twotower.towers.params import MODES
+from twotower.towers.params import MODES, GenerationParams
+from twotower.towers.text_limit import longest_token_bytes
 from twotower.towers.tokenizer import load_tokenizer
 from twotower.towers.weights import resolve_checkpoint
 
@@ -57,9 +62,12 @@ class Router:
         self._pairs = PairClient(pairs)
         room = Room.of(config.max_num_seqs, config.num_routers)
         self._attempts = Attempts(self._pairs, retry, room)
+        self._max_message = config.message_bytes()
+        _compare_limits(self._max_message)
         self._modes = ("ar",) if config.placement == "ar_only" else MODES
         self._from_zero = config.autoscaling is not None and config.autoscaling.min_pairs == 0
         self._max_context = min(config.max_context, self._model.max_position_embeddings)
+        self._reader = TextReader(self._tokenizer, longest_token_bytes(folder), self._max_context)
         self._info = codec.model_info(
             self._model,
             name=config.model_name or folder.name,
@@ -104,9 +112,19 @@ class Router:
         status = await self._health(request.service)
         if status == _UNKNOWN:
             grpc_context.set_code(grpc.StatusCode.NOT_FOUND)
-            grpc_context.set_details(f"service: expected '' or {SERVICE_NAME!r}")
+            grpc_context.set_details(marked(f"service: expected '' or {SERVICE_NAME!r}"))
             raise RequestRefusedError("unknown service") from None
         return health_pb2.HealthCheckResponse(status=status)
+
+    async def List(  # noqa: N802
+        self, _request: health_pb2.HealthListRequest
+    ) -> health_pb2.HealthListResponse:
+        """The health of both names that Check knows."""
+        statuses = {
+            name: health_pb2.HealthCheckResponse(status=await self._health(name))
+            for name in ("", SERVICE_NAME)
+        }
+        return health_pb2.HealthListResponse(statuses=statuses)
 
     async def Watch(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest
@@ -128,7 +146,7 @@ class Router:
         self, request: pb.GenerateRequest
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         request_id = codec.request_id_of(request.request_id)
-        job, text, log = self._admit(request)
+        job, text, log = await self._admit(request)
         log_probs = request.sampling_params.logprobs
         yield codec.started_event(job, request_id)
         if log.finish_reason is None:
@@ -141,20 +159,24 @@ class Router:
                         break
         yield codec.complete_event(log, text.matched_stop)
 
-    def _admit(self, request: pb.GenerateRequest) -> tuple[Job, OutputText, CommitLog]:
+    async def _admit(self, request: pb.GenerateRequest) -> tuple[Job, OutputText, CommitLog]:
         """The request as a job within the model's limits, with its text and log so far.
 
-        Raises InvalidRequestError.
+        What is too long is refused before anything is done with it. Raises InvalidRequestError,
+        and QueueFullError if too many texts wait to be read.
         """
+        codec.check_size(request, self._max_message)
+        self._reader.check_count("generated_token_ids", len(request.generated_token_ids))
         params = codec.params_of(request.sampling_params, self._model.eos_token_id)
         if params.mode not in self._modes:
             raise InvalidRequestError("mode", params.mode, f"{', '.join(self._modes)} alone")
-        prompt = codec.token_ids_of(request, "prompt", self._tokenizer)
+        prompt = await codec.token_ids_of(request, "prompt", self._reader)
         generated = tuple(request.generated_token_ids)
         check = partial(params.check_row, prompt, self._model.vocab_size, self._max_context)
         check([])
         codec.check_ids("generated_token_ids", generated, self._model.vocab_size)
-        text, finish_reason = resumed_text(self._tokenizer, params, generated)
+        resumed = partial(resumed_text, self._tokenizer, params, generated)
+        text, finish_reason = await self._reader.run(_work_of(params, generated), resumed)
         log = CommitLog(len(prompt), generated)
         log.finish_reason = finish_reason
         if finish_reason is None:
@@ -163,7 +185,8 @@ class Router:
 
     async def _scored(self, request: pb.ScoreRequest) -> pb.ScoreResponse:
         codec.request_id_of(request.request_id)
-        token_ids = codec.token_ids_of(request, "input", self._tokenizer)
+        codec.check_size(request, self._max_message)
+        token_ids = await codec.token_ids_of(request, "input", self._reader)
         codec.check_ids("input", token_ids, self._model.vocab_size)
         if not 1 <= len(token_ids) <= self._max_context:
             limit = f"1 to {self._max_context} tokens"
@@ -185,6 +208,23 @@ class Router:
             logger.info("not ready: %s", type(error).__name__)
             return int(_NOT_SERVING)
         return int(_SERVING)
+
+
+def _compare_limits(needed: int) -> None:
+    """Says in the log what this cluster's proxies should be told: what they let through and the
+    router refuses has cost them its way here."""
+    taken = message_limit(os.environ)
+    if taken != needed:
+        logger.warning(
+            "proxies take messages of %d bytes, requests have up to %d: set %s=%d where Ray starts",
+            *(taken, needed, MESSAGE_VARIABLE, needed),
+        )
+
+
+def _work_of(params: GenerationParams, generated: tuple[int, ...]) -> int:
+    """What it takes to write the text of a resumed output, as bytes of a text to be read: with stop
+    strings each token is looked at by itself."""
+    return len(generated) * (32 if params.stop else 4)
 
 
 def _log_name(given: str) -> str:

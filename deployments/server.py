@@ -18,6 +18,7 @@ from ray.serve.config import HTTPOptions, gRPCOptions
 
 from twotower.deployments.app import build_app, check_room, this_machine
 from twotower.deployments.config import APP_NAME, ServiceConfig
+from twotower.deployments.incoming import MAX_MESSAGE_BYTES, MESSAGE_VARIABLE
 from twotower.deployments.ingress import SERVICER_FUNCTIONS
 from twotower.towers.errors import ConfigError, TwoTowerError, UnavailableError
 
@@ -32,6 +33,8 @@ ENVIRONMENT = {
     # By default a proxy that is not up within 5 s is killed and started anew, which on a machine
     # with other work on it only makes the start fail.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    # By default Serve takes messages of 2 GiB.
+    MESSAGE_VARIABLE: str(MAX_MESSAGE_BYTES),
 }
 
 
@@ -88,7 +91,8 @@ class LocalService:
             self._folder = None
 
     def _start_ray(self) -> None:
-        os.environ.update(ENVIRONMENT)
+        limit = {MESSAGE_VARIABLE: str(self.config.message_bytes())}
+        os.environ.update(ENVIRONMENT | limit)
         logging.getLogger("ray.serve").setLevel(logging.INFO if self._verbose else logging.ERROR)
         # Short, as the paths of unix sockets below it are limited to 107 bytes.
         self._folder = tempfile.mkdtemp(prefix="tt-")

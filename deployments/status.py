@@ -15,9 +15,12 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from twotower.cluster.remote import plain_error
 from twotower.deployments.losses import LostTooOftenError
 from twotower.deployments.refusals import (
+    BUSY_TEXT,
     INTERNAL_TEXT,
     NUMERICAL_TEXT,
     RETRY_AFTER_S,
+    RequestRefusedError,
+    marked,
     with_retry_after,
 )
 from twotower.towers.errors import (
@@ -31,7 +34,6 @@ from twotower.towers.errors import (
 logger = logging.getLogger("ray.serve")
 
 MAX_DETAILS = 1024
-_BUSY_TEXT = with_retry_after("too many requests are waiting", RETRY_AFTER_S)
 _STARTING_TEXT = "no pair of towers is up; try again later"
 _SHOWN: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
@@ -41,14 +43,10 @@ _SHOWN: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (NumericalError, grpc.StatusCode.INTERNAL),
 )
 _FIXED: tuple[tuple[type[BaseException], grpc.StatusCode, str], ...] = (
-    (BackPressureError, grpc.StatusCode.RESOURCE_EXHAUSTED, _BUSY_TEXT),
+    (BackPressureError, grpc.StatusCode.RESOURCE_EXHAUSTED, BUSY_TEXT),
     (DeploymentUnavailableError, grpc.StatusCode.UNAVAILABLE, _STARTING_TEXT),
     (TimeoutError, grpc.StatusCode.UNAVAILABLE, "a tower did not answer in time; try again"),
 )
-
-
-class RequestRefusedError(Exception):
-    """Ends a call whose status has been set; carries the same plain text."""
 
 
 def status_of(error: BaseException, request_id: str) -> tuple[grpc.StatusCode, str]:
@@ -76,5 +74,5 @@ def refuse(context: Any, error: BaseException, request_id: str) -> NoReturn:
     if details.startswith(INTERNAL_TEXT):
         logger.error("request %s failed", request_id, exc_info=error)
     context.set_code(code)
-    context.set_details(details)
+    context.set_details(marked(details))
     raise RequestRefusedError(details) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -99,6 +100,80 @@ def test_one_string_is_no_list_of_stop_strings(served: tuple[Scripted, Client]) 
     with pytest.raises(InvalidRequestError, match="stop: got 'end', expected a list of strings"):
         client.generate("x", stop="end")
     assert service.asked == []
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    (
+        {"max_tokens": 1 << 31},
+        "max_tokens: got 2147483648, expected a whole number in [-2147483648",
+    ),
+    ({"top_k": -(1 << 31) - 1}, "top_k: got -2147483649, expected a whole number in [-2147483648"),
+    ({"seed": 1 << 63}, "seed: got 9223372036854775808, expected a whole number in [-922337203685"),
+    ({"seed": 10**300}, "seed: got 1000000000"),
+    ({"seed": 1.5}, "seed: got 1.5, expected a whole number"),
+    ({"block_size": "16"}, "block_size: got '16', expected a whole number"),
+    ({"draft_steps": True}, "draft_steps: got True, expected a whole number"),
+    ({"temperature": 10**400}, "temperature: got 1000000"),
+    ({"top_p": "0.5"}, "top_p: got '0.5', expected a number"),
+    ({"logprobs": 2}, "logprobs: got 2, expected true or false"),
+    ({"mode": "a\ud800"}, "mode[1]: got '\\ud800', expected text that can be encoded in UTF-8"),
+    ({"mode": 3}, "mode: got 3, expected a text"),
+    ({"request_id": "\udfff"}, "request_id[0]: got '\\udfff', expected text"),
+    ({"stop": ["a", "b\ud83d"]}, "stop[1][1]: got '\\ud83d', expected text"),
+    ({"stop": [b"a"]}, "stop[0]: got b'a', expected a text"),
+    ({"stop": None}, "stop: got None, expected a list of strings"),
+    ({"generated_token_ids": [4, 1 << 31]}, "generated_token_ids[1]: got 2147483648, expected a"),
+    ({"generated_token_ids": [4, None]}, "generated_token_ids[1]: got None, expected a whole"),
+    ({"prompt": "x\ud800"}, "prompt[1]: got '\\ud800', expected text"),
+    ({"prompt": [1, -(1 << 40)]}, "prompt[1]: got -1099511627776, expected a whole number"),
+    ({"prompt": b"text"}, "prompt: got b'text', expected a text or a list of token ids"),
+    ({"generated_token_ids": "ab"}, "generated_token_ids: got 'ab', expected a list of token ids"),
+    ({"prompt": None}, "prompt: got None, expected a text or a list of token ids"),
+    ({"timeout": float("nan")}, "timeout: got nan, expected a number of seconds"),
+    ({"timeout": -1}, "timeout: got -1, expected a number of seconds, at least 0"),
+    ({"resume_timeout": float("nan")}, "resume_timeout: got nan, expected"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "text"), WRONG, ids=[text for _, text in WRONG])
+def test_what_a_message_cannot_carry_is_named(
+    served: tuple[Scripted, Client], wrong: dict[str, Any], text: str
+) -> None:
+    service, client = served
+    with pytest.raises(InvalidRequestError) as caught:
+        client.generate(**{"prompt": "x", **wrong})
+    assert str(caught.value).startswith(text)
+    assert ", expected " in str(caught.value)
+    assert service.asked == []
+
+
+def test_what_a_score_cannot_carry_is_named(served: tuple[Scripted, Client]) -> None:
+    service, client = served
+    with pytest.raises(InvalidRequestError, match=r"input\[0\]: got 4294967296"):
+        client.score([1 << 32])
+    with pytest.raises(InvalidRequestError, match=r"input\[2\]: got .* UTF-8"):
+        client.score("ab\udcff")
+    with pytest.raises(InvalidRequestError, match="timeout: got nan"):
+        client.score("ab", timeout=math.nan)
+    with pytest.raises(InvalidRequestError, match="timeout: got -1"):
+        client.model_info(timeout=-1)
+    assert service.asked == []
+
+
+def test_the_widest_values_go_over_the_wire(served: tuple[Scripted, Client]) -> None:
+    """Which of them make sense is the service's to say."""
+    service, client = served
+    widest = {"max_tokens": -(1 << 31), "top_k": np.int64((1 << 31) - 1), "seed": (1 << 63) - 1}
+    numbers = {"temperature": float("nan"), "top_p": float("inf"), "min_p": 1}
+    # Beyond what a deadline can be: none.
+    list(client.generate(np.array([5, 6]), timeout=1e300, ignore_eos=True, **widest, **numbers))
+    list(client.generate([], timeout=float("inf"), resume_timeout=float("inf")))
+    asked = service.asked[0].sampling_params
+    assert {name: getattr(asked, name) for name in widest} == widest
+    assert math.isnan(asked.temperature)
+    assert (asked.top_p, asked.min_p, asked.ignore_eos) == (float("inf"), 1.0, True)
+    assert list(service.asked[0].tokens.ids) == [5, 6]
+    assert service.asked[1].WhichOneof("prompt") == "tokens"
 
 
 def test_a_broken_stream_keeps_what_a_resume_needs(served: tuple[Scripted, Client]) -> None:

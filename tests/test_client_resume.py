@@ -24,7 +24,12 @@ from twotower.client import (
 )
 from twotower.deployments.backoff import backoff_s
 from twotower.deployments.commit_log import CommitLog
-from twotower.deployments.refusals import INTERNAL_TEXT, NUMERICAL_TEXT, with_retry_after
+from twotower.deployments.refusals import (
+    INTERNAL_TEXT,
+    LOST_TEXT,
+    NUMERICAL_TEXT,
+    with_retry_after,
+)
 from twotower.deployments.resumed import resumed_text
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.protos.v1 import generation_pb2_grpc
@@ -239,6 +244,7 @@ def run(request: pytest.FixtureRequest) -> Run:
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(completion, "backoff_s", lambda _: 0.0)
+    monkeypatch.setattr(completion, "KILLED_PAUSE_S", 0.0)
 
 
 def messages_of(blocks: int) -> int:
@@ -331,8 +337,68 @@ def test_a_server_that_comes_back_on_its_port(run: Run, server: Server) -> None:
     assert result.stream.resumes >= 1
 
 
+LOST = (Code.UNAVAILABLE, LOST_TEXT)
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("end", [LOST, DEAD_ROUTER], ids=["said plainly", "said by Ray"])
+def test_what_kills_its_server_twice_is_not_sent_a_third_time(
+    run: Run, server: Server, end: End
+) -> None:
+    server.service.plan = [(0, end)] * 100
+    result = run(server)
+    assert result.error is not None
+    assert (result.error.code, result.error.details) == LOST
+    assert len(server.service.asked) == completion.MAX_KILLED == 2
+
+
+def test_one_that_may_have_killed_its_server_waits(
+    run: Run, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a proxy to hear of the death: until then it sends every request to the dead server."""
+    monkeypatch.setattr(completion, "backoff_s", lambda _: 0.0)
+    monkeypatch.setattr(completion, "KILLED_PAUSE_S", 0.3)
+    server.service.plan = [(0, LOST), (2, LOST)]
+    began = time.monotonic()
+    assert run(server).error is None
+    assert 0.3 <= time.monotonic() - began < 5
+
+
+@pytest.mark.usefixtures("hurried")
+def test_losses_with_progress_between_them_do_not_add_up(run: Run, server: Server) -> None:
+    """Once in every place: before it has begun, after a block, before the resumed one has begun."""
+    server.service.plan = [(0, LOST), (1, LOST), (0, LOST), (2, LOST), (0, LOST)]
+    result = run(server)
+    assert result.error is None
+    assert bytes(result.stream.token_ids) == OUTPUT
+    assert result.stream.resumes == 5
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_resumed_request_that_kills_its_server_twice_is_given_up(
+    run: Run, server: Server
+) -> None:
+    server.service.plan = [(3, LOST), *[(0, LOST)] * 100]
+    result = run(server)
+    assert result.error is not None
+    assert bytes(result.stream.token_ids) == OUTPUT[: 2 * BLOCK]
+    assert len(server.service.asked) == 3
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_resumed_request_that_has_grown_too_long_is_given_up(run: Run, server: Server) -> None:
+    text = "SERVER: Received message larger than max (4194309 vs. 4194304)"
+    server.service.plan = [(3, GONE), (0, (Code.RESOURCE_EXHAUSTED, text))]
+    result = run(server)
+    assert result.error is not None
+    assert result.error.code == Code.INVALID_ARGUMENT
+    assert result.error.details == "message: got 4194309 bytes, expected at most 4194304"
+    assert len(server.service.asked) == 2
+
+
 REFUSALS = [
     (Code.INVALID_ARGUMENT, "top_p: got 2"),
+    (Code.INVALID_ARGUMENT, "message: got 9 bytes that are no message of this method"),
     (Code.RESOURCE_EXHAUSTED, "too many requests are waiting"),
     (Code.ABORTED, "lost with 8 pairs in a row"),
     (Code.INTERNAL, f"{INTERNAL_TEXT} r-1"),

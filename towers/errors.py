@@ -12,6 +12,8 @@ TwoTowerError
 
 from __future__ import annotations
 
+_MOST_BITS = 4096
+
 
 class TwoTowerError(Exception):
     """Base of every error that a user of TwoTower may see. Its text is safe to show."""
@@ -56,9 +58,9 @@ class UnavailableError(TwoTowerError):
 
 def shorten(value: object, limit: int = 80) -> str:
     """A value as an error shows it."""
-    try:
-        text = repr(value)
-    except ValueError:
-        # Python writes no whole numbers of more than 4300 digits.
-        text = f"a {type(value).__name__} too long to write"
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        # Python does not write out a number of more than 4,300 digits.
+        return f"a whole number of {value.bit_length()} bits"
+    # Not all of a text of megabytes, of which little is shown.
+    text = repr(value[:limit] if isinstance(value, str) else value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 from twotower.towers.errors import InvalidRequestError
-from twotower.towers.token_ids import check_ids, plain_number
+from twotower.towers.token_ids import check_ids, check_text, plain_number
 
 Mode = Literal["mask_diffusion", "ar", "mock_ar", "verified"]
 FinishReason = Literal["stop", "length"]
@@ -20,6 +20,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 SEED_BITS = 63
 _NO_NUMBERS = ("mode", "stop")
+_STOP_LIMIT = f"a list of at most {MAX_STOP_STRINGS} strings"
 
 
 @dataclass(frozen=True)
@@ -177,16 +178,21 @@ def row_key(seed: int, choice: int = 0) -> int:
     return int.from_bytes(digest, "little")
 
 
+def check_stop_count(count: int) -> None:
+    """Raises InvalidRequestError for more stop strings than a request may have."""
+    if count > MAX_STOP_STRINGS:
+        raise InvalidRequestError("stop", f"{count} strings", _STOP_LIMIT)
+
+
 def _check_stop(stop: object) -> None:
-    limit = f"a list of at most {MAX_STOP_STRINGS} strings"
     if not isinstance(stop, list | tuple):
-        raise InvalidRequestError("stop", stop, limit)
-    if len(stop) > MAX_STOP_STRINGS:
-        raise InvalidRequestError("stop", f"{len(stop)} strings", limit)
+        raise InvalidRequestError("stop", stop, _STOP_LIMIT)
+    check_stop_count(len(stop))
     for index, text in enumerate(stop):
         if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_LENGTH:
             length = f"a string of 1 to {MAX_STOP_LENGTH} characters"
             raise InvalidRequestError(f"stop[{index}]", text, length)
+        check_text(f"stop[{index}]", text)
 
 
 def _whole(field: str, value: object, low: int, high: int | None = None) -> None:

@@ -66,18 +66,22 @@ def prompt_rows(prompts: object) -> list[Any]:
 
 def check_ids(field: str, ids: Sequence[object], vocab_size: int) -> None:
     """Raises InvalidRequestError for the first that is no id of the vocabulary."""
+    # A prompt may have a hundred thousand ids: those that are all right are told at once.
+    if ids and set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size:  # type: ignore[type-var, operator]
+        return
     for index, token in enumerate(ids):
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise InvalidRequestError(f"{field}[{index}]", token, f"an id in 0..{vocab_size - 1}")
 
 
 def check_text(field: str, text: str) -> None:
-    """Raises InvalidRequestError for half of a surrogate pair: no tokenizer and no wire has it."""
+    """Raises InvalidRequestError for what is no Unicode text: neither a tokenizer nor the wire
+    takes half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        place = f"a text without lone surrogates, as at {error.start}"
-        raise InvalidRequestError(field, text, place) from None
+        limit = "text that can be encoded in UTF-8, without lone surrogates"
+        raise InvalidRequestError(f"{field}[{error.start}]", text[error.start], limit) from None
 
 
 def _array_row(field: str, array: Any) -> list[int]:

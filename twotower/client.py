@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -29,6 +30,7 @@ from twotower.messages import (
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.protos.v1 import generation_pb2_grpc
 from twotower.towers.token_ids import Prompt, TokenIds
+from twotower.wire_values import checked_seconds, checked_text
 
 __all__ = [
     "AsyncClient",
@@ -185,8 +187,9 @@ class _Calls(ABC, Generic[S]):
         that has too much to do may go before it refuses; the stream tells what it was.
         With `resume` a stream whose service, router or connection is lost goes on by itself, for
         up to `resume_timeout` seconds from a loss to the next block (5 before the service has
-        first answered); then the last error is raised. Raises InvalidRequestError if `stop` is not
-        a list, or for ids and numbers that are none.
+        first answered); then the last error is raised. What was refused is not sent again, nor
+        what has lost its server twice before that had begun. Raises InvalidRequestError for what
+        a message cannot carry: ids and numbers that are none, or a whole number of more bits.
         """
         scalars = {
             "mode": mode,
@@ -207,7 +210,10 @@ class _Calls(ABC, Generic[S]):
             "logprobs": logprobs,
         }
         request = generate_request(prompt, stop, generated_token_ids, request_id, scalars)
-        return self._stream(request, Limits(timeout, resume, resume_timeout))
+        timeout = checked_seconds("timeout", timeout)
+        waits = checked_seconds("resume_timeout", resume_timeout)
+        limits = Limits(timeout, resume, math.inf if waits is None else waits)
+        return self._stream(request, limits)
 
     @abstractmethod
     def _stream(self, request: pb.GenerateRequest, limits: Limits) -> S:
@@ -221,6 +227,7 @@ class Client(_Calls[GenerationStream]):
     """
 
     def __init__(self, target: str, credentials: grpc.ChannelCredentials | None = None) -> None:
+        checked_text("target", target)
         super().__init__(
             grpc.insecure_channel(target, options=_RECONNECT)
             if credentials is None
@@ -231,12 +238,14 @@ class Client(_Calls[GenerationStream]):
         """Log-probabilities of a text or of token ids ([n] or [1, n]). Raises ServiceError, and
         InvalidRequestError for ids that are none."""
         with _plain_errors():
-            return score_of(self._stub.Score(score_request(text), timeout=timeout))
+            return score_of(self._stub.Score(score_request(text), timeout=_seconds(timeout)))
 
     def model_info(self, *, timeout: float | None = None) -> ModelInfo:
         """What is served. Raises ServiceError."""
         with _plain_errors():
-            return model_info_of(self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout))
+            return model_info_of(
+                self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=_seconds(timeout))
+            )
 
     def close(self) -> None:
         """Ends all calls and the connection."""
@@ -261,6 +270,7 @@ class AsyncClient(_Calls[AsyncGenerationStream]):
     """As Client, for asyncio; make it where the event loop runs."""
 
     def __init__(self, target: str, credentials: grpc.ChannelCredentials | None = None) -> None:
+        checked_text("target", target)
         super().__init__(
             grpc.aio.insecure_channel(target, options=_RECONNECT)
             if credentials is None
@@ -270,12 +280,12 @@ class AsyncClient(_Calls[AsyncGenerationStream]):
     async def score(self, text: Prompt, *, timeout: float | None = None) -> Score:
         """As Client.score."""
         with _plain_errors():
-            return score_of(await self._stub.Score(score_request(text), timeout=timeout))
+            return score_of(await self._stub.Score(score_request(text), timeout=_seconds(timeout)))
 
     async def model_info(self, *, timeout: float | None = None) -> ModelInfo:
         """As Client.model_info."""
         with _plain_errors():
-            call = self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=timeout)
+            call = self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=_seconds(timeout))
             return model_info_of(await call)
 
     async def close(self) -> None:
@@ -295,6 +305,10 @@ class AsyncClient(_Calls[AsyncGenerationStream]):
 
     def _stream(self, request: pb.GenerateRequest, limits: Limits) -> AsyncGenerationStream:
         return AsyncGenerationStream(self._stub, request, limits)
+
+
+def _seconds(timeout: float | None) -> float | None:
+    return checked_seconds("timeout", timeout)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from twotower.deployments.backoff import backoff_s
-from twotower.deployments.refusals import is_own_internal
+from twotower.deployments.refusals import is_lost, is_own_internal
 from twotower.messages import (
     ServiceError,
     TextBlock,
@@ -26,6 +26,10 @@ from twotower.messages import (
 from twotower.protos.v1 import generation_pb2 as pb
 
 MAX_BROKEN = 4
+# A server that is gone before it has said that it has begun may have gone because of the request.
+# After the pause, a death that a proxy had not heard of yet is not counted as another one.
+MAX_KILLED = 2
+KILLED_PAUSE_S = 2.0
 ADMISSION_TIMEOUT_S = 5.0
 _BREAKS = (
     grpc.StatusCode.UNAVAILABLE,
@@ -83,6 +87,7 @@ class Completion:
         self._broken_since: float | None = None
         self._tries = 0
         self._broken = 0
+        self._killed = 0
 
     def _next_request(self) -> pb.GenerateRequest:
         """What to send now: the request as given, or what resumes it."""
@@ -115,7 +120,7 @@ class Completion:
         """Takes a message in; returns the block that it brings. Raises ServiceError for a gap."""
         kind = response.WhichOneof("event")
         if kind == "started":
-            self._admitted = True
+            self._admitted, self._killed = True, 0
             self.request_id = response.started.request_id
             self.seed = response.started.seed
             self.prompt_tokens = response.started.prompt_tokens
@@ -161,11 +166,15 @@ class Completion:
         now = time.monotonic()
         # One that is lost again and again may be the reason itself, so that is counted; a service
         # that is not there or has no room is only waited for.
-        self._broken += self._admitted or plain.code not in _NOT_THERE
+        killed = is_lost(plain.details) and not self._admitted
+        self._killed += killed
+        self._broken += self._admitted or killed or plain.code not in _NOT_THERE
         resumed = self._limits.resume and self._is_break(plain) and self._broken < MAX_BROKEN
+        resumed = resumed and self._killed < MAX_KILLED
         self._broken_since = self._broken_since or now
         self._tries += 1
         seconds = max(backoff_s(self._tries), plain.retry_after_s or 0.0)
+        seconds = max(seconds, KILLED_PAUSE_S) if killed else seconds
         if now + seconds > self._broken_since + self._resume_timeout():
             resumed = False
         left = self._time_left()

@@ -15,6 +15,7 @@ from twotower.towers.limits import limit_threads
 from twotower.towers.link import load_engines
 from twotower.towers.output_text import OutputText
 from twotower.towers.params import GenerationParams
+from twotower.towers.token_ids import check_text
 from twotower.towers.tokenizer import load_tokenizer
 from twotower.towers.weights import parse_device, parse_dtype
 
@@ -37,6 +38,7 @@ class InProcessModel:
         """
         if self._tokenizer is None:
             raise InvalidRequestError("prompt", prompt, "a model that has a tokenizer")
+        check_text("prompt", prompt)
         config = self._context.tower.config
         token_ids = self._tokenizer.encode(prompt)
         eos = None if ignore_eos else config.eos_token_id

@@ -7,30 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from google.protobuf.descriptor import FieldDescriptor
 
-from twotower.deployments.refusals import retry_after_of
+from twotower.deployments.refusals import client_status, retry_after_of
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.errors import InvalidRequestError, TwoTowerError
-from twotower.towers.token_ids import (
-    Prompt,
-    TokenIds,
-    check_ids,
-    check_text,
-    id_row,
-    plain_number,
-)
-
-# Ids are int32 on the wire; which of them a model has is for the service to say.
-_ID_VALUES = 2**31
-_SCALARS = pb.SamplingParams.DESCRIPTOR.fields_by_name
-_EXPECTED = {
-    FieldDescriptor.CPPTYPE_BOOL: "True or False",
-    FieldDescriptor.CPPTYPE_INT32: f"a whole number of at most {2**31 - 1}",
-    FieldDescriptor.CPPTYPE_INT64: f"a whole number of at most {2**63 - 1}",
-    FieldDescriptor.CPPTYPE_UINT64: f"a whole number in 0..{2**64 - 1}",
-    FieldDescriptor.CPPTYPE_STRING: "a text",
-}
+from twotower.towers.token_ids import Prompt, TokenIds
+from twotower.wire_values import checked_ids, checked_scalars, checked_text
 
 
 class ServiceError(TwoTowerError):
@@ -128,13 +110,14 @@ def generate_request(
 ) -> pb.GenerateRequest:
     """The request of a completion; scalars that are None stay unset.
 
-    Raises InvalidRequestError if `stop` is not a list, or for a value that no service could take.
+    Raises InvalidRequestError for what a message cannot carry.
     """
+    checked = checked_scalars(pb.SamplingParams.DESCRIPTOR, scalars)
     return pb.GenerateRequest(
-        request_id=request_id,
+        request_id=checked_text("request_id", request_id),
         **_input_of("prompt", prompt),
-        sampling_params=_sampling_params(stop, scalars),
-        generated_token_ids=_ids_of("generated_token_ids", generated_token_ids),
+        sampling_params=pb.SamplingParams(stop=_texts(stop), **checked),
+        generated_token_ids=checked_ids("generated_token_ids", generated_token_ids),
     )
 
 
@@ -191,43 +174,17 @@ def model_info_of(info: pb.ModelInfo) -> ModelInfo:
 
 def service_error(error: Any) -> ServiceError:
     """A gRPC error as ours."""
-    return ServiceError(error.code(), error.details() or "no details")
+    return ServiceError(*client_status(error.code(), error.details() or "no details"))
 
 
 def _input_of(field: str, prompt: Prompt) -> dict[str, Any]:
     if isinstance(prompt, str):
-        check_text(field, prompt)
-        return {"text": prompt}
-    return {"tokens": pb.TokenIds(ids=_ids_of(field, prompt))}
-
-
-def _ids_of(field: str, value: TokenIds) -> list[int]:
-    """Ids from a list, an array or a tensor, [n] or [1, n]. Raises InvalidRequestError."""
-    ids = id_row(field, value)
-    check_ids(field, ids, _ID_VALUES)
-    return ids
-
-
-def _sampling_params(stop: Sequence[str], scalars: dict[str, Any]) -> pb.SamplingParams:
-    """Raises InvalidRequestError for a value of another type than the field's, by its name."""
-    params = pb.SamplingParams(stop=_texts(stop))
-    for name, given in scalars.items():
-        if given is None:
-            continue
-        value, kind = plain_number(given), _SCALARS[name].cpp_type
-        expected = _EXPECTED.get(kind, "a number")
-        # protobuf would take True for 1.
-        if isinstance(value, bool) != (kind == FieldDescriptor.CPPTYPE_BOOL):
-            raise InvalidRequestError(name, value, expected)
-        try:
-            setattr(params, name, value)
-        except (TypeError, ValueError):
-            raise InvalidRequestError(name, value, expected) from None
-    return params
+        return {"text": checked_text(field, prompt)}
+    return {"tokens": pb.TokenIds(ids=checked_ids(field, prompt))}
 
 
 def _texts(stop: Sequence[str]) -> Sequence[str]:
-    if isinstance(stop, str):
-        # It is a sequence of strings too: each of its letters would end the output.
+    if isinstance(stop, str) or not isinstance(stop, Sequence):
+        # A string is a sequence of strings too: each of its letters would end the output.
         raise InvalidRequestError("stop", stop, "a list of strings")
-    return stop
+    return [checked_text(f"stop[{index}]", text) for index, text in enumerate(stop)]

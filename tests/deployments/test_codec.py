@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from google.protobuf.descriptor import FieldDescriptor
 
 from twotower.deployments import codec
 from twotower.deployments.commit_log import CommitLog
+from twotower.deployments.encoding import TextReader
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.params import GenerationParams
@@ -151,14 +153,50 @@ def test_the_end_of_a_stream(matched: str | None) -> None:
     assert complete.usage == USAGE
 
 
-def test_prompts() -> None:
+async def test_prompts() -> None:
+    reader, without = TextReader(Letters(), 1, 4), TextReader(None, None, 4)
     ids = pb.GenerateRequest(tokens=pb.TokenIds(ids=[3, -1]))
-    assert codec.token_ids_of(ids, "prompt", None) == [3, -1]
-    assert codec.token_ids_of(pb.GenerateRequest(), "prompt", Letters()) == []
+    assert await codec.token_ids_of(ids, "prompt", without) == [3, -1]
+    assert await codec.token_ids_of(pb.GenerateRequest(), "prompt", reader) == []
     text = pb.GenerateRequest(text="ab")
-    assert codec.token_ids_of(text, "prompt", Letters()) == [97, 98]
+    assert await codec.token_ids_of(text, "prompt", reader) == [97, 98]
     with pytest.raises(InvalidRequestError, match="no tokenizer"):
-        codec.token_ids_of(text, "prompt", None)
+        await codec.token_ids_of(text, "prompt", without)
+    long = pb.ScoreRequest(tokens=pb.TokenIds(ids=[3] * 5))
+    with pytest.raises(InvalidRequestError, match="input: got '5 tokens', expected at most 4"):
+        await codec.token_ids_of(long, "input", reader)
+
+
+@pytest.mark.parametrize("given", [[], [0], [9, 0, 9]])
+def test_ids_of_the_model(given: list[int]) -> None:
+    codec.check_ids("prompt", given, 10)
+
+
+@pytest.mark.parametrize(("given", "name"), [([3, 10], "prompt[1]: got 10"), ([-1], "prompt[0]")])
+def test_an_id_that_the_model_does_not_have_is_named(given: list[int], name: str) -> None:
+    with pytest.raises(InvalidRequestError, match=re.escape(name)):
+        codec.check_ids("prompt", given, 10)
+
+
+def test_the_size_of_a_whole_message() -> None:
+    message = pb.GenerateRequest(text="a" * 97)
+    codec.check_size(message, 99)
+    with pytest.raises(InvalidRequestError, match="message: got '99 bytes', expected at most 98"):
+        codec.check_size(message, 98)
+
+
+def test_stop_strings_are_counted_before_they_are_read() -> None:
+    class Counted:
+        """Stop strings that may be counted only."""
+
+        def __len__(self) -> int:
+            return 17
+
+    class Message:
+        stop = Counted()
+
+    with pytest.raises(InvalidRequestError, match="stop: got '17 strings'"):
+        codec.params_of(Message(), None)  # type: ignore[arg-type]
 
 
 def test_request_ids() -> None:

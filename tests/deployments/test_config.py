@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from twotower.cluster.autoscaling import ScalingOptions
 from twotower.deployments.config import PairAutoscaling, ServiceConfig
 from twotower.deployments.overload import OverloadDial
+from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.errors import CheckpointError, ConfigError
 from twotower.towers.memory import MemoryBudget
 from twotower.towers.scheduler import PassLimits
@@ -192,3 +194,42 @@ def test_a_faulty_checkpoint_is_named_before_anything_starts(tmp_path: Path) -> 
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         ServiceConfig(model=str(tmp_path)).checkpoint()
+
+
+def test_the_longest_message_has_room_for_every_context(tmp_path: Path) -> None:
+    # A token of the shipped model is at most 41 bytes of text, an id at most 5 of a message.
+    shipped = ServiceConfig(max_context=1000)
+    assert shipped.message_bytes() == 41_000 + 5_000 + (64 << 10)
+    assert ServiceConfig(max_context=1000, max_message_bytes=70_000).message_bytes() == 70_000
+    assert ServiceConfig(max_context=1 << 30).message_bytes() == (1 << 31) - 1
+    # Without a tokenizer, or with one of which nothing is known.
+    assert ServiceConfig(model=str(TINY), max_context=1000).message_bytes() == 4 << 20
+    assert ServiceConfig(model=str(TINY), max_context=1 << 20).message_bytes() > 10 << 20
+    shutil.copy(TINY / "config.json", tmp_path)
+    words = {"model": {"type": "WordLevel", "vocab": {"a": 0}}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(words), encoding="utf-8")
+    assert ServiceConfig(model=str(tmp_path)).message_bytes() == 4 << 20
+
+
+def test_the_longest_request_is_no_longer_than_that() -> None:
+    context = 300
+    request = pb.GenerateRequest(
+        request_id="r" * 128,
+        text="a" * 41 * context,
+        generated_token_ids=[2047] * context,
+        sampling_params=pb.SamplingParams(
+            stop=["🌍" * 256] * 16, mode="mask_diffusion", seed=2**63 - 1, max_tokens=2**31 - 1
+        ),
+    )
+    limit = ServiceConfig(max_context=context).message_bytes()
+    assert request.ByteSize() <= limit
+    request.tokens.ids.extend([2**31 - 1] * context)
+    request.ClearField("generated_token_ids")
+    request.generated_token_ids.extend([2**31 - 1] * context)
+    assert request.ByteSize() <= limit
+
+
+@pytest.mark.parametrize("value", [0, -1, (64 << 10) - 1, 1 << 31])
+def test_a_message_has_a_sensible_limit(value: int) -> None:
+    with pytest.raises(ConfigError, match=f"max_message_bytes: .*, got {value}"):
+        ServiceConfig.from_settings({"max_message_bytes": value})

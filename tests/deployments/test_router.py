@@ -13,16 +13,18 @@ import pytest
 from grpc_health.v1 import health_pb2
 from ray import serve
 
+from twotower.deployments import encoding
 from twotower.deployments.config import ServiceConfig
+from twotower.deployments.encoding import Lane
 from twotower.deployments.losses import RetryPolicy
 from twotower.deployments.pair import Job
+from twotower.deployments.refusals import RequestRefusedError, shown
 from twotower.deployments.router import SERVICE_NAME, Router
-from twotower.deployments.status import RequestRefusedError
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.config import TwoTowerConfig
-from twotower.towers.errors import NumericalError, UnavailableError
+from twotower.towers.errors import NumericalError, QueueFullError, UnavailableError
 from twotower.towers.protocols import Block
-from twotower.towers.tokenizer import load_tokenizer
+from twotower.towers.tokenizer import _FileTokenizer, load_tokenizer
 
 EOS = 2
 
@@ -50,7 +52,8 @@ class Context:
         self.code = code
 
     def set_details(self, details: str) -> None:
-        self.details = details
+        assert self.code is not None
+        self.code, self.details = shown(self.code, details)
 
 
 class FakePair:
@@ -87,6 +90,18 @@ class FakePair:
         return True
 
 
+class Handle:
+    """Of pairs that nobody calls."""
+
+    def options(self, **_: object) -> Handle:
+        return self
+
+
+async def first(answer: Any) -> Any:
+    """The answer of a unary method, or the first message of a stream."""
+    return await (anext(answer) if hasattr(answer, "__anext__") else answer)
+
+
 class Calls:
     """Calls the ingress methods as Serve's proxy does."""
 
@@ -111,6 +126,10 @@ class Calls:
         response = self._handle.Check.remote(request, grpc_context=self.context).result()
         return int(response.status)
 
+    def list_health(self) -> dict[str, int]:
+        response = self._handle.List.remote(health_pb2.HealthListRequest()).result()
+        return {name: int(one.status) for name, one in response.statuses.items()}
+
 
 Serving = Callable[..., Calls]
 
@@ -118,7 +137,8 @@ Serving = Callable[..., Calls]
 @pytest.fixture
 def serving(tiny_text: Path) -> Serving:
     def start(*script: Sequence[int] | Exception, model: Path = tiny_text) -> Calls:
-        config = ServiceConfig(model=str(model), max_context=80)
+        # Room for what fields have limits of their own for.
+        config = ServiceConfig(model=str(model), max_context=80, max_message_bytes=4 << 20)
         pair = serve.deployment(FakePair).bind(script)
         # What is lost stays lost here: what follows a loss has tests of its own.
         app = serve.deployment(Router).bind(config, pair, RetryPolicy(resume_timeout_s=0.0))
@@ -254,6 +274,110 @@ BAD = [
 ]
 
 
+MILLION = 1_000_000
+BIG = [
+    (pb.GenerateRequest(text="a" * 3_900_000), "prompt: got '3900000 bytes of text'"),
+    (pb.GenerateRequest(text="漢" * MILLION), "prompt: got '3000000 bytes of text'"),
+    (pb.GenerateRequest(text="a" * 600), "prompt: got '"),
+    (pb.GenerateRequest(text="a" * (5 << 20)), "message: got '5242"),
+    (ask(*[5] * MILLION), "prompt: got '1000000 tokens', expected at most 80 tokens"),
+    (ask(*[-1] * 300_000), "prompt: got '300000 tokens', expected at most 80 tokens"),
+    (
+        pb.GenerateRequest(tokens=pb.TokenIds(ids=[5]), generated_token_ids=[9] * MILLION),
+        "generated_token_ids: got '1000000 tokens', expected at most 80 tokens",
+    ),
+    (ask(stop=["a" * MILLION]), "stop[0]: got 'aaaa"),
+    (ask(stop=[""] * MILLION), "stop: got '1000000 strings', expected a list of at most 16"),
+    (ask(mode="ar" * MILLION), "mode: got 'arar"),
+    (pb.GenerateRequest(request_id="r" * MILLION), "request_id: got 'rrrr"),
+    (ask(max_tokens=2**31 - 1), "max_tokens: got '3 prompt + 2147483647 new tokens"),
+    (ask(steps_per_block=-(2**31)), "steps_per_block: got -2147483648"),
+    (ask(seed=-(2**63)), "seed: got -9223372036854775808"),
+    (ask(confidence_threshold=-math.inf), "confidence_threshold: got -inf"),
+    (ask(top_p=math.nan), "top_p: got nan"),
+    (ask(min_p=math.nan), "min_p: got nan"),
+    (ask(min_confidence_threshold=math.nan), "min_confidence_threshold: got nan"),
+    (ask(min_steps_per_block=-1), "min_steps_per_block: got -1"),
+]
+
+
+@pytest.mark.parametrize(("request_", "text"), BIG, ids=[text for _, text in BIG])
+def test_what_is_huge_is_refused_before_work_is_done(
+    serving: Serving, request_: pb.GenerateRequest, text: str
+) -> None:
+    calls = serving([10])
+    with pytest.raises(RequestRefusedError):
+        calls.generate(request_)
+    assert calls.context.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert calls.context.details.startswith(text)
+    assert ", expected " in calls.context.details
+    assert len(calls.context.details) < 300
+
+
+def test_a_message_is_no_longer_than_a_request_can_be(tiny_text: Path) -> None:
+    router = Router(ServiceConfig(model=str(tiny_text), max_context=64), Handle())
+    context = Context()
+    for request in (pb.GenerateRequest(text="a" * 100_000), pb.ScoreRequest(text="a" * 100_000)):
+        ask_for = router.Generate if isinstance(request, pb.GenerateRequest) else router.Score
+        with pytest.raises(RequestRefusedError):
+            asyncio.run(first(ask_for(request, context)))  # type: ignore[arg-type]
+        assert context.code == grpc.StatusCode.INVALID_ARGUMENT
+        assert context.details.startswith("message: got '100004 bytes', expected at most ")
+
+
+def test_a_text_that_cannot_fit_never_reaches_the_tokenizer(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer of these tests has tokens of up to a few dozen bytes, the model 80 places."""
+    read: list[str] = []
+    encode = _FileTokenizer.encode
+    monkeypatch.setattr(
+        _FileTokenizer, "encode", lambda self, text: read.append(text) or encode(self, text)
+    )
+    calls = serving([10])
+    for request in (pb.GenerateRequest(text="a" * 9000), pb.ScoreRequest(text="a" * 9000)):
+        with pytest.raises(RequestRefusedError):
+            (calls.generate if isinstance(request, pb.GenerateRequest) else calls.score)(request)
+        assert "9000 bytes of text" in calls.context.details
+    assert read == []
+    calls.score(pb.ScoreRequest(text="def f():"))
+    assert read == ["def f():"]
+
+
+def test_too_many_texts_at_a_time_are_refused_as_a_full_queue_is(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(_self: Lane, _work: object) -> None:
+        raise QueueFullError("2 long texts wait to be read, expected fewer")
+
+    monkeypatch.setattr(Lane, "run", full)
+    monkeypatch.setattr(encoding, "AT_ONCE_BYTES", 4)
+    calls = serving([10])
+    with pytest.raises(RequestRefusedError):
+        calls.generate(pb.GenerateRequest(text="def f():"))
+    assert calls.context.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert calls.context.details.endswith("; retry after 1 s")
+
+
+@pytest.mark.parametrize("stop", [(), ("zzz",)])
+def test_a_long_resumed_output_is_written_beside_the_loop(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, ...]
+) -> None:
+    lanes: list[str] = []
+    run = Lane.run
+
+    async def noted(self: Lane, work: Callable[[], Any]) -> Any:
+        lanes.append(self._name)
+        return await run(self, work)
+
+    monkeypatch.setattr(Lane, "run", noted)
+    monkeypatch.setattr(encoding, "AT_ONCE_BYTES", 32)
+    request = ask(seed=1, mode="ar", stop=stop)
+    request.generated_token_ids.extend([10] * 9)
+    assert serving([12]).generate(request)[1].block.start == 12
+    assert lanes == ["short"]
+
+
 @pytest.mark.parametrize(("request_", "text"), BAD, ids=[text for _, text in BAD])
 def test_bad_input_is_named(serving: Serving, request_: pb.GenerateRequest, text: str) -> None:
     calls = serving([10])
@@ -305,7 +429,7 @@ def test_score(serving: Serving) -> None:
     assert list(response.log_probs) == [-5.0, -6.0]
 
 
-@pytest.mark.parametrize("ids", [[], [512], [5] * 81])
+@pytest.mark.parametrize("ids", [[], [512], [-1], [5] * 81, [-1] * 300_000])
 def test_bad_input_of_score(serving: Serving, ids: list[int]) -> None:
     calls = serving([10])
     with pytest.raises(RequestRefusedError):
@@ -325,13 +449,10 @@ def test_health(serving: Serving) -> None:
     down = serving(UnavailableError("no pair"))
     assert down.check("") == status.SERVING
     assert down.check(SERVICE_NAME) == status.NOT_SERVING
+    assert down.list_health() == {"": status.SERVING, SERVICE_NAME: status.NOT_SERVING}
 
 
 def test_model_info(tiny_text: Path) -> None:
-    class Handle:
-        def options(self, **_: object) -> Handle:
-            return self
-
     router = Router(ServiceConfig(model=str(tiny_text), max_context=64), Handle())
     info = asyncio.run(router.GetModelInfo(pb.GetModelInfoRequest()))
     config = TwoTowerConfig.from_file(tiny_text / "config.json")

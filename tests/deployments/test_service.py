@@ -27,8 +27,11 @@ from benchmarks.processes import own_processes
 from twotower import TwoTower
 from twotower.client import Client, GenerationStream, ServiceError
 from twotower.deployments.config import APP_NAME, ServiceConfig
+from twotower.deployments.refusals import LOST_TEXT
 from twotower.deployments.router import SERVICE_NAME
 from twotower.deployments.server import LocalService, free_port
+from twotower.protos.v1 import generation_pb2 as pb
+from twotower.protos.v1 import generation_pb2_grpc
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
 
@@ -268,11 +271,28 @@ def test_refusals_are_clear_and_clean(
 
 def test_bytes_that_are_no_message(service: LocalService) -> None:
     with grpc.insecure_channel(service.address) as channel:
-        call = channel.unary_stream("/twotower.v1.Generation/Generate")
-        with pytest.raises(grpc.RpcError) as caught:
-            list(call(b"\xff\xff\xff", timeout=60))
-    details = caught.value.details() or ""  # type: ignore[attr-defined]
-    assert not [sign for sign in LEAK_SIGNS if sign in details]
+        for method in ("Generate", "Score", "GetModelInfo"):
+            # A unary method answers a caller that reads a stream as well.
+            call = channel.unary_stream(f"/{SERVICE_NAME}/{method}")
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call(b"\xff\xff\xff", timeout=60))
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+            text = "message: got 3 bytes that are no message of this method"
+            assert caught.value.details() == text
+
+
+@pytest.mark.parametrize("size", [400_000, 3_900_000, 80_000_000])
+def test_a_prompt_that_cannot_fit_is_refused_at_once(client: Client, size: int) -> None:
+    """Before, 3.9 MB stopped every stream for 5 s and 80 MB ended the router."""
+    began = time.monotonic()
+    for ask in (lambda text: list(client.generate(text)), client.score):
+        with pytest.raises(ServiceError) as caught:
+            ask("a" * size)
+        assert caught.value.code == grpc.StatusCode.INVALID_ARGUMENT
+        assert "bytes" in caught.value.details
+        assert ", expected at most " in caught.value.details
+    assert time.monotonic() - began < 10
+    assert client.model_info().vocab_size == 512
 
 
 def test_health(service: LocalService) -> None:
@@ -287,6 +307,8 @@ def test_health(service: LocalService) -> None:
         watch = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE_NAME), timeout=60)
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         watch.cancel()
+        listed = stub.List(health_pb2.HealthListRequest(), timeout=60).statuses
+        assert set(listed) == {"", SERVICE_NAME}
 
 
 def test_reflection_lists_the_services(service: LocalService) -> None:
@@ -330,6 +352,32 @@ def test_a_lost_tower_is_replaced_and_its_stream_goes_on(client: Client, tiny_te
     alone = TwoTower.from_pretrained(tiny_text).generate([[5, 6]], max_tokens=400)
     assert stream.token_ids == alone[0].token_ids
     await_no_rows()
+
+
+def test_a_router_that_dies_says_nothing_of_itself(service: LocalService) -> None:
+    """To any gRPC client; ours goes on by itself."""
+    request = pb.GenerateRequest(tokens=pb.TokenIds(ids=[5, 6]))
+    request.sampling_params.max_tokens = LONG
+    request.sampling_params.ignore_eos = True
+    with grpc.insecure_channel(service.address) as channel:
+        call = generation_pb2_grpc.GenerationStub(channel).Generate(request, timeout=180)
+        assert next(call).WhichOneof("event") == "started"
+        os.kill(own_process("ray::ServeReplica:twotower:Router"), signal.SIGKILL)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert caught.value.details() == LOST_TEXT
+    with Client(service.address) as client:
+        await_true(lambda: answers(client), "no router comes back")
+    # Those of the lost router end when the pair has heard of it; test_recovery is about that.
+    await_true(lambda: rows_held() == (0, 0, 0), "rows are left")
+
+
+def answers(client: Client) -> bool:
+    try:
+        return client.model_info(timeout=10).vocab_size == 512
+    except ServiceError:
+        return False
 
 
 def own_process(title: str) -> int:

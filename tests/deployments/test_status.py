@@ -9,8 +9,8 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from twotower.deployments.losses import LostTooOftenError, NoPairError
-from twotower.deployments.refusals import retry_after_of
-from twotower.deployments.status import RequestRefusedError, refuse, status_of
+from twotower.deployments.refusals import RequestRefusedError, marked, retry_after_of
+from twotower.deployments.status import refuse, status_of
 from twotower.towers.errors import (
     CapacityError,
     CheckpointError,
@@ -91,5 +91,6 @@ def test_refuse_sets_the_status_and_ends_the_call() -> None:
 
     with pytest.raises(RequestRefusedError) as caught:
         refuse(Context(), as_task_error(InvalidRequestError("seed", -1, "at least 0")), "r")
-    assert calls == {"code": Code.INVALID_ARGUMENT, "details": "seed: got -1, expected at least 0"}
+    text = "seed: got -1, expected at least 0"
+    assert calls == {"code": Code.INVALID_ARGUMENT, "details": marked(text)}
     assert "Traceback" not in str(caught.value)

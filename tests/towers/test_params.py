@@ -12,6 +12,7 @@ import torch
 
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.params import GenerationParams, row_key
+from twotower.towers.token_ids import check_text
 
 NAN, INF = math.nan, math.inf
 HUGE = 10**400
@@ -259,3 +260,41 @@ def test_numbers_of_other_libraries_are_kept_as_pythons(field: str) -> None:
     for other in [*wrong, np.float64(7.0), torch.tensor(7.0)] if whole else wrong:
         with pytest.raises(InvalidRequestError, match=f"^{field}: got .*expected a "):
             GenerationParams(**{field: other})
+
+
+@pytest.mark.parametrize("text", ["\ud800", "ab\udfff", "🌍\udcff!"])
+def test_half_a_character_is_no_text(text: str) -> None:
+    place = next(i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff")
+    with pytest.raises(InvalidRequestError) as caught:
+        check_text("prompt", text)
+    assert str(caught.value).startswith(f"prompt[{place}]: got '\\u{ord(text[place]):x}', expected")
+    with pytest.raises(InvalidRequestError, match=r"stop\[1\]\[\d\]: got"):
+        GenerationParams(stop=("a", text))
+    str(caught.value).encode()
+
+
+def test_whole_text_is_text() -> None:
+    for text in ("", "größe", "🌍\u200d", "\x00"):
+        check_text("prompt", text)
+
+
+@pytest.mark.parametrize("value", ["a" * 1_000_000, [5] * 1000, 10**1000], ids=type)
+def test_little_is_said_of_a_huge_value(value: object) -> None:
+    text = str(InvalidRequestError("mode", value, "something shorter"))
+    assert len(text) < 150
+    assert text.endswith("..., expected something shorter")
+
+
+def test_a_number_that_python_does_not_write_out() -> None:
+    text = str(InvalidRequestError("seed", 1 << 50_000, "less"))
+    assert text == "seed: got a whole number of 50001 bits, expected less"
+    with pytest.raises(InvalidRequestError, match="seed: got a whole number of 50001 bits"):
+        GenerationParams(seed=1 << 50_000)
+
+
+@pytest.mark.parametrize("wrong", [512, -1, True, 5.0, "5", None])
+def test_a_wrong_id_among_many_is_named(wrong: object) -> None:
+    prompt: list[Any] = [5] * 40 + [wrong, 6]
+    named = r"prompt\[40\]: got .*, expected an id in 0..511"
+    with pytest.raises(InvalidRequestError, match=named):
+        GenerationParams().check_row(prompt, 512, 8192, [])
