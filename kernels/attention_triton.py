@@ -58,7 +58,7 @@ class Tiling:
 # A split's partials weigh as much as the K/V of one token for each of its folded rows: the fewer
 # rows, the shorter a split may be. In fp32, products hold their operands in registers.
 _SINGLE = Tiling(rows=16, keys=64, warps=4, stages=3, split_tokens=256, max_splits=64)
-_BLOCK = Tiling(128, 64, warps=8, stages=3, split_tokens=512, max_splits=MAX_SPLITS)
+_BLOCK = Tiling(64, 64, warps=4, stages=3, split_tokens=512, max_splits=MAX_SPLITS)
 _WIDE = Tiling(16, 32, warps=4, stages=2, split_tokens=512, max_splits=MAX_SPLITS)
 
 

@@ -45,6 +45,7 @@ class Tiling:
 
 # By tokens of the pass: one tile should hold all rows of most experts, or weights are read twice.
 _TILINGS = (
+    (8, Tiling(16, 128, 64, num_warps=4, num_stages=5, resident=2)),
     (128, Tiling(16, 64, 128, num_warps=4, num_stages=3, resident=3)),
     (512, Tiling(32, 64, 128, num_warps=4, num_stages=3, resident=3)),
     (1024, Tiling(64, 128, 64, num_warps=8, num_stages=4, resident=2)),

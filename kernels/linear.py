@@ -21,8 +21,13 @@ _TILE_ROWS = 16
 _VECTOR = 16
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, K] and weight [N, K] (plain or packed) of one dtype -> [T, N] of that dtype."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """x [T, K] and weight [N, K] (plain or packed) of one dtype -> [T, N] of that dtype, in `out`
+    if it is given."""
+    if out is not None:
+        return _linear_into(out, x, weight, bias)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
     if x.is_cuda:
@@ -56,6 +61,14 @@ def linear_tiled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         weight = F.pad(weight, (0, -width % _VECTOR))
     tiles = [F.linear(tile, weight, bias) for tile in padded.split(_TILE_ROWS)]
     return (tiles[0] if len(tiles) == 1 else torch.cat(tiles))[:rows]
+
+
+def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not x.is_cuda:
+        return out.copy_(linear(x, weight, bias))
+    if bias is None:
+        return torch.mm(x, weight.T, out=out)
+    return torch.addmm(bias, x, weight.T, out=out)
 
 
 def _linear_widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -31,8 +31,8 @@ from twotower.kernels.rows import Rows
 # Rows of more tokens are pieces of a prompt.
 LONGEST_BLOCK = 64
 # Channels of a head in a program of the kernel for single tokens, and its warps.
-TOKEN_CHANNELS = 32
-TOKEN_WARPS = 4
+TOKEN_CHANNELS = 16
+TOKEN_WARPS = 1
 
 
 @triton.jit

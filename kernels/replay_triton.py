@@ -22,8 +22,8 @@ from twotower.kernels.replay import SCRATCH_BYTES, ReplayWeights
 from twotower.kernels.rows import Rows
 
 # Channels of a head's state that one program holds, and its warps.
-SLICE = 32
-WARPS = 4
+SLICE = 16
+WARPS = 1
 
 
 @triton.jit

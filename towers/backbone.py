@@ -85,13 +85,15 @@ class Tower:
         """Rows' token ids side by side on the tower's device, [T] int64."""
         return torch.tensor([token for row in tokens for token in row], device=self.device)
 
-    def _mix(self, index: int, x: Tensor, reads: TowerPass) -> Mixed:
-        """Layer `index`'s mixer on its normed input x [T, H]."""
+    def _mix(
+        self, index: int, x: Tensor, reads: TowerPass, projected: Tensor | None = None
+    ) -> Mixed:
+        """Layer `index`'s mixer on its normed input x [T, H]; a Mamba layer's projection goes into
+        `projected` if that is given."""
         mixer, place, pool = self.weights.layers[index].mixer, self._places[index], reads.pool
         if isinstance(mixer, MambaWeights):
-            out, xbc, dt = layers.mamba(
-                x, mixer, self.config, reads.rows, pool.conv[:, place], pool.ssm[:, place]
-            )
+            states = pool.conv[:, place], pool.ssm[:, place]
+            out, xbc, dt = layers.mamba(x, mixer, self.config, reads.rows, *states, projected)
             return Mixed(out, {"xbc": xbc, "dt": dt})
         if isinstance(mixer, AttentionWeights):
             context = pool.layer_kv(place)

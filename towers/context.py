@@ -100,22 +100,31 @@ class ContextTower(Tower):
         eps = self.config.layer_norm_epsilon
         for index, layer in enumerate(self.weights.layers):
             hidden, x = dispatch.add_norm(hidden, out, None, layer.norm, eps, None, False)
-            mixed = self._mix(index, x, reads)
+            mixed = self._mix(index, x, reads, self._projected(index, log))
             self._keep(self._places[index], mixed.added, reads, log, sinks)
             out = mixed.output
         final = self.weights.final_norm
         return dispatch.add_norm(hidden, out, None, final, eps, None, False)[1]
 
-    def new_log(self, tokens: int) -> PassLog | None:
-        """Room for the log of a pass over so many tokens; None without Mamba layers."""
-        layers = len(self.config.layers_of(MAMBA))
+    def new_log(self, tokens: int, *, whole: bool = False) -> PassLog | None:
+        """Room for the log of a pass over so many tokens; None without Mamba layers.
+
+        A `whole` one holds all that the layers project, so that nothing is copied into it.
+        """
+        config, layers = self.config, len(self.config.layers_of(MAMBA))
         if not layers:
             return None
-        shape = (layers, tokens)
-        return PassLog(
-            torch.empty(*shape, self.config.conv_dim, device=self.device, dtype=self.dtype),
-            torch.empty(*shape, self.config.mamba_num_heads, device=self.device, dtype=self.dtype),
+        widths = (config.d_inner if whole else 0, config.conv_dim, config.mamba_num_heads)
+        shape = (layers, tokens, sum(widths))
+        if whole:
+            projected = torch.empty(shape, device=self.device, dtype=self.dtype)
+            _, xbc, dt = projected.split(widths, dim=-1)
+            return PassLog(xbc, dt, projected)
+        xbc, dt = (
+            torch.empty(layers, tokens, width, device=self.device, dtype=self.dtype)
+            for width in widths[1:]
         )
+        return PassLog(xbc, dt)
 
     @torch.inference_mode()
     def advance(self, state: ContextState, count: int) -> None:
@@ -155,6 +164,12 @@ class ContextTower(Tower):
         for state, count, sink in zip(states, counts, sinks, strict=True):
             state.advanced(count, exported=sink is not None)
 
+    def _projected(self, index: int, log: PassLog | None) -> Tensor | None:
+        """Where a layer's projection goes, if the log is made of them."""
+        if log is None or log.projected is None or self.config.layer_pattern[index] != MAMBA:
+            return None
+        return log.projected[self._places[index]]
+
     def _keep(
         self,
         place: int,
@@ -166,8 +181,9 @@ class ContextTower(Tower):
         """Puts a layer's share of a pass into the log or the rows' K/V, and hands it to sinks."""
         if "xbc" in added:
             assert log is not None
-            log.xbc[place].copy_(added["xbc"])
-            log.dt[place].copy_(added["dt"])
+            if log.projected is None:
+                log.xbc[place].copy_(added["xbc"])
+                log.dt[place].copy_(added["dt"])
             added = {"xbc": log.xbc[place], "dt": log.dt[place]}
         if "k" in added:
             context = reads.pool.layer_kv(place)

@@ -97,7 +97,7 @@ class ContextBlocks:
             most = bucket_for(min(pool.slots.num_slots, ROW_BUCKETS[-1]))
             self._log_tokens = max(self._log_tokens, max(rows, most) * length)
             self._log = None
-            self._log = self._tower.new_log(self._log_tokens)
+            self._log = self._tower.new_log(self._log_tokens, whole=True)
         return self._programs[rows, length, draws]
 
     def _new_program(self, shape: tuple[int, int, bool]) -> _Program:

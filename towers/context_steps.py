@@ -87,7 +87,7 @@ class _Program(Program):
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._slots = torch.full((rows,), -1, dtype=torch.int32, device=device)
         self._visible = torch.zeros_like(self._slots)
-        self._log = tower.new_log(rows)
+        self._log = tower.new_log(rows, whole=True)
         shape = (rows, tower.config.hidden_size)
         self._hidden = torch.zeros(shape, dtype=tower.dtype, device=device)
         self._results = Results((4, rows), device)

@@ -93,10 +93,11 @@ def mamba(
     rows: Rows,
     conv_state: Tensor,
     ssm_state: Tensor,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """conv_state [S, K-1, Cd] and ssm_state [S, H, P, N] of one layer. Returns the output, and
-    views of the raw xBC [T, Cd] and dt [T, H]."""
-    projected = dispatch.linear(x, weights.in_proj, weights.in_proj_bias)
+    views of the raw xBC [T, Cd] and dt [T, H], of `into` [T, Di + Cd + H] if that is given."""
+    projected = dispatch.linear(x, weights.in_proj, weights.in_proj_bias, into)
     y = dispatch.mamba_scan(projected, weights.for_scan(config), conv_state, ssm_state, rows)
     z, xbc, dt = projected.split((config.d_inner, config.conv_dim, config.mamba_num_heads), dim=-1)
     u = dispatch.gated_group_norm(y, z, weights.norm, config.n_groups, config.layer_norm_epsilon)

@@ -76,6 +76,7 @@ def working_bytes(
     logits = lines * config.vocab_size * dtype.itemsize
     peak = layer_bytes(config, dtype, tokens) + partial_bytes(config, rows, block) + logits
     if reads_prompts:
-        # The log of a pass, and that of blocks, which their graphs keep.
-        peak += log_bytes(config, dtype, tokens + lines) + SCRATCH_BYTES
+        # The log of a pass, and that of blocks, which their graphs keep with all that is projected.
+        gates = len(config.layers_of(MAMBA)) * config.d_inner * lines * dtype.itemsize
+        peak += log_bytes(config, dtype, tokens + lines) + gates + SCRATCH_BYTES
     return int(_SLACK * peak) + _FIXED_BYTES

@@ -27,14 +27,17 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class PassLog:
     """Raw projections of all M Mamba layers over T tokens: xbc [M, T, Cd] before the conv, dt
-    [M, T, H] before softplus."""
+    [M, T, H] before softplus. Where they are views of whole projections, z before them, these are
+    `projected` [M, T, Di + Cd + H], into which a pass may write."""
 
     xbc: Tensor
     dt: Tensor
+    projected: Tensor | None = None
 
     def part(self, start: int, stop: int) -> PassLog:
         """Tokens start..stop-1, views."""
-        return PassLog(self.xbc[:, start:stop], self.dt[:, start:stop])
+        whole = None if self.projected is None else self.projected[:, start:stop]
+        return PassLog(self.xbc[:, start:stop], self.dt[:, start:stop], whole)
 
     def copy(self) -> PassLog:
         """A copy: views would keep the whole pass's projections alive."""
