@@ -78,15 +78,6 @@ def check_size(message: pb.GenerateRequest | pb.ScoreRequest, max_bytes: int) ->
         raise InvalidRequestError("message", f"{size} bytes", f"at most {max_bytes}")
 
 
-def check_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
-    """Raises InvalidRequestError for an id that the model does not have."""
-    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
-        return
-    for index, token in enumerate(token_ids):
-        if not 0 <= token < vocab_size:
-            raise InvalidRequestError(f"{field}[{index}]", token, f"an id in 0..{vocab_size - 1}")
-
-
 def started_event(job: Job, request_id: str) -> pb.GenerateResponse:
     """The first message of a stream."""
     return pb.GenerateResponse(

@@ -38,6 +38,7 @@ from twotower.towers.errors import InvalidRequestError
 from twotower.towers.output_text import OutputText
 from twotower.towers.params import MODES, GenerationParams
 from twotower.towers.text_limit import longest_token_bytes
+from twotower.towers.token_ids import check_ids
 from twotower.towers.tokenizer import load_tokenizer
 from twotower.towers.weights import resolve_checkpoint
 
@@ -174,7 +175,7 @@ class Router:
         generated = tuple(request.generated_token_ids)
         check = partial(params.check_row, prompt, self._model.vocab_size, self._max_context)
         check([])
-        codec.check_ids("generated_token_ids", generated, self._model.vocab_size)
+        check_ids("generated_token_ids", generated, self._model.vocab_size)
         resumed = partial(resumed_text, self._tokenizer, params, generated)
         text, finish_reason = await self._reader.run(_work_of(params, generated), resumed)
         log = CommitLog(len(prompt), generated)
@@ -187,7 +188,7 @@ class Router:
         codec.request_id_of(request.request_id)
         codec.check_size(request, self._max_message)
         token_ids = await codec.token_ids_of(request, "input", self._reader)
-        codec.check_ids("input", token_ids, self._model.vocab_size)
+        check_ids("input", token_ids, self._model.vocab_size)
         if not 1 <= len(token_ids) <= self._max_context:
             limit = f"1 to {self._max_context} tokens"
             raise InvalidRequestError("input", f"{len(token_ids)} tokens", limit)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 import pytest
@@ -165,17 +164,6 @@ async def test_prompts() -> None:
     long = pb.ScoreRequest(tokens=pb.TokenIds(ids=[3] * 5))
     with pytest.raises(InvalidRequestError, match="input: got '5 tokens', expected at most 4"):
         await codec.token_ids_of(long, "input", reader)
-
-
-@pytest.mark.parametrize("given", [[], [0], [9, 0, 9]])
-def test_ids_of_the_model(given: list[int]) -> None:
-    codec.check_ids("prompt", given, 10)
-
-
-@pytest.mark.parametrize(("given", "name"), [([3, 10], "prompt[1]: got 10"), ([-1], "prompt[0]")])
-def test_an_id_that_the_model_does_not_have_is_named(given: list[int], name: str) -> None:
-    with pytest.raises(InvalidRequestError, match=re.escape(name)):
-        codec.check_ids("prompt", given, 10)
 
 
 def test_the_size_of_a_whole_message() -> None:

@@ -23,8 +23,9 @@ from twotower.deployments.router import SERVICE_NAME, Router
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.config import TwoTowerConfig
 from twotower.towers.errors import NumericalError, QueueFullError, UnavailableError
+from twotower.towers.fast_tokenizer import FastTokenizer
 from twotower.towers.protocols import Block
-from twotower.towers.tokenizer import _FileTokenizer, load_tokenizer
+from twotower.towers.tokenizer import load_tokenizer
 
 EOS = 2
 
@@ -330,9 +331,9 @@ def test_a_text_that_cannot_fit_never_reaches_the_tokenizer(
 ) -> None:
     """The tokenizer of these tests has tokens of up to a few dozen bytes, the model 80 places."""
     read: list[str] = []
-    encode = _FileTokenizer.encode
+    encode = FastTokenizer.encode
     monkeypatch.setattr(
-        _FileTokenizer, "encode", lambda self, text: read.append(text) or encode(self, text)
+        FastTokenizer, "encode", lambda self, text: read.append(text) or encode(self, text)
     )
     calls = serving([10])
     for request in (pb.GenerateRequest(text="a" * 9000), pb.ScoreRequest(text="a" * 9000)):
