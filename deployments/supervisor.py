@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pickle
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twotower.cluster.surroundings import read_by_ray
+from twotower.towers.errors import TwoTowerError
 
 # Names of Ray's programs that are started once and that nothing replaces.
 VITAL = frozenset({"gcs_server", "raylet"})
@@ -32,6 +34,12 @@ STOP_MARGIN_S = 6.0
 # Processes that hold a GPU take a moment to die.
 _KILL_TIMEOUT_S = 15.0
 _FAILED = 1
+# The child says that it is ready by a dot, and then may send an error: a pickle begins otherwise.
+_READY = b"."
+# Errors that a user can mend. All others keep the traceback that they have in the child.
+_PASSED_ON = (TwoTowerError, ValueError, OSError)
+# What a pipe takes while nobody reads.
+_PIPE_BYTES = 1 << 16
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -64,6 +72,7 @@ def supervise(work: Work, grace_s: float, held: HeldSignals) -> int:
 
     `work` calls `ready` once SIGTERM ends it gracefully, within `grace_s` and a margin. Before that
     a signal ends everything at once, with 128 and the signal's number. 1 if the child or Ray died.
+    Raises what `work` raised if it is for the user.
     """
     # Whoever started this process may ignore it, and then nobody could wait for a child.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -99,10 +108,10 @@ class _Supervisor:
         self._signal: int | None = None
         self._deadline = float("inf")
         os.set_blocking(reader, False)
-        self._ready = False
+        self._told = b""
 
     def run(self) -> int:
-        """The exit code. Leaves processes behind if it is not the child's own."""
+        """The exit code; raises the child's error. Leaves processes behind."""
         while True:
             received = signal.sigtimedwait({*self._signals, signal.SIGCHLD}, TICK_S)
             code = self._ended()
@@ -123,8 +132,8 @@ class _Supervisor:
 
     def _is_ready(self) -> bool:
         with suppress(BlockingIOError):
-            self._ready = self._ready or os.read(self._reader, 1) != b""
-        return self._ready
+            self._told += os.read(self._reader, _PIPE_BYTES)
+        return self._told.startswith(_READY)
 
     def _stop(self) -> None:
         os.kill(self._child, signal.SIGTERM)
@@ -140,6 +149,10 @@ class _Supervisor:
                 return None
 
     def _outcome(self, code: int) -> int:
+        self._is_ready()
+        if error := self._told.removeprefix(_READY):
+            # From this very program, through a pipe that nobody else has.
+            raise pickle.loads(error)
         if code >= 0 and (code != 0 or self._lost is None or self._signal is not None):
             return code
         return self._failed(f"the service's process was ended by {_signal_name(-code)}")
@@ -178,7 +191,9 @@ def _work(work: Work, writer: int, parent: int, mask: set[int]) -> None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            code = work(lambda: _tell(writer))
+            code = work(lambda: _tell(writer, _READY))
+    except _PASSED_ON as error:
+        _pass_on(error, writer)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else _FAILED
     except BaseException:
@@ -191,8 +206,21 @@ def _work(work: Work, writer: int, parent: int, mask: set[int]) -> None:
             os._exit(code)
 
 
-def _tell(writer: int) -> None:
-    os.write(writer, b".")
+def _tell(writer: int, what: bytes) -> None:
+    os.write(writer, what)
+
+
+def _pass_on(error: Exception, writer: int) -> None:
+    try:
+        pickled = pickle.dumps(error)
+        # Some can be written and not read: those that take other arguments than they have.
+        pickle.loads(pickled)
+    except Exception:
+        pickled = pickle.dumps(ValueError(str(error)))
+    if len(pickled) < _PIPE_BYTES:
+        _tell(writer, pickled)
+    else:
+        traceback.print_exception(error)
 
 
 def _end_descendants() -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from twotower.cli_errors import CommandGroup, shown
+from twotower.cli_errors import CommandGroup
 
 if TYPE_CHECKING:
     from twotower.deployments.config import ServiceConfig
@@ -340,16 +340,6 @@ def _run_service(
     config: ServiceConfig, folder: Path, verbose: bool, ready: Callable[[], None]
 ) -> int:
     """The service, in a process of its own, until SIGTERM; returns the exit code."""
-    try:
-        _serve_here(config, folder, verbose, ready)
-    except Exception as error:
-        return shown(error)
-    return 0
-
-
-def _serve_here(
-    config: ServiceConfig, folder: Path, verbose: bool, ready: Callable[[], None]
-) -> None:
     from twotower.deployments.ray_messages import RayMessages
     from twotower.deployments.server import LocalService
     from twotower.deployments.waiting import WaitingPairs
@@ -369,6 +359,7 @@ def _serve_here(
         while os.read(stop, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
             pass
         typer.echo("stopping ...", err=True)
+    return 0
 
 
 def _stop_signals() -> int:

@@ -46,7 +46,7 @@ class CommandGroup(TyperGroup):
             _give_up_stdout()
             sys.exit(UNWRITTEN)
         except Exception as error:
-            sys.exit(shown(error))
+            sys.exit(_shown(error))
         if code == INTERRUPTED:
             _say("interrupted")
         sys.exit(code if isinstance(code, int) else 0)
@@ -62,7 +62,7 @@ def _check_text(arguments: Sequence[str]) -> None:
             raise ValueError(f"{name}: got {argument!r}, expected UTF-8") from None
 
 
-def shown(error: Exception) -> int:
+def _shown(error: Exception) -> int:
     """Says what was wrong and returns the exit code. Raises the error if it is not a user's."""
     from twotower.towers.errors import TwoTowerError
 

@@ -126,6 +126,32 @@ def test_an_error_is_shown_and_fails() -> None:
     assert errors.endswith("RuntimeError: broken\n")
 
 
+@pytest.mark.parametrize("ready", ["", "ready(); "])
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        ("InvalidRequestError('field', 7, 'less')", "InvalidRequestError: field: got 7, expected"),
+        ("UnavailableError('no towers')", "UnavailableError: no towers"),
+        ("OSError(28, 'No space left', '/x')", "OSError: [Errno 28] No space left: '/x'"),
+        ("Odd(1, 2)", "ValueError: odd"),
+    ],
+)
+def test_errors_for_the_user_are_raised_again(ready: str, error: str, shown: str) -> None:
+    """By the parent, which has the words for them."""
+    raising = PROGRAM.replace(
+        "def work",
+        "from twotower.towers.errors import *\n"
+        "class Odd(ValueError):\n"
+        "    def __init__(self, a, b):\n"
+        "        super().__init__('odd')\n"
+        "def work",
+    ).replace("    code = ", "    print(os.getpid(), flush=True)\n    code = ")
+    errors = Program(f"{ready}raise {error}", program=raising).end(1)
+    assert shown in errors.splitlines()[-1]
+    assert errors.count("Traceback") == 1
+    assert "in supervise" in errors
+
+
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_a_ready_service_well(kind: signal.Signals) -> None:
     program = Program("start('sleep', '60')" + STOPS_WELL)
