@@ -88,7 +88,8 @@ def _first_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     line = process.stdout.readline().strip()
     if not line:
-        raise RuntimeError(f"the service did not start (exit code {process.wait(STOP_TIMEOUT_S)})")
+        # It has said why.
+        sys.exit(process.wait(STOP_TIMEOUT_S) or 1)
     return line
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import shutil
 import socket
-import tempfile
+from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import grpc
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, gRPCOptions
+from ray.serve.exceptions import RayServeException
 
+from twotower.cluster.surroundings import runtime_folder, shared_memory
 from twotower.deployments.app import build_app, check_room, this_machine
 from twotower.deployments.config import APP_NAME, ServiceConfig
 from twotower.deployments.incoming import MAX_MESSAGE_BYTES, MESSAGE_VARIABLE
@@ -24,6 +27,7 @@ from twotower.towers.errors import ConfigError, TwoTowerError, UnavailableError
 
 OBJECT_STORE_BYTES = 200 * 1024 * 1024
 PROXY_TIMEOUT_S = 30.0
+NO_PROXY = [("grpc.enable_http_proxy", 0)]
 _OWN_ERRORS = TwoTowerError.__module__
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -41,15 +45,19 @@ ENVIRONMENT = {
 class LocalService:
     """A service in processes of its own on this machine.
 
-    `address` is its gRPC target. Entering raises CheckpointError or ConfigError before anything
-    is started, UnavailableError if the towers do not come up.
+    `address` is its gRPC target. Ray's files go to `folder`, an existing one in a prepared
+    environment, or to one of the service's own. Entering raises CheckpointError or ConfigError
+    before anything is started, UnavailableError if the towers do not come up.
     """
 
-    def __init__(self, config: ServiceConfig, *, verbose: bool = False) -> None:
+    def __init__(
+        self, config: ServiceConfig, *, verbose: bool = False, folder: Path | None = None
+    ) -> None:
         self.config = config
         self.address = f"127.0.0.1:{config.grpc_port}"
         self._verbose = verbose
-        self._folder: str | None = None
+        self._folder = folder
+        self._made = ExitStack()
 
     def __enter__(self) -> LocalService:
         if self.config.label_selector:
@@ -63,8 +71,8 @@ class LocalService:
             self._start_ray()
             serve.run(app, name=APP_NAME, route_prefix="/")
             await_proxy(self.address)
-        except RuntimeError as error:
-            reason = _reason() or type(error).__name__
+        except (RuntimeError, OSError, RayError) as error:
+            reason = _reason() or _first_line(error)
             self.stop()
             raise UnavailableError(f"the service did not start: {reason}") from None
         except BaseException:
@@ -86,16 +94,13 @@ class LocalService:
             # Drains the streams; the rest of Serve ends with Ray, which is this service's own.
             serve.delete(APP_NAME)
             ray.shutdown()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        self._made.close()
 
     def _start_ray(self) -> None:
         limit = {MESSAGE_VARIABLE: str(self.config.message_bytes())}
         os.environ.update(ENVIRONMENT | limit)
         logging.getLogger("ray.serve").setLevel(logging.INFO if self._verbose else logging.ERROR)
-        # Short, as the paths of unix sockets below it are limited to 107 bytes.
-        self._folder = tempfile.mkdtemp(prefix="tt-")
+        folder = self._folder or self._made.enter_context(runtime_folder(os.environ))
         ray.init(
             address="local",
             num_cpus=int(this_machine().resources["CPU"]),
@@ -104,7 +109,8 @@ class LocalService:
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=self._verbose,
             logging_level=logging.INFO if self._verbose else logging.ERROR,
-            _temp_dir=self._folder,
+            _temp_dir=str(folder),
+            _plasma_directory=shared_memory(folder),
         )
         start_serve(self.config)
 
@@ -120,7 +126,7 @@ def start_serve(config: ServiceConfig, **options: Any) -> None:
 
 def await_proxy(address: str) -> None:
     """Serve reports an application before its proxy listens. Raises UnavailableError."""
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, options=NO_PROXY) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=PROXY_TIMEOUT_S)
         except grpc.FutureTimeoutError:
@@ -148,8 +154,17 @@ def _check_free(port: int) -> None:
 
 def _reason() -> str:
     """The towers' own error out of Serve's report, which wraps it in traces; empty if none."""
-    application = serve.status().applications.get(APP_NAME)
+    try:
+        application = serve.status().applications.get(APP_NAME)
+    except (RuntimeError, OSError, RayError, RayServeException):
+        # There is no Serve to ask: its start, or Ray's, is what has failed.
+        return ""
     deployments = application.deployments.values() if application is not None else ()
     lines = [line for deployment in deployments for line in deployment.message.splitlines()]
     own = [line.strip() for line in lines if line.strip().startswith(_OWN_ERRORS)]
     return own[-1].partition(": ")[2] if own else ""
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

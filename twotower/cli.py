@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from twotower.cli_errors import CommandGroup
+
+if TYPE_CHECKING:
+    from twotower.deployments.config import ServiceConfig
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -313,32 +318,62 @@ def main() -> None:
 
 
 def _serve(config: Path | None, settings: dict[str, Any], verbose: bool) -> None:
-    from twotower.deployments.config import ServiceConfig
+    from twotower.cluster.surroundings import runtime_folder
+    from twotower.deployments.supervisor import held_signals, supervise
+
+    with held_signals() as held, runtime_folder(os.environ) as folder:
+        # Its libraries look for their folders when they are imported.
+        from twotower.deployments.config import ServiceConfig
+
+        service_config = (
+            ServiceConfig.from_settings(settings)
+            if config is None
+            else ServiceConfig.from_file(config, **settings)
+        )
+        typer.echo("starting the towers ...", err=True)
+        work = partial(_run_service, service_config, folder, verbose)
+        code = supervise(work, service_config.graceful_shutdown_timeout_s, held)
+    raise typer.Exit(code)
+
+
+def _run_service(
+    config: ServiceConfig, folder: Path, verbose: bool, ready: Callable[[], None]
+) -> int:
+    """The service, in a process of its own, until SIGTERM; returns the exit code."""
+    from twotower.deployments.ray_messages import RayMessages
     from twotower.deployments.server import LocalService
     from twotower.deployments.waiting import WaitingPairs
 
-    service_config = (
-        ServiceConfig.from_settings(settings)
-        if config is None
-        else ServiceConfig.from_file(config, **settings)
-    )
-    typer.echo("starting the towers ...", err=True)
-    waiting = WaitingPairs(lambda line: typer.echo(line, err=True))
-    with waiting, LocalService(service_config, verbose=verbose) as service:
+    stdout = sys.stdout
+    messages = stdout if verbose else RayMessages(sys.stderr)
+    with (
+        redirect_stdout(messages),
+        WaitingPairs(lambda line: typer.echo(line, err=True)),
+        LocalService(config, verbose=verbose, folder=folder) as service,
+    ):
         # Ray has its own idea of SIGTERM, so this comes after its start.
-        stopped = _stop_event()
+        stop = _stop_signals()
+        ready()
         command = f"twotower generate 'def main():' --target {service.address}"
-        typer.echo(f"ready on {service.address}   try: {command}")
-        while not stopped.wait(timeout=3600):
+        typer.echo(f"ready on {service.address}   try: {command}", file=stdout)
+        while os.read(stop, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
             pass
         typer.echo("stopping ...", err=True)
+    return 0
 
 
-def _stop_event() -> threading.Event:
-    stopped = threading.Event()
+def _stop_signals() -> int:
+    """A descriptor from which a byte can be read for each SIGINT and SIGTERM from now on.
+
+    Not an event that a handler sets: the handler may interrupt whoever waits for the event while
+    he holds its lock, and it does not run while another thread has got the signal.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
     for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, lambda *_: stopped.set())
-    return stopped
+        signal.signal(kind, lambda *_: None)
+    signal.set_wakeup_fd(writer)
+    return reader
 
 
 def _generate_remotely(

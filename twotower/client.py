@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import grpc
 import grpc.aio
 
+from twotower.channels import channel_options
 from twotower.completion import Completion, Limits
 from twotower.messages import (
     ModelInfo,
@@ -46,12 +47,6 @@ __all__ = [
 ]
 
 S = TypeVar("S")
-# By default a channel tries again after 1 s, then ever later, up to 2 minutes: resumes would wait.
-_RECONNECT = (
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2000),
-)
 
 
 class _Stream(Completion):
@@ -229,9 +224,9 @@ class Client(_Calls[GenerationStream]):
     def __init__(self, target: str, credentials: grpc.ChannelCredentials | None = None) -> None:
         checked_text("target", target)
         super().__init__(
-            grpc.insecure_channel(target, options=_RECONNECT)
+            grpc.insecure_channel(target, options=channel_options(target))
             if credentials is None
-            else grpc.secure_channel(target, credentials, options=_RECONNECT)
+            else grpc.secure_channel(target, credentials, options=channel_options(target))
         )
 
     def score(self, text: Prompt, *, timeout: float | None = None) -> Score:
@@ -272,9 +267,9 @@ class AsyncClient(_Calls[AsyncGenerationStream]):
     def __init__(self, target: str, credentials: grpc.ChannelCredentials | None = None) -> None:
         checked_text("target", target)
         super().__init__(
-            grpc.aio.insecure_channel(target, options=_RECONNECT)
+            grpc.aio.insecure_channel(target, options=channel_options(target))
             if credentials is None
-            else grpc.aio.secure_channel(target, credentials, options=_RECONNECT)
+            else grpc.aio.secure_channel(target, credentials, options=channel_options(target))
         )
 
     async def score(self, text: Prompt, *, timeout: float | None = None) -> Score:
