@@ -138,10 +138,10 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
             **{f"cache_{name}": value for name, value in cache.items()},
         }
 
-    def warm_up(self, block_size: int = 16) -> None:
+    def warm_up(self, block_size: int = 16, rows: int | None = None) -> None:
         """Captures the graphs of decode steps, and of extensions by blocks of a length, before the
-        first row would have to wait for it."""
-        rows = self.pool.slots.num_slots
+        first row would have to wait for it: for passes of up to `rows` rows (None: all)."""
+        rows = rows or self.pool.slots.num_slots
         if self._steps is not None:
             self._steps.warm_up(self.pool, rows)
         if self._blocks is not None and self.link is not None:

@@ -81,12 +81,15 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
         """Waits for the slot and pages of the row's mirror."""
         await self._open(_Row(row_id), capacity)
 
-    def warm_up(self, block_size: int = 16, pool: StatePool | None = None) -> None:
+    def warm_up(
+        self, block_size: int = 16, pool: StatePool | None = None, rows: int | None = None
+    ) -> None:
         """Captures the graphs of steps over blocks of a length before the first row would have to
-        wait for it; `pool` is that of states to be adopted."""
+        wait for it: for passes of up to `rows` rows (None: all). `pool` is that of states to be
+        adopted."""
         pool = pool or self.pool
         if self._steps is not None and pool is not None:
-            self._steps.warm_up(pool, block_size, pool.slots.num_slots)
+            self._steps.warm_up(pool, block_size, rows or pool.slots.num_slots)
 
     def follow(self, replay_tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes the context tower's replay weights, without which deltas cannot be applied.

@@ -74,6 +74,7 @@ def _profiled(bench: Workbench, mode: Any, rows: int, trace: Path | None) -> Ent
     options = bench.options
     schedules = shuffled_rows("headline", rows, options.seed, in_step=True)
     run = Run(mode, rows, options.context, _BLOCKS, 1, options.block, schedules)
+    bench.pair.warm_up(options.block, rows)
     bench.pair.decode(run)
     on_cuda = bench.device.type == "cuda"
     kind = ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU

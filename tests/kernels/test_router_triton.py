@@ -231,7 +231,8 @@ CHOICE = {
     "scaling": 2.5,
     "slot_lanes": 8,
     "hidden": 2688,
-    "doubt": 1e-4,
+    "doubt": 1e-5,
+    "exact_piece": 1024,
 }
 LAUNCHES = [
     *(

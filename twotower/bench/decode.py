@@ -115,6 +115,12 @@ class EnginePair:
         """Ends the engines' event loop."""
         self._runner.close()
 
+    def warm_up(self, block: int, rows: int) -> None:
+        """Captures the graphs of passes of up to `rows` rows, as a service does before it takes
+        any: a run would otherwise pay for them, or go without."""
+        self.context.warm_up(block, rows)
+        self.denoiser.warm_up(block, self.pool, rows)
+
     def decode(self, run: Run) -> Decoded:
         """Runs all rows at once. Raises CapacityError if the pool is too small for them."""
         draft_all = [[(run.block_size,)]] * run.rows
