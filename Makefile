@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 # A test file stays with one process; tests with real processes have the machine to themselves.
 PARALLEL := -n auto --dist loadfile
 
-.PHONY: help env demo test quick quick-products lint format types layering proto check-proto verify check bench chaos clean
+.PHONY: help env demo test quick quick-products lint format types layering proto check-proto verify check bench gpu-dry chaos clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -76,6 +76,11 @@ bench: $(STAMP) ## Speed and memory on this machine
 	$(BIN)/python -m benchmarks.verified
 	$(BIN)/python -m benchmarks.soak
 	$(BIN)/python -m benchmarks.quantization --prompts 200
+
+gpu-dry: $(STAMP) ## Every stage of the GPU program, at tiny shapes on this CPU
+	$(BIN)/python -m benchmarks.gpu_stages runs/gpu-dry/h200 --dry --plan h200
+	$(BIN)/python -m benchmarks.gpu_stages runs/gpu-dry/h100 --dry --plan h100 --only speed-1-fp8 profile default-service
+	$(BIN)/python -m benchmarks.gpu_stages runs/gpu-dry/two --dry --plan two --only nccl-channel
 
 chaos: $(STAMP) ## Kill, hang, cut and slow everything under 30 streams
 	$(BIN)/python -m benchmarks.chaos

@@ -64,10 +64,12 @@ class _Shape:
     many: int = 128
     tests: tuple[str, ...] = TEST_FILES
     prompt: int = 3000
+    verified: tuple[str, ...] = ()
 
     @classmethod
     def tiny(cls) -> _Shape:
-        return cls("tiny", "cpu", (1, 2, 4), 6, DRY_TEST_FILES, 70)
+        few = ("--kinds", "extend", "score")
+        return cls("tiny", "cpu", (1, 2), 3, DRY_TEST_FILES, 70, few)
 
     def program(self, name: str, *arguments: object) -> tuple[str, ...]:
         """One of the programs beside this file."""
@@ -90,10 +92,8 @@ def _checks(shape: _Shape) -> Stage:
     pytest = (sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", ".")
     options = ("-p", "no:cacheprovider", "-m", "not slow", "-rf", "--tb=short", "--maxfail=8")
     tests = [(*pytest, *options, name) for name in shape.tests]
-    verify = [
-        (sys.executable, "-m", "benchmarks.gpu.verify", "--device", shape.device, name)
-        for name in (_GOLDEN if shape.device == "cuda" else _GOLDEN[1:])
-    ]
+    replay = (sys.executable, "-m", "benchmarks.gpu.verify", "--device", shape.device, "--folder")
+    verify = [(*replay, name, *shape.verified) for name in _GOLDEN]
     return Stage("checks", 150, (*verify, *tests), workers=8)
 
 
@@ -116,14 +116,14 @@ def _profile(shape: _Shape, *more: object) -> Stage:
 
 
 def _default_service(shape: _Shape, *more: object) -> Stage:
-    few = shape.rows[-1] if shape.device == "cuda" else 8
+    few = shape.rows[-1] if shape.device == "cuda" else 5
     arguments = ("--preset", shape.preset, "--rows", few, "--prompt", shape.prompt, *more)
     return Stage("default-service", 120, (shape.program("default_service", *arguments),))
 
 
 def _tune(shape: _Shape) -> list[Stage]:
     """Tilings of kernels by time; processes side by side have compiled them before."""
-    rows = shape.rows[:3] if shape.device == "cuda" else shape.rows[:1]
+    rows = shape.rows if shape.device == "cuda" else shape.rows[:1]
     many = _COMPILERS if shape.device == "cuda" else 1
 
     def program(kernel: str, *more: object) -> tuple[str, ...]:

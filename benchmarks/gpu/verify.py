@@ -1,4 +1,4 @@
-"""Replays a recorded folder on a device: `python -m benchmarks.gpu.verify --device cuda tiny_a`."""
+"""Replays a recorded folder on a device: `python -m benchmarks.gpu.verify --folder tiny_a`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ GOLDEN = Path(__file__).parents[2] / "tests" / "golden"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("folders", nargs="+")
+    parser.add_argument("--kinds", nargs="*", default=(), help="kinds of cases; all without")
+    parser.add_argument("--folder", nargs="+", required=True)
     args = parser.parse_args()
-    results = [verify_folder(GOLDEN / name, args.device) for name in args.folders]
+    results = [verify_folder(GOLDEN / name, args.device, kinds=args.kinds) for name in args.folder]
     return int(not all(results))
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from twotower.bench import suite
 from twotower.bench.options import SECTIONS, BenchOptions, defaults_for
+from twotower.bench.random_towers import TowerMaker
 from twotower.bench.report import Report
 from twotower.bench.suite import Step, run_suite, steps
 from twotower.bench.workbench import Workbench
@@ -88,6 +89,24 @@ def test_a_failure_costs_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert written["scans"] == [{"scans": 7}]
     assert written == json.loads(json.dumps(report.to_dict()))
     assert [path.name for path in out.parent.iterdir()] == ["bench.json"]
+
+
+def test_towers_that_do_not_fit_cost_no_ceilings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As on a card that is smaller than both towers."""
+
+    def too_large(_: TowerMaker) -> None:
+        raise MemoryError("tried to allocate 63 GB")
+
+    monkeypatch.setattr(TowerMaker, "denoiser", too_large)
+    report = run_suite(QUICK, tmp_path / "bench.json", lambda _: None)
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert written == json.loads(json.dumps(report.to_dict()))
+    assert written["ceilings"]["bytes_per_s"] > 0
+    (step,) = written["steps"]
+    assert (step["step"], step["status"]) == ("setup", "failed")
+    assert step["reason"] == "MemoryError: tried to allocate 63 GB"
 
 
 @pytest.mark.parametrize(

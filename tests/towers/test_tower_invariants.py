@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from tests.comparing import BATCH_SIZES, assert_relative_rms, assert_same_bits
 from twotower.kernels import dispatch
 from twotower.kernels.rows import Rows
-from twotower.towers.backbone import TowerPass
+from twotower.towers.backbone import Tower, TowerPass
 from twotower.towers.context import ContextTower
 from twotower.towers.denoiser import DenoiserTower, timestep_features
 from twotower.towers.memory import PAGE_TOKENS, StatePool
@@ -416,3 +417,27 @@ def test_an_observer_sees_every_layer_and_changes_nothing(
     names = {f"{name}.{i}" for i in layers for name in ("hidden_in", "mixer_in")}
     assert set(seen) == names | {"hidden_out"}
     assert set(seen.values()) == {(8, denoiser_tower.config.hidden_size)}
+
+
+@pytest.fixture
+def bf16_sums() -> Iterator[None]:
+    """Torch may sum parts of bf16 products in bf16, as it does unless told otherwise."""
+    products = torch.backends.cuda.matmul
+    before = products.allow_bf16_reduced_precision_reduction
+    products.allow_bf16_reduced_precision_reduction = True
+    yield
+    products.allow_bf16_reduced_precision_reduction = before
+
+
+@pytest.mark.usefixtures("bf16_sums")
+def test_on_a_gpu_partial_sums_stay_in_fp32(context_tower: ContextTower) -> None:
+    products = torch.backends.cuda.matmul
+    Tower(context_tower.config, context_tower.weights)
+    assert products.allow_bf16_reduced_precision_reduction
+
+    class OnCuda:
+        device, dtype = torch.device("cuda"), torch.bfloat16
+
+    weights = replace(context_tower.weights, embedding=cast(Tensor, OnCuda()))
+    Tower(context_tower.config, weights)
+    assert not products.allow_bf16_reduced_precision_reduction

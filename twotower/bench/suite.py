@@ -21,7 +21,7 @@ from twotower.bench.report import Report
 from twotower.bench.scans import count_bad_scans
 from twotower.bench.single_passes import measure_attention, measure_baseline, measure_breakdown
 from twotower.bench.speed import Diffusion, measure_speed, measure_verified
-from twotower.bench.workbench import Workbench
+from twotower.bench.workbench import Workbench, device_ceilings
 
 HEADLINE = Diffusion("headline", in_step=True)
 HEADLINE_CONTINUOUS = Diffusion("headline", in_step=False)
@@ -41,10 +41,19 @@ def run_suite(options: BenchOptions, out: Path | None, say: Callable[[str], None
     deadline = time.monotonic() + 60.0 * options.minutes
     report = Report(asdict(options), hardware(torch.device(options.device)))
     begun = time.monotonic()
-    bench = Workbench(options)
-    report.ceilings = asdict(bench.ceilings)
-    report.ended("setup", time.monotonic() - begun)
+    ceilings = device_ceilings(options)
+    report.ceilings = asdict(ceilings)
     say(_on_what(report))
+    try:
+        bench = Workbench(options, ceilings)
+    except Exception as error:
+        # Towers that do not fit must not cost what is known of the device.
+        report.failed("setup", error)
+        say(report.last_step())
+        if out is not None:
+            report.write(out)
+        return report
+    report.ended("setup", time.monotonic() - begun)
     if options.experts != "full" and "baseline" in options.sections:
         report.left_out("plain PyTorch", f"{options.experts} experts have no plain product")
     try:

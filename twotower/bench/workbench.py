@@ -37,18 +37,25 @@ class PassFloor:
     works: tuple[Work, ...]
 
 
+def device_ceilings(options: BenchOptions) -> Ceilings:
+    """What the device of a benchmark reaches; leaves its memory as it was."""
+    device = torch.device(options.device)
+    ceilings = measure_ceilings(device, parse_dtype(options.dtype))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return ceilings
+
+
 class Workbench:
     """Both towers on one device, with a pool for the largest of all measurements."""
 
-    def __init__(self, options: BenchOptions) -> None:
+    def __init__(self, options: BenchOptions, ceilings: Ceilings | None = None) -> None:
         self.options = options
         self.config = PRESETS[options.preset]
         self.device = torch.device(options.device)
         self.dtype = parse_dtype(options.dtype)
         # Before the towers take the memory.
-        self.ceilings: Ceilings = measure_ceilings(self.device, self.dtype)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.ceilings = ceilings or device_ceilings(options)
         # States are drawn from the default generator.
         torch.manual_seed(options.seed)
         generator = torch.Generator(self.device).manual_seed(options.seed)
