@@ -102,9 +102,19 @@ def alive(process: int) -> bool:
     return Path(f"/proc/{process}").exists()
 
 
+def running(process: int) -> bool:
+    """Whether it still does anything. One that has ended and was killed together with its parent
+    waits for the machine's first process to take its code, which may be busy."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_bytes()
+    except OSError:
+        return False
+    return stat.rpartition(b")")[2].split()[0] != b"Z"
+
+
 def await_gone(processes: list[int]) -> None:
     begin = time.monotonic()
-    while left := [one for one in processes if alive(one)]:
+    while left := [one for one in processes if running(one)]:
         assert time.monotonic() - begin < 5, left
         time.sleep(0.02)
 
