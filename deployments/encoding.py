@@ -14,7 +14,7 @@ from threading import BoundedSemaphore
 from typing import TypeVar
 
 from twotower.towers.errors import InvalidRequestError, QueueFullError
-from twotower.towers.tokenizer import Tokenizer
+from twotower.towers.tokenizer import Tokenizer, text_ids
 
 T = TypeVar("T")
 # Read where it is: it takes a fraction of a millisecond, about what a thread costs.
@@ -61,15 +61,12 @@ class TextReader:
     async def encode(self, field: str, text: str) -> list[int]:
         """The ids of a request's text.
 
-        Raises InvalidRequestError without a tokenizer and for a text that is too long,
-        QueueFullError if too many wait.
+        Raises InvalidRequestError without a tokenizer and for a text that is too long or that it
+        cannot spell, QueueFullError if too many wait.
         """
-        tokenizer = self._tokenizer
-        if tokenizer is None:
-            raise InvalidRequestError(field, "text", "token ids, as this model has no tokenizer")
         size = len(text.encode())
         self._check_size(field, size)
-        token_ids = await self.run(size, lambda: tokenizer.encode(text))
+        token_ids = await self.run(size, lambda: text_ids(self._tokenizer, field, text))
         self.check_count(field, len(token_ids))
         return token_ids
 

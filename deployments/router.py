@@ -189,9 +189,8 @@ class Router:
         codec.check_size(request, self._max_message)
         token_ids = await codec.token_ids_of(request, "input", self._reader)
         check_ids("input", token_ids, self._model.vocab_size)
-        if not 1 <= len(token_ids) <= self._max_context:
-            limit = f"1 to {self._max_context} tokens"
-            raise InvalidRequestError("input", f"{len(token_ids)} tokens", limit)
+        if not token_ids:
+            raise InvalidRequestError("input", [], "at least 1 token")
         return codec.score_response(token_ids, await self._attempts.score(token_ids))
 
     async def _health(self, service: str) -> int:

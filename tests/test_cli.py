@@ -20,7 +20,6 @@ from twotower.towers.protocols import Block
 
 GOLDEN = Path(__file__).parent / "golden"
 INT_KEY = Path(__file__).parent / "data" / "faults" / "int_key.yaml"
-NOBODY = ("--target", "127.0.0.1:1")
 
 
 def test_help_needs_no_heavy_import() -> None:
@@ -65,16 +64,7 @@ def test_each_command_explains_itself(command: str) -> None:
         (["generate", "x", "--model", str(GOLDEN / "tiny_a")], "a model that has a tokenizer"),
         (["generate", "x", "--model", "no-such-folder"], "no-such-folder"),
         (["generate", "x", "--target", "127.0.0.1:1"], "UNAVAILABLE"),
-        (["generate", "x", "--target", "a\udcff"], "target[1]: got '\\udcff', expected text"),
-        (["generate", "a\udcffb"], "prompt[1]: got '\\udcff', expected text that can be encoded"),
-        (["generate", "a\udcff", *NOBODY], "prompt[1]: got '\\udcff', expected text"),
-        (["generate", "x", "--stop", "\udcff"], "stop[0][0]: got '\\udcff', expected text"),
-        (["generate", "x", "--stop", "\udcff", *NOBODY], "stop[0][0]: got '\\udcff', expected"),
-        (["generate", "x", "--seed", str(2**70)], f"seed: got {2**70}, expected a whole number"),
-        (["generate", "x", "--seed", str(2**70), *NOBODY], f"seed: got {2**70}, expected a whole"),
-        (["generate", "x", "--top-k", str(2**31), *NOBODY], "top_k: got 2147483648, expected"),
         (["generate", "x", "--max-tokens", str(2**70)], f"max_tokens: got '1 prompt + {2**70} new"),
-        (["generate", "x", "--temperature", "1e400"], "temperature: got inf, expected a finite"),
         (["serve", "--max-num-seqs", "0"], "max_num_seqs"),
         (["serve", "--config", str(INT_KEY)], "1: got a key of type int, expected a name"),
         (["verify", str(GOLDEN)], "error: "),

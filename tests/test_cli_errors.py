@@ -130,7 +130,6 @@ CASES: list[tuple[list[str], str]] = [
             ("--steps-per-block", "0"),
             ("--top-k", "-1"),
             ("--seed", "-1"),
-            ("--seed", HUGE),
             ("--draft-steps", HUGE),
             ("--min-tokens", HUGE),
             ("--min-steps-per-block", HUGE),
@@ -148,7 +147,7 @@ CASES: list[tuple[list[str], str]] = [
     *[
         (
             [*REMOTE, option, value],
-            f"{option[2:].replace('-', '_')}: got {value}, expected a number",
+            f"{option[2:].replace('-', '_')}: got {value}, expected a whole number of at least -",
         )
         for option, value in (
             ("--max-tokens", LARGE),
@@ -315,6 +314,10 @@ CASES: list[tuple[list[str], str]] = [
     (["bench", "--nonsense"], "unrecognized arguments: --nonsense"),
     (["generate", "a\udcff"], "argument 2: got 'a\\udcff', expected UTF-8"),
     ([*GENERATE, "--stop", "\udcff"], "--stop: got '\\udcff', expected UTF-8"),
+    ([*GENERATE, "--target=a\udcff"], "--target: got 'a\\udcff', expected UTF-8"),
+    ([*GENERATE, "--stop", "\udcff" * 9000], "..., expected UTF-8"),
+    ([*GENERATE, "--target", "x" * 9000], "..., expected host:port"),
+    ([*GENERATE, "--seed", HUGE], f"seed: got {HUGE}, expected a whole number of at least 0, at "),
 ]
 
 

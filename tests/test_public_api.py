@@ -260,7 +260,7 @@ async def test_it_works_inside_an_event_loop(model: TwoTower) -> None:
         ([["text"]], {}, r"prompt\[0\]"),
         (torch.tensor([[1.0, 2.0]]), {}, r"prompt\[0\]"),
         (np.array([[True]]), {}, r"prompt\[0\]"),
-        (["a\ud83d"], {}, "prompt"),
+        (["a\ud83d"], {}, r"prompt\[1\]"),
         ([PROMPT], {"max_tokens": np.bool_(True)}, "max_tokens"),
         ([PROMPT], {"eos_token_id": torch.tensor([1])}, "eos_token_id"),
         ([PROMPT], {"max_tokens": 0}, "max_tokens"),
@@ -313,7 +313,7 @@ def test_decoding(model: TwoTower) -> None:
     for wrong in ([-1], [last], np.array([1.0]), [True], [2**70]):
         with pytest.raises(InvalidRequestError, match=rf"^token_ids\[0\]: got .*0\.\.{last - 1}$"):
             writing.decode(wrong)
-    with pytest.raises(InvalidRequestError, match="the model has no tokenizer"):
+    with pytest.raises(InvalidRequestError, match="this model has no tokenizer"):
         model.decode(PROMPT)
 
 

@@ -56,11 +56,15 @@ class UnavailableError(TwoTowerError):
     """A tower, its link or its replica is gone or does not answer."""
 
 
+def cut_off(text: str, limit: int) -> str:
+    """A text of at most so many characters."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 def shorten(value: object, limit: int = 80) -> str:
     """A value as an error shows it."""
     if isinstance(value, int) and value.bit_length() > _MOST_BITS:
         # Python does not write out a number of more than 4,300 digits.
         return f"a whole number of {value.bit_length()} bits"
     # Not all of a text of megabytes, of which little is shown.
-    text = repr(value[:limit] if isinstance(value, str) else value)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return cut_off(repr(value[:limit] if isinstance(value, str) else value), limit)

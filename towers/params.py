@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import secrets
-import sys
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 from twotower.towers.errors import InvalidRequestError
-from twotower.towers.token_ids import check_ids, check_text, plain_number
+from twotower.towers.number_checks import check_real, check_whole
+from twotower.towers.token_ids import check_ids, check_text, plain_number, text_list
 
 Mode = Literal["mask_diffusion", "ar", "mock_ar", "verified"]
 FinishReason = Literal["stop", "length"]
@@ -20,7 +19,6 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 SEED_BITS = 63
 _NO_NUMBERS = ("mode", "stop")
-_STOP_LIMIT = f"a list of at most {MAX_STOP_STRINGS} strings"
 
 
 @dataclass(frozen=True)
@@ -64,31 +62,30 @@ class GenerationParams:
                 object.__setattr__(self, field.name, number)
         if self.mode not in MODES:
             raise InvalidRequestError("mode", self.mode, f"one of {', '.join(MODES)}")
-        _whole("max_tokens", self.max_tokens, 1)
-        _whole("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
-        _whole("steps_per_block", self.steps_per_block, 1)
-        _real("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
-        _real("temperature", self.temperature, 0.0)
+        check_whole("max_tokens", self.max_tokens, 1)
+        check_whole("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
+        check_whole("steps_per_block", self.steps_per_block, 1)
+        check_real("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
+        check_real("temperature", self.temperature, 0.0)
         if self.top_k is not None:
-            _whole("top_k", self.top_k, 1)
+            check_whole("top_k", self.top_k, 1)
         if self.top_p is not None:
-            _real("top_p", self.top_p, 0.0, 1.0, open_below=True)
+            check_real("top_p", self.top_p, 0.0, 1.0, open_below=True)
         if self.min_p is not None:
-            _real("min_p", self.min_p, 0.0, 1.0)
+            check_real("min_p", self.min_p, 0.0, 1.0)
         if self.seed is not None:
-            _whole("seed", self.seed, 0, 2**SEED_BITS - 1)
+            check_whole("seed", self.seed, 0, 2**SEED_BITS - 1)
         if self.eos_token_id is not None:
-            _whole("eos_token_id", self.eos_token_id, 0)
-        _whole("draft_steps", self.draft_steps, 1, MAX_BLOCK_SIZE)
-        _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
+            check_whole("eos_token_id", self.eos_token_id, 0)
+        check_whole("draft_steps", self.draft_steps, 1, MAX_BLOCK_SIZE)
+        check_whole("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.min_steps_per_block is not None:
-            _whole("min_steps_per_block", self.min_steps_per_block, 1, self.steps_per_block)
+            check_whole("min_steps_per_block", self.min_steps_per_block, 1, self.steps_per_block)
         if self.min_confidence_threshold is not None:
             high = self.confidence_threshold
-            _real("min_confidence_threshold", self.min_confidence_threshold, 0.0, high)
-        _whole("eos_from", self.eos_from, 0)
-        _check_stop(self.stop)
-        object.__setattr__(self, "stop", tuple(self.stop))
+            check_real("min_confidence_threshold", self.min_confidence_threshold, 0.0, high)
+        check_whole("eos_from", self.eos_from, 0)
+        object.__setattr__(self, "stop", _checked_stop(self.stop))
 
     def with_seed(self) -> GenerationParams:
         """The same parameters with a seed: the given one, or one drawn now."""
@@ -181,35 +178,15 @@ def row_key(seed: int, choice: int = 0) -> int:
 def check_stop_count(count: int) -> None:
     """Raises InvalidRequestError for more stop strings than a request may have."""
     if count > MAX_STOP_STRINGS:
-        raise InvalidRequestError("stop", f"{count} strings", _STOP_LIMIT)
+        raise InvalidRequestError("stop", f"{count} strings", f"at most {MAX_STOP_STRINGS} strings")
 
 
-def _check_stop(stop: object) -> None:
-    if not isinstance(stop, list | tuple):
-        raise InvalidRequestError("stop", stop, _STOP_LIMIT)
-    check_stop_count(len(stop))
-    for index, text in enumerate(stop):
+def _checked_stop(stop: object) -> tuple[str, ...]:
+    strings = text_list("stop", stop)
+    check_stop_count(len(strings))
+    for index, text in enumerate(strings):
         if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_LENGTH:
             length = f"a string of 1 to {MAX_STOP_LENGTH} characters"
             raise InvalidRequestError(f"stop[{index}]", text, length)
         check_text(f"stop[{index}]", text)
-
-
-def _whole(field: str, value: object, low: int, high: int | None = None) -> None:
-    limit = f"a whole number of at least {low}" + ("" if high is None else f", at most {high}")
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequestError(field, value, limit)
-    if value < low or (high is not None and value > high):
-        raise InvalidRequestError(field, value, limit)
-
-
-def _real(
-    field: str, value: object, low: float, high: float = math.inf, open_below: bool = False
-) -> None:
-    bracket = "(" if open_below else "["
-    limit = f"a finite number in {bracket}{low:g}, {high:g}]"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidRequestError(field, value, limit)
-    largest = min(high, sys.float_info.max)  # a NaN and a whole number beyond a float fail too
-    if not low <= value <= largest or (open_below and value == low):
-        raise InvalidRequestError(field, value, limit)
+    return tuple(strings)

@@ -1,4 +1,4 @@
-"""Token ids and numbers as callers have them: Python's, numpy's or torch's, one row or several.
+"""Token ids, numbers and texts as callers have them: Python's, numpy's or torch's, one or several.
 
 Needs neither library: arrays and tensors are told by their shape.
 """
@@ -26,6 +26,8 @@ TokenIds = Sequence[SupportsIndex] | Array
 Prompt = str | TokenIds
 # Iterable, but not in an order that is their ids', or not of ids at all.
 _NO_ROWS = (str, bytes, bytearray, Mapping, Set)
+IDS = "a list or array of token ids"
+PROMPT = f"a text, or {IDS}"
 
 
 def plain_number(value: object) -> object:
@@ -33,15 +35,16 @@ def plain_number(value: object) -> object:
     return value.tolist() if _is_array(value) and not _shape(value) else value  # type: ignore[attr-defined]
 
 
-def id_row(field: str, value: object) -> list[int]:
+def id_row(field: str, value: object, limit: str = IDS) -> list[int]:
     """One row of ids: any sequence of numbers, or an array [n] or [1, n].
 
-    What the numbers are is checked later. Raises InvalidRequestError for anything else.
+    What the numbers are is checked later. Raises InvalidRequestError for anything else, with the
+    `limit`: PROMPT where a text would do too.
     """
     if _is_array(value):
         return _array_row(field, value)
     if isinstance(value, _NO_ROWS) or not isinstance(value, Iterable):
-        raise InvalidRequestError(field, value, "a list or array of token ids")
+        raise InvalidRequestError(field, value, limit)
     return [plain_number(token) for token in value]  # type: ignore[misc]  # checked against limits
 
 
@@ -62,6 +65,17 @@ def prompt_rows(prompts: object) -> list[Any]:
     if isinstance(prompts, _NO_ROWS) or not isinstance(prompts, Iterable):
         raise InvalidRequestError("prompts", prompts, limit)
     return list(prompts)
+
+
+def text_list(field: str, value: object) -> Sequence[Any]:
+    """Several texts; what each of them is is checked later.
+
+    Raises InvalidRequestError for what is no list. A text is a sequence of texts too, but nobody
+    means its letters.
+    """
+    if isinstance(value, str | bytes | bytearray) or not isinstance(value, Sequence):
+        raise InvalidRequestError(field, value, "a list of strings")
+    return value
 
 
 def check_ids(field: str, ids: Sequence[object], vocab_size: int) -> None:

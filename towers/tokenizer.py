@@ -9,8 +9,9 @@ from typing import Protocol
 
 from tokenizers import Tokenizer as Library
 
-from twotower.towers.errors import CheckpointError
+from twotower.towers.errors import CheckpointError, InvalidRequestError
 from twotower.towers.fast_tokenizer import REPLACEMENT, FastTokenizer, is_panic
+from twotower.towers.token_ids import check_text
 
 TOKENIZER_FILE = "tokenizer.json"
 # Of the text so far, decoding begins anew with the last few tokens once there are many.
@@ -44,6 +45,18 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
 
         return read_hub_tokenizer(folder)
     return None
+
+
+def text_ids(tokenizer: Tokenizer | None, field: str, text: str) -> list[int]:
+    """Token ids of the text in a request's field. Raises InvalidRequestError, naming the field,
+    for a text that has none, and without a tokenizer."""
+    check_text(field, text)
+    if tokenizer is None:
+        raise InvalidRequestError(field, text, "token ids, as this model has no tokenizer")
+    try:
+        return tokenizer.encode(text)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(field, error.value, error.limit) from None
 
 
 def _read_file(path: Path) -> Tokenizer:

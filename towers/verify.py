@@ -28,7 +28,7 @@ from twotower.towers.context import ContextTower
 from twotower.towers.context_engine import ContextEngine
 from twotower.towers.denoiser import DenoiserTower, timestep_features
 from twotower.towers.denoiser_engine import DenoiserEngine
-from twotower.towers.errors import CheckpointError
+from twotower.towers.errors import CheckpointError, cut_off
 from twotower.towers.generation import generate_blocks
 from twotower.towers.link import LocalLink
 from twotower.towers.params import GenerationParams, Mode
@@ -74,7 +74,9 @@ class CaseReport:
         """Compares token ids and counts exactly."""
         self.checks += 1
         if got != want:
-            self.misses.append(f"{name}: got {_short(got)}, expected {_short(want)}")
+            self.misses.append(
+                f"{name}: got {cut_off(str(got), 60)}, expected {cut_off(str(want), 60)}"
+            )
 
     def line(self) -> str:
         """One line for the terminal."""
@@ -441,8 +443,3 @@ def _greedy(logits: Tensor, mask_token_id: int) -> Lines:
 def _up_to_eos(tokens: list[int], eos_token_id: int | None) -> list[int]:
     """The reference goes on to the end of the block; a row ends at its first EOS."""
     return tokens[: tokens.index(eos_token_id) + 1] if eos_token_id in tokens else tokens
-
-
-def _short(value: object, limit: int = 60) -> str:
-    text = str(value)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -23,15 +23,15 @@ from twotower.towers.output_text import OutputText
 from twotower.towers.params import FinishReason, GenerationParams, Mode
 from twotower.towers.protocols import Block
 from twotower.towers.token_ids import (
+    PROMPT,
     Array,
     Prompt,
     TokenIds,
     check_ids,
-    check_text,
     id_row,
     prompt_rows,
 )
-from twotower.towers.tokenizer import Tokenizer, load_tokenizer
+from twotower.towers.tokenizer import Tokenizer, load_tokenizer, text_ids
 from twotower.towers.weights import parse_device, parse_dtype, resolve_checkpoint
 
 Device = str | torch.device
@@ -176,11 +176,8 @@ class TwoTower:
         """Token ids of a prompt: of a text those that the tokenizer gives, with the special tokens
         that it puts around one; ids as a list. Raises InvalidRequestError."""
         if not isinstance(prompt, str):
-            return id_row("prompt", prompt)
-        check_text("prompt", prompt)
-        if self.tokenizer is None:
-            raise InvalidRequestError("prompt", prompt, "token ids: the model has no tokenizer")
-        return self.tokenizer.encode(prompt)
+            return id_row("prompt", prompt, PROMPT)
+        return text_ids(self.tokenizer, "prompt", prompt)
 
     def decode(self, token_ids: TokenIds) -> str:
         """The text of token ids ([n] or [1, n]), without special tokens. Raises
@@ -188,7 +185,7 @@ class TwoTower:
         ids = id_row("token_ids", token_ids)
         check_ids("token_ids", ids, self.config.vocab_size)
         if self.tokenizer is None:
-            raise InvalidRequestError("token_ids", ids, "none: the model has no tokenizer")
+            raise InvalidRequestError("token_ids", ids, "none, as this model has no tokenizer")
         return self.tokenizer.decode(ids)
 
     async def _generate_rows(

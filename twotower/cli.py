@@ -382,7 +382,6 @@ def _generate_remotely(
     from twotower.client import Client
 
     _check_target(target)
-    _check_fields(sampling)
     begin = time.perf_counter()
     with Client(target) as client:
         stream = client.generate(prompt, **sampling, ignore_eos=ignore_eos, logprobs=logprobs)
@@ -399,27 +398,17 @@ def _generate_remotely(
 
 
 def _check_target(target: str) -> None:
-    """`host:port`, or what gRPC knows by a scheme. Raises ValueError for anything else: gRPC would
-    try port 443, or 65535 for -1."""
+    """`host:port`, or what gRPC knows by a scheme. Raises InvalidRequestError for anything else:
+    gRPC would try port 443, or 65535 for -1."""
+    from twotower.towers.errors import InvalidRequestError
+
     if target.startswith(_GRPC_SCHEMES):
         return
     host, _, port = target.rpartition(":")
     bare = ":" in host and not host.startswith("[")
     known = port.isascii() and port.isdecimal() and 1 <= int(port[:6]) <= 65535
     if not host.isascii() or not host or bare or not known:
-        raise ValueError(f"target: got {target!r}, expected host:port")
-
-
-def _check_fields(sampling: dict[str, Any]) -> None:
-    """The service's limits are its own; a number must fit into the message. Raises ValueError."""
-    from twotower.protos.v1.generation_pb2 import SamplingParams
-
-    for name, value in sampling.items():
-        try:
-            SamplingParams(**{name: value})
-        except ValueError:
-            bits = 64 if name == "seed" else 32
-            raise ValueError(f"{name}: got {value!r}, expected a number of {bits} bits") from None
+        raise InvalidRequestError("target", target, "host:port")
 
 
 def _generate_here(

@@ -16,6 +16,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from twotower.towers.errors import TwoTowerError, cut_off, shorten
+
 WRONG, UNWRITTEN, INTERRUPTED = 2, 1, 130
 # Beyond this a line is no help.
 _MOST_CHARACTERS = 600
@@ -57,15 +59,21 @@ def _check_text(arguments: Sequence[str]) -> None:
         try:
             argument.encode("utf-8")
         except UnicodeEncodeError:
-            before = arguments[index - 1] if index else ""
-            name = before if before.startswith("--") else f"argument {index + 1}"
-            raise ValueError(f"{name}: got {argument!r}, expected UTF-8") from None
+            name, value = _named(index, arguments)
+            raise ValueError(f"{name}: got {shorten(value)}, expected UTF-8") from None
+
+
+def _named(index: int, arguments: Sequence[str]) -> tuple[str, str]:
+    """An argument as an option's value, as far as can be told before they are parsed."""
+    argument, before = arguments[index], arguments[index - 1] if index else ""
+    option, equals, value = argument.partition("=")
+    if equals and option.startswith("--") and option.isprintable():
+        return option, value
+    return before if before.startswith("--") else f"argument {index + 1}", argument
 
 
 def _shown(error: Exception) -> int:
     """Says what was wrong and returns the exit code. Raises the error if it is not a user's."""
-    from twotower.towers.errors import TwoTowerError
-
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         return _shown_usage(error)
     if isinstance(error, OSError):
@@ -108,9 +116,7 @@ def _os_error(error: OSError) -> str:
 def _say(text: str) -> None:
     """One line, whatever is in it."""
     line = "".join(part if part.isprintable() else ascii(part)[1:-1] for part in text)
-    if len(line) > _MOST_CHARACTERS:
-        line = f"{line[: _MOST_CHARACTERS - 3]}..."
-    typer.echo(line, err=True)
+    typer.echo(cut_off(line, _MOST_CHARACTERS), err=True)
 
 
 def _give_up_stdout() -> None:

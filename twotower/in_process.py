@@ -15,8 +15,7 @@ from twotower.towers.limits import limit_threads
 from twotower.towers.link import load_engines
 from twotower.towers.output_text import OutputText
 from twotower.towers.params import GenerationParams
-from twotower.towers.token_ids import check_text
-from twotower.towers.tokenizer import load_tokenizer
+from twotower.towers.tokenizer import load_tokenizer, text_ids
 from twotower.towers.weights import parse_device, parse_dtype
 
 
@@ -38,9 +37,8 @@ class InProcessModel:
         """
         if self._tokenizer is None:
             raise InvalidRequestError("prompt", prompt, "a model that has a tokenizer")
-        check_text("prompt", prompt)
         config = self._context.tower.config
-        token_ids = self._tokenizer.encode(prompt)
+        token_ids = text_ids(self._tokenizer, "prompt", prompt)
         eos = None if ignore_eos else config.eos_token_id
         params = replace(params, eos_token_id=eos).with_seed()
         params.check_row(token_ids, config.vocab_size, config.max_position_embeddings, [])

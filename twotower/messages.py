@@ -10,8 +10,8 @@ import grpc
 
 from twotower.deployments.refusals import client_status, retry_after_of
 from twotower.protos.v1 import generation_pb2 as pb
-from twotower.towers.errors import InvalidRequestError, TwoTowerError
-from twotower.towers.token_ids import Prompt, TokenIds
+from twotower.towers.errors import TwoTowerError
+from twotower.towers.token_ids import PROMPT, Prompt, TokenIds, text_list
 from twotower.wire_values import checked_ids, checked_scalars, checked_text
 
 
@@ -180,11 +180,9 @@ def service_error(error: Any) -> ServiceError:
 def _input_of(field: str, prompt: Prompt) -> dict[str, Any]:
     if isinstance(prompt, str):
         return {"text": checked_text(field, prompt)}
-    return {"tokens": pb.TokenIds(ids=checked_ids(field, prompt))}
+    return {"tokens": pb.TokenIds(ids=checked_ids(field, prompt, PROMPT))}
 
 
-def _texts(stop: Sequence[str]) -> Sequence[str]:
-    if isinstance(stop, str) or not isinstance(stop, Sequence):
-        # A string is a sequence of strings too: each of its letters would end the output.
-        raise InvalidRequestError("stop", stop, "a list of strings")
-    return [checked_text(f"stop[{index}]", text) for index, text in enumerate(stop)]
+def _texts(stop: Sequence[str]) -> list[str]:
+    given = text_list("stop", stop)
+    return [checked_text(f"stop[{index}]", text) for index, text in enumerate(given)]

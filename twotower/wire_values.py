@@ -12,7 +12,8 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 
 from twotower.towers.errors import InvalidRequestError
-from twotower.towers.token_ids import check_ids, check_text, id_row, plain_number
+from twotower.towers.number_checks import check_whole, is_real
+from twotower.towers.token_ids import IDS, check_ids, check_text, id_row, plain_number
 
 _BITS = {FieldDescriptor.TYPE_INT32: 32, FieldDescriptor.TYPE_INT64: 64}
 _ID_VALUES = 2**31
@@ -36,12 +37,13 @@ def checked_text(field: str, value: object) -> str:
     return value
 
 
-def checked_ids(field: str, value: object) -> list[int]:
+def checked_ids(field: str, value: object, limit: str = IDS) -> list[int]:
     """Token ids that can be sent, from a list, an array or a tensor [n] or [1, n].
 
-    Which of them a model has is the service's to say. Raises InvalidRequestError.
+    Which of them a model has is the service's to say. Raises InvalidRequestError, with `limit`
+    for what are no ids at all.
     """
-    ids = id_row(field, value)
+    ids = id_row(field, value, limit)
     check_ids(field, ids, _ID_VALUES)
     return ids
 
@@ -50,9 +52,9 @@ def checked_seconds(field: str, value: float | None) -> float | None:
     """A time limit; None and infinity are none. Raises InvalidRequestError."""
     if value is None:
         return None
-    number = _real(field, value)
+    number = _real(field, plain_number(value))
     if not number >= 0:
-        raise InvalidRequestError(field, value, "a number of seconds, at least 0")
+        raise InvalidRequestError(field, plain_number(value), "a number of seconds, at least 0")
     # gRPC keeps a deadline as 64 bits of nanoseconds.
     return number if number < _LONGEST_S else None
 
@@ -60,7 +62,9 @@ def checked_seconds(field: str, value: float | None) -> float | None:
 def _checked(field: FieldDescriptor, given: Any) -> Any:
     value: Any = plain_number(given)
     if field.type in _BITS:
-        return _whole(field.name, value, _BITS[field.type])
+        most = 1 << _BITS[field.type] - 1
+        check_whole(field.name, value, -most, most - 1)
+        return value
     if field.type == FieldDescriptor.TYPE_DOUBLE:
         return _real(field.name, value)
     if field.type == FieldDescriptor.TYPE_BOOL:
@@ -70,26 +74,10 @@ def _checked(field: FieldDescriptor, given: Any) -> Any:
     return checked_text(field.name, value)
 
 
-def _whole(field: str, value: Any, bits: int) -> int:
-    limit = f"a whole number in [{-(1 << bits - 1)}, {(1 << bits - 1) - 1}]"
-    try:
-        # As range() takes it, numpy's whole numbers included; a bool is none.
-        number = int(value.__index__())
-    except (AttributeError, TypeError):
-        raise InvalidRequestError(field, value, limit) from None
-    if isinstance(value, bool) or not _fits(number, bits):
-        raise InvalidRequestError(field, value, limit)
-    return number
-
-
 def _real(field: str, value: Any) -> float:
     try:
-        if isinstance(value, bool | str | bytes):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise InvalidRequestError(field, value, "a number that a double can hold") from None
-
-
-def _fits(number: int, bits: int) -> bool:
-    return -(1 << bits - 1) <= number < 1 << bits - 1
+        if is_real(value):
+            return float(value)
+    except OverflowError:
+        pass
+    raise InvalidRequestError(field, value, "a number that a double can hold")

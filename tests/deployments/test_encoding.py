@@ -55,6 +55,16 @@ async def test_what_turns_out_to_be_too_long_is_refused() -> None:
         await reader.encode("input", "a" * 6464)
 
 
+async def test_what_the_tokenizer_refuses_is_refused_by_the_name_of_the_field() -> None:
+    class Fussy(Slow):
+        def encode(self, text: str) -> list[int]:
+            raise InvalidRequestError("text", text, "a text that can be spelled")
+
+    for text in ("a", SHORT):
+        with pytest.raises(InvalidRequestError, match=r"^input: got 'a.*, expected a text that"):
+            await TextReader(Fussy(), None, 100).encode("input", text)
+
+
 async def test_long_texts_hold_up_neither_the_loop_nor_shorter_ones() -> None:
     slow = Slow()
     reader = TextReader(slow, None, 10_000)

@@ -288,7 +288,7 @@ BIG = [
         "generated_token_ids: got '1000000 tokens', expected at most 80 tokens",
     ),
     (ask(stop=["a" * MILLION]), "stop[0]: got 'aaaa"),
-    (ask(stop=[""] * MILLION), "stop: got '1000000 strings', expected a list of at most 16"),
+    (ask(stop=[""] * MILLION), "stop: got '1000000 strings', expected at most 16 strings"),
     (ask(mode="ar" * MILLION), "mode: got 'arar"),
     (pb.GenerateRequest(request_id="r" * MILLION), "request_id: got 'rrrr"),
     (ask(max_tokens=2**31 - 1), "max_tokens: got '3 prompt + 2147483647 new tokens"),
@@ -336,6 +336,9 @@ def test_a_text_that_cannot_fit_never_reaches_the_tokenizer(
         FastTokenizer, "encode", lambda self, text: read.append(text) or encode(self, text)
     )
     calls = serving([10])
+    # Loading tries the empty text.
+    assert read == [""]
+    read.clear()
     for request in (pb.GenerateRequest(text="a" * 9000), pb.ScoreRequest(text="a" * 9000)):
         with pytest.raises(RequestRefusedError):
             (calls.generate if isinstance(request, pb.GenerateRequest) else calls.score)(request)

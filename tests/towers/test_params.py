@@ -12,7 +12,6 @@ import torch
 
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.params import GenerationParams, row_key
-from twotower.towers.token_ids import check_text
 
 NAN, INF = math.nan, math.inf
 HUGE = 10**400
@@ -42,7 +41,7 @@ BAD: dict[str, tuple[list[Any], str]] = {
         [-0.01, 0.81, NAN, INF, True, "0.5", HUGE],
         "a finite number in [0, 0.8]",
     ),
-    "stop": (["", "ab", None, 3, {"a": 1}, b"a"], "a list of at most 16 strings"),
+    "stop": (["", "ab", None, 3, {"a": 1}, b"a"], "a list of strings"),
     "eos_from": ([-1, *WHOLE], "at least 0"),
 }
 GOOD: dict[str, list[Any]] = {
@@ -264,18 +263,8 @@ def test_numbers_of_other_libraries_are_kept_as_pythons(field: str) -> None:
 
 @pytest.mark.parametrize("text", ["\ud800", "ab\udfff", "🌍\udcff!"])
 def test_half_a_character_is_no_text(text: str) -> None:
-    place = next(i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff")
-    with pytest.raises(InvalidRequestError) as caught:
-        check_text("prompt", text)
-    assert str(caught.value).startswith(f"prompt[{place}]: got '\\u{ord(text[place]):x}', expected")
     with pytest.raises(InvalidRequestError, match=r"stop\[1\]\[\d\]: got"):
         GenerationParams(stop=("a", text))
-    str(caught.value).encode()
-
-
-def test_whole_text_is_text() -> None:
-    for text in ("", "größe", "🌍\u200d", "\x00"):
-        check_text("prompt", text)
 
 
 @pytest.mark.parametrize("value", ["a" * 1_000_000, [5] * 1000, 10**1000], ids=type)

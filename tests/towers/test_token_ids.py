@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from twotower.towers.errors import InvalidRequestError
-from twotower.towers.token_ids import check_ids, check_text, id_row, plain_number, prompt_rows
+from twotower.towers.token_ids import (
+    PROMPT,
+    check_ids,
+    check_text,
+    id_row,
+    plain_number,
+    prompt_rows,
+    text_list,
+)
 
 IDS = [5, 3, 17]
 ROWS: list[Any] = [
@@ -135,9 +143,33 @@ def test_several_prompts() -> None:
         prompt_rows({"input_ids": table})
 
 
-def test_half_of_a_surrogate_pair_is_no_text() -> None:
-    check_text("prompt", "a🙂")
-    with pytest.raises(
-        InvalidRequestError, match=r"^prompt: got .*without lone surrogates, as at 1"
-    ):
-        check_text("prompt", "a\ud83d")
+@pytest.mark.parametrize("text", ["\ud800", "ab\udfff", "🌍\udcff!"])
+def test_half_of_a_surrogate_pair_is_no_text(text: str) -> None:
+    place = next(i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff")
+    with pytest.raises(InvalidRequestError) as caught:
+        check_text("prompt", text)
+    assert str(caught.value) == (
+        f"prompt[{place}]: got '\\u{ord(text[place]):x}', "
+        "expected text that can be encoded in UTF-8, without lone surrogates"
+    )
+    str(caught.value).encode()
+
+
+def test_whole_text_is_text() -> None:
+    for text in ("", "größe", "🌍\u200d", "a🙂", "\x00"):
+        check_text("prompt", text)
+
+
+def test_a_list_of_texts() -> None:
+    assert list(text_list("stop", ("a", "b"))) == ["a", "b"]
+    assert list(text_list("stop", [])) == []
+    for wrong in ("ab", b"ab", None, 5, {"a": 1}, {"a"}, iter("ab")):
+        with pytest.raises(
+            InvalidRequestError, match=r"^stop: got .*, expected a list of strings$"
+        ):
+            text_list("stop", wrong)
+
+
+def test_a_field_may_have_a_text_in_place_of_ids() -> None:
+    with pytest.raises(InvalidRequestError, match="got 5, expected a text, or a list or array of"):
+        id_row("prompt", 5, PROMPT)

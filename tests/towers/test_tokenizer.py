@@ -13,9 +13,9 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tests.towers.tokenizer_families import FAMILIES, LETTERS, WAITING, saved
-from twotower.towers.errors import CheckpointError
+from twotower.towers.errors import CheckpointError, InvalidRequestError
 from twotower.towers.fast_tokenizer import FastTokenizer as Fast
-from twotower.towers.tokenizer import TextStream, Tokenizer, load_tokenizer
+from twotower.towers.tokenizer import TextStream, Tokenizer, load_tokenizer, text_ids
 
 TEXT = "def f(x):\n    return 'ça va — 日本語 🙂🙃' + x  # ж\n"
 FACE = "🙂".encode()
@@ -62,6 +62,27 @@ def test_a_text_comes_back(tokenizer: Tokenizer) -> None:
     assert len(ids) > 20
     assert tokenizer.decode(ids) == TEXT
     assert min(ids) > 3
+
+
+class Fussy(Bytes):
+    """Cannot spell an x."""
+
+    def encode(self, text: str) -> list[int]:
+        if "x" in text:
+            raise InvalidRequestError("text", text, "a text without an x")
+        return super().encode(text)
+
+
+def test_errors_of_a_text_name_the_field_that_it_came_in() -> None:
+    assert text_ids(Fussy(), "input", "abc") == [97, 98, 99]
+    for tokenizer, text, said in (
+        (Fussy(), "ax", "input: got 'ax', expected a text without an x"),
+        (Fussy(), "a\ud83d", "input[1]: got '\\ud83d', expected text that can be encoded in UTF-8"),
+        (None, "abc", "input: got 'abc', expected token ids, as this model has no tokenizer"),
+    ):
+        with pytest.raises(InvalidRequestError) as caught:
+            text_ids(tokenizer, "input", text)
+        assert str(caught.value).startswith(said)
 
 
 def test_special_tokens_give_no_text(tokenizer: Tokenizer) -> None:

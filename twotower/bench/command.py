@@ -19,7 +19,7 @@ from twotower.bench.random_towers import EXPERT_FORMATS
 from twotower.bench.schedules import PROFILES
 from twotower.bench.shapes import PRESETS
 from twotower.bench.suite import run_suite
-from twotower.towers.errors import ConfigError, shorten
+from twotower.towers.errors import ConfigError, cut_off, shorten
 from twotower.towers.limits import limit_threads
 from twotower.towers.weights import DTYPES, parse_device
 
@@ -55,8 +55,7 @@ class _Parser(argparse.ArgumentParser):
     """Wrong arguments are one line."""
 
     def error(self, message: str) -> NoReturn:
-        line = message if len(message) <= 300 else f"{message[:297]}..."
-        print(f"error: {line!s}. See `{self.prog} --help`.", file=sys.stderr)
+        print(f"error: {cut_off(message, 300)}. See `{self.prog} --help`.", file=sys.stderr)
         raise SystemExit(2)
 
 
