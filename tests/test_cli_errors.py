@@ -18,7 +18,8 @@ from typer.testing import CliRunner, Result
 
 from twotower import cli_errors
 from twotower.bench.command import _parser
-from twotower.cli import _write, app
+from twotower.cli import app
+from twotower.commands import write
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tests" / "golden" / "tiny_a")
@@ -395,14 +396,14 @@ def test_stdin_that_is_no_text() -> None:
 
 
 def test_stdin_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("twotower.cli._standard_input", _with_stdin_closed(monkeypatch))
+    monkeypatch.setattr("twotower.commands.standard_input", _with_stdin_closed(monkeypatch))
     assert "stdin closed" in the_line(invoke(["generate", "-"]))
 
 
 def _with_stdin_closed(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from twotower import cli
+    from twotower import commands
 
-    read = cli._standard_input
+    read = commands.standard_input
 
     def closed() -> str:
         monkeypatch.setattr(sys, "stdin", None)
@@ -415,7 +416,7 @@ def failing_plan(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Resul
     def plan(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("twotower.cli._plan", plan)
+    monkeypatch.setattr("twotower.commands.plan", plan)
     return invoke(["plan"])
 
 
@@ -453,7 +454,7 @@ def test_a_reader_that_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_characters_that_the_terminal_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr("twotower.cli._plan", lambda *_: _write("é"))
+    monkeypatch.setattr("twotower.commands.plan", lambda *_: write("é"))
     monkeypatch.setattr(sys, "stdout", out)
     with pytest.raises(SystemExit) as ended:
         typer.main.get_command(app).main(["plan"])

@@ -1,26 +1,14 @@
-"""The `twotower` command. Heavy imports happen inside the commands, so that help comes at once."""
+"""The `twotower` command and its options; what is heavy is imported by `commands`, where needed."""
 
 from __future__ import annotations
 
-import io
-import json
-import os
-import signal
-import sys
-import time
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from twotower import commands
 from twotower.cli_errors import CommandGroup
-
-if TYPE_CHECKING:
-    from twotower.deployments.config import ServiceConfig
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -43,7 +31,6 @@ Config = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="YAML file of settings; options here win."),
 ]
-_GRPC_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
 Verbose = Annotated[bool, typer.Option(help="Show the logs of all processes.")]
 
 
@@ -97,7 +84,7 @@ def serve(
         "transport": transport,
         "num_pairs": pairs,
     }
-    _serve(config, settings, verbose)
+    commands.serve(config, settings, verbose)
 
 
 @app.command()
@@ -168,11 +155,11 @@ def generate(
         "min_confidence_threshold": min_confidence_threshold,
         "stop": stop or [],
     }
-    text = _standard_input() if prompt == "-" else prompt
+    text = commands.standard_input() if prompt == "-" else prompt
     if target is not None:
-        _generate_remotely(target, text, sampling, ignore_eos, logprobs)
+        commands.generate_remotely(target, text, sampling, ignore_eos, logprobs)
     else:
-        _generate_here(model, device, dtype, text, sampling, ignore_eos, logprobs)
+        commands.generate_here(model, device, dtype, text, sampling, ignore_eos, logprobs)
 
 
 @app.command()
@@ -184,7 +171,7 @@ def verify(
     dtype: Dtype = "float32",
 ) -> None:
     """Replay recorded cases on this machine's kernels; exit code 1 if any differs."""
-    _verify(folder, device, dtype)
+    commands.verify(folder, device, dtype)
 
 
 @app.command()
@@ -205,7 +192,7 @@ def quantize(
 
     Device and dtype are those of the comparison.
     """
-    _quantize(source, target, evaluate, device, dtype)
+    commands.quantize(source, target, evaluate, device, dtype)
 
 
 @app.command()
@@ -244,7 +231,7 @@ def train(
     }
     if dtype is not None:
         settings["dtype"] = dtype
-    _train(settings)
+    commands.train(settings)
 
 
 @app.command(
@@ -309,217 +296,12 @@ def plan(
         "experts": experts,
         "most_denoisers": most_denoisers,
     }
-    _plan(question, model, measured, as_json)
+    commands.plan(question, model, measured, as_json)
 
 
 def main() -> None:
     """Entry of the console script."""
     app()
-
-
-def _serve(config: Path | None, settings: dict[str, Any], verbose: bool) -> None:
-    from twotower.cluster.surroundings import runtime_folder
-    from twotower.deployments.supervisor import held_signals, supervise
-
-    with held_signals() as held, runtime_folder(os.environ) as folder:
-        # Its libraries look for their folders when they are imported.
-        from twotower.deployments.config import ServiceConfig
-
-        service_config = (
-            ServiceConfig.from_settings(settings)
-            if config is None
-            else ServiceConfig.from_file(config, **settings)
-        )
-        typer.echo("starting the towers ...", err=True)
-        work = partial(_run_service, service_config, folder, verbose)
-        code = supervise(work, service_config.graceful_shutdown_timeout_s, held)
-    raise typer.Exit(code)
-
-
-def _run_service(
-    config: ServiceConfig, folder: Path, verbose: bool, ready: Callable[[], None]
-) -> int:
-    """The service, in a process of its own, until SIGTERM; returns the exit code."""
-    from twotower.deployments.ray_messages import RayMessages
-    from twotower.deployments.server import LocalService
-    from twotower.deployments.waiting import WaitingPairs
-
-    stdout = sys.stdout
-    messages = stdout if verbose else RayMessages(sys.stderr)
-    with (
-        redirect_stdout(messages),
-        WaitingPairs(lambda line: typer.echo(line, err=True)),
-        LocalService(config, verbose=verbose, folder=folder) as service,
-    ):
-        # Ray has its own idea of SIGTERM, so this comes after its start.
-        stop = _stop_signals()
-        ready()
-        command = f"twotower generate 'def main():' --target {service.address}"
-        typer.echo(f"ready on {service.address}   try: {command}", file=stdout)
-        while os.read(stop, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
-            pass
-        typer.echo("stopping ...", err=True)
-    return 0
-
-
-def _stop_signals() -> int:
-    """A descriptor from which a byte can be read for each SIGINT and SIGTERM from now on.
-
-    Not an event that a handler sets: the handler may interrupt whoever waits for the event while
-    he holds its lock, and it does not run while another thread has got the signal.
-    """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, lambda *_: None)
-    signal.set_wakeup_fd(writer)
-    return reader
-
-
-def _generate_remotely(
-    target: str, prompt: str, sampling: dict[str, Any], ignore_eos: bool, logprobs: bool
-) -> None:
-    from twotower.client import Client
-
-    _check_target(target)
-    begin = time.perf_counter()
-    with Client(target) as client:
-        stream = client.generate(prompt, **sampling, ignore_eos=ignore_eos, logprobs=logprobs)
-        for block in stream:
-            _write(block.text)
-    assert stream.usage is not None, "a stream that ended well has its usage"
-    seconds = time.perf_counter() - begin
-    _report(stream.usage.completion_tokens, stream.usage.nfe, seconds, stream.seed)
-    if stream.steps_per_block is not None:
-        used = f"{stream.steps_per_block} steps, threshold {stream.confidence_threshold:g}"
-        typer.echo(f"served with {used}", err=True)
-    if logprobs:
-        _report_log_probs(stream.token_ids, stream.log_probs)
-
-
-def _check_target(target: str) -> None:
-    """`host:port`, or what gRPC knows by a scheme. Raises InvalidRequestError for anything else:
-    gRPC would try port 443, or 65535 for -1."""
-    from twotower.towers.errors import InvalidRequestError
-
-    if target.startswith(_GRPC_SCHEMES):
-        return
-    host, _, port = target.rpartition(":")
-    bare = ":" in host and not host.startswith("[")
-    known = port.isascii() and port.isdecimal() and 1 <= int(port[:6]) <= 65535
-    if not host.isascii() or not host or bare or not known:
-        raise InvalidRequestError("target", target, "host:port")
-
-
-def _generate_here(
-    model: str | None,
-    device: str,
-    dtype: str,
-    prompt: str,
-    sampling: dict[str, Any],
-    ignore_eos: bool,
-    logprobs: bool,
-) -> None:
-    from twotower.in_process import InProcessModel
-    from twotower.towers.params import GenerationParams
-    from twotower.towers.weights import parse_dtype, resolve_checkpoint
-
-    # Both before a checkpoint is fetched for nothing.
-    params = GenerationParams(**sampling)
-    parse_dtype(dtype)
-    loaded = InProcessModel(resolve_checkpoint(model), device, dtype)
-    begin = time.perf_counter()
-    stream = loaded.stream(prompt, params, ignore_eos=ignore_eos)
-    for text in stream:
-        _write(text)
-    seconds = time.perf_counter() - begin
-    _report(len(stream.log.token_ids), stream.log.nfe, seconds, stream.seed)
-    if logprobs:
-        _report_log_probs(stream.log.token_ids, stream.log_probs)
-
-
-def _verify(folder: Path, device: str, dtype: str) -> None:
-    from twotower.towers.verify import verify_folder
-
-    if not verify_folder(folder, device, dtype, typer.echo):
-        raise typer.Exit(1)
-
-
-def _quantize(source: str, target: Path, evaluate: bool, device: str, dtype: str) -> None:
-    from twotower.agreement import compare
-    from twotower.towers.quantization import quantize_checkpoint
-    from twotower.towers.tokenizer import load_tokenizer
-    from twotower.towers.weights import parse_device, parse_dtype, resolve_checkpoint
-
-    folder = resolve_checkpoint(source)
-    # Here and not after an hour of work.
-    parse_device(device)
-    parse_dtype(dtype)
-    if evaluate and load_tokenizer(folder) is None:
-        raise ValueError(f"--evaluate: {folder} has no tokenizer for its prompts")
-    report = quantize_checkpoint(folder, target)
-    typer.echo(report.table(), err=True)
-    figures = asdict(report)
-    if evaluate:
-        figures["evaluation"] = asdict(compare(folder, target, device=device, dtype=dtype))
-    typer.echo(json.dumps(figures, indent=2))
-
-
-def _train(settings: dict[str, Any]) -> None:
-    from twotower.towers.training import TrainingOptions, train
-
-    train(TrainingOptions(**settings), typer.echo)
-
-
-def _plan(
-    settings: dict[str, Any], model: str | None, measured: Path | None, as_json: bool
-) -> None:
-    from twotower.planner.measured import read_measured
-    from twotower.planner.plan import make_plan
-    from twotower.planner.question import Question, formats_named, model_config
-    from twotower.planner.text import to_dict, to_text
-
-    question = Question(**{**settings, "experts": formats_named(settings["experts"])})
-    config = model_config(model)
-    known = read_measured(measured, config, question) if measured is not None else None
-    answer = make_plan(question, config, known)
-    typer.echo(json.dumps(to_dict(answer), indent=2) if as_json else to_text(answer))
-
-
-def _standard_input() -> str:
-    """All of stdin, as UTF-8 whatever the locale. Raises ValueError for other bytes."""
-    if sys.stdin is None:
-        raise ValueError("prompt: got - with stdin closed, expected a text there")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"prompt: got byte 0x{error.object[error.start]:02x} at {error.start} of stdin, "
-            "expected UTF-8"
-        ) from None
-
-
-def _write(text: str) -> None:
-    # Not by `typer.echo`, which leaves out what it takes for colours.
-    if sys.stdout is not None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-
-def _report(tokens: int, nfe: int, seconds: float, seed: int | None) -> None:
-    per_pass = f"{tokens / nfe:.2f} tokens/NFE, " if nfe else ""
-    typer.echo(
-        f"\n{tokens} tokens, {nfe} NFE, {per_pass}{tokens / seconds:.1f} tokens/s, seed {seed}",
-        err=True,
-    )
-
-
-def _report_log_probs(token_ids: Sequence[int], log_probs: Sequence[float]) -> None:
-    """One line per token: its id and its natural-log probability."""
-    for token, log_prob in zip(token_ids, log_probs, strict=True):
-        typer.echo(f"{token}\t{log_prob:.6f}", err=True)
 
 
 if __name__ == "__main__":
