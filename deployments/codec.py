@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from twotower.deployments.commit_log import CommitLog
 from twotower.deployments.encoding import TextReader
 from twotower.deployments.pair import Job
+from twotower.deployments.refusals import too_long
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.config import TwoTowerConfig
 from twotower.towers.errors import InvalidRequestError
@@ -75,7 +76,7 @@ def check_size(message: pb.GenerateRequest | pb.ScoreRequest, max_bytes: int) ->
     """Raises InvalidRequestError for a message that is too long as a whole."""
     size = message.ByteSize()
     if size > max_bytes:
-        raise InvalidRequestError("message", f"{size} bytes", f"at most {max_bytes}")
+        raise too_long(size, max_bytes)
 
 
 def started_event(job: Job, request_id: str) -> pb.GenerateResponse:

@@ -1,18 +1,17 @@
-"""The operator's settings, checked once; the only place that reads a settings file."""
+"""The operator's settings, checked once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from twotower.cluster.autoscaling import ScalingOptions
 from twotower.cluster.topology import PairTopology, Placement
-from twotower.deployments.incoming import MAX_MESSAGE_BYTES, MESSAGE_VARIABLE
+from twotower.deployments.incoming import MESSAGE_VARIABLE, MOST_MESSAGE_BYTES, longest_request
 from twotower.deployments.overload import OverloadDial
+from twotower.deployments.settings_file import check_names, read_settings
 from twotower.towers.checkpoint import Checkpoint
 from twotower.towers.errors import ConfigError, shorten
 from twotower.towers.limits import MOST_THREADS
@@ -26,12 +25,6 @@ TARGET_FILL = 0.75
 # Counts are 32 bits wide in Ray and in tensors' shapes. Rows have a call each in a tower's process,
 # twice and with room beside them; processes have a place in Serve's tables.
 MOST_COUNT, MOST_ROWS, MOST_PROCESSES = 2**31 - 1, 2**20, 2**14
-# What gRPC counts with 31 bits.
-MOST_MESSAGE_BYTES = (1 << 31) - 1
-# Of a message: an id in a list of token ids, and all that is neither prompt nor earlier output: 16
-# stop strings of 256 characters are the most of it.
-_ID_BYTES = 5
-_REST_BYTES = 64 << 10
 
 
 class PairAutoscaling(BaseModel):
@@ -239,19 +232,12 @@ class ServiceConfig(BaseModel):
     @classmethod
     def from_file(cls, path: Path, **overrides: Any) -> ServiceConfig:
         """Reads a YAML file; `overrides` that are not None win. Raises ConfigError."""
-        try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            # ValueError: bytes that are no text, and dates that are none.
-            raise ConfigError(f"{path.name}: unreadable ({_reason(error)})") from None
-        if not isinstance(raw or {}, dict):
-            raise ConfigError(f"{path.name}: expected a mapping, got {type(raw).__name__}")
-        return cls.from_settings({**(raw or {}), **_given(overrides)})
+        return cls.from_settings({**read_settings(path), **_given(overrides)})
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> ServiceConfig:
         """Checks settings, None meaning the default. Raises ConfigError naming the field."""
-        _check_names(settings)
+        check_names(settings)
         try:
             return cls(**_given(settings))
         except ValidationError as error:
@@ -268,12 +254,8 @@ class ServiceConfig(BaseModel):
         """The longest message that is taken. Raises CheckpointError without a checkpoint."""
         if self.max_message_bytes is not None:
             return self.max_message_bytes
-        ids = _ID_BYTES * self.max_context
-        text_bytes = longest_token_bytes(resolve_checkpoint(self.model))
-        if text_bytes is None:
-            return max(MAX_MESSAGE_BYTES, 2 * ids + _REST_BYTES)
-        prompt = max(ids, text_bytes * self.max_context)
-        return min(prompt + ids + _REST_BYTES, MOST_MESSAGE_BYTES)
+        token_bytes = longest_token_bytes(resolve_checkpoint(self.model))
+        return longest_request(self.max_context, token_bytes)
 
     def dial(self) -> OverloadDial:
         """From how many waiting rows on requests are served nearer to their floors."""
@@ -321,26 +303,6 @@ class ServiceConfig(BaseModel):
             prefix_cache_bytes=self.prefix_cache_mib << 20,
             transport=self.transport,
         )
-
-
-def _reason(error: Exception) -> str:
-    """What is wrong with a file and where, as far as is known, in one line."""
-    reason = type(error).__name__
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        reason += f" in line {error.problem_mark.line + 1}: {error.problem}"
-    return " ".join(reason.split())
-
-
-def _check_names(settings: Mapping[Any, Any], above: str = "") -> None:
-    """Raises ConfigError for a key that is no text: YAML reads 1, on or 2026-01-01 as others."""
-    for key, value in settings.items():
-        if not isinstance(key, str):
-            raise ConfigError(
-                f"{above}{key}: got a key of type {type(key).__name__}, expected a name "
-                "(in quotes if it is one)"
-            )
-        if isinstance(value, dict):
-            _check_names(value, f"{above}{key}.")
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,18 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from twotower.deployments.refusals import too_long
+
 # gRPC's own default, which Serve's proxies replace by 2 GiB unless this variable says otherwise. A
 # message is in memory before anybody here can look at it.
 MAX_MESSAGE_BYTES = 4 << 20
 MESSAGE_VARIABLE = "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
+# What gRPC counts with 31 bits.
+MOST_MESSAGE_BYTES = (1 << 31) - 1
+# Of a message: an id in a list of token ids, and all that is neither prompt nor earlier output: 16
+# stop strings of 256 characters are the most of it.
+_ID_BYTES = 5
+_REST_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -35,12 +43,25 @@ def message_limit(environment: Mapping[str, str]) -> int:
     return int(given) if given.isdecimal() else MAX_MESSAGE_BYTES
 
 
+def longest_request(max_context: int, token_bytes: int | None) -> int:
+    """Bytes of the longest message that a request of so many tokens can be.
+
+    `token_bytes` is the most text that a token can stand for, None if nobody knows: then gRPC's
+    default, or what ids need if that is more.
+    """
+    ids = _ID_BYTES * max_context
+    if token_bytes is None:
+        return max(MAX_MESSAGE_BYTES, 2 * ids + _REST_BYTES)
+    prompt = max(ids, token_bytes * max_context)
+    return min(prompt + ids + _REST_BYTES, MOST_MESSAGE_BYTES)
+
+
 def careful(parse: Parser, max_bytes: int) -> Parser:
     """A parser that gives a Refusal for what is too long or no message of the kind."""
 
     def parsed(raw: bytes) -> Any:
         if len(raw) > max_bytes:
-            return Refusal(f"message: got {len(raw)} bytes, expected at most {max_bytes}")
+            return Refusal(str(too_long(len(raw), max_bytes)))
         try:
             return parse(raw)
         except DecodeError:

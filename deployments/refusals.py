@@ -9,6 +9,8 @@ import re
 
 import grpc
 
+from twotower.towers.errors import InvalidRequestError
+
 OWN = "twotower: "
 INTERNAL_TEXT = "internal error; the server's log has it under request"
 NUMERICAL_TEXT = "numerical error"
@@ -58,6 +60,11 @@ def retry_after_of(details: str) -> float | None:
     return float(found.group(1)) if found else None
 
 
+def too_long(size: int, limit: int) -> InvalidRequestError:
+    """What is said of a message that is too long, wherever that is found out."""
+    return InvalidRequestError("message", size, f"at most {limit} bytes")
+
+
 def marked(details: str) -> str:
     """A text that was made for clients, marked as such for the way through Serve's proxy."""
     return f"{OWN}{details}"
@@ -80,11 +87,10 @@ def client_status(code: grpc.StatusCode, details: str) -> tuple[grpc.StatusCode,
     A service that is not behind this package's own proxies may name its processes, and gRPC calls a
     message that is too long a lack of resources, which waiting would cure.
     """
-    too_long = _TOO_LONG.search(details)
-    if too_long is not None and code == grpc.StatusCode.RESOURCE_EXHAUSTED:
-        size, limit = too_long.groups()
-        text = f"message: got {size} bytes, expected at most {limit}"
-        return grpc.StatusCode.INVALID_ARGUMENT, text
+    found = _TOO_LONG.search(details)
+    if found is not None and code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        size, limit = map(int, found.groups())
+        return grpc.StatusCode.INVALID_ARGUMENT, str(too_long(size, limit))
     # What this package has written may name a request, and that anything.
     own = code == grpc.StatusCode.INVALID_ARGUMENT or is_own_internal(details)
     if not own and _PLATFORM.search(details):

@@ -392,7 +392,7 @@ def test_a_resumed_request_that_has_grown_too_long_is_given_up(run: Run, server:
     result = run(server)
     assert result.error is not None
     assert result.error.code == Code.INVALID_ARGUMENT
-    assert result.error.details == "message: got 4194309 bytes, expected at most 4194304"
+    assert result.error.details == "message: got 4194309, expected at most 4194304 bytes"
     assert len(server.service.asked) == 2
 
 

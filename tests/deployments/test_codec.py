@@ -169,7 +169,7 @@ async def test_prompts() -> None:
 def test_the_size_of_a_whole_message() -> None:
     message = pb.GenerateRequest(text="a" * 97)
     codec.check_size(message, 99)
-    with pytest.raises(InvalidRequestError, match="message: got '99 bytes', expected at most 98"):
+    with pytest.raises(InvalidRequestError, match="message: got 99, expected at most 98 bytes"):
         codec.check_size(message, 98)
 
 

@@ -20,7 +20,7 @@ def test_a_message_is_parsed_up_to_the_limit_and_no_further() -> None:
     raw = REQUEST.SerializeToString()
     assert careful(pb.GenerateRequest.FromString, len(raw))(raw) == REQUEST
     refusal = careful(pb.GenerateRequest.FromString, len(raw) - 1)(raw)
-    assert refusal == Refusal(f"message: got {len(raw)} bytes, expected at most {len(raw) - 1}")
+    assert refusal == Refusal(f"message: got {len(raw)}, expected at most {len(raw) - 1} bytes")
 
 
 @pytest.mark.parametrize("raw", [b"\xff", b"\x0a\xff", b"\x12\x01\xff", b"GET / HTTP/1.1"])

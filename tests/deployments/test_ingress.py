@@ -215,7 +215,7 @@ async def test_a_message_that_is_too_long_is_not_parsed(proxy: Proxy, method: st
     fits = fits[:2] + bytes([0xE4, 0x07]) + b"a" * 996
     assert len(fits) == LIMIT
     assert await proxy.call(method, fits) == (Code.OK, "")
-    text = f"message: got {LIMIT + 1} bytes, expected at most {LIMIT}"
+    text = f"message: got {LIMIT + 1}, expected at most {LIMIT} bytes"
     assert await proxy.call(method, too_long) == (Code.INVALID_ARGUMENT, text)
     assert len(proxy.asked) == 1
 

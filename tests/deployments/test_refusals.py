@@ -74,7 +74,7 @@ def test_a_client_shows_nothing_of_a_platform(code: Code, text: str) -> None:
 @pytest.mark.parametrize("who", ["Received message", "SERVER: Received message", "Sent message"])
 def test_a_message_that_is_too_long_is_no_lack_of_room(who: str) -> None:
     got = client_status(Code.RESOURCE_EXHAUSTED, f"{who} larger than max (80000000 vs. 4194304)")
-    text = "message: got 80000000 bytes, expected at most 4194304"
+    text = "message: got 80000000, expected at most 4194304 bytes"
     assert got == (Code.INVALID_ARGUMENT, text)
 
 

@@ -1,0 +1,43 @@
+"""Settings as a YAML file has them: names and values, before anybody knows what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from twotower.towers.errors import ConfigError
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a settings file holds. Raises ConfigError, with the line where one is known."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        # ValueError: bytes that are no text, and dates that are none.
+        raise ConfigError(f"{path.name}: unreadable ({_reason(error)})") from None
+    if not isinstance(raw or {}, dict):
+        raise ConfigError(f"{path.name}: expected a mapping, got {type(raw).__name__}")
+    return dict(raw or {})
+
+
+def check_names(settings: Mapping[Any, Any], above: str = "") -> None:
+    """Raises ConfigError for a key that is no text: YAML reads 1, on or 2026-01-01 as others."""
+    for key, value in settings.items():
+        if not isinstance(key, str):
+            raise ConfigError(
+                f"{above}{key}: got a key of type {type(key).__name__}, expected a name "
+                "(in quotes if it is one)"
+            )
+        if isinstance(value, dict):
+            check_names(value, f"{above}{key}.")
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a file and where, as far as is known, in one line."""
+    reason = type(error).__name__
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        reason += f" in line {error.problem_mark.line + 1}: {error.problem}"
+    return " ".join(reason.split())
