@@ -17,17 +17,13 @@ from twotower.towers.tokenizer import TextStream, Tokenizer
 
 
 class OutputText:
-    """Text without EOS and stop string, from the resume point on; empty without a tokenizer.
+    """Text without EOS and stop string; empty without a tokenizer.
 
-    `generated` are the tokens of a resumed output: what its client has seen of their text is
-    swallowed, what was held back comes with the first block. `matched_stop` is the stop string
-    that ended the output. Raises InvalidRequestError for stop strings without a tokenizer and for
-    `generated` tokens that a stop string has ended already.
+    `matched_stop` is the stop string that ended the output. Raises InvalidRequestError for stop
+    strings without a tokenizer.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer | None, params: GenerationParams, generated: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, params: GenerationParams) -> None:
         if tokenizer is None and params.stop:
             raise InvalidRequestError(
                 "stop", params.stop, "no stop strings, as this model has no tokenizer"
@@ -36,13 +32,6 @@ class OutputText:
         self._search = StopSearch(params.stop)
         self._params = params
         self._num_tokens = 0
-        kept, _ = self._push(generated, last=False)
-        if self.matched_stop is not None:
-            raise InvalidRequestError(
-                f"generated_token_ids[{kept - 1}]",
-                generated[kept - 1],
-                "no end of a stop string: an output that has one is complete",
-            )
 
     @property
     def matched_stop(self) -> str | None:

@@ -69,7 +69,10 @@ def test_an_early_stop_string_is_text() -> None:
 def test_the_text_goes_on_as_that_of_a_stream_that_never_broke(generated: str) -> None:
     rest = Block(0, tuple(ids("D")), (0,), (1.0,), nfe=1, finish_reason="length")
     resumed = resumed_text(Letters(), PARAMS, ids(generated))[0]
-    assert resumed.take(rest) == OutputText(Letters(), PARAMS, ids(generated)).take(rest)
+    unbroken = OutputText(Letters(), PARAMS)
+    for token in ids(generated):
+        unbroken.take(Block(0, (token,), (0,), (1.0,), nfe=1))
+    assert resumed.take(rest) == unbroken.take(rest)
 
 
 def test_without_a_tokenizer_there_are_no_stop_strings() -> None:
