@@ -75,7 +75,7 @@ def supervise(work: Work, grace_s: float, held: HeldSignals) -> int:
     Raises what `work` raised if it is for the user.
     """
     # Whoever started this process may ignore it, and then nobody could wait for a child.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     reader, writer = os.pipe()
     parent = os.getpid()
@@ -91,6 +91,9 @@ def supervise(work: Work, grace_s: float, held: HeldSignals) -> int:
     finally:
         _end_descendants()
         os.close(reader)
+        # Orphans that come later would wait for a parent that nobody is any more.
+        _prctl(_PR_SET_CHILD_SUBREAPER, 0)
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 class _Supervisor:

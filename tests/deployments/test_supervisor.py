@@ -267,6 +267,26 @@ def test_the_work_does_not_outlive_the_one_who_watches_it() -> None:
     program.end(-signal.SIGKILL)
 
 
+def test_who_has_watched_takes_in_no_orphans_afterwards() -> None:
+    """Nobody would wait for them, and they would stay in the table of processes."""
+    program = """
+import ctypes, signal, sys
+from twotower.deployments import supervisor
+
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+with supervisor.held_signals() as held:
+    assert supervisor.supervise(lambda ready: 3, 0.5, held) == 3
+takes_in = ctypes.c_int(-1)
+PR_GET_CHILD_SUBREAPER = 37
+assert ctypes.CDLL(None).prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(takes_in), 0, 0, 0) == 0
+print(takes_in.value, signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0 True\n", "")
+
+
 def test_orphans_of_orphans_are_found() -> None:
     family = "for i in 1 2 3; do (setsid sh -c 'sleep 60 & sleep 60 & wait' &) ; done; wait"
     program = Program(f"start('sh', '-c', {family!r})" + STOPS_WELL)
