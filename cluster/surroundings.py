@@ -151,8 +151,13 @@ def _give_home(environ: MutableMapping[str, str], folder: Path) -> None:
 
 
 def _writable(folder: Path) -> bool:
-    return folder.is_absolute() and folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    return folder.is_absolute() and _there(folder) and os.access(folder, os.W_OK | os.X_OK)
 
 
 def _readable(folder: Path) -> bool:
-    return folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)
+    return _there(folder) and os.access(folder, os.R_OK | os.X_OK)
+
+
+def _there(folder: Path) -> bool:
+    # Not Path.is_dir: it raises where a folder above may not be entered, such as another's HOME.
+    return os.path.isdir(folder)

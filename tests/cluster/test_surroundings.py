@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -141,6 +143,35 @@ def test_a_home_that_cannot_be_written_to_is_replaced(
     token = environ["RAY_AUTH_TOKEN"]
     prepare(environ, tmp_path)
     assert environ["RAY_AUTH_TOKEN"] == token
+
+
+def test_a_home_that_may_not_be_entered_is_replaced() -> None:
+    """Somebody else's: not even what is in it can be asked about. As another user, since root may
+    enter everything, and in a folder that pytest has not closed to others."""
+    with tempfile.TemporaryDirectory() as place:
+        folder, home = Path(place), Path(place) / "locked"
+        (home / ".cache" / "huggingface").mkdir(parents=True)
+        home.chmod(0)
+        folder.chmod(0o777)
+        program = f"""
+import os
+from pathlib import Path
+from twotower.cluster.surroundings import prepare
+
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+environ = {{"HOME": {str(home)!r}}}
+os.chdir("/")
+prepare(environ, Path({place!r}))
+print(environ["HOME"], "HF_HOME" in environ)
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+        )
+        home.chmod(0o700)
+        assert done.stdout.split() == [f"{place}/home", "False"], done.stderr
 
 
 def test_a_token_that_was_given_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
