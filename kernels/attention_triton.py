@@ -11,8 +11,9 @@ row has more than SHORT_TOKENS new tokens: those fill a GPU with query tiles. Th
 as the page table's width allows, and programs without work return at once.
 
 What a row gets depends, in its last bits, on two things beside the row: whether `rows.longest`
-times the query heads of a KV head is at most FEW_ROWS (a pass of single tokens) or above, and how
-many rows there are, as splits are longer where rows alone fill the device (`longer_splits`).
+times the query heads of a KV head is at most FEW_ROWS (a pass of single tokens), at most BLOCK_ROWS
+or above, and how many rows there are, as splits are longer where rows alone fill the device
+(`longer_splits`).
 Source: Dao et al. 2022 (FlashAttention) and 2023 (Flash-Decoding).
 """
 
@@ -29,7 +30,9 @@ from torch import Tensor
 from twotower.kernels.attention import MAX_SPLITS, SHORT_TOKENS, PagedKeyValues
 from twotower.kernels.rows import Rows
 
-FEW_ROWS = 16
+# Folded query rows of single tokens, and of blocks of 64 tokens of 16 heads; more are a piece of a
+# prompt, whose tiles fill a GPU by themselves.
+FEW_ROWS, BLOCK_ROWS = 16, 1024
 MAX_HEAD_DIM = 128
 _STORED_TOKENS = 16
 _MERGED_ROWS = 4
@@ -59,6 +62,7 @@ class Tiling:
 # rows, the shorter a split may be. In fp32, products hold their operands in registers.
 _SINGLE = Tiling(rows=16, keys=64, warps=4, stages=3, split_tokens=256, max_splits=64)
 _BLOCK = Tiling(64, 64, warps=4, stages=3, split_tokens=512, max_splits=MAX_SPLITS)
+_PIECE = Tiling(128, 64, warps=8, stages=3, split_tokens=512, max_splits=MAX_SPLITS)
 _WIDE = Tiling(16, 32, warps=4, stages=2, split_tokens=512, max_splits=MAX_SPLITS)
 
 
@@ -150,7 +154,9 @@ def tiling_for(dtype: torch.dtype, folded_rows: int) -> Tiling:
     """The tiles of a pass whose longest row has so many folded query rows."""
     if dtype.itemsize > 2:
         return _WIDE
-    return _SINGLE if folded_rows <= FEW_ROWS else _BLOCK
+    if folded_rows <= FEW_ROWS:
+        return _SINGLE
+    return _BLOCK if folded_rows <= BLOCK_ROWS else _PIECE
 
 
 def longer_splits(programs: int) -> int:

@@ -8,6 +8,7 @@ processor that has no better products.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
+# Tests speak to this machine alone: a proxy that the environment names is not on the way.
+for proxy in ("grpc_proxy", "http_proxy", "https_proxy", "all_proxy"):
+    os.environ.pop(proxy, None)
+    os.environ.pop(proxy.upper(), None)
+if not os.access(Path.home(), os.W_OK):
+    # Triton keeps compiled kernels in HOME.
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "twotower-triton"))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Triton 3.9 warns at every launch where this is not said; 1 is what it does.

@@ -61,7 +61,8 @@ class ContextBlocks:
         self._tower = tower
         self._memory = GraphMemory(tower.device)
         self._pool: StatePool | None = None
-        # The log of all programs, as large as the largest: one for each would be gigabytes.
+        # The log of all programs, as large as the largest: one for each would be gigabytes. Those
+        # that were captured before it grew keep theirs.
         self._log: PassLog | None = None
         self._log_tokens = 0
         self._programs: Programs[tuple[int, int, bool], _Program] = Programs(self._new_program)
@@ -90,13 +91,12 @@ class ContextBlocks:
             self._program(pool, bucket, length, False).capture()
 
     def _program(self, pool: StatePool, rows: int, length: int, draws: bool) -> _Program:
-        if self._pool is not pool or rows * length > self._log_tokens:
-            # Graphs know the log by its place in memory.
-            self._programs.clear()
+        if self._pool is not pool:
             self._pool = pool
+            self._programs.clear()
+        if rows * length > self._log_tokens:
             most = bucket_for(min(pool.slots.num_slots, ROW_BUCKETS[-1]))
-            self._log_tokens = max(self._log_tokens, max(rows, most) * length)
-            self._log = None
+            self._log_tokens = max(rows, most) * length
             self._log = self._tower.new_log(self._log_tokens, whole=True)
         return self._programs[rows, length, draws]
 

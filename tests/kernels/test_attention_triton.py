@@ -310,8 +310,9 @@ def merge(sizes: dict[str, int]) -> Launch:
 
 
 MATRIX = {
-    "block": (launch(BLOCK, False, 128, 8), "HGMMA"),
-    "extension": (launch(BLOCK, True, 128, 8), "HGMMA"),
+    "block": (launch(BLOCK, False, 64, 4), "HGMMA"),
+    "extension": (launch(BLOCK, True, 64, 4), "HGMMA"),
+    "piece of a prompt": (launch(BLOCK, True, 128, 8), "HGMMA"),
     "single": (launch(SINGLE, True, 16, 4), "HMMA"),
 }
 OTHER = [
