@@ -1,14 +1,11 @@
 """What all tests share: one thread, the recorded checkpoints and models made from them.
 
-Without a GPU, Triton kernels run under Triton's interpreter, which has to be asked for before
-Triton is imported. `--products=plain` (or `onednn_fp32`) runs tests without real processes as on a
+`--products=plain` (or `onednn_fp32`) runs tests without real processes as on a
 processor that has no better products.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,18 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# Tests speak to this machine alone: a proxy that the environment names is not on the way.
-for proxy in ("grpc_proxy", "http_proxy", "https_proxy", "all_proxy"):
-    os.environ.pop(proxy, None)
-    os.environ.pop(proxy.upper(), None)
-if not os.access(Path.home(), os.W_OK):
-    # Triton keeps compiled kernels in HOME.
-    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "twotower-triton"))
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-# Triton 3.9 warns at every launch where this is not said; 1 is what it does.
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-
+# Before what reads the environment is imported.
+import tests.environment  # noqa: F401
 from tests.products import ALL_PRODUCTS, multiplied_by
 from twotower import TwoTower
 from twotower.kernels.products import Products, best_products

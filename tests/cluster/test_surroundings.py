@@ -162,13 +162,17 @@ if os.getuid() == 0:
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
-environ = {{"HOME": {str(home)!r}}}
 os.chdir("/")
-prepare(environ, Path({place!r}))
-print(environ["HOME"], "HF_HOME" in environ)
+prepare(os.environ, Path({place!r}))
+print(os.environ["HOME"], "HF_HOME" in os.environ)
 """
         done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+            [sys.executable, "-c", program],
+            env={**os.environ, "HOME": str(home)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
         home.chmod(0o700)
         assert done.stdout.split() == [f"{place}/home", "False"], done.stderr
@@ -208,7 +212,10 @@ def test_a_user_without_a_name_gets_one(
     assert environ["LOGNAME"] == environ["USER"] == f"uid-{os.getuid()}"
 
 
-def test_variables_of_another_cluster_are_put_aside(tmp_path: Path) -> None:
+def test_variables_of_another_cluster_are_put_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     environ = {
         "HOME": str(tmp_path),
         "RAY_ADDRESS": "ray://elsewhere:10001",
