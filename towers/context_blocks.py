@@ -15,7 +15,6 @@ from torch import Tensor
 
 from twotower.kernels import dispatch
 from twotower.kernels.rows import Rows
-from twotower.kernels.unmask import Lines
 from twotower.towers.backbone import TowerPass
 from twotower.towers.captured import (
     ROW_BUCKETS,
@@ -32,11 +31,12 @@ from twotower.towers.context import ContextTower
 from twotower.towers.errors import NumericalError
 from twotower.towers.memory import StatePool
 from twotower.towers.protocols import LayerSink
-from twotower.towers.sampling import Draw, Drawn, as_bits, from_bits, signed
+from twotower.towers.sampling import Draw, Drawn
+from twotower.towers.staged_draws import DRAW_INPUTS, draw_inputs, staged_lines
 from twotower.towers.state import ContextState, PassLog
 
 MAX_LENGTH = 64
-_INPUTS = ("token", "slot", "visible", "key", "position", "step", "domain", "barred", "heat")
+_INPUTS = ("token", "slot", "visible", *DRAW_INPUTS)
 _PADDING = {"slot": -1, "barred": -1}
 
 
@@ -142,7 +142,7 @@ class _Program(Program):
             token=[token for work in works for token in work.tokens],
             slot=[work.state.slot for work in works],
             visible=[work.state.length for work in works],
-            **_of_draws(draws),
+            **(draw_inputs(draws) if draws else {}),
         )
         self._work()
         drawn = self._results.receive().tolist()
@@ -202,7 +202,7 @@ class _Program(Program):
 
     def _verify(self) -> None:
         _, hidden = self._forward()
-        drawn = dispatch.predict(self._tower.logits(hidden), self._lines())
+        drawn = dispatch.predict(self._tower.logits(hidden), staged_lines(self._staging))
         self._results.put(torch.stack([part.double() for part in drawn]))
 
     def _forward(self) -> tuple[Rows, Tensor]:
@@ -221,33 +221,3 @@ class _Program(Program):
         hidden = self._tower.run(staging["token"], TowerPass(rows, pool, causal=True), self._log)
         self._ends.copy_(hidden[self._length - 1 :: self._length])
         return rows, hidden
-
-    def _lines(self) -> Lines:
-        staging = self._staging
-        return Lines(
-            from_bits(staging["heat"]),
-            staging["key"],
-            staging["position"],
-            staging["step"],
-            staging["domain"],
-            torch.full_like(staging["key"], -1),
-            staging["barred"],
-        )
-
-
-def _of_draws(draws: Sequence[Draw]) -> dict[str, list[int]]:
-    """How each position of verified blocks is drawn; nothing for extensions."""
-    if not draws:
-        return {}
-
-    def spread(values: Sequence[int]) -> list[int]:
-        return [v for v, draw in zip(values, draws, strict=True) for _ in draw.positions]
-
-    return {
-        "key": spread([signed(draw.sampler.key) for draw in draws]),
-        "position": [position for draw in draws for position in draw.positions],
-        "step": spread([draw.step for draw in draws]),
-        "domain": spread([draw.domain for draw in draws]),
-        "barred": [token for draw in draws for token in draw.barred_tokens()],
-        "heat": spread(as_bits([draw.sampler.temperature for draw in draws])),
-    }

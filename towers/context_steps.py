@@ -13,7 +13,6 @@ from torch import Tensor
 
 from twotower.kernels import dispatch
 from twotower.kernels.rows import Rows
-from twotower.kernels.unmask import Lines
 from twotower.towers.backbone import TowerPass
 from twotower.towers.captured import (
     ROW_BUCKETS,
@@ -28,10 +27,11 @@ from twotower.towers.captured import (
 from twotower.towers.context import ContextTower
 from twotower.towers.errors import NumericalError
 from twotower.towers.memory import StatePool
-from twotower.towers.sampling import Draw, Drawn, as_bits, from_bits, signed
+from twotower.towers.sampling import Draw, Drawn
+from twotower.towers.staged_draws import DRAW_INPUTS, draw_inputs, staged_lines
 from twotower.towers.state import ContextState
 
-_INPUTS = ("token", "slot", "visible", "key", "position", "step", "domain", "barred", "heat")
+_INPUTS = ("token", "slot", "visible", *DRAW_INPUTS)
 _PADDING = {"slot": -1, "barred": -1}
 
 Step = tuple[ContextState, int, Draw]
@@ -100,12 +100,7 @@ class _Program(Program):
             token=[token for _, token, _ in steps],
             slot=[state.slot for state, _, _ in steps],
             visible=[state.length for state, _, _ in steps],
-            key=[signed(draw.sampler.key) for draw in draws],
-            position=[draw.positions[0] for draw in draws],
-            step=[draw.step for draw in draws],
-            domain=[draw.domain for draw in draws],
-            barred=[draw.barred_tokens()[0] for draw in draws],
-            heat=as_bits([draw.sampler.temperature for draw in draws]),
+            **draw_inputs(draws),
         )
         self._work()
         tokens, confidences, log_probs, finite = self._results.receive().tolist()
@@ -136,21 +131,9 @@ class _Program(Program):
         )
         hidden = tower.run(staging["token"], TowerPass(rows, pool, causal=True), self._log)
         self._hidden.copy_(hidden)
-        drawn = dispatch.predict(tower.logits(hidden), self._lines())
+        drawn = dispatch.predict(tower.logits(hidden), staged_lines(staging))
         if self._log is not None and tower.replay_weights is not None:
             one = torch.ones_like(self._slots)
             xbc, dt = self._log.xbc, self._log.dt
             dispatch.replay(pool.ssm, pool.conv, xbc, dt, tower.replay_weights, rows, one)
         self._results.put(torch.stack([part.double() for part in drawn]))
-
-    def _lines(self) -> Lines:
-        staging = self._staging
-        return Lines(
-            from_bits(staging["heat"]),
-            staging["key"],
-            staging["position"],
-            staging["step"],
-            staging["domain"],
-            torch.full_like(staging["key"], -1),
-            staging["barred"],
-        )

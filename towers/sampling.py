@@ -184,17 +184,6 @@ def _predicted(
     return results
 
 
-def as_bits(values: Sequence[float]) -> list[int]:
-    """fp32 values as whole numbers, in which they travel among others with every bit."""
-    bits: list[int] = torch.tensor(values, dtype=torch.float32).view(torch.int32).tolist()
-    return bits
-
-
-def from_bits(bits: Tensor) -> Tensor:
-    """The opposite of `as_bits`, of int64 [n]."""
-    return bits.to(torch.int32).view(torch.float32)
-
-
 def signed(key: int) -> int:
     """The same 64 bits as a signed number, which is what an int64 tensor takes."""
     return key - (1 << 64) if key >> 63 else key
