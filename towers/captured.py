@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any, Generic, TypeVar
 
@@ -17,11 +18,14 @@ from torch import Tensor
 
 # Sizes of passes that have graphs of their own; a pass of another size is padded to the next.
 ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+# Tokens of a pass that is a graph, 128 rows of 16: larger ones are bound by their arithmetic, and
+# run part by part.
+GRAPH_TOKENS = 2048
 # Clients choose block lengths. A pass of a length and size that nobody has warmed up runs without
-# graphs until it comes often, and the least recently used of too many gives its graphs up: those
-# of one length need a program a bucket.
+# graphs until it comes often, and the least recently used of too many gives its graphs up. One
+# length needs a program a bucket, and another where drafts are checked.
 CAPTURE_AFTER = 8
-MAX_PROGRAMS = 4 * len(ROW_BUCKETS)
+MAX_PROGRAMS = 6 * len(ROW_BUCKETS)
 
 
 def bucket_for(rows: int, buckets: Sequence[int] = ROW_BUCKETS) -> int:
@@ -32,10 +36,16 @@ def bucket_for(rows: int, buckets: Sequence[int] = ROW_BUCKETS) -> int:
     raise ValueError(f"rows: got {rows}, expected at most {buckets[-1]}")
 
 
-def buckets_up_to(rows: int) -> list[int]:
+def rows_at_once(length: int) -> int:
+    """The most rows of blocks of `length` tokens in one graph."""
+    fitting = [bucket for bucket in ROW_BUCKETS if bucket * length <= GRAPH_TOKENS]
+    return fitting[-1] if fitting else ROW_BUCKETS[0]
+
+
+def buckets_up_to(rows: int, length: int = 1) -> list[int]:
     """The buckets that passes of up to so many rows need, the largest first: the others' graphs
     then fit into the memory that it takes."""
-    largest = bucket_for(min(rows, ROW_BUCKETS[-1]))
+    largest = bucket_for(min(rows, rows_at_once(length)))
     return [bucket for bucket in reversed(ROW_BUCKETS) if bucket <= largest]
 
 
@@ -91,8 +101,13 @@ class Captured:
         """Compiles the kernels by running the work, then records it; on a CPU nothing."""
         if self.ready:
             return
-        # Triton launches on the current device, whatever device its tensors are on.
-        with _capturing, torch.cuda.device(self._memory.device):
+        # Triton launches on the current device, whatever device its tensors are on. The current
+        # stream is named so that it is the current one afterwards even if the capture fails.
+        with (
+            _capturing,
+            torch.cuda.device(self._memory.device),
+            torch.cuda.stream(torch.cuda.current_stream(self._memory.device)),
+        ):
             stream = _capture_stream(self._memory.device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -111,10 +126,11 @@ class Captured:
         self._graph = graph
 
     def close(self) -> None:
-        """Gives the graph's memory back to the pool; a later call runs the work itself."""
+        """Gives graph and work up, for good: the work holds the program that holds this."""
         if self._graph is not None:
             self._graph.reset()
             self._graph = None
+        self._work = _closed
 
     @torch.inference_mode()
     def __call__(self) -> None:
@@ -124,12 +140,16 @@ class Captured:
             self._work()
 
 
+def _closed() -> None:
+    raise RuntimeError("the program was closed")
+
+
 class Staging:
     """Numbers on their way to and from the device: one transfer each way a call.
 
     `inputs` [n, B] int64 on the device; `send` fills it. The host's side is pinned where the device
-    is CUDA, and is written again only after the device has read it, since every call ends with
-    `Results.receive`.
+    is CUDA, and is written again only after the device has read it: every call ends with
+    `Results.receive`, and a capture waits for the device before it records.
     """
 
     def __init__(self, names: Sequence[str], rows: int, device: torch.device) -> None:
@@ -144,13 +164,16 @@ class Staging:
 
     def send(self, padding: Mapping[str, int], **values: Sequence[int]) -> None:
         """Puts each name's first numbers in place, and its padding (0 if not given) behind them."""
-        size = self._host.shape[1]
-        lines = []
-        for name in self._place:
-            own = values.get(name, ())
-            lines.append([*own, *[padding.get(name, 0)] * (size - len(own))])
-        # One tensor: a call for each name would take longer than a small pass's launch.
-        self._host.copy_(torch.tensor(lines, dtype=torch.int64))
+        # One tensor of what is given: a call for each name would take longer than a small pass's
+        # launch, and so would padding in lists for a large one.
+        most = max((len(own) for own in values.values()), default=0)
+        pad = [padding.get(name, 0) for name in self._place]
+        lines = [
+            [*(own := values.get(name, ())), *[pad[place] for _ in range(most - len(own))]]
+            for name, place in self._place.items()
+        ]
+        self._host[:, most:] = torch.tensor(pad).unsqueeze(1)
+        self._host[:, :most] = torch.tensor(lines, dtype=torch.int64).view(len(lines), most)
         self._inputs.copy_(self._host, non_blocking=True)
 
 
@@ -205,7 +228,10 @@ class Program:
     def _begin(self, **values: Sequence[int]) -> None:
         """Sends a call's inputs; captures a shape that comes often."""
         if self._calls >= CAPTURE_AFTER:
-            self.capture()
+            # Without room for the graph the work runs without one, and tries again later.
+            self._calls = 0
+            with suppress(torch.OutOfMemoryError):
+                self.capture()
         self._calls += 1
         self._staging.send(self._padding, **values)
 

@@ -17,7 +17,6 @@ from twotower.kernels import dispatch
 from twotower.kernels.rows import Rows
 from twotower.towers.backbone import TowerPass
 from twotower.towers.captured import (
-    ROW_BUCKETS,
     GraphMemory,
     Program,
     Programs,
@@ -25,8 +24,8 @@ from twotower.towers.captured import (
     Staging,
     bucket_for,
     buckets_up_to,
+    rows_at_once,
 )
-from twotower.towers.config import ATTENTION
 from twotower.towers.context import ContextTower
 from twotower.towers.errors import NumericalError
 from twotower.towers.memory import StatePool
@@ -36,7 +35,7 @@ from twotower.towers.staged_draws import DRAW_INPUTS, draw_inputs, staged_lines
 from twotower.towers.state import ContextState, PassLog
 
 MAX_LENGTH = 64
-_INPUTS = ("token", "slot", "visible", *DRAW_INPUTS)
+_INPUTS = ("token", "slot", "visible")
 _PADDING = {"slot": -1, "barred": -1}
 
 
@@ -57,12 +56,12 @@ BlockResult = tuple[Tensor, Drawn | NumericalError | None]
 class ContextBlocks:
     """Blocks of rows whose states live in one pool, which is that of the first block."""
 
-    def __init__(self, tower: ContextTower) -> None:
+    def __init__(self, tower: ContextTower, memory: GraphMemory) -> None:
         self._tower = tower
-        self._memory = GraphMemory(tower.device)
+        self._memory = memory
         self._pool: StatePool | None = None
-        # The log of all programs, as large as the largest: one for each would be gigabytes. Those
-        # that were captured before it grew keep theirs.
+        # The log of all programs, as large as the largest: one for each would be gigabytes. It
+        # grows in powers of two: those that older programs keep are together less than the last.
         self._log: PassLog | None = None
         self._log_tokens = 0
         self._programs: Programs[tuple[int, int, bool], _Program] = Programs(self._new_program)
@@ -77,8 +76,8 @@ class ContextBlocks:
                 for index, work in enumerate(works)
                 if (len(work.tokens), work.draw is not None) == (length, draws)
             ]
-            for first in range(0, len(same), ROW_BUCKETS[-1]):
-                own = same[first : first + ROW_BUCKETS[-1]]
+            for first in range(0, len(same), rows_at_once(length)):
+                own = same[first : first + rows_at_once(length)]
                 program = self._program(
                     works[own[0]].state.pool, bucket_for(len(own)), length, draws
                 )
@@ -86,8 +85,9 @@ class ContextBlocks:
         return [results[index] for index in range(len(works))]
 
     def warm_up(self, pool: StatePool, length: int, rows: int) -> None:
-        """Captures the extensions of up to `rows` blocks of `length` tokens."""
-        for bucket in buckets_up_to(rows):
+        """Captures the extensions of up to `rows` blocks of `length` tokens; blocks of more than
+        MAX_LENGTH have no graphs."""
+        for bucket in buckets_up_to(rows, length) if length <= MAX_LENGTH else ():
             self._program(pool, bucket, length, False).capture()
 
     def _program(self, pool: StatePool, rows: int, length: int, draws: bool) -> _Program:
@@ -95,8 +95,8 @@ class ContextBlocks:
             self._pool = pool
             self._programs.clear()
         if rows * length > self._log_tokens:
-            most = bucket_for(min(pool.slots.num_slots, ROW_BUCKETS[-1]))
-            self._log_tokens = max(rows, most) * length
+            most = bucket_for(min(pool.slots.num_slots, rows_at_once(length)))
+            self._log_tokens = 1 << (max(rows, most) * length - 1).bit_length()
             self._log = self._tower.new_log(self._log_tokens, whole=True)
         return self._programs[rows, length, draws]
 
@@ -126,7 +126,8 @@ class _Program(Program):
         self._rows = rows
         self._length = length
         device, total = tower.device, rows * length
-        super().__init__(Staging(_INPUTS, total, device), _PADDING, memory)
+        names = (*_INPUTS, *DRAW_INPUTS) if draws else _INPUTS
+        super().__init__(Staging(names, total, device), _PADDING, memory)
         self._starts = torch.arange(0, total + 1, length, dtype=torch.int32, device=device)
         self._slots = torch.full((rows,), -1, dtype=torch.int32, device=device)
         self._visible = torch.zeros_like(self._slots)
@@ -167,31 +168,27 @@ class _Program(Program):
     def _hand_out(self, works: Sequence[BlockWork]) -> None:
         """Moves the rows' states on, and gives sinks their shares; the log's as a copy, since the
         next block overwrites it while they may still be on their way."""
-        taking = [work for work in works if work.sink is not None and work.sink.takes_shares]
-        log = self._log.copy() if taking and self._log is not None else None
         for row, work in enumerate(works):
             work.state.stepped(self._length)
             if work.sink is None or not work.sink.takes_shares:
                 continue
-            for name, layer, share in self._shares(work.state, row, log):
+            for name, layer, share in self._shares(work.state, row):
                 work.sink.put(name, layer, share)
 
-    def _shares(
-        self, state: ContextState, row: int, log: PassLog | None
-    ) -> Iterator[tuple[str, int, Tensor]]:
+    def _shares(self, state: ContextState, row: int) -> Iterator[tuple[str, int, Tensor]]:
         """What a mirror may need of the row's last block, layer by layer."""
-        first = row * self._length
-        if log is not None:
-            own = log.part(first, first + self._length)
+        if self._log is not None:
+            first = row * self._length
+            own = self._log.part(first, first + self._length).copy()
             for layer in range(len(own.xbc)):
                 yield "xbc", layer, own.xbc[layer]
                 yield "dt", layer, own.dt[layer]
                 yield "conv", layer, state.conv[layer]
                 yield "ssm", layer, state.ssm[layer]
-        for layer in range(len(self._tower.config.layers_of(ATTENTION))):
-            k, v = state.kv(layer, state.position - self._length, state.position)
-            yield "k", layer, k
-            yield "v", layer, v
+        k, v = state.kv_layers(state.position - self._length, state.position)
+        for layer in range(len(k)):
+            yield "k", layer, k[layer]
+            yield "v", layer, v[layer]
 
     def _extend(self) -> None:
         rows, _ = self._forward()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from twotower.towers.admission import Admission
 from twotower.towers.backbone import Tower
+from twotower.towers.captured import GraphMemory
 from twotower.towers.config import ATTENTION
 from twotower.towers.context import ContextTower
 from twotower.towers.context_blocks import ContextBlocks
@@ -94,8 +95,9 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         cache = PrefixCache(pool, prefix_cache_bytes) if prefix_cache_bytes else None
         admission = Admission(pool, cache.reclaim if cache else None, max_waiting)
         wanted = tower.device.type == "cuda" if device_steps is None else device_steps
-        self._steps = ContextSteps(tower) if wanted else None
-        self._blocks = ContextBlocks(tower) if wanted else None
+        memory = GraphMemory(tower.device)
+        self._steps = ContextSteps(tower, memory) if wanted else None
+        self._blocks = ContextBlocks(tower, memory) if wanted else None
         run = ContextPass(tower, self._steps, self._blocks).run
         limits = limits or PassLimits.for_device(tower.device.type)
         super().__init__("context", run, admission, limits, threaded)

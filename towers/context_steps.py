@@ -40,9 +40,9 @@ Step = tuple[ContextState, int, Draw]
 class ContextSteps:
     """Steps of rows whose states live in one pool, which is that of the first step."""
 
-    def __init__(self, tower: ContextTower) -> None:
+    def __init__(self, tower: ContextTower, memory: GraphMemory) -> None:
         self._tower = tower
-        self._memory = GraphMemory(tower.device)
+        self._memory = memory
         self._pool: StatePool | None = None
         self._programs: Programs[int, _Program] = Programs(self._new_program)
 

@@ -21,7 +21,6 @@ from twotower.kernels.rows import Rows
 from twotower.kernels.unmask import Lines
 from twotower.towers.backbone import TowerPass
 from twotower.towers.captured import (
-    ROW_BUCKETS,
     GraphMemory,
     Program,
     Programs,
@@ -29,6 +28,7 @@ from twotower.towers.captured import (
     Staging,
     bucket_for,
     buckets_up_to,
+    rows_at_once,
 )
 from twotower.towers.denoiser import DenoiserTower
 from twotower.towers.errors import NumericalError
@@ -111,15 +111,16 @@ class DenoiserSteps:
         results: dict[int, StepResult | NumericalError] = {}
         for length in {draft.length for _, draft in works}:
             same = [index for index, (_, draft) in enumerate(works) if draft.length == length]
-            for first in range(0, len(same), ROW_BUCKETS[-1]):
-                own = same[first : first + ROW_BUCKETS[-1]]
+            for first in range(0, len(same), rows_at_once(length)):
+                own = same[first : first + rows_at_once(length)]
                 steps = self._run_length([works[index] for index in own], length)
                 results |= zip(own, steps, strict=True)
         return [results[index] for index in range(len(works))]
 
     def warm_up(self, pool: StatePool, length: int, rows: int) -> None:
-        """Captures the graphs of all passes of up to `rows` blocks of `length` tokens."""
-        for bucket in buckets_up_to(rows):
+        """Captures the graphs of all passes of up to `rows` blocks of `length` tokens; blocks of
+        more than MAX_LENGTH have none."""
+        for bucket in buckets_up_to(rows, length) if length <= MAX_LENGTH else ():
             self._program(pool, bucket, length).capture()
 
     def _run_length(

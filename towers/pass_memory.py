@@ -10,13 +10,16 @@ import torch
 
 from twotower.kernels.attention import MAX_SPLITS, SHORT_TOKENS
 from twotower.kernels.replay import SCRATCH_BYTES
-from twotower.towers.config import ATTENTION, MAMBA, MOE, TwoTowerConfig
+from twotower.towers.captured import rows_at_once
+from twotower.towers.config import ATTENTION, MAMBA, MLP, MOE, TwoTowerConfig
 
 # Workspaces of libraries, 32 MiB a stream, and small tensors of a step.
 _FIXED_BYTES = 256 << 20
 # The allocator's blocks are larger than what they hold.
 _SLACK = 1.1
 _FP32 = 4
+# Lengths of blocks that clients use side by side.
+_BLOCK_LENGTHS = 4
 
 
 def log_bytes(config: TwoTowerConfig, dtype: torch.dtype, tokens: int) -> int:
@@ -44,7 +47,7 @@ def layer_bytes(config: TwoTowerConfig, dtype: torch.dtype, tokens: int) -> int:
         # The router's input and scores are in fp64.
         router = 2 * (hidden + config.n_routed_experts) * _FP32
         widths.append(slots * (config.moe_intermediate_size + hidden) * size + router)
-    if config.layers_of("-"):
+    if config.layers_of(MLP):
         widths.append(2 * config.intermediate_size * size)
     return tokens * (4 * hidden * size + max(widths))
 
@@ -69,14 +72,23 @@ def working_bytes(
 ) -> int:
     """Bytes of a tower's largest pass: `tokens` tokens of up to `rows` rows with blocks of `block`.
 
-    A tower that reads prompts keeps the pass's log and replays it; its pass may have as many
-    logits as a verified draft of every row, a denoiser's those of all blocks.
+    Graphs keep what such a pass of blocks takes beside what passes without one take. A tower that
+    reads prompts keeps the pass's log and replays it; its pass may have as many logits as a
+    verified draft of every row, a denoiser's those of all blocks.
     """
-    lines = min(tokens, rows * block)
-    logits = lines * config.vocab_size * dtype.itemsize
-    peak = layer_bytes(config, dtype, tokens) + partial_bytes(config, rows, block) + logits
+    graph_rows = min(rows, rows_at_once(block))
+    graph = graph_rows * block
+    peak = layer_bytes(config, dtype, tokens) + layer_bytes(config, dtype, graph)
+    peak += partial_bytes(config, rows, block) + partial_bytes(config, graph_rows, block)
+    peak += (min(tokens, rows * block) + graph) * config.vocab_size * dtype.itemsize
     if reads_prompts:
-        # The log of a pass, and that of blocks, which their graphs keep with all that is projected.
-        gates = len(config.layers_of(MAMBA)) * config.d_inner * lines * dtype.itemsize
-        peak += log_bytes(config, dtype, tokens + lines) + gates + SCRATCH_BYTES
+        # The log of a pass, and twice that of blocks, which their graphs keep with all that is
+        # projected: older ones stay with older graphs.
+        gates = len(config.layers_of(MAMBA)) * config.d_inner * graph * dtype.itemsize
+        peak += log_bytes(config, dtype, tokens) + SCRATCH_BYTES
+        peak += 2 * (log_bytes(config, dtype, graph) + gates)
+    else:
+        # Shift, scale and gate of every number of masked positions, for a few block lengths.
+        table = (block + 1) * config.num_layers * 3 * config.hidden_size * dtype.itemsize
+        peak += _BLOCK_LENGTHS * table
     return int(_SLACK * peak) + _FIXED_BYTES

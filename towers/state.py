@@ -76,8 +76,14 @@ class ContextState:
     def kv(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """An attention layer's K and V of tokens start..stop-1, [nkv, n, hd] each; views where
         the tokens' pages are neighbours."""
-        k, v = self._gather(start, stop)
+        k, v = self.kv_layers(start, stop)
         return k[layer], v[layer]
+
+    def kv_layers(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The same of all A attention layers, [A, nkv, n, hd] each."""
+        runs = self.pool.runs(self.pages, start, stop) or [slice(0, 0)]
+        k, v = ([held[:, :, run] for run in runs] for held in (self.pool.k, self.pool.v))
+        return (k[0], v[0]) if len(runs) == 1 else (torch.cat(k, dim=2), torch.cat(v, dim=2))
 
     def write_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Puts one attention layer's K/V [nkv, n, hd] behind what is there; they count once
@@ -150,7 +156,7 @@ class ContextState:
 
         A delta if the last `advance` began at `start` and its log is smaller than the snapshot.
         """
-        k, v = self._gather(start, self.position)
+        k, v = self.kv_layers(start, self.position)
         held = {"conv": self.conv, "ssm": self.ssm, "k": k, "v": v}
         tensors = {name: list(tensor) for name, tensor in held.items()}
         kind: UpdateKind = "snapshot"
@@ -220,12 +226,6 @@ class ContextState:
         self._log = self._replayed = None
         self.pool.slots.free(self.slot)
         self.pool.pages.free(self.pages)
-
-    def _gather(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """K and V of tokens start..stop-1 in all layers, [A, nkv, n, hd] each."""
-        runs = self.pool.runs(self.pages, start, stop) or [slice(0, 0)]
-        k, v = ([held[:, :, run] for run in runs] for held in (self.pool.k, self.pool.v))
-        return (k[0], v[0]) if len(runs) == 1 else (torch.cat(k, dim=2), torch.cat(v, dim=2))
 
     def _moved(self, shares: Sequence[Tensor]) -> Sequence[Tensor]:
         """Layers' shares on the state's device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from tests.random_model import small_config, write_checkpoint
 from twotower.kernels.dispatch import force
-from twotower.towers import captured
+from twotower.towers import captured, context_blocks, denoiser_steps
 from twotower.towers.captured import ROW_BUCKETS, Captured, GraphMemory, Staging, bucket_for
 from twotower.towers.context import ContextTower
 from twotower.towers.context_engine import ContextEngine
@@ -302,6 +303,65 @@ def test_only_so_many_programs_are_kept(towers: Towers, monkeypatch: pytest.Monk
         1 + len({-(-size // share) for share in (4, 2, 1)}) for size in range(1, 4)
     )
     assert got == [decode(towers, [request], False)[0] for request in requests]
+
+
+def test_programs_that_are_dropped_are_gone_at_once(
+    towers: Towers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their buffers are a device's memory, and no collection may come for a long while."""
+    monkeypatch.setattr(captured, "MAX_PROGRAMS", 2)
+    requests = [([5, 9], params_of(max_tokens=size, block_size=size)) for size in range(1, 9)]
+    gc.collect()
+    gc.disable()
+    try:
+        reading, filling = engines(towers, True)
+
+        async def rows() -> None:
+            for index, request in enumerate(requests):
+                async for _ in generate_blocks(reading, filling, f"{index}", *request):
+                    pass
+
+        asyncio.run(rows())
+        alive = [type(own) for own in gc.get_objects()]
+        assert alive.count(denoiser_steps._Program) == 2
+        assert alive.count(context_blocks._Program) <= 2
+    finally:
+        gc.enable()
+
+
+def test_logs_of_blocks_grow_a_few_times_only(towers: Towers) -> None:
+    context, _ = towers
+    pool = OPTIONS.pool_for(context)
+    blocks = context_blocks.ContextBlocks(context, GraphMemory(CPU))
+    made = []
+    new_log = context.new_log
+    try:
+        context.new_log = lambda n, **own: made.append(n) or new_log(n, **own)  # type: ignore
+        for length in range(1, MAX_LENGTH + 1):
+            blocks.warm_up(pool, length, 160)
+        blocks.warm_up(pool, MAX_LENGTH + 1, 160)
+    finally:
+        del context.new_log
+    assert made == [128, 256, 512, 1024, 2048]
+    assert made[-1] == captured.GRAPH_TOKENS
+
+
+def test_a_capture_without_room_costs_the_graph_and_nothing_else(
+    towers: Towers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def full(_: Captured) -> None:
+        tried.append(1)
+        raise torch.OutOfMemoryError("no room")
+
+    request = ([5, 9], params_of(max_tokens=64, steps_per_block=16, confidence_threshold=1.0))
+    want = decode(towers, [request], True)
+    monkeypatch.setattr(Captured, "ready", False)
+    monkeypatch.setattr(Captured, "capture", full)
+    assert decode(towers, [request], True) == want
+    # 64 steps of the denoiser, tried again after every eighth.
+    assert 4 <= len(tried) <= 8
 
 
 def test_warming_up_prepares_every_bucket_and_changes_no_row(towers: Towers) -> None:
