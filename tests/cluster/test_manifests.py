@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -28,6 +28,7 @@ with warnings.catch_warnings():
 
 from twotower import TwoTower
 from twotower.client import Client
+from twotower.cluster.surroundings import make_folder
 from twotower.deployments.config import APP_NAME, ServiceConfig
 from twotower.deployments.ingress import SERVICER_FUNCTIONS
 from twotower.deployments.router import SERVICE_NAME
@@ -276,7 +277,8 @@ def deployed(serve_config: dict[str, Any]) -> Iterator[Deployed]:
         "OMP_NUM_THREADS": "1",
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     }
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="tt-") as folder:
+    folder = make_folder()
+    with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
         context = ray.init(
@@ -286,12 +288,12 @@ def deployed(serve_config: dict[str, Any]) -> Iterator[Deployed]:
             dashboard_port=free_port(),
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=False,
-            _temp_dir=folder,
+            _temp_dir=str(folder),
         )
         try:
             dashboard = f"http://{context.dashboard_url}"
             own = small(serve_config)
-            path = Path(folder) / "serve.yaml"
+            path = folder / "serve.yaml"
             path.write_text(yaml.safe_dump(own), encoding="utf-8")
             run_serve("deploy", str(path), dashboard)
             await_running(dashboard)
@@ -299,6 +301,7 @@ def deployed(serve_config: dict[str, Any]) -> Iterator[Deployed]:
             serve.shutdown()
         finally:
             ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def small(config: dict[str, Any]) -> dict[str, Any]:
