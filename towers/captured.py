@@ -16,6 +16,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from twotower.kernels.rows import Rows
+from twotower.towers.memory import StatePool
+
 # Sizes of passes that have graphs of their own; a pass of another size is padded to the next.
 ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 # Tokens of a pass that is a graph, 128 rows of 16: larger ones are bound by their arithmetic, and
@@ -198,12 +201,31 @@ class Results:
 
 
 class Program:
-    """The graphs of one shape of pass, over buffers of its own and inputs in `staging`."""
+    """The graphs of passes over up to B rows of L tokens each, over buffers of its own.
 
-    def __init__(self, staging: Staging, padding: Mapping[str, int], memory: GraphMemory) -> None:
-        self._staging = staging
-        self._padding = padding
+    Beside every row's `slot` and `visible` tokens, -1 and 0 for padding, a call sends `inputs` of
+    up to `width` numbers each.
+    """
+
+    def __init__(
+        self,
+        pool: StatePool,
+        rows: int,
+        length: int,
+        memory: GraphMemory,
+        inputs: Sequence[str] = (),
+        width: int | None = None,
+        padding: Mapping[str, int] | None = None,
+    ) -> None:
+        self._pool = pool
+        self._length = length
         self._memory = memory
+        self._padding = {"slot": -1, **(padding or {})}
+        self._staging = Staging(("slot", "visible", *inputs), width or rows, memory.device)
+        ends = rows * length + 1
+        self._starts = torch.arange(0, ends, length, dtype=torch.int32, device=memory.device)
+        self._slots = torch.full((rows,), -1, dtype=torch.int32, device=memory.device)
+        self._visible = torch.zeros_like(self._slots)
         self._graphs: list[Captured] = []
         self._calls = 0
 
@@ -224,6 +246,21 @@ class Program:
         """One more part of the work."""
         self._graphs.append(Captured(work, self._memory))
         return self._graphs[-1]
+
+    def _read_rows(self) -> Rows:
+        """Part of the work: what operators are told of the rows that were sent."""
+        count = len(self._slots)
+        self._slots.copy_(self._staging["slot"][:count])
+        self._visible.copy_(self._staging["visible"][:count])
+        return Rows(
+            self._starts,
+            self._slots,
+            self._visible,
+            self._pool.page_table,
+            self._pool.page_tokens,
+            self._length,
+            real=(self._slots >= 0).repeat_interleave(self._length),
+        )
 
     def _begin(self, **values: Sequence[int]) -> None:
         """Sends a call's inputs; captures a shape that comes often."""

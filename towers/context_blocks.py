@@ -21,7 +21,6 @@ from twotower.towers.captured import (
     Program,
     Programs,
     Results,
-    Staging,
     bucket_for,
     buckets_up_to,
     rows_at_once,
@@ -31,12 +30,10 @@ from twotower.towers.errors import NumericalError
 from twotower.towers.memory import StatePool
 from twotower.towers.protocols import LayerSink
 from twotower.towers.sampling import Draw, Drawn
-from twotower.towers.staged_draws import DRAW_INPUTS, draw_inputs, staged_lines
+from twotower.towers.staged_draws import DRAW_INPUTS, DRAW_PADDING, draw_inputs, staged_lines
 from twotower.towers.state import ContextState, PassLog
 
 MAX_LENGTH = 64
-_INPUTS = ("token", "slot", "visible")
-_PADDING = {"slot": -1, "barred": -1}
 
 
 @dataclass(frozen=True)
@@ -120,20 +117,13 @@ class _Program(Program):
         draws: bool,
         memory: GraphMemory,
     ) -> None:
+        total, inputs = rows * length, ("token", *(DRAW_INPUTS if draws else ()))
+        super().__init__(pool, rows, length, memory, inputs, total, DRAW_PADDING)
         self._tower = tower
-        self._pool = pool
         self._log = log
-        self._rows = rows
-        self._length = length
-        device, total = tower.device, rows * length
-        names = (*_INPUTS, *DRAW_INPUTS) if draws else _INPUTS
-        super().__init__(Staging(names, total, device), _PADDING, memory)
-        self._starts = torch.arange(0, total + 1, length, dtype=torch.int32, device=device)
-        self._slots = torch.full((rows,), -1, dtype=torch.int32, device=device)
-        self._visible = torch.zeros_like(self._slots)
         shape = (rows, tower.config.hidden_size)
-        self._ends = torch.zeros(shape, dtype=tower.dtype, device=device)
-        self._results = Results((4, total if draws else 1), device)
+        self._ends = torch.zeros(shape, dtype=tower.dtype, device=tower.device)
+        self._results = Results((4, total if draws else 1), tower.device)
         self._work = self._add(self._verify if draws else self._extend)
 
     def run(self, works: Sequence[BlockWork]) -> list[BlockResult]:
@@ -203,18 +193,8 @@ class _Program(Program):
         self._results.put(torch.stack([part.double() for part in drawn]))
 
     def _forward(self) -> tuple[Rows, Tensor]:
-        staging, pool, count = self._staging, self._pool, self._rows
-        self._slots.copy_(staging["slot"][:count])
-        self._visible.copy_(staging["visible"][:count])
-        rows = Rows(
-            self._starts,
-            self._slots,
-            self._visible,
-            pool.page_table,
-            pool.page_tokens,
-            self._length,
-            real=(self._slots >= 0).repeat_interleave(self._length),
-        )
-        hidden = self._tower.run(staging["token"], TowerPass(rows, pool, causal=True), self._log)
+        rows = self._read_rows()
+        reads = TowerPass(rows, self._pool, causal=True)
+        hidden = self._tower.run(self._staging["token"], reads, self._log)
         self._ends.copy_(hidden[self._length - 1 :: self._length])
         return rows, hidden

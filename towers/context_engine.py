@@ -14,7 +14,6 @@ from torch import Tensor
 from twotower.towers.admission import Admission
 from twotower.towers.backbone import Tower
 from twotower.towers.captured import GraphMemory
-from twotower.towers.config import ATTENTION
 from twotower.towers.context import ContextTower
 from twotower.towers.context_blocks import ContextBlocks
 from twotower.towers.context_pass import ContextPass, ContextResult, ContextWork
@@ -215,7 +214,7 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         draw = own if params.mode == "ar" or fresh else None
         feed = None
         if self.link is not None and params.mode != "ar":
-            feed = KvFeed(self.link, row.row_id, state, len(self.tower.config.layers_of(ATTENTION)))
+            feed = KvFeed(self.link, row.row_id, state)
         try:
             hidden, saved = self._restore(row, pieces)
             cached = state.position

@@ -64,6 +64,10 @@ class ContextResult:
     logprobs: tuple[float, ...] = ()
 
 
+def _given(hidden: Tensor, drawn: Drawn | NumericalError | None) -> ContextResult | NumericalError:
+    return drawn if isinstance(drawn, NumericalError) else ContextResult(hidden, drawn)
+
+
 class ContextPass:
     """Runs works of several rows: decode steps as `steps`, blocks as `blocks`, the rest as one
     packed pass of the tower.
@@ -102,18 +106,12 @@ class ContextPass:
     def _step(self, works: Sequence[ContextWork]) -> list[ContextResult | BaseException]:
         assert self._steps is not None
         steps = [(work.state, work.tokens[0], work.draw) for work in works if work.draw is not None]
-        return [
-            drawn if isinstance(drawn, NumericalError) else ContextResult(hidden, drawn)
-            for hidden, drawn in self._steps.run(steps)
-        ]
+        return [_given(hidden, drawn) for hidden, drawn in self._steps.run(steps)]
 
     def _block(self, works: Sequence[ContextWork]) -> list[ContextResult | BaseException]:
         assert self._blocks is not None
         blocks = [BlockWork(work.state, work.tokens, work.draw, work.sink) for work in works]
-        return [
-            drawn if isinstance(drawn, NumericalError) else ContextResult(hidden, drawn)
-            for hidden, drawn in self._blocks.run(blocks)
-        ]
+        return [_given(hidden, drawn) for hidden, drawn in self._blocks.run(blocks)]
 
     def _pass(self, works: Sequence[ContextWork]) -> list[ContextResult | BaseException]:
         states, sinks = [work.state for work in works], [work.sink for work in works]

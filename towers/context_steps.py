@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from twotower.kernels import dispatch
-from twotower.kernels.rows import Rows
 from twotower.towers.backbone import TowerPass
 from twotower.towers.captured import (
     ROW_BUCKETS,
@@ -20,7 +19,6 @@ from twotower.towers.captured import (
     Program,
     Programs,
     Results,
-    Staging,
     bucket_for,
     buckets_up_to,
 )
@@ -28,11 +26,8 @@ from twotower.towers.context import ContextTower
 from twotower.towers.errors import NumericalError
 from twotower.towers.memory import StatePool
 from twotower.towers.sampling import Draw, Drawn
-from twotower.towers.staged_draws import DRAW_INPUTS, draw_inputs, staged_lines
+from twotower.towers.staged_draws import DRAW_INPUTS, DRAW_PADDING, draw_inputs, staged_lines
 from twotower.towers.state import ContextState
-
-_INPUTS = ("token", "slot", "visible", *DRAW_INPUTS)
-_PADDING = {"slot": -1, "barred": -1}
 
 Step = tuple[ContextState, int, Draw]
 
@@ -80,17 +75,13 @@ class _Program(Program):
     def __init__(
         self, tower: ContextTower, pool: StatePool, rows: int, memory: GraphMemory
     ) -> None:
+        inputs = ("token", *DRAW_INPUTS)
+        super().__init__(pool, rows, 1, memory, inputs, padding=DRAW_PADDING)
         self._tower = tower
-        self._pool = pool
-        device = tower.device
-        super().__init__(Staging(_INPUTS, rows, device), _PADDING, memory)
-        self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self._slots = torch.full((rows,), -1, dtype=torch.int32, device=device)
-        self._visible = torch.zeros_like(self._slots)
         self._log = tower.new_log(rows, whole=True)
         shape = (rows, tower.config.hidden_size)
-        self._hidden = torch.zeros(shape, dtype=tower.dtype, device=device)
-        self._results = Results((4, rows), device)
+        self._hidden = torch.zeros(shape, dtype=tower.dtype, device=tower.device)
+        self._results = Results((4, rows), tower.device)
         self._work = self._add(self._forward)
 
     def step(self, steps: Sequence[Step]) -> list[tuple[Tensor, Drawn | NumericalError]]:
@@ -118,17 +109,7 @@ class _Program(Program):
 
     def _forward(self) -> None:
         tower, pool, staging = self._tower, self._pool, self._staging
-        self._slots.copy_(staging["slot"])
-        self._visible.copy_(staging["visible"])
-        rows = Rows(
-            self._starts,
-            self._slots,
-            self._visible,
-            pool.page_table,
-            pool.page_tokens,
-            1,
-            real=self._slots >= 0,
-        )
+        rows = self._read_rows()
         hidden = tower.run(staging["token"], TowerPass(rows, pool, causal=True), self._log)
         self._hidden.copy_(hidden)
         drawn = dispatch.predict(tower.logits(hidden), staged_lines(staging))

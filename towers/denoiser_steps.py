@@ -17,7 +17,6 @@ from torch import Tensor
 
 from twotower.kernels import dispatch
 from twotower.kernels.commit import Drafts, threshold_below
-from twotower.kernels.rows import Rows
 from twotower.kernels.unmask import Lines
 from twotower.towers.backbone import TowerPass
 from twotower.towers.captured import (
@@ -25,7 +24,6 @@ from twotower.towers.captured import (
     Program,
     Programs,
     Results,
-    Staging,
     bucket_for,
     buckets_up_to,
     rows_at_once,
@@ -42,8 +40,6 @@ _MAX_QUOTA = 64
 # Lines through the head, as shares of the pass's tokens: a quarter, a half, all.
 _HEAD_SHARES = (4, 2, 1)
 _WORDS = ("key", "start", "domain", "fixed_step", "eos", "eos_from")
-_INPUTS = ("slots", "visible")
-_PADDING = {"slots": -1}
 
 
 @dataclass(eq=False)
@@ -252,14 +248,10 @@ class _Program(Program):
         length: int,
         memory: GraphMemory,
     ) -> None:
+        super().__init__(tables.pool, rows, length, memory)
         self._tower = tower
         self._tables = tables
-        self._length = length
         device, total = tower.device, rows * length
-        super().__init__(Staging(_INPUTS, rows, device), _PADDING, memory)
-        self._starts = torch.arange(0, total + 1, length, dtype=torch.int32, device=device)
-        self._slots = torch.full((rows,), -1, dtype=torch.int32, device=device)
-        self._visible = torch.zeros_like(self._slots)
         self._modulations = tables.modulations(length)
         shape = (total, tower.config.hidden_size)
         self._hidden = torch.zeros(shape, dtype=tower.dtype, device=device)
@@ -276,7 +268,7 @@ class _Program(Program):
     ) -> list[StepResult | NumericalError]:
         """One step of the drafts in these states' slots, with so many masked positions in all."""
         visible = [state.position for state in states]
-        self._begin(slots=[state.slot for state in states], visible=visible)
+        self._begin(slot=[state.slot for state in states], visible=visible)
         self._body()
         self._heads[min(size for size in self._heads if size >= masked)]()
         results = self._results.receive()[: len(states)].tolist()
@@ -294,25 +286,13 @@ class _Program(Program):
 
     def _forward(self) -> None:
         drafts, length = self._tables.drafts, self._length
-        self._slots.copy_(self._staging["slots"])
-        self._visible.copy_(self._staging["visible"])
+        reads = TowerPass(self._read_rows(), self._pool, causal=False)
         own = self._slots.clamp_min(0).long()
         tokens = drafts.tokens[own, :length].flatten()
         # Padding reads slot 0, whose block may be of any length: without the bound its entry could
         # lie behind this length's table. A failed row has -1.
         masked = torch.where(self._slots >= 0, drafts.remaining[own], 0).clamp(0, length)
         index = masked.long().repeat_interleave(length)
-        pool = self._tables.pool
-        rows = Rows(
-            self._starts,
-            self._slots,
-            self._visible,
-            pool.page_table,
-            pool.page_tokens,
-            length,
-            real=(self._slots >= 0).repeat_interleave(length),
-        )
-        reads = TowerPass(rows, pool, causal=False)
         self._hidden.copy_(self._tower.run(tokens, self._modulations, index, reads))
         self._lines.copy_(dispatch.select_masked(drafts, self._slots, length))
 

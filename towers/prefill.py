@@ -61,9 +61,8 @@ async def send_update(writer: UpdateWriter, update: StateUpdate) -> None:
 class KvFeed:
     """Sends K/V of a prompt's earlier pieces while later ones are read, one update at a time."""
 
-    def __init__(self, link: StateLink, row_id: str, state: ContextState, num_layers: int) -> None:
+    def __init__(self, link: StateLink, row_id: str, state: ContextState) -> None:
         self.sent = 0
-        self._num_layers = num_layers
         self._link = link
         self._row_id = row_id
         self._state = state
@@ -93,10 +92,10 @@ class KvFeed:
         plan = UpdatePlan("kv", self.sent, position)
         writer = self._link.begin(self._row_id, self._state, plan)
         try:
-            for layer in range(self._num_layers):
-                k, v = self._state.kv(layer, self.sent, position)
-                writer.put("k", layer, k)
-                writer.put("v", layer, v)
+            k, v = self._state.kv_layers(self.sent, position)
+            for layer in range(len(k)):
+                writer.put("k", layer, k[layer])
+                writer.put("v", layer, v[layer])
             await writer.finish()
         finally:
             writer.abort()

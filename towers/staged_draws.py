@@ -12,6 +12,7 @@ from twotower.towers.captured import Staging
 from twotower.towers.sampling import Draw, signed
 
 DRAW_INPUTS = ("key", "position", "step", "domain", "barred", "temperature")
+DRAW_PADDING = {"barred": -1}
 
 
 def draw_inputs(draws: Sequence[Draw]) -> dict[str, list[int]]:
