@@ -30,7 +30,7 @@ from benchmarks.machine import machine
 from benchmarks.pairs import pair_states, pair_stats
 from twotower.client import Client
 from twotower.deployments.config import PairAutoscaling, ServiceConfig
-from twotower.deployments.server import LocalService, free_port
+from twotower.deployments.server.server import LocalService, free_port
 
 SAMPLE_S = 0.1
 PROMPTS = (PROMPT, f"{PROMPT}\n        # read")

@@ -31,7 +31,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from twotower.cluster.autoscaling import PairScaling, PairSignals, ScalingOptions, Tick
+from twotower.deployments.pair.autoscaling import PairScaling, PairSignals, ScalingOptions, Tick
 
 Floats = NDArray[np.float64]
 BLOCK_TOKENS = 16

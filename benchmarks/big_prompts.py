@@ -36,8 +36,8 @@ from benchmarks.machine import machine
 from benchmarks.prompts import held_out_prompts
 from benchmarks.service import MAX_CONTEXT, SERVICE_THREADS, service_config
 from twotower.client import Client, ServiceError
-from twotower.deployments.router import SERVICE_NAME
-from twotower.deployments.server import LocalService
+from twotower.deployments.router.router import SERVICE_NAME
+from twotower.deployments.server.server import LocalService
 from twotower.towers.training.corpus import read_corpus, standard_library
 
 # Blocks that each stream has before the big prompts come.

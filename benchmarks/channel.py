@@ -34,7 +34,6 @@ import grpc.aio
 import torch
 from torch import Tensor
 
-from twotower.bench.shapes import LARGE
 from twotower.cluster.channel import process_group
 from twotower.cluster.channel.framing import CHUNK_BYTES
 from twotower.cluster.channel.grpc import CPU, OPTIONS, GrpcStateLink, LinkSpec
@@ -42,8 +41,9 @@ from twotower.cluster.channel.nccl import RECEIVER, SENDER, TAG, settle
 from twotower.cluster.channel.process_group import GROUP_FRAME_BYTES
 from twotower.cluster.channel.receiver import StateReceiver
 from twotower.cluster.topology import Transport, max_update_bytes
+from twotower.planner.shapes import LARGE
 from twotower.towers.limits import usable_cpus
-from twotower.towers.update import StateUpdate, UpdateBuilder, UpdateKind, UpdatePlan
+from twotower.towers.state.update import StateUpdate, UpdateBuilder, UpdateKind, UpdatePlan
 
 TOKEN = "benchmark"
 BARE_METHOD = "/benchmark.Bare/Carry"

@@ -30,7 +30,7 @@ from benchmarks.chaos_cluster import ChaosCluster, chaos_cluster
 from benchmarks.processes import own_processes
 from twotower import TwoTower
 from twotower.client import Client, Usage
-from twotower.cluster.faults import LinkFaults
+from twotower.cluster.topology import LinkFaults
 
 MODES = ("mask_diffusion", "ar", "verified", "mask_diffusion", "mock_ar")
 TEXTS = ("def main():\n    ", "class Reader:\n", "import os\nimport sys\n", "# the first", "x = [")

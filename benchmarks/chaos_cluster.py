@@ -12,9 +12,9 @@ from ray.cluster_utils import Cluster
 from benchmarks.nodes import add_node, deploy, local_cluster, raylet_of
 from benchmarks.pairs import await_whole, left_over
 from benchmarks.processes import ancestors, own_processes
-from twotower.cluster.faults import LinkFaults
+from twotower.cluster.topology import LinkFaults
 from twotower.deployments.config import ServiceConfig
-from twotower.deployments.server import free_port
+from twotower.deployments.server.server import free_port
 
 PAIRS = 2
 NODES = 3

@@ -30,8 +30,8 @@ from benchmarks.prompts import held_out_prompts
 from benchmarks.service import MAX_CONTEXT, SERVICE_THREADS, pair_stats, service_config
 from twotower.api import Request
 from twotower.client import Client
-from twotower.deployments.server import LocalService
-from twotower.towers.params import GenerationParams
+from twotower.deployments.server.server import LocalService
+from twotower.towers.request.params import GenerationParams
 from twotower.towers.training.corpus import read_corpus, standard_library
 
 TOWERS = ("context", "denoiser")

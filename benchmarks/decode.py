@@ -26,17 +26,21 @@ import torch
 
 from benchmarks.floor import ExpertCounter, product_sets, products
 from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
-from twotower.bench.schedules import PROFILES
-from twotower.towers.context import ContextTower
-from twotower.towers.context_engine import ContextEngine
-from twotower.towers.denoiser import DenoiserTower
-from twotower.towers.denoiser_engine import DenoiserEngine, commit_rule
-from twotower.towers.generation import generate_blocks
-from twotower.towers.link import LocalLink
-from twotower.towers.params import GenerationParams, Mode
-from twotower.towers.state import ContextState
-from twotower.towers.unmasking import CommitRule, ReplayRule
-from twotower.towers.weights import SHIPPED_MODEL, load_context_tower, load_denoiser_tower
+from twotower.planner.schedules import PROFILES
+from twotower.towers.checkpoint.weights import (
+    SHIPPED_MODEL,
+    load_context_tower,
+    load_denoiser_tower,
+)
+from twotower.towers.decoding.generation import generate_blocks
+from twotower.towers.decoding.unmasking import CommitRule, ReplayRule
+from twotower.towers.engine.context_engine import ContextEngine
+from twotower.towers.engine.denoiser_engine import DenoiserEngine, commit_rule
+from twotower.towers.engine.local_link import LocalLink
+from twotower.towers.model.context_tower import ContextTower
+from twotower.towers.model.denoiser_tower import DenoiserTower
+from twotower.towers.request.params import GenerationParams, Mode
+from twotower.towers.state.context_state import ContextState
 
 
 def main() -> None:

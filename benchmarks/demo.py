@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from twotower.client import Client
-from twotower.deployments.server import free_port
+from twotower.deployments.server.server import free_port
 
 PROMPT = '''def read_config(path, encoding="utf-8"):
     """Return the sections of a configuration file."""

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from twotower import TwoTower
-from twotower.towers.context_engine import ContextEngine
-from twotower.towers.denoiser_engine import DenoiserEngine
-from twotower.towers.engine import EngineOptions
-from twotower.towers.link import load_engines
-from twotower.towers.memory import MemoryBudget
-from twotower.towers.tokenizer import load_tokenizer
-from twotower.towers.weights import resolve_checkpoint
+from twotower.towers.checkpoint.weights import resolve_checkpoint
+from twotower.towers.engine.context_engine import ContextEngine
+from twotower.towers.engine.denoiser_engine import DenoiserEngine
+from twotower.towers.engine.engine import EngineOptions
+from twotower.towers.engine.load import load_engines
+from twotower.towers.state.budget import MemoryBudget
+from twotower.towers.text.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,11 @@ from benchmarks.processes import own_processes
 from benchmarks.random_checkpoint import write_random_checkpoint
 from benchmarks.scheduling import BLOCK
 from benchmarks.scheduling import SHAPE as MIXED_SHAPE
-from twotower.cluster.remote import PairServices
-from twotower.cluster.start import start_towers
+from twotower.cluster.placement.start import start_towers
+from twotower.cluster.services.remote import PairServices
 from twotower.cluster.topology import PairTopology
-from twotower.towers.generation import generate_blocks
-from twotower.towers.params import GenerationParams
+from twotower.towers.decoding.generation import generate_blocks
+from twotower.towers.request.params import GenerationParams
 
 # Attention over the prompt must not make a chunk so long that few of them meet a block.
 SHAPE = replace(MIXED_SHAPE, num_attention_heads=2, num_key_value_heads=1, head_dim=16)

@@ -23,13 +23,13 @@ from typing import TypeVar
 import torch
 
 from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
-from twotower.towers.checkpoint import tensor_shapes
-from twotower.towers.config import TwoTowerConfig
-from twotower.towers.context import ContextTower
-from twotower.towers.denoiser import DenoiserTower
-from twotower.towers.memory import page_bytes
-from twotower.towers.update import StateUpdate, UpdatePlan
-from twotower.towers.weights import load_context_tower, load_denoiser_tower
+from twotower.towers.checkpoint.checkpoint import tensor_shapes
+from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
+from twotower.towers.config.model_config import TwoTowerConfig
+from twotower.towers.model.context_tower import ContextTower
+from twotower.towers.model.denoiser_tower import DenoiserTower
+from twotower.towers.state.tensors import page_bytes
+from twotower.towers.state.update import StateUpdate, UpdatePlan
 
 T = TypeVar("T")
 LARGE = replace(MEDIUM, n_routed_experts=128, hidden_size=640, vocab_size=32768)

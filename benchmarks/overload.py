@@ -27,10 +27,10 @@ from benchmarks.machine import machine
 from benchmarks.prompts import held_out_prompts
 from benchmarks.service import SERVICE_THREADS, service_config
 from twotower.client import Client, ServiceError
-from twotower.deployments.server import LocalService
-from twotower.towers.tokenizer import load_tokenizer
+from twotower.deployments.server.server import LocalService
+from twotower.towers.checkpoint.weights import resolve_checkpoint
+from twotower.towers.text.tokenizer import load_tokenizer
 from twotower.towers.training.corpus import read_corpus, standard_library
-from twotower.towers.weights import resolve_checkpoint
 
 ROWS, QUEUE = 8, 16
 ALL = ROWS + QUEUE

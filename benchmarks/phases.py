@@ -15,11 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.soak_requests import Cancel
-from twotower.cluster.remote import WatchedContext, WatchedDenoiser
-from twotower.towers.params import GenerationParams
-from twotower.towers.protocols import Block, Prefilled, StateLink, UpdateWriter
-from twotower.towers.state import ContextState
-from twotower.towers.update import UpdatePlan
+from twotower.cluster.services.remote import WatchedContext, WatchedDenoiser
+from twotower.towers.decoding.services import Block, Prefilled
+from twotower.towers.request.params import GenerationParams
+from twotower.towers.state.context_state import ContextState
+from twotower.towers.state.link import StateLink, UpdateWriter
+from twotower.towers.state.update import UpdatePlan
 
 
 @dataclass

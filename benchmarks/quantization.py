@@ -26,14 +26,18 @@ from benchmarks.machine import machine
 from benchmarks.prompts import held_out_prompts
 from twotower.agreement import compare
 from twotower.kernels.rows import Rows
-from twotower.towers.config import MOE, TwoTowerConfig
-from twotower.towers.denoiser import DenoiserTower
-from twotower.towers.layers import MoeWeights, moe
-from twotower.towers.params import GenerationParams
-from twotower.towers.quantization import quantize_checkpoint
-from twotower.towers.tokenizer import load_tokenizer
+from twotower.towers.checkpoint.quantization import quantize_checkpoint
+from twotower.towers.checkpoint.weights import (
+    load_context_tower,
+    load_denoiser_tower,
+    resolve_checkpoint,
+)
+from twotower.towers.config.model_config import MOE, TwoTowerConfig
+from twotower.towers.model.denoiser_tower import DenoiserTower
+from twotower.towers.model.layers import MoeWeights, moe
+from twotower.towers.request.params import GenerationParams
+from twotower.towers.text.tokenizer import load_tokenizer
 from twotower.towers.training.corpus import read_corpus, standard_library
-from twotower.towers.weights import load_context_tower, load_denoiser_tower, resolve_checkpoint
 
 SCORED_TOKENS = 256
 BLOCK = 16

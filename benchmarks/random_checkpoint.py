@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from twotower.towers.checkpoint import SINGLE_FILE, tensor_shapes
-from twotower.towers.config import TwoTowerConfig
+from twotower.towers.checkpoint.checkpoint import SINGLE_FILE, tensor_shapes
+from twotower.towers.config.model_config import TwoTowerConfig
 
 MEDIUM = TwoTowerConfig(
     vocab_size=4096,

@@ -27,13 +27,13 @@ import torch
 from benchmarks.figures import median
 from benchmarks.machine import machine
 from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
-from twotower.bench.schedules import PROFILES, Schedule, draw_rows, lockstep_passes, replaying
-from twotower.towers.engine import EngineOptions
-from twotower.towers.generation import generate_blocks
-from twotower.towers.link import load_engines
-from twotower.towers.memory import MemoryBudget
-from twotower.towers.params import GenerationParams
-from twotower.towers.scheduler import PassLimits
+from twotower.planner.schedules import PROFILES, Schedule, draw_rows, lockstep_passes, replaying
+from twotower.towers.decoding.generation import generate_blocks
+from twotower.towers.engine.engine import EngineOptions
+from twotower.towers.engine.load import load_engines
+from twotower.towers.engine.scheduler import PassLimits
+from twotower.towers.request.params import GenerationParams
+from twotower.towers.state.budget import MemoryBudget
 
 # Large enough that passes are matrix products, small enough for a thousand of them a minute.
 SHAPE = replace(

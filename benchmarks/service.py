@@ -24,7 +24,7 @@ from benchmarks.machine import machine
 from twotower.client import Client
 from twotower.deployments.app import PAIR_DEPLOYMENT
 from twotower.deployments.config import APP_NAME, ServiceConfig
-from twotower.deployments.server import LocalService, free_port
+from twotower.deployments.server.server import LocalService, free_port
 
 THREADS_PER_TOWER = 1
 # Both towers of a pair; they take turns while a single request runs.

@@ -6,8 +6,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from twotower.towers.params import GenerationParams, Mode
-from twotower.towers.prefill import PREFILL_CHUNK
+from twotower.towers.engine.prefill import PREFILL_CHUNK
+from twotower.towers.request.params import GenerationParams, Mode
 
 MAX_PROMPT, MAX_NEW = 80, 24
 CANCELLED_SHARE, CHECKED_SHARE = 0.2, 0.01

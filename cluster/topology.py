@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from twotower.cluster.faults import LinkFaults
-from twotower.towers.config import ATTENTION, MAMBA, TwoTowerConfig
-from twotower.towers.engine import EngineOptions
-from twotower.towers.memory import MemoryBudget
-from twotower.towers.scheduler import PassLimits
+from twotower.towers.config.model_config import ATTENTION, MAMBA, TwoTowerConfig
+from twotower.towers.engine.engine import EngineOptions
+from twotower.towers.engine.scheduler import PassLimits
+from twotower.towers.state.budget import MemoryBudget
 
 Transport = Literal["grpc", "gloo", "nccl"]
 Placement = Literal["separate", "colocated", "ar_only"]
@@ -21,6 +20,15 @@ MOST_WAITING = 4096
 _WIDEST_DTYPE_BYTES = 4
 # max_context counts tokens, a row's capacity whole blocks.
 _SLACK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class LinkFaults:
+    """Faults put into a link on purpose: `delay_s` before each update's end is sent; the link
+    breaks once, at the end of update number `cut_at` (None: never)."""
+
+    delay_s: float = 0.0
+    cut_at: int | None = None
 
 
 @dataclass(frozen=True)

@@ -12,24 +12,24 @@ from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import RequestRouterConfig
 
-from twotower.cluster.autoscaling import serve_settings
-from twotower.cluster.growth import may_grow
-from twotower.cluster.room import Host, Need, hosts_of, lack_of_room
-from twotower.cluster.start import start_towers
+from twotower.cluster.placement.growth import may_grow
+from twotower.cluster.placement.room import Host, Need, hosts_of, lack_of_room
+from twotower.cluster.placement.start import start_towers
 from twotower.cluster.topology import PairTopology
 from twotower.deployments.config import MOST_COUNT, ServiceConfig
-from twotower.deployments.losses import RetryPolicy
-from twotower.deployments.metrics import PairMetrics
-from twotower.deployments.pair import TowerPair
-from twotower.deployments.router import Router
-from twotower.deployments.waiting import WatchedRouter
+from twotower.deployments.pair.autoscaling import serve_settings
+from twotower.deployments.pair.metrics import PairMetrics
+from twotower.deployments.pair.tower_pair import TowerPair
+from twotower.deployments.router.router import Router
+from twotower.deployments.router.waiting import WatchedRouter
+from twotower.deployments.routing.losses import RetryPolicy
 from twotower.towers.errors import ConfigError
 from twotower.towers.limits import usable_cpus
 
 logger = logging.getLogger("ray.serve")
 
 PAIR_DEPLOYMENT = "TowerPair"
-PAIR_CHOOSER = "twotower.deployments.pair_chooser.PairChooser"
+PAIR_CHOOSER = "twotower.deployments.routing.pair_chooser.PairChooser"
 # Rows wait in the pair, in order; the router holds a stream for each of them, of all pairs.
 ROUTER_ONGOING = 4096
 # A replica that is told to stop looks this often whether its last stream has ended.

@@ -7,17 +7,17 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from twotower.cluster.autoscaling import ScalingOptions
 from twotower.cluster.topology import PairTopology, Placement
-from twotower.deployments.incoming import MESSAGE_VARIABLE, MOST_MESSAGE_BYTES, longest_request
-from twotower.deployments.overload import OverloadDial
+from twotower.deployments.pair.autoscaling import ScalingOptions
+from twotower.deployments.pair.overload import OverloadDial
 from twotower.deployments.settings_file import check_names, read_settings
-from twotower.towers.checkpoint import Checkpoint
+from twotower.protos.incoming import MESSAGE_VARIABLE, MOST_MESSAGE_BYTES, longest_request
+from twotower.towers.checkpoint.checkpoint import Checkpoint
+from twotower.towers.checkpoint.weights import resolve_checkpoint
+from twotower.towers.engine.scheduler import PassLimits
 from twotower.towers.errors import ConfigError, shorten
 from twotower.towers.limits import MOST_THREADS
-from twotower.towers.scheduler import PassLimits
-from twotower.towers.text_limit import longest_token_bytes
-from twotower.towers.weights import resolve_checkpoint
+from twotower.towers.text.text_limit import longest_token_bytes
 
 APP_NAME = "twotower"
 # Of the rows that a pair may have; the rest is for those that come while another pair starts.

@@ -18,9 +18,9 @@ import tests.environment  # noqa: F401
 from tests.products import ALL_PRODUCTS, multiplied_by
 from twotower import TwoTower
 from twotower.kernels.products import Products, best_products
-from twotower.towers.context import ContextTower
-from twotower.towers.denoiser import DenoiserTower
-from twotower.towers.weights import load_context_tower, load_denoiser_tower
+from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
+from twotower.towers.model.context_tower import ContextTower
+from twotower.towers.model.denoiser_tower import DenoiserTower
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("tiny_a", "tiny_b")

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from twotower.towers.checkpoint import tensor_shapes
-from twotower.towers.config import TwoTowerConfig
+from twotower.towers.checkpoint.checkpoint import tensor_shapes
+from twotower.towers.config.model_config import TwoTowerConfig
 
 SMALL = TwoTowerConfig(
     vocab_size=24,

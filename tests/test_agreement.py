@@ -10,8 +10,8 @@ import pytest
 from twotower import TwoTower
 from twotower.agreement import Cost, agreement, common_prefix, compare
 from twotower.api import GenerationResult
-from twotower.towers.params import GenerationParams
-from twotower.towers.quantization import quantize_checkpoint
+from twotower.towers.checkpoint.quantization import quantize_checkpoint
+from twotower.towers.request.params import GenerationParams
 
 
 def result(token_ids: Sequence[int], nfe: int) -> GenerationResult:

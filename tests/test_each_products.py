@@ -10,17 +10,17 @@ import torch
 from safetensors.torch import load_file
 
 from tests.comparing import assert_relative_rms, normal
-from tests.towers.test_batching_bits import mixed_requests
+from tests.towers.engine.test_batching_bits import mixed_requests
 from tests.towers.test_training import TINY, TINY_SHAPE, random_parameters
 from twotower import TwoTower
 from twotower.kernels.products import Products
-from twotower.towers.quantization import quantize_checkpoint
+from twotower.towers.checkpoint.quantization import quantize_checkpoint
+from twotower.towers.checkpoint.weights import load_context_tower
 from twotower.towers.training.losses import Objective, context_loss
 from twotower.towers.training.model import cast_parameters
 from twotower.towers.training.optimizer import newton_schulz
 from twotower.towers.training.options import TrainingOptions
 from twotower.towers.verify import verify_folder
-from twotower.towers.weights import load_context_tower
 
 pytestmark = pytest.mark.usefixtures("each_products")
 

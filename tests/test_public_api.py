@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
 import twotower
-from tests.towers.tokenizer_families import llama, saved, word_level
+from tests.towers.text.tokenizer_families import llama, saved, word_level
 from twotower import GenerationParams, GenerationResult, Request, TwoTower
 from twotower.towers.errors import CheckpointError, ConfigError, InvalidRequestError
-from twotower.towers.tokenizer import load_tokenizer
+from twotower.towers.text.tokenizer import load_tokenizer
 
 PROMPT = [5, 3, 17, 3, 9]
 MODES: list[Any] = ["mask_diffusion", "ar", "mock_ar", "verified"]

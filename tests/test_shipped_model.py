@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from twotower import TwoTower
-from twotower.towers.config import LAYER_KINDS, MLP
-from twotower.towers.weights import SHIPPED_MODEL
+from twotower.towers.checkpoint.weights import SHIPPED_MODEL
+from twotower.towers.config.model_config import LAYER_KINDS, MLP
 
 LIBRARY_CODE = (
     "import os\nimport sys\n\n\ndef main(argv=None):\n    if argv is None:\n        argv = sys.argv"

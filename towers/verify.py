@@ -24,24 +24,24 @@ from torch import Tensor
 from twotower.kernels import dispatch
 from twotower.kernels.dispatch import Backend, force
 from twotower.kernels.unmask import Lines, gumbel, tempered, without
-from twotower.towers.context import ContextTower
-from twotower.towers.context_engine import ContextEngine
-from twotower.towers.denoiser import DenoiserTower, timestep_features
-from twotower.towers.denoiser_engine import DenoiserEngine
-from twotower.towers.errors import CheckpointError, cut_off
-from twotower.towers.generation import generate_blocks
-from twotower.towers.link import LocalLink
-from twotower.towers.params import GenerationParams, Mode
-from twotower.towers.prefill import PREFILL_CHUNK
-from twotower.towers.sampling import Draw, Sampler, lines_of
-from twotower.towers.state import ContextState
-from twotower.towers.unmasking import BlockDraft, ThresholdRule
-from twotower.towers.weights import (
+from twotower.towers.checkpoint.weights import (
     load_context_tower,
     load_denoiser_tower,
     parse_device,
     parse_dtype,
 )
+from twotower.towers.decoding.generation import generate_blocks
+from twotower.towers.decoding.sampling import Draw, Sampler, lines_of
+from twotower.towers.decoding.unmasking import BlockDraft, ThresholdRule
+from twotower.towers.engine.context_engine import ContextEngine
+from twotower.towers.engine.denoiser_engine import DenoiserEngine
+from twotower.towers.engine.local_link import LocalLink
+from twotower.towers.engine.prefill import PREFILL_CHUNK
+from twotower.towers.errors import CheckpointError, cut_off
+from twotower.towers.model.context_tower import ContextTower
+from twotower.towers.model.denoiser_tower import DenoiserTower, timestep_features
+from twotower.towers.request.params import GenerationParams, Mode
+from twotower.towers.state.context_state import ContextState
 
 LOGIT_TOLERANCE = 2e-3
 STATE_TOLERANCE = 5e-4

@@ -16,12 +16,12 @@ __all__ = [
 
 if TYPE_CHECKING:
     from twotower.api import GenerationResult, Request, TwoTower
-    from twotower.towers.params import GenerationParams
-    from twotower.towers.protocols import Block
+    from twotower.towers.decoding.services import Block
+    from twotower.towers.request.params import GenerationParams
 
 _HOMES = {
-    "Block": "twotower.towers.protocols",
-    "GenerationParams": "twotower.towers.params",
+    "Block": "twotower.towers.decoding.services",
+    "GenerationParams": "twotower.towers.request.params",
     "GenerationResult": "twotower.api",
     "Request": "twotower.api",
     "TwoTower": "twotower.api",

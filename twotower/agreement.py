@@ -8,8 +8,8 @@ from itertools import takewhile
 from pathlib import Path
 
 from twotower.api import GenerationResult, Request, TwoTower
-from twotower.towers.params import GenerationParams, Mode
-from twotower.towers.token_ids import Prompt
+from twotower.towers.request.params import GenerationParams, Mode
+from twotower.towers.request.token_ids import Prompt
 
 # Beginnings of code, reports and explanations, for a first look at any model.
 PROMPTS = (

@@ -12,17 +12,18 @@ from pathlib import Path
 import torch
 
 from twotower.interrupts import run_to_end
-from twotower.towers.config import TwoTowerConfig
-from twotower.towers.context_engine import ContextEngine
-from twotower.towers.denoiser_engine import DenoiserEngine
+from twotower.towers.checkpoint.weights import parse_device, parse_dtype, resolve_checkpoint
+from twotower.towers.config.model_config import TwoTowerConfig
+from twotower.towers.decoding.generation import generate_blocks
+from twotower.towers.decoding.output_text import OutputText
+from twotower.towers.decoding.services import Block
+from twotower.towers.engine.context_engine import ContextEngine
+from twotower.towers.engine.denoiser_engine import DenoiserEngine
+from twotower.towers.engine.load import load_engines
 from twotower.towers.errors import InvalidRequestError
-from twotower.towers.generation import generate_blocks
 from twotower.towers.limits import limit_threads
-from twotower.towers.link import load_engines
-from twotower.towers.output_text import OutputText
-from twotower.towers.params import FinishReason, GenerationParams, Mode
-from twotower.towers.protocols import Block
-from twotower.towers.token_ids import (
+from twotower.towers.request.params import FinishReason, GenerationParams, Mode
+from twotower.towers.request.token_ids import (
     PROMPT,
     Array,
     Prompt,
@@ -31,8 +32,7 @@ from twotower.towers.token_ids import (
     id_row,
     prompt_rows,
 )
-from twotower.towers.tokenizer import Tokenizer, load_tokenizer, text_ids
-from twotower.towers.weights import parse_device, parse_dtype, resolve_checkpoint
+from twotower.towers.text.tokenizer import Tokenizer, load_tokenizer, text_ids
 
 Device = str | torch.device
 

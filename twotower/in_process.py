@@ -8,15 +8,15 @@ from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 
-from twotower.deployments.commit_log import CommitLog
+from twotower.towers.checkpoint.weights import parse_device, parse_dtype
+from twotower.towers.decoding.commit_log import CommitLog
+from twotower.towers.decoding.generation import generate_blocks
+from twotower.towers.decoding.output_text import OutputText
+from twotower.towers.engine.load import load_engines
 from twotower.towers.errors import InvalidRequestError
-from twotower.towers.generation import generate_blocks
 from twotower.towers.limits import limit_threads
-from twotower.towers.link import load_engines
-from twotower.towers.output_text import OutputText
-from twotower.towers.params import GenerationParams
-from twotower.towers.tokenizer import load_tokenizer, text_ids
-from twotower.towers.weights import parse_device, parse_dtype
+from twotower.towers.request.params import GenerationParams
+from twotower.towers.text.tokenizer import load_tokenizer, text_ids
 
 
 class InProcessModel:

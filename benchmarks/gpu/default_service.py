@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 from twotower.bench.random_towers import TowerMaker
-from twotower.bench.shapes import PRESETS
 from twotower.bench.timing import synchronize
-from twotower.towers.context_engine import ContextEngine
-from twotower.towers.denoiser_engine import DenoiserEngine
-from twotower.towers.engine import EngineOptions
-from twotower.towers.generation import generate_blocks
-from twotower.towers.link import LocalLink
-from twotower.towers.params import GenerationParams
+from twotower.planner.shapes import PRESETS
+from twotower.towers.decoding.generation import generate_blocks
+from twotower.towers.engine.context_engine import ContextEngine
+from twotower.towers.engine.denoiser_engine import DenoiserEngine
+from twotower.towers.engine.engine import EngineOptions
+from twotower.towers.engine.local_link import LocalLink
+from twotower.towers.request.params import GenerationParams
 
 Entry = dict[str, Any]
 

@@ -23,8 +23,8 @@ TEST_FILES = (
     f"{_KERNELS}/test_router_triton.py",
     f"{_KERNELS}/test_expert_tiles_triton.py",
     f"{_KERNELS}/test_commit.py",
-    "tests/towers/test_device_steps.py",
-    "tests/towers/test_on_gpu.py",
+    "tests/towers/engine/test_device_steps.py",
+    "tests/towers/engine/test_on_gpu.py",
 )
 DRY_TEST_FILES = (f"{_KERNELS}/test_rows.py", f"{_KERNELS}/test_philox.py")
 _GOLDEN = ("tiny_a", "tiny_b")
@@ -188,7 +188,7 @@ def _h100(shape: _Shape) -> list[Stage]:
 def _two(shape: _Shape) -> list[Stage]:
     """A tower on each of two cards: what carries states between them."""
     pytest = (sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", ".", "-rf")
-    names = ("tests/cluster/test_nccl.py",) if shape.device == "cuda" else shape.tests[:1]
+    names = ("tests/cluster/channel/test_nccl.py",) if shape.device == "cuda" else shape.tests[:1]
     channel = (sys.executable, "-m", "benchmarks.channel", "--transport")
     transport = "nccl" if shape.device == "cuda" else "gloo"
     return [

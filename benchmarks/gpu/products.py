@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.bench.floors import Ceilings
-from twotower.bench.shapes import PRESETS
 from twotower.bench.timing import measure_ceilings, synchronize
 from twotower.kernels import dispatch
 from twotower.kernels.moe import RouterRule, narrow_parts
-from twotower.towers.config import TwoTowerConfig
+from twotower.planner.floors import Ceilings
+from twotower.planner.shapes import PRESETS
+from twotower.towers.config.model_config import TwoTowerConfig
 
 Entry = dict[str, Any]
 # More than the last-level cache of any card.

@@ -21,9 +21,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from twotower.bench.decode import Run
 from twotower.bench.options import defaults_for
-from twotower.bench.schedules import shuffled_rows
 from twotower.bench.timing import synchronize
 from twotower.bench.workbench import Workbench
+from twotower.planner.schedules import shuffled_rows
 
 Entry = dict[str, Any]
 # A longer pause is the host's: gaps between launches of a graph last a microsecond or two.

@@ -24,16 +24,17 @@ from torch import Tensor
 
 from benchmarks.gpu.products import launch_seconds
 from twotower.bench.filled import FilledPool
-from twotower.bench.floors import expected_unique
 from twotower.bench.random_towers import TowerMaker
-from twotower.bench.schedules import BLOCK
-from twotower.bench.shapes import PRESETS
 from twotower.kernels import attention_triton, experts_triton, mamba_scan_triton, replay_triton
 from twotower.kernels.experts_triton import Tiling
 from twotower.kernels.mamba_scan_triton import Tile
 from twotower.kernels.rows import Rows
-from twotower.towers.layers import MambaWeights
-from twotower.towers.memory import pages_for
+from twotower.planner.floors import expected_unique
+from twotower.planner.schedules import BLOCK
+from twotower.planner.shapes import PRESETS
+from twotower.towers.model.layers import MambaWeights
+from twotower.towers.state.context_state import rows_of
+from twotower.towers.state.pages import pages_for
 
 Entry = dict[str, Any]
 # Rows of a tile by tokens of the pass: most experts' rows should fit into one.
@@ -180,7 +181,7 @@ class _Mixers:
         pool.context = _CONTEXT
         states = [pool.open(_CONTEXT + BLOCK) for _ in range(rows)]
         for length in (1, BLOCK):
-            own = pool.rows(states, [length] * rows, [_CONTEXT] * rows)
+            own = rows_of(states, [length] * rows, [_CONTEXT] * rows)
             yield from self._scans(pool, own, rows, length)
             yield from self._replays(pool, own, rows, length)
             yield from self._attentions(pool, own, rows, length)

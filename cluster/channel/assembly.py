@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twotower.cluster.channel import framing
 from twotower.protos.v1 import state_pb2
-from twotower.towers.update import StateUpdate
+from twotower.towers.state.update import StateUpdate
 
 
 class Assembly:

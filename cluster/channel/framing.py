@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from twotower.protos.v1 import state_pb2
-from twotower.towers.update import UpdateKind, UpdatePlan
+from twotower.towers.state.update import UpdateKind, UpdatePlan
 
 CHUNK_BYTES = 1 << 20
 MAX_ROW_ID = 256

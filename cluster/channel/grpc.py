@@ -24,11 +24,11 @@ from twotower.cluster.channel.memory import keep_freed_memory
 from twotower.cluster.channel.outgoing import Outgoing, ShareQueue
 from twotower.cluster.topology import Transport
 from twotower.protos.v1 import state_pb2
-from twotower.towers.config import TwoTowerConfig
+from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.errors import UnavailableError
-from twotower.towers.protocols import UpdateWriter
-from twotower.towers.state import ContextState
-from twotower.towers.update import UpdateBuilder, UpdatePlan
+from twotower.towers.state.context_state import ContextState
+from twotower.towers.state.link import UpdateWriter
+from twotower.towers.state.update import UpdateBuilder, UpdatePlan
 
 METHOD = "/twotower.v1.StateChannel/Publish"
 TOKEN_KEY = "twotower-link-token"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from twotower.cluster.channel.assembly import Assembly
 from twotower.cluster.channel.framing import FrameError
 from twotower.protos.v1 import state_pb2
-from twotower.towers.update import StateUpdate
+from twotower.towers.state.update import StateUpdate
 
 Outcome = state_pb2.StateReceipt.Outcome
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twotower.cluster.channel.framing import CHUNK_BYTES, Piece
 from twotower.protos.v1 import state_pb2
-from twotower.towers.update import UpdateBuilder
+from twotower.towers.state.update import UpdateBuilder
 
 _PLACE = itemgetter(0, 1)
 

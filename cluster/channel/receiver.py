@@ -29,7 +29,7 @@ from twotower.cluster.channel.mirrors import Mirrors
 from twotower.cluster.channel.process_group import Rendezvous
 from twotower.cluster.topology import Transport
 from twotower.protos.v1 import state_pb2
-from twotower.towers.update import StateUpdate
+from twotower.towers.state.update import StateUpdate
 
 MAX_UNFINISHED = 4096
 Context = grpc.aio.ServicerContext[Any, Any]

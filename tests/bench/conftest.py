@@ -10,9 +10,9 @@ import torch
 from twotower.bench.decode import EnginePair
 from twotower.bench.filled import FilledPool, pages_of_rows
 from twotower.bench.random_towers import TowerMaker
-from twotower.bench.shapes import TINY
-from twotower.towers.context import ContextTower
-from twotower.towers.denoiser import DenoiserTower
+from twotower.planner.shapes import TINY
+from twotower.towers.model.context_tower import ContextTower
+from twotower.towers.model.denoiser_tower import DenoiserTower
 
 CPU = torch.device("cpu")
 ROWS, TOKENS = 4, 2048

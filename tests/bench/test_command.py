@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from twotower.bench import command, plot
-from twotower.cli import app
+from twotower.cli.main import app
 
 SMALL = ["--batches", "2", "--repeats", "1", "--scans", "64", "--scan-rows", "8"]
 

@@ -8,9 +8,9 @@ import pytest
 
 from tests.bench.conftest import ROWS, TOKENS
 from twotower.bench.decode import EnginePair, Run
-from twotower.bench.schedules import PROFILES, mean_steps, shuffled_rows
+from twotower.planner.schedules import PROFILES, mean_steps, shuffled_rows
 from twotower.towers.errors import CapacityError
-from twotower.towers.params import Mode
+from twotower.towers.request.params import Mode
 
 HEADLINE = len(PROFILES["headline"])
 

@@ -7,9 +7,9 @@ import torch
 
 from tests.bench.conftest import ROWS
 from twotower.bench.filled import FilledPool
-from twotower.towers.context import ContextTower
-from twotower.towers.denoiser import DenoiserTower
 from twotower.towers.errors import CapacityError
+from twotower.towers.model.context_tower import ContextTower
+from twotower.towers.model.denoiser_tower import DenoiserTower
 
 
 def test_a_row_opens_at_its_context_with_something_everywhere(pool: FilledPool) -> None:

@@ -9,14 +9,14 @@ import torch
 
 from tests.bench.conftest import CPU
 from twotower.bench.filled import FilledPool
-from twotower.bench.floors import Ceilings, pass_works
 from twotower.bench.operators import OperatorClock, measure_operators
-from twotower.bench.probes import Probe, shape_of
-from twotower.bench.shapes import TINY
+from twotower.bench.probes import Probe
 from twotower.kernels import dispatch
 from twotower.kernels.dispatch import Operator
-from twotower.towers.context import ContextTower
-from twotower.towers.denoiser import DenoiserTower
+from twotower.planner.floors import Ceilings, pass_works, shape_of
+from twotower.planner.shapes import TINY
+from twotower.towers.model.context_tower import ContextTower
+from twotower.towers.model.denoiser_tower import DenoiserTower
 
 CEILINGS = Ceilings(1e10, 1e10, 1e10)
 

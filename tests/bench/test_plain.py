@@ -11,12 +11,13 @@ from torch._dynamo.testing import CompileCounter
 from tests.bench.conftest import CPU
 from twotower.bench import plain
 from twotower.bench.filled import FilledPool, pages_of_rows
-from twotower.bench.probes import PassKind, Probe, measured_unique, shape_of
+from twotower.bench.probes import Probe, measured_unique
 from twotower.bench.random_towers import TowerMaker
-from twotower.bench.shapes import TINY
-from twotower.towers.backbone import Tower
-from twotower.towers.context import ContextTower
-from twotower.towers.denoiser import DenoiserTower
+from twotower.planner.floors import PassKind, shape_of
+from twotower.planner.shapes import TINY
+from twotower.towers.model.backbone import Tower
+from twotower.towers.model.context_tower import ContextTower
+from twotower.towers.model.denoiser_tower import DenoiserTower
 
 KINDS: tuple[PassKind, ...] = ("denoise", "ar", "extend")
 

@@ -14,12 +14,12 @@ from tests.bench.conftest import CPU
 from tests.random_model import write_checkpoint
 from twotower.bench.filled import FilledPool
 from twotower.bench.random_towers import TowerMaker
-from twotower.bench.shapes import TINY
 from twotower.kernels.quantized import QuantizedExperts
-from twotower.towers.context import ContextTower
-from twotower.towers.denoiser import DenoiserTower
-from twotower.towers.layers import MoeWeights
-from twotower.towers.weights import load_context_tower, load_denoiser_tower
+from twotower.planner.shapes import TINY
+from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
+from twotower.towers.model.context_tower import ContextTower
+from twotower.towers.model.denoiser_tower import DenoiserTower
+from twotower.towers.model.layers import MoeWeights
 
 
 def described(part: object, name: str = "") -> Iterator[tuple[str, tuple[int, ...], str]]:

@@ -9,7 +9,7 @@ from twotower.bench.filled import FilledPool
 from twotower.bench.probes import Probe, measured_unique
 from twotower.bench.random_towers import TowerMaker
 from twotower.bench.routing import steer, steer_to, wanted_unique
-from twotower.bench.shapes import LARGE, TINY
+from twotower.planner.shapes import LARGE, TINY
 
 
 def test_wanted_experts_grow_as_measured_ones() -> None:

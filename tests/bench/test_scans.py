@@ -8,8 +8,8 @@ import torch
 from tests.bench.conftest import CPU
 from twotower.bench import scans
 from twotower.bench.random_towers import TowerMaker
-from twotower.bench.shapes import LARGE, TINY
 from twotower.kernels.elementwise import softplus
+from twotower.planner.shapes import LARGE, TINY
 
 
 def test_none_of_some_hundred_is_bad() -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from twotower.bench.options import BenchOptions
-from twotower.bench.shapes import TINY
 from twotower.bench.workbench import Workbench
+from twotower.planner.shapes import TINY
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from benchmarks.autoscale_sim import (
     replay,
     spread,
 )
-from twotower.cluster.autoscaling import PairScaling, ScalingOptions, Tick
+from twotower.deployments.pair.autoscaling import PairScaling, ScalingOptions, Tick
 
 STEP_S = 0.5
 # A row's block takes a second whatever runs beside it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.quantization import output_errors
-from twotower.towers.quantization import quantize_checkpoint
+from twotower.towers.checkpoint.quantization import quantize_checkpoint
 
 
 def test_errors_by_layer(tiny_a: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from benchmarks.soak_requests import (
     SoakRequest,
     phases_of,
 )
-from twotower.towers.params import GenerationParams
+from twotower.towers.request.params import GenerationParams
 
 VOCAB, EOS = 96, 2
 

@@ -17,8 +17,8 @@ from tests.random_model import small_config
 from twotower.cluster.channel.grpc import METHOD, TOKEN_KEY, TRANSPORT_KEY, GrpcStateLink, LinkSpec
 from twotower.cluster.channel.receiver import StateReceiver
 from twotower.protos.v1 import state_pb2
-from twotower.towers.link import LocalLink
-from twotower.towers.update import StateUpdate, UpdatePlan
+from twotower.towers.engine.local_link import LocalLink
+from twotower.towers.state.update import StateUpdate, UpdatePlan
 
 TRANSPORTS = ("in_process", "grpc", "gloo")
 # One process drives both GPUs here; the link does not know.

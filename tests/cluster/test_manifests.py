@@ -28,11 +28,11 @@ with warnings.catch_warnings():
 
 from twotower import TwoTower
 from twotower.client import Client
-from twotower.cluster.surroundings import make_folder
+from twotower.cluster.placement.surroundings import make_folder
 from twotower.deployments.config import APP_NAME, ServiceConfig
-from twotower.deployments.ingress import SERVICER_FUNCTIONS
-from twotower.deployments.router import SERVICE_NAME
-from twotower.deployments.server import OBJECT_STORE_BYTES, free_port
+from twotower.deployments.router.ingress import SERVICER_FUNCTIONS
+from twotower.deployments.router.router import SERVICE_NAME
+from twotower.deployments.server.server import OBJECT_STORE_BYTES, free_port
 
 FOLDER = Path(__file__).parents[2] / "cluster" / "manifests"
 UP_S, LIMIT_S = 180.0, 60.0

@@ -14,8 +14,8 @@ from twotower.cluster.topology import (
     PairTopology,
     max_update_bytes,
 )
-from twotower.towers.config import TwoTowerConfig
-from twotower.towers.update import UpdateBuilder, UpdatePlan
+from twotower.towers.config.model_config import TwoTowerConfig
+from twotower.towers.state.update import UpdateBuilder, UpdatePlan
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny_a"
 PAIR = PairTopology(

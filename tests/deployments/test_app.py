@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from twotower.cluster.room import Host
+from twotower.cluster.placement.room import Host
 from twotower.deployments import app
 from twotower.deployments.app import build_app_from_settings, check_room, this_machine
 from twotower.deployments.config import ServiceConfig
-from twotower.deployments.server import LocalService, free_port
+from twotower.deployments.server.server import LocalService, free_port
 from twotower.towers.errors import ConfigError
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny_a"

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from twotower.cluster.autoscaling import ScalingOptions
 from twotower.deployments.config import PairAutoscaling, ServiceConfig
-from twotower.deployments.overload import OverloadDial
+from twotower.deployments.pair.autoscaling import ScalingOptions
+from twotower.deployments.pair.overload import OverloadDial
 from twotower.protos.v1 import generation_pb2 as pb
+from twotower.towers.engine.scheduler import PassLimits
 from twotower.towers.errors import CheckpointError, ConfigError
-from twotower.towers.memory import MemoryBudget
-from twotower.towers.scheduler import PassLimits
+from twotower.towers.state.budget import MemoryBudget
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny_a"
 

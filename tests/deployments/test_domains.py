@@ -12,7 +12,7 @@ from twotower import TwoTower
 from twotower.client import Client
 from twotower.deployments.app import build_app
 from twotower.deployments.config import ServiceConfig
-from twotower.deployments.server import (
+from twotower.deployments.server.server import (
     LocalService,
     free_port,
 )

@@ -17,8 +17,8 @@ from twotower import TwoTower
 from twotower.client import Client, GenerationStream, ServiceError
 from twotower.deployments.app import build_app
 from twotower.deployments.config import APP_NAME, ServiceConfig
-from twotower.deployments.overload import NOTCHES
-from twotower.deployments.server import LocalService, free_port
+from twotower.deployments.pair.overload import NOTCHES
+from twotower.deployments.server.server import LocalService, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
 

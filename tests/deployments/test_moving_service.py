@@ -15,7 +15,7 @@ from tests.deployments.test_service import await_true
 from twotower import TwoTower
 from twotower.client import Client
 from twotower.deployments.config import PairAutoscaling, ServiceConfig
-from twotower.deployments.server import LocalService, free_port
+from twotower.deployments.server.server import LocalService, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
 

@@ -20,7 +20,7 @@ from tests.deployments.test_service import await_no_rows
 from twotower import TwoTower
 from twotower.client import Client, ServiceError
 from twotower.deployments.config import ServiceConfig
-from twotower.deployments.server import LocalService, free_port
+from twotower.deployments.server.server import LocalService, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
 

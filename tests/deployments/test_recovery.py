@@ -17,7 +17,7 @@ from benchmarks.pairs import left_over
 from benchmarks.processes import own_processes
 from twotower import GenerationResult, TwoTower
 from twotower.deployments.config import ServiceConfig
-from twotower.deployments.server import LocalService, free_port
+from twotower.deployments.server.server import LocalService, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
 

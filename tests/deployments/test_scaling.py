@@ -16,7 +16,7 @@ from benchmarks.pairs import pair_states
 from twotower.client import Client, ServiceError
 from twotower.deployments.app import PAIR_DEPLOYMENT, build_app
 from twotower.deployments.config import PairAutoscaling, ServiceConfig
-from twotower.deployments.server import LocalService
+from twotower.deployments.server.server import LocalService
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny_a"
 

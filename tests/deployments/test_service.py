@@ -27,9 +27,9 @@ from benchmarks.processes import own_processes
 from twotower import TwoTower
 from twotower.client import Client, GenerationStream, ServiceError
 from twotower.deployments.config import APP_NAME, ServiceConfig
-from twotower.deployments.refusals import LOST_TEXT
-from twotower.deployments.router import SERVICE_NAME
-from twotower.deployments.server import LocalService, free_port
+from twotower.deployments.router.router import SERVICE_NAME
+from twotower.deployments.server.server import LocalService, free_port
+from twotower.protos.refusals import LOST_TEXT
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.protos.v1 import generation_pb2_grpc
 

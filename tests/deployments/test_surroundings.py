@@ -17,7 +17,7 @@ import pytest
 from benchmarks.processes import ancestors
 from twotower import TwoTower
 from twotower.client import Client, GenerationStream, ServiceError
-from twotower.deployments.server import free_port
+from twotower.deployments.server.server import free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
 

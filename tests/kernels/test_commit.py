@@ -15,7 +15,7 @@ from tests.kernels.hopper import Launch, compile_all
 from twotower.kernels import commit as reference
 from twotower.kernels import commit_triton as kernels
 from twotower.kernels.commit import Drafts, threshold_below
-from twotower.towers.unmasking import BlockDraft, CommitRule, ReplayRule, ThresholdRule
+from twotower.towers.decoding.unmasking import BlockDraft, CommitRule, ReplayRule, ThresholdRule
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN = float("nan")

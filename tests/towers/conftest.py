@@ -6,7 +6,7 @@ import pytest
 
 from tests.random_model import small_config, write_checkpoint
 from tests.towers.rows import Pair, Towers
-from twotower.towers.weights import load_context_tower, load_denoiser_tower
+from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from twotower.towers.context import ContextTower
-from twotower.towers.context_engine import ContextEngine
-from twotower.towers.denoiser import DenoiserTower
-from twotower.towers.denoiser_engine import DenoiserEngine
-from twotower.towers.engine import EngineOptions
-from twotower.towers.generation import generate_blocks
-from twotower.towers.link import LocalLink
-from twotower.towers.memory import MemoryBudget
-from twotower.towers.params import GenerationParams
-from twotower.towers.protocols import Block
+from twotower.towers.decoding.generation import generate_blocks
+from twotower.towers.decoding.services import Block
+from twotower.towers.engine.context_engine import ContextEngine
+from twotower.towers.engine.denoiser_engine import DenoiserEngine
+from twotower.towers.engine.engine import EngineOptions
+from twotower.towers.engine.local_link import LocalLink
+from twotower.towers.model.context_tower import ContextTower
+from twotower.towers.model.denoiser_tower import DenoiserTower
+from twotower.towers.request.params import GenerationParams
+from twotower.towers.state.budget import MemoryBudget
 
 # Rows short enough that a thousand of them fit into the pool of a test.
 BUDGET = MemoryBudget(max_num_seqs=1024, max_context=512)

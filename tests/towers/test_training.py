@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from twotower.towers.config import TwoTowerConfig
+from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.training import SHIPPED_CONFIG, TrainingOptions, train
 from twotower.towers.training.batches import BatchShape, draw_masks, draw_sequences
 from twotower.towers.training.corpus import TokenArray, encode_files, is_held_out, read_corpus

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from twotower.towers.config import TwoTowerConfig
+from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.errors import CheckpointError
 from twotower.towers.training.parameters import ROUTER_BIAS, split_experts, stack_experts
 from twotower.towers.training.tokenizer import plain_text_only

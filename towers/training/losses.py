@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.towers.config import TwoTowerConfig
+from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.training.batches import (
     BatchShape,
     MaskedBlocks,

@@ -15,7 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.towers.config import ATTENTION, MAMBA, MOE, TIMESTEP_FEATURES, TwoTowerConfig
+from twotower.towers.config.model_config import (
+    ATTENTION,
+    MAMBA,
+    MOE,
+    TIMESTEP_FEATURES,
+    TwoTowerConfig,
+)
 from twotower.towers.training.operators import PLAIN, MambaWeights, Operators
 from twotower.towers.training.parameters import CONTEXT, DENOISER, ROUTER_BIAS
 from twotower.towers.training.scan import take_rows

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from twotower.kernels.products import fastest_dtype
-from twotower.towers.config import TwoTowerConfig
+from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.limits import MOST_THREADS
 from twotower.towers.training.batches import BatchShape
 from twotower.towers.training.loop import Budget, Intervals

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from twotower.towers.config import ATTENTION, MAMBA, TwoTowerConfig
+from twotower.towers.config.model_config import ATTENTION, MAMBA, TwoTowerConfig
 from twotower.towers.training.model import ContextMemory, TowerView, context_hidden
 from twotower.towers.training.operators import PLAIN
 from twotower.towers.training.parameters import CONTEXT, CONTEXT_HEAD

@@ -13,7 +13,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from twotower.towers.config import ATTENTION, MAMBA, MOE, TIMESTEP_FEATURES, TwoTowerConfig
+from twotower.towers.config.model_config import (
+    ATTENTION,
+    MAMBA,
+    MOE,
+    TIMESTEP_FEATURES,
+    TwoTowerConfig,
+)
 
 Parameters = dict[str, Tensor]
 

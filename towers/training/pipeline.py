@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Generator, Tensor
 
-from twotower.towers.memory import free_bytes
+from twotower.towers.state.budget import free_bytes
 from twotower.towers.training.batches import draw_masks, draw_rows, draw_sequences
 from twotower.towers.training.corpus import (
     MIN_CHARACTERS,

@@ -16,12 +16,12 @@ from twotower.bench.markdown import markdown
 from twotower.bench.options import SECTIONS, BenchOptions, defaults_for
 from twotower.bench.plot import NO_MATPLOTLIB, can_plot, plot
 from twotower.bench.random_towers import EXPERT_FORMATS
-from twotower.bench.schedules import PROFILES
-from twotower.bench.shapes import PRESETS
 from twotower.bench.suite import run_suite
+from twotower.planner.schedules import PROFILES
+from twotower.planner.shapes import PRESETS
+from twotower.towers.checkpoint.weights import DTYPES, parse_device
 from twotower.towers.errors import ConfigError, cut_off, shorten
 from twotower.towers.limits import limit_threads
-from twotower.towers.weights import DTYPES, parse_device
 
 
 def main(arguments: Sequence[str], program: str = "python -m twotower.bench") -> int:

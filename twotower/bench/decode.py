@@ -14,16 +14,16 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from twotower.bench.filled import FilledPool
-from twotower.bench.schedules import Replay, Schedule
-from twotower.towers.context import ContextTower
-from twotower.towers.context_engine import ContextEngine
-from twotower.towers.denoiser import DenoiserTower
-from twotower.towers.denoiser_engine import DenoiserEngine
-from twotower.towers.generation import generate_blocks
-from twotower.towers.link import LocalLink
-from twotower.towers.params import GenerationParams, Mode
-from twotower.towers.protocols import Block, Prefilled
-from twotower.towers.scheduler import PassLimits
+from twotower.planner.schedules import Replay, Schedule
+from twotower.towers.decoding.generation import generate_blocks
+from twotower.towers.decoding.services import Block, Prefilled
+from twotower.towers.engine.context_engine import ContextEngine
+from twotower.towers.engine.denoiser_engine import DenoiserEngine
+from twotower.towers.engine.local_link import LocalLink
+from twotower.towers.engine.scheduler import PassLimits
+from twotower.towers.model.context_tower import ContextTower
+from twotower.towers.model.denoiser_tower import DenoiserTower
+from twotower.towers.request.params import GenerationParams, Mode
 
 # Where rows end blocks at different times, the fastest must not run dry before the slowest is done.
 SPARE = 2

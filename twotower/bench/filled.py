@@ -11,9 +11,10 @@ from contextlib import contextmanager
 
 import torch
 
-from twotower.towers.config import TwoTowerConfig
-from twotower.towers.memory import StatePool, pages_for
-from twotower.towers.state import ContextState
+from twotower.towers.config.model_config import TwoTowerConfig
+from twotower.towers.state.context_state import ContextState
+from twotower.towers.state.pages import pages_for
+from twotower.towers.state.pool import StatePool
 
 
 class FilledPool(StatePool):

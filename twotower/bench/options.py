@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 from twotower.bench.random_towers import EXPERT_FORMATS
-from twotower.bench.schedules import BLOCK, PROFILES
-from twotower.bench.shapes import PRESETS
-from twotower.towers.weights import DTYPES
+from twotower.planner.schedules import BLOCK, PROFILES
+from twotower.planner.shapes import PRESETS
+from twotower.towers.checkpoint.weights import DTYPES
 
 # Every section of a report that has steps of its own, the most important first.
 SECTIONS = (

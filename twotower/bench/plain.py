@@ -21,11 +21,11 @@ from twotower.bench.plain_layers import (
 )
 from twotower.kernels.moe import ExpertWeights
 from twotower.kernels.quantized import QuantizedExperts
-from twotower.towers.backbone import Tower
-from twotower.towers.config import ATTENTION, MAMBA, TwoTowerConfig
-from twotower.towers.denoiser import DenoiserTower
-from twotower.towers.layers import AttentionWeights, MambaWeights, MlpWeights, MoeWeights
-from twotower.towers.state import ContextState
+from twotower.towers.config.model_config import ATTENTION, MAMBA, TwoTowerConfig
+from twotower.towers.model.backbone import Tower
+from twotower.towers.model.denoiser_tower import DenoiserTower
+from twotower.towers.model.layers import AttentionWeights, MambaWeights, MlpWeights, MoeWeights
+from twotower.towers.state.context_state import ContextState
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.towers.config import TwoTowerConfig
-from twotower.towers.layers import AttentionWeights, MambaWeights, MlpWeights, MoeWeights
+from twotower.towers.config.model_config import TwoTowerConfig
+from twotower.towers.model.layers import AttentionWeights, MambaWeights, MlpWeights, MoeWeights
 
 
 @dataclass(frozen=True)

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from twotower.bench.filled import FilledPool
-from twotower.bench.floors import PassShape, expected_unique
 from twotower.bench.plain import PlainPass, copy_states
-from twotower.towers.backbone import Tower
-from twotower.towers.config import TwoTowerConfig
-from twotower.towers.context import ContextTower
-from twotower.towers.context_pass import ContextPass, ContextWork
-from twotower.towers.denoiser import DenoiserTower
-from twotower.towers.state import ContextState
+from twotower.planner.floors import MASKED, PassKind
+from twotower.towers.engine.context_pass import ContextPass, ContextWork
+from twotower.towers.model.backbone import Tower
+from twotower.towers.model.context_tower import ContextTower
+from twotower.towers.model.denoiser_tower import DenoiserTower
+from twotower.towers.state.context_state import ContextState
 
-# An extension reads a block into the context; a verification puts it through the head as well.
-PassKind = Literal["denoise", "ar", "extend", "verify"]
-# Of a block's positions, those that are masked in the mean of all passes of recorded blocks.
-MASKED = 0.6
 # Routing does not depend on how much context attention reads.
 _SHORT_CONTEXT = 64
 _ROWS_AT_ONCE = 32
@@ -115,37 +109,6 @@ def measured_unique(kind: PassKind, tower: Tower, pool: FilledPool, rows: int, b
             chosen.append(Probe.of(kind, tower, states, block, seed=begin).experts_chosen())
     layers: list[int] = [torch.cat(layer).unique().numel() for layer in zip(*chosen, strict=True)]
     return sum(layers) / max(1, len(layers))
-
-
-def shape_of(
-    kind: PassKind,
-    config: TwoTowerConfig,
-    rows: int,
-    context: int,
-    block: int,
-    *,
-    unique: float | None = None,
-    masked: float = 1.0,
-    value_bytes: int = 2,
-    expert_bytes: int = 2,
-) -> PassShape:
-    """The shape of a pass for its floor. `unique` None: as if all tokens chose independently;
-    `masked` is the part of a denoiser's positions that goes through the head."""
-    length = 1 if kind == "ar" else block
-    if unique is None:
-        unique = expected_unique(config, rows * length)
-    tokens = float(rows * length)
-    heads = {"denoise": tokens * masked, "ar": tokens, "extend": 0.0, "verify": tokens}
-    return PassShape(
-        rows,
-        length,
-        context,
-        unique,
-        heads[kind],
-        kind != "denoise",
-        value_bytes,
-        expert_bytes,
-    )
 
 
 def _hidden_of(result: object) -> Tensor:

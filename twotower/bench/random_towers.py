@@ -15,11 +15,17 @@ from torch import Tensor
 from twotower.kernels.causal_conv1d import tap_major
 from twotower.kernels.moe import ExpertWeights, narrow_parts
 from twotower.kernels.quantized import quantize
-from twotower.towers.backbone import TowerWeights
-from twotower.towers.config import ATTENTION, MAMBA, MOE, TIMESTEP_FEATURES, TwoTowerConfig
-from twotower.towers.context import ContextTower
-from twotower.towers.denoiser import DenoiserTower, TimestepWeights
-from twotower.towers.layers import (
+from twotower.towers.config.model_config import (
+    ATTENTION,
+    MAMBA,
+    MOE,
+    TIMESTEP_FEATURES,
+    TwoTowerConfig,
+)
+from twotower.towers.model.backbone import TowerWeights
+from twotower.towers.model.context_tower import ContextTower
+from twotower.towers.model.denoiser_tower import DenoiserTower, TimestepWeights
+from twotower.towers.model.layers import (
     AttentionWeights,
     LayerWeights,
     MambaWeights,

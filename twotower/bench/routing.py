@@ -12,11 +12,11 @@ import math
 import torch
 
 from twotower.bench.filled import FilledPool
-from twotower.bench.floors import expected_unique
 from twotower.bench.probes import measured_unique
-from twotower.towers.config import TwoTowerConfig
-from twotower.towers.denoiser import DenoiserTower
-from twotower.towers.layers import MoeWeights
+from twotower.planner.floors import expected_unique
+from twotower.towers.config.model_config import TwoTowerConfig
+from twotower.towers.model.denoiser_tower import DenoiserTower
+from twotower.towers.model.layers import MoeWeights
 
 # Scores lie between 0 and 1.
 _BARRED = -4.0

@@ -13,10 +13,10 @@ import torch
 
 from twotower.bench.filled import FilledPool, pages_of_rows
 from twotower.bench.random_towers import TowerMaker
-from twotower.towers.config import TwoTowerConfig
-from twotower.towers.denoiser import DenoiserTower
-from twotower.towers.layers import MambaWeights
-from twotower.towers.state import ContextState
+from twotower.towers.config.model_config import TwoTowerConfig
+from twotower.towers.model.denoiser_tower import DenoiserTower
+from twotower.towers.model.layers import MambaWeights
+from twotower.towers.state.context_state import ContextState
 
 _PATTERN = "MMMM"
 _CONTEXT = 64

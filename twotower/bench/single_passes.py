@@ -9,10 +9,11 @@ import torch
 
 from twotower.bench.decode import Run
 from twotower.bench.operators import OperatorTime, measure_operators
-from twotower.bench.probes import PassKind, Probe
-from twotower.bench.schedules import PROFILES, masked_share, shuffled_rows
+from twotower.bench.probes import Probe
 from twotower.bench.timing import median_seconds
 from twotower.bench.workbench import Workbench
+from twotower.planner.floors import PassKind
+from twotower.planner.schedules import PROFILES, masked_share, shuffled_rows
 
 Entry = dict[str, Any]
 _REPEATS = 7

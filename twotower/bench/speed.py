@@ -9,11 +9,10 @@ from functools import cache
 from typing import Any
 
 from twotower.bench.decode import Decoded, Passes, Run
-from twotower.bench.floors import Ceilings
-from twotower.bench.probes import PassKind
-from twotower.bench.schedules import PROFILES, Schedule, masked_share, shuffled_rows
-from twotower.bench.speedup import PassSeconds, best_tokens_per_s, in_step_tokens_per_s
 from twotower.bench.workbench import WARM_BLOCKS, PassFloor, Workbench
+from twotower.planner.floors import Ceilings, PassKind
+from twotower.planner.schedules import PROFILES, Schedule, masked_share, shuffled_rows
+from twotower.planner.speedup import PassSeconds, best_tokens_per_s, in_step_tokens_per_s
 
 Entry = dict[str, Any]
 _AR_BLOCKS = 3

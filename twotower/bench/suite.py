@@ -16,12 +16,12 @@ import torch
 
 from twotower.bench.hardware import hardware
 from twotower.bench.options import BenchOptions
-from twotower.bench.probes import PassKind
 from twotower.bench.report import Report
 from twotower.bench.scans import count_bad_scans
 from twotower.bench.single_passes import measure_attention, measure_baseline, measure_breakdown
 from twotower.bench.speed import Diffusion, measure_speed, measure_verified
 from twotower.bench.workbench import Workbench, device_ceilings
+from twotower.planner.floors import PassKind
 
 HEADLINE = Diffusion("headline", in_step=True)
 HEADLINE_CONTINUOUS = Diffusion("headline", in_step=False)

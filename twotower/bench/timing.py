@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from twotower.bench.floors import Ceilings
+from twotower.planner.floors import Ceilings
 
 # Copies beyond any cache, products that fill the device; a CPU has neither.
 _COPY_BYTES = {"cuda": 4 << 30, "cpu": 64 << 20}

@@ -8,18 +8,26 @@ import torch
 
 from twotower.bench.decode import SPARE, EnginePair
 from twotower.bench.filled import FilledPool, pages_of_rows
-from twotower.bench.floors import Ceilings, Work, floor_seconds, num_bytes, pass_works
 from twotower.bench.options import BenchOptions
-from twotower.bench.probes import PassKind, measured_unique, shape_of
+from twotower.bench.probes import measured_unique
 from twotower.bench.random_towers import TowerMaker
 from twotower.bench.routing import steer, steer_to, wanted_unique
-from twotower.bench.schedules import PROFILES
-from twotower.bench.shapes import PRESETS
 from twotower.bench.timing import measure_ceilings
-from twotower.towers.backbone import Tower
-from twotower.towers.context import ContextTower
-from twotower.towers.denoiser import DenoiserTower
-from twotower.towers.weights import parse_dtype
+from twotower.planner.floors import (
+    Ceilings,
+    PassKind,
+    Work,
+    floor_seconds,
+    num_bytes,
+    pass_works,
+    shape_of,
+)
+from twotower.planner.schedules import PROFILES
+from twotower.planner.shapes import PRESETS
+from twotower.towers.checkpoint.weights import parse_dtype
+from twotower.towers.model.backbone import Tower
+from twotower.towers.model.context_tower import ContextTower
+from twotower.towers.model.denoiser_tower import DenoiserTower
 
 WARM_BLOCKS = 2
 # Closer to all experts than this needs no search.

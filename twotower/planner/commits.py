@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 
-from twotower.bench.schedules import BLOCK, LOOP, PROFILES, Schedule
+from twotower.planner.schedules import BLOCK, LOOP, PROFILES, Schedule
 from twotower.towers.errors import ConfigError
 
 # Tokens per denoiser pass of the released model at 16 steps and temperature 0, by threshold, as the

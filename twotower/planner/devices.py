@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from twotower.bench.floors import Ceilings
+from twotower.planner.floors import Ceilings
 from twotower.towers.errors import ConfigError
 
 # What a copy, a large product and fp32 work reach of the datasheet's figures where nobody has

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
-from twotower.bench.schedules import BLOCK
-from twotower.bench.speedup import PassSeconds, best_tokens_per_s, in_step_tokens_per_s
 from twotower.planner import commits
 from twotower.planner.devices import device_named
 from twotower.planner.flow import Flow, in_step_pair, simulate_pair
@@ -15,7 +13,9 @@ from twotower.planner.measured import MeasuredPasses
 from twotower.planner.memory import GpuMemory, Side, gpu_memory, tower_bytes
 from twotower.planner.passes import FLOOR, Passes, Reached
 from twotower.planner.question import Experts, Question
-from twotower.towers.config import TwoTowerConfig
+from twotower.planner.schedules import BLOCK
+from twotower.planner.speedup import PassSeconds, best_tokens_per_s, in_step_tokens_per_s
+from twotower.towers.config.model_config import TwoTowerConfig
 
 # Blocks of each row in a simulation, of which it replays two rounds.
 _BLOCKS = 16

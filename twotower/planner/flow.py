@@ -6,8 +6,8 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from twotower.bench.schedules import Schedule
-from twotower.bench.speedup import PassSeconds
+from twotower.planner.schedules import Schedule
+from twotower.planner.speedup import PassSeconds
 
 _CONTEXT = -1
 

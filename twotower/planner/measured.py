@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twotower.bench.floors import Ceilings
-from twotower.bench.probes import PassKind
-from twotower.bench.schedules import BLOCK
-from twotower.bench.shapes import PRESETS
 from twotower.planner.devices import Device, device_named
+from twotower.planner.floors import Ceilings, PassKind
 from twotower.planner.passes import Measured
 from twotower.planner.question import Question
-from twotower.towers.config import TwoTowerConfig
+from twotower.planner.schedules import BLOCK
+from twotower.planner.shapes import PRESETS
+from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.errors import ConfigError
 
 # More prompt tokens than this among a context tower's, and its mean pass says little of extensions.

@@ -10,11 +10,12 @@ from typing import Literal
 
 import torch
 
-from twotower.towers.checkpoint import expert_matrices, scale_name, tensor_shapes
-from twotower.towers.config import TwoTowerConfig
-from twotower.towers.memory import page_bytes, pages_for, slot_bytes
-from twotower.towers.pass_memory import working_bytes
-from twotower.towers.scheduler import PassLimits
+from twotower.towers.checkpoint.checkpoint import expert_matrices, scale_name, tensor_shapes
+from twotower.towers.config.model_config import TwoTowerConfig
+from twotower.towers.engine.pass_memory import working_bytes
+from twotower.towers.engine.scheduler import PassLimits
+from twotower.towers.state.pages import pages_for
+from twotower.towers.state.tensors import page_bytes, slot_bytes
 
 # CUDA's own context, kernels, graphs and NCCL's buffers; assumed, not measured.
 RUNTIME_BYTES = 2 << 30

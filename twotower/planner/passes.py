@@ -9,18 +9,20 @@ from dataclasses import dataclass, field
 
 import torch
 
-from twotower.bench.floors import (
+from twotower.planner.floors import (
+    MASKED,
     Ceilings,
+    PassKind,
     PassShape,
     Work,
     expected_unique,
     floor_seconds,
     pass_works,
+    shape_of,
 )
-from twotower.bench.probes import MASKED, PassKind, shape_of
-from twotower.bench.schedules import BLOCK
-from twotower.towers.config import TwoTowerConfig
-from twotower.towers.memory import slot_bytes
+from twotower.planner.schedules import BLOCK
+from twotower.towers.config.model_config import TwoTowerConfig
+from twotower.towers.state.tensors import slot_bytes
 
 # Independent draws that give 34 unique experts for one block of real text, as measured; without
 # likeness between a block's tokens they were 16.

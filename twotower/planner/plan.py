@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from twotower.bench.schedules import BLOCK
-from twotower.bench.shapes import LARGE
 from twotower.planner import commits
 from twotower.planner.devices import Device, device_named
 from twotower.planner.estimates import Estimate, Estimator, PassTimes
@@ -15,7 +13,9 @@ from twotower.planner.measured import MeasuredPasses
 from twotower.planner.memory import RUNTIME_BYTES, STATE_SHARE
 from twotower.planner.passes import TEXT_DRAWS, Reached
 from twotower.planner.question import Experts, Question
-from twotower.towers.config import TwoTowerConfig
+from twotower.planner.schedules import BLOCK
+from twotower.planner.shapes import LARGE
+from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.errors import ConfigError
 
 Basis = Literal["measured", "datasheet", "derived", "assumed", "given"]

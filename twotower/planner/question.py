@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from twotower.bench.schedules import BLOCK
-from twotower.bench.shapes import LARGE
 from twotower.planner import commits
 from twotower.planner.devices import device_named
-from twotower.towers.config import TwoTowerConfig
+from twotower.planner.schedules import BLOCK
+from twotower.planner.shapes import LARGE
+from twotower.towers.checkpoint.weights import resolve_checkpoint
+from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.errors import ConfigError
-from twotower.towers.weights import resolve_checkpoint
 
 Experts = Literal["full", "fp8"]
 _FORMATS: dict[str, tuple[Experts, ...]] = {

@@ -1,0 +1,67 @@
+"""Faults put into a link on purpose, to see what becomes of its rows: for tests and chaos runs."""
+
+from __future__ import annotations
+
+import asyncio
+
+from torch import Tensor
+
+from twotower.cluster.actors.link_fan import Link
+from twotower.cluster.topology import LinkFaults
+from twotower.towers.state.context_state import ContextState
+from twotower.towers.state.link import UpdateWriter
+from twotower.towers.state.update import UpdatePlan
+
+
+class FaultyLink:
+    """A link with faults; fulfils `Link`."""
+
+    def __init__(self, link: Link, faults: LinkFaults) -> None:
+        self._link = link
+        self._faults = faults
+        self._updates = 0
+
+    def open(self, row_id: str) -> None:
+        """Starts to carry a row."""
+        self._link.open(row_id)
+
+    def forget(self, row_id: str) -> None:
+        """Stops to carry a row."""
+        self._link.forget(row_id)
+
+    def begin(self, row_id: str, state: ContextState, plan: UpdatePlan) -> UpdateWriter:
+        """Starts the row's next update."""
+        return _FaultyWriter(self, self._link.begin(row_id, state, plan))
+
+    def check(self) -> None:
+        """Raises UnavailableError once the link is broken."""
+        self._link.check()
+
+    async def close(self) -> None:
+        """Ends the link."""
+        await self._link.close()
+
+    async def disturb(self) -> None:
+        """What befalls an update that is about to end."""
+        if self._faults.delay_s:
+            await asyncio.sleep(self._faults.delay_s)
+        self._updates += 1
+        if self._updates == self._faults.cut_at:
+            await self._link.close()
+
+
+class _FaultyWriter:
+    def __init__(self, link: FaultyLink, writer: UpdateWriter) -> None:
+        self.takes_shares = writer.takes_shares
+        self._link = link
+        self._writer = writer
+
+    def put(self, name: str, layer: int, tensor: Tensor) -> None:
+        self._writer.put(name, layer, tensor)
+
+    async def finish(self) -> None:
+        await self._link.disturb()
+        await self._writer.finish()
+
+    def abort(self) -> None:
+        self._writer.abort()

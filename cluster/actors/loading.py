@@ -1,0 +1,34 @@
+"""How a tower's process prepares itself and loads."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from twotower.cluster.topology import PairTopology
+from twotower.towers.checkpoint.weights import parse_dtype
+from twotower.towers.limits import usable_cpus
+
+# A pass's thread and the event loop share the interpreter: calls and updates of other rows should
+# not wait for it as long as a small pass takes.
+SWITCH_INTERVAL_S = 0.0005
+T = TypeVar("T")
+
+
+def prepare_process(topology: PairTopology) -> None:
+    """Threads of the arithmetic, and of the interpreter."""
+    # Here and not where the service is described: hosts differ, and so do their limits.
+    torch.set_num_threads(topology.num_threads or max(1, usable_cpus() // 2))
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+
+
+async def loaded(load: Callable[[Path, str, torch.dtype], T], topology: PairTopology) -> T:
+    """A tower, loaded beside the event loop. Raises CheckpointError, ConfigError."""
+    prepare_process(topology)
+    dtype = parse_dtype(topology.dtype)
+    return await asyncio.to_thread(load, Path(topology.model_path), topology.device, dtype)

@@ -1,0 +1,112 @@
+"""Starts the towers of a pair as Ray actors in the caller's placement group."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from twotower.cluster.actors.colocated import ColocatedActor, SideHandle
+from twotower.cluster.actors.tower_actors import ContextTowerActor, DenoiserTowerActor
+from twotower.cluster.channel.grpc import LinkSpec
+from twotower.cluster.services.pair_towers import PairTowers
+from twotower.cluster.services.remote import PairServices, RemoteContext, RemoteDenoiser
+from twotower.cluster.topology import CONTEXT_BUNDLE, DENOISER_BUNDLE, PairTopology
+
+logger = logging.getLogger(__name__)
+
+
+async def start_towers(topology: PairTopology) -> PairServices:
+    """Starts the actors of a pair and links them.
+
+    Raises CheckpointError if a tower does not load, ConfigError if it has no room.
+    """
+    group = ray.util.get_current_placement_group()
+    if topology.placement == "colocated":
+        return await _start_colocated(topology, group)
+    context = RemoteContext(_actor(ContextTowerActor, topology, group, CONTEXT_BUNDLE))
+    if topology.placement == "ar_only":
+        await context.load()
+        return PairServices(context, None)
+    keeper = _Keeper(topology, group, context)
+    places = range(topology.denoisers)
+    await asyncio.gather(context.load(), *(keeper.load(index) for index in places))
+    denoisers = await asyncio.gather(*(keeper.link(index) for index in places))
+    logger.info("the towers are loaded and linked")
+    pair = PairTowers(context, denoisers, keeper, repair_timeout_s=topology.repair_timeout_s)
+    return PairServices(pair.context, pair.denoiser)
+
+
+async def _start_colocated(topology: PairTopology, group: PlacementGroup | None) -> PairServices:
+    actor = _actor(ColocatedActor, topology, group, CONTEXT_BUNDLE)
+    context = RemoteContext(SideHandle(actor, "context"), process=actor)
+    denoiser = RemoteDenoiser(SideHandle(actor, "denoiser"))
+    # Not `context.load`: the actor loads both at once.
+    await RemoteContext(actor).load()
+    return PairServices(context, denoiser)
+
+
+class _Keeper:
+    """Fulfils `DenoiserKeeper` with Ray actors. A denoiser has one token for its life, a link an
+    epoch: the receiver passes over what an older link may still send."""
+
+    def __init__(
+        self, topology: PairTopology, group: PlacementGroup | None, context: RemoteContext
+    ) -> None:
+        self._topology = topology
+        self._group = group
+        self._context = context
+        self._actors: dict[int, Any] = {}
+        self._towers: dict[int, RemoteDenoiser] = {}
+        self._links: dict[int, LinkSpec] = {}
+        self._epoch = 0
+
+    async def start(self, index: int) -> RemoteDenoiser:
+        """See `DenoiserKeeper`."""
+        old = self._actors.pop(index, None)
+        if old is not None:
+            ray.kill(old, no_restart=True)
+        await self.load(index)
+        return await self.link(index)
+
+    async def load(self, index: int) -> None:
+        """Starts the actor in a place and loads its tower."""
+        bundle = DENOISER_BUNDLE + index
+        actor = _actor(DenoiserTowerActor, self._topology, self._group, bundle)
+        self._actors[index], self._towers[index] = actor, RemoteDenoiser(actor)
+        await self._towers[index].load()
+
+    async def link(self, index: int) -> RemoteDenoiser:
+        """Links a loaded tower to the context tower."""
+        token = secrets.token_hex(16)
+        address = await self._towers[index].listen(token)
+        self._links[index] = LinkSpec(address, token, 0, self._topology.transport)
+        await self.relink(index)
+        return self._towers[index]
+
+    async def relink(self, index: int) -> None:
+        """See `DenoiserKeeper`."""
+        last = self._links[index]
+        self._epoch += 1
+        link = LinkSpec(last.address, last.token, self._epoch, last.transport)
+        await self._context.connect(index, link)
+
+
+def _actor(kind: type, topology: PairTopology, group: PlacementGroup | None, bundle: int) -> Any:
+    options: dict[str, Any] = {
+        "num_cpus": topology.cpus,
+        "num_gpus": topology.gpus,
+        "max_concurrency": topology.max_concurrency(),
+        # A tower that died has lost its rows and its links: whoever started it decides.
+        "max_restarts": 0,
+    }
+    if group is not None:
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+            group, placement_group_bundle_index=bundle
+        )
+    return ray.remote(kind).options(**options).remote(topology)

@@ -1,0 +1,104 @@
+"""One pair of towers: its life, and the block loops of the rows that it works on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from twotower.cluster.services.remote import PairServices
+from twotower.deployments.pair.autoscaling import report
+from twotower.deployments.pair.metrics import PairMetrics
+from twotower.deployments.pair.overload import NO_DIAL, OverloadDial
+from twotower.towers.decoding.generation import generate_blocks
+from twotower.towers.decoding.services import Block
+from twotower.towers.request.params import GenerationParams
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row to generate; `row_id` is drawn anew for every attempt."""
+
+    row_id: str
+    prompt: tuple[int, ...]
+    generated: tuple[int, ...]
+    params: GenerationParams
+
+
+class TowerPair:
+    """A context tower and a denoiser tower; one Serve replica.
+
+    `start` brings both towers up. It runs with the first health check, which Serve awaits before
+    it sends any request. `dial` eases rows that begin while others wait.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[], Awaitable[PairServices]],
+        metrics: Callable[[], PairMetrics] | None = None,
+        dial: OverloadDial = NO_DIAL,
+    ) -> None:
+        self._start = start
+        self._dial = dial
+        self._metrics = metrics() if metrics is not None else None
+        self._services: PairServices | None = None
+        self._reported: dict[str, dict[str, float]] | None = None
+
+    async def check_health(self) -> None:
+        """Starts the towers or asks both how they are; an exception means replacement."""
+        if self._services is None:
+            self._services = await self._start()
+        await asyncio.gather(*(tower.check() for tower in self._services.watched().values()))
+        if self._metrics is not None:
+            stats = await self.stats()
+            self._metrics.report(stats, self._dial.eased(int(stats["context"]["queued_rows"])))
+
+    async def generate(self, job: Job) -> AsyncGenerator[Block, None]:
+        """Yields the row's blocks as they come; the last has a finish reason.
+
+        Rows wait in order for room in the towers. Closing or cancelling the generator frees the
+        row, or its place in the queue, in both towers. Raises CapacityError if too many wait.
+        """
+        services = await self._ready()
+        blocks = generate_blocks(
+            services.context,
+            services.denoiser,
+            job.row_id,
+            job.prompt,
+            job.params,
+            job.generated,
+            self._dial.eased,
+        )
+        async with aclosing(blocks):
+            async for block in blocks:
+                yield block
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probabilities of tokens 1..n-1 under the context tower."""
+        return await (await self._ready()).context.score(token_ids)
+
+    async def ping(self) -> bool:
+        """True once both towers can serve."""
+        await self.check_health()
+        return True
+
+    async def stats(self) -> dict[str, dict[str, float]]:
+        """Counters of each tower, by tower."""
+        towers = (await self._ready()).watched()
+        stats = await asyncio.gather(*(tower.stats() for tower in towers.values()))
+        return dict(zip(towers, stats, strict=True))
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """The pair's signals for the number of pairs, since the last call; Serve asks for them."""
+        if self._services is None:
+            return {}
+        stats = await self.stats()
+        before, self._reported = self._reported or stats, stats
+        return report(before, stats)
+
+    async def _ready(self) -> PairServices:
+        if self._services is None:
+            await self.check_health()
+        assert self._services is not None
+        return self._services

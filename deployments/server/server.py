@@ -1,0 +1,170 @@
+"""Ray, Serve and the application on this machine, for as long as a `with` block lasts."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.config import HTTPOptions, gRPCOptions
+from ray.serve.exceptions import RayServeException
+
+from twotower.cluster.placement.surroundings import runtime_folder, shared_memory
+from twotower.deployments.app import build_app, check_room, this_machine
+from twotower.deployments.config import APP_NAME, ServiceConfig
+from twotower.deployments.router.ingress import SERVICER_FUNCTIONS
+from twotower.protos.incoming import MAX_MESSAGE_BYTES, MESSAGE_VARIABLE
+from twotower.towers.errors import ConfigError, TwoTowerError, UnavailableError
+
+OBJECT_STORE_BYTES = 200 * 1024 * 1024
+PROXY_TIMEOUT_S = 30.0
+NO_PROXY = [("grpc.enable_http_proxy", 0)]
+_OWN_ERRORS = TwoTowerError.__module__
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+    # The library's own telemetry aside, its workers otherwise take every core for arithmetic.
+    "OMP_NUM_THREADS": "1",
+    # By default a proxy that is not up within 5 s is killed and started anew, which on a machine
+    # with other work on it only makes the start fail.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    # By default Serve takes messages of 2 GiB.
+    MESSAGE_VARIABLE: str(MAX_MESSAGE_BYTES),
+}
+
+
+class LocalService:
+    """A service in processes of its own on this machine.
+
+    `address` is its gRPC target. Ray's files go to `folder`, an existing one in a prepared
+    environment, or to one of the service's own. Entering raises CheckpointError or ConfigError
+    before anything is started, UnavailableError if the towers do not come up.
+    """
+
+    def __init__(
+        self, config: ServiceConfig, *, verbose: bool = False, folder: Path | None = None
+    ) -> None:
+        self.config = config
+        self.address = f"127.0.0.1:{config.grpc_port}"
+        self._verbose = verbose
+        self._folder = folder
+        self._made = ExitStack()
+
+    def __enter__(self) -> LocalService:
+        if self.config.label_selector:
+            raise ConfigError("label_selector: a service on one machine has no labelled nodes")
+        app = build_app(self.config)
+        machine = this_machine()
+        check_room(self.config, [machine], machine.name)
+        for port in (self.config.grpc_port, self.config.http_port):
+            _check_free(port)
+        try:
+            self._start_ray()
+            serve.run(app, name=APP_NAME, route_prefix="/")
+            await_proxy(self.address)
+        except (RuntimeError, OSError, RayError) as error:
+            reason = _reason() or _first_line(error)
+            self.stop()
+            raise UnavailableError(f"the service did not start: {reason}") from None
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends the application and every process of it; safe to call again."""
+        if ray.is_initialized():
+            # Drains the streams; the rest of Serve ends with Ray, which is this service's own.
+            serve.delete(APP_NAME)
+            ray.shutdown()
+        self._made.close()
+
+    def _start_ray(self) -> None:
+        limit = {MESSAGE_VARIABLE: str(self.config.message_bytes())}
+        os.environ.update(ENVIRONMENT | limit)
+        logging.getLogger("ray.serve").setLevel(logging.INFO if self._verbose else logging.ERROR)
+        folder = self._folder or self._made.enter_context(runtime_folder(os.environ))
+        ray.init(
+            address="local",
+            num_cpus=int(this_machine().resources["CPU"]),
+            num_gpus=int(this_machine().resources["GPU"]),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=self._verbose,
+            logging_level=logging.INFO if self._verbose else logging.ERROR,
+            _temp_dir=str(folder),
+            _plasma_directory=shared_memory(folder),
+        )
+        start_serve(self.config)
+
+
+def start_serve(config: ServiceConfig, **options: Any) -> None:
+    """Serve with the config's ports, loopback only for HTTP; `options` as of `serve.start`."""
+    serve.start(
+        http_options=HTTPOptions(host="127.0.0.1", port=config.http_port),
+        grpc_options=gRPCOptions(port=config.grpc_port, grpc_servicer_functions=SERVICER_FUNCTIONS),
+        **options,
+    )
+
+
+def await_proxy(address: str) -> None:
+    """Serve reports an application before its proxy listens. Raises UnavailableError."""
+    with grpc.insecure_channel(address, options=NO_PROXY) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=PROXY_TIMEOUT_S)
+        except grpc.FutureTimeoutError:
+            raise UnavailableError(f"nothing answers on {address}") from None
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _check_free(port: int) -> None:
+    """Serve shares a port with whoever has it, silently; here that is an error."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError as error:
+            what = "in use" if error.errno == errno.EADDRINUSE else "not available"
+            raise ConfigError(f"port: {port} is {what}, expected a free one") from None
+
+
+def _reason() -> str:
+    """The towers' own error out of Serve's report, which wraps it in traces; empty if none."""
+    try:
+        application = serve.status().applications.get(APP_NAME)
+    except (RuntimeError, OSError, RayError, RayServeException):
+        # There is no Serve to ask: its start, or Ray's, is what has failed.
+        return ""
+    deployments = application.deployments.values() if application is not None else ()
+    lines = [line for deployment in deployments for line in deployment.message.splitlines()]
+    own = [line.strip() for line in lines if line.strip().startswith(_OWN_ERRORS)]
+    return own[-1].partition(": ")[2] if own else ""
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

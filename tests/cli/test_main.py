@@ -1,0 +1,185 @@
+"""The command line: help without torch, text on stdout, figures and errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.client.test_client_resume import Mortal, Server
+from twotower.agreement import Comparison
+from twotower.cli.main import app
+from twotower.towers.decoding.commit_log import CommitLog
+from twotower.towers.decoding.services import Block
+from twotower.towers.request.params import GenerationParams
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+INT_KEY = Path(__file__).parents[1] / "data" / "faults" / "int_key.yaml"
+
+
+def test_help_needs_no_heavy_import() -> None:
+    program = (
+        "import sys, twotower.cli.main\n"
+        "from typer.testing import CliRunner\n"
+        "result = CliRunner().invoke(twotower.cli.main.app, ['--help'])\n"
+        "assert result.exit_code == 0, result.output\n"
+        "heavy = {'torch', 'ray', 'transformers', 'grpc'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "print(result.output)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    for word in ("serve", "generate", "verify", "quantize", "bench", "plan", "train"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "verify", "quantize", "plan", "train"])
+def test_each_command_explains_itself(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert len(result.output.splitlines()) > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["generate", "x", "--max-tokens", "0"], "max_tokens: got 0"),
+        (["generate", "x", "--mode", "beam"], "mode: got 'beam'"),
+        (["generate", "x", "--draft-steps", "0"], "draft_steps: got 0"),
+        (["generate", "x", "--min-tokens", "65"], "min_tokens: got 65"),
+        (["generate", "x", "--stop", "a", "--stop", ""], "stop[1]: got ''"),
+        (
+            ["generate", "x", "--model", "no-such-folder", "--dtype", "float16"],
+            "dtype: got 'float16', expected one of float32, bfloat16",
+        ),
+        (["verify", str(GOLDEN / "tiny_a"), "--dtype", "float16"], "dtype: got 'float16'"),
+        (["train", "out", "--dtype", "float16"], "dtype: got 'float16', expected one of"),
+        (["serve", "--dtype", "float16"], "dtype: Input should be 'float32' or 'bfloat16'"),
+        (["generate", "x", "--model", str(GOLDEN / "tiny_a")], "a model that has a tokenizer"),
+        (["generate", "x", "--model", "no-such-folder"], "no-such-folder"),
+        (["generate", "x", "--target", "127.0.0.1:1"], "UNAVAILABLE"),
+        (["generate", "x", "--max-tokens", str(2**70)], f"max_tokens: got '1 prompt + {2**70} new"),
+        (["serve", "--max-num-seqs", "0"], "max_num_seqs"),
+        (["serve", "--config", str(INT_KEY)], "1: got a key of type int, expected a name"),
+        (["verify", str(GOLDEN)], "error: "),
+        (["quantize", "no-such-folder", "out"], "no-such-folder"),
+        (["quantize", str(GOLDEN / "tiny_a"), str(GOLDEN)], "golden: exists already"),
+        (["quantize", str(GOLDEN / "tiny_a"), "out", "--evaluate"], "has no tokenizer"),
+        (["quantize", str(GOLDEN / "tiny_a"), "out", "--dtype", "int8"], "dtype: got 'int8'"),
+    ],
+)
+# Ray itself warns when it is imported for the first time, which another test may have done before.
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")
+def test_errors_are_one_line(arguments: list[str], named: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert named in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert "Traceback" not in result.output
+
+
+class Recorded:
+    """Stands for the in-process model; keeps what the command asked it for."""
+
+    def __init__(self) -> None:
+        self.params: GenerationParams | None = None
+        self.ignore_eos = False
+        self.log = CommitLog(1, ())
+        self.log_probs: list[float] = []
+        self.seed = 1
+
+    def __call__(self, *_: object) -> Recorded:
+        return self
+
+    def stream(self, _prompt: str, params: GenerationParams, *, ignore_eos: bool) -> Recorded:
+        self.params, self.ignore_eos = params, ignore_eos
+        return self
+
+    def __iter__(self) -> Iterator[str]:
+        self.log.append(Block(1, (7, 8), (0, 0), (0.5, 0.25), nfe=1, finish_reason="length"))
+        self.log_probs += [-0.75, -1.5]
+        yield "text"
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    model = Recorded()
+    monkeypatch.setattr("twotower.in_process.InProcessModel", model)
+    return model
+
+
+def test_generate_passes_its_options_on(recorded: Recorded) -> None:
+    plain = CliRunner().invoke(app, ["generate", "x"])
+    assert (plain.exit_code, plain.stdout) == (0, "text")
+    assert (recorded.params, recorded.ignore_eos) == (GenerationParams(), False)
+    assert "-0.75" not in plain.stderr
+    options = ["--mode", "verified", "--draft-steps", "3", "--min-tokens", "5", "--ignore-eos"]
+    CliRunner().invoke(app, ["generate", "x", *options, "--stop", "a b", "--stop", "\n\n"])
+    want = GenerationParams(mode="verified", draft_steps=3, min_tokens=5, stop=("a b", "\n\n"))
+    assert (recorded.params, recorded.ignore_eos) == (want, True)
+
+
+def test_log_probabilities_are_printed_beside_the_text(recorded: Recorded) -> None:
+    result = CliRunner().invoke(app, ["generate", "x", "--logprobs"])
+    assert (result.exit_code, result.stdout) == (0, "text")
+    assert result.stderr.endswith("7\t-0.750000\n8\t-1.500000\n")
+    assert recorded.log.token_ids == (7, 8)
+
+
+def test_what_a_service_has_used_is_said_where_a_floor_allows_less() -> None:
+    service = Mortal(b"some text")
+    server = Server(service)
+    command = ["generate", "x", "--target", f"127.0.0.1:{server.port}"]
+    try:
+        plain = CliRunner().invoke(app, command)
+        service.served = [(5, 0.625)] * 9
+        eased = CliRunner().invoke(app, [*command, "--min-steps-per-block", "2"])
+    finally:
+        server.close()
+    assert plain.stdout == eased.stdout == "some text"
+    assert "served with" not in plain.stderr
+    assert eased.stderr.endswith("served with 5 steps, threshold 0.625\n")
+
+
+def test_verify_reports_every_case() -> None:
+    result = CliRunner().invoke(app, ["verify", str(GOLDEN / "tiny_a"), "--dtype", "float32"])
+    assert result.exit_code == 0, result.output
+    assert len(result.output.splitlines()) > 2
+
+
+def test_quantize_writes_a_checkpoint_and_a_report(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    result = CliRunner().invoke(app, ["quantize", str(GOLDEN / "tiny_a"), str(target)])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert [one["layer"] for one in report["layers"]] == [1, 4, 6, 9] * 2
+    assert report["bytes_after"] < report["bytes_before"]
+    assert len(result.stderr.splitlines()) == 1 + 8 + 1
+    assert (target / "model.safetensors").stat().st_size > report["bytes_after"]
+
+
+def test_quantize_compares_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def compare(before: Path, after: Path, device: str, dtype: str) -> Comparison:
+        asked.append((before, after, device, dtype))
+        return Comparison((), 1.0, 1.5)
+
+    monkeypatch.setattr("twotower.agreement.compare", compare)
+    monkeypatch.setattr("twotower.towers.text.tokenizer.load_tokenizer", lambda _: "some")
+    source, target = GOLDEN / "tiny_a", tmp_path / "out"
+    options = ["--evaluate", "--dtype", "bfloat16"]
+    result = CliRunner().invoke(app, ["quantize", str(source), str(target), *options])
+    assert result.exit_code == 0, result.output
+    assert asked == [(source, target, "cpu", "bfloat16")]
+    assert json.loads(result.stdout)["evaluation"] == {
+        "modes": [],
+        "loss_before": 1.0,
+        "loss_after": 1.5,
+    }

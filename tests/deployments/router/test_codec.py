@@ -1,0 +1,213 @@
+"""Messages to dataclasses: defaults where a field is unset, the given value where it is zero."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from google.protobuf.descriptor import FieldDescriptor
+
+from twotower.deployments.router import codec
+from twotower.deployments.router.encoding import TextReader
+from twotower.protos.v1 import generation_pb2 as pb
+from twotower.towers.decoding.commit_log import CommitLog
+from twotower.towers.decoding.services import Block
+from twotower.towers.errors import InvalidRequestError
+from twotower.towers.request.params import GenerationParams
+
+
+class Letters:
+    """A tokenizer of one id per character."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def decode(self, token_ids: object) -> str:
+        raise AssertionError(f"nothing decodes {token_ids}")
+
+
+def test_unset_fields_take_the_defaults() -> None:
+    params = codec.params_of(pb.SamplingParams(), eos_token_id=2)
+    assert params.seed is not None
+    assert params == GenerationParams(seed=params.seed, eos_token_id=2)
+
+
+def test_every_scalar_of_the_message_arrives() -> None:
+    given = {
+        "mode": "ar",
+        "max_tokens": 5,
+        "block_size": 4,
+        "steps_per_block": 3,
+        "confidence_threshold": 0.5,
+        "temperature": 0.25,
+        "top_k": 7,
+        "top_p": 0.75,
+        "min_p": 0.125,
+        "seed": 11,
+        "draft_steps": 3,
+        "min_tokens": 2,
+        "min_steps_per_block": 2,
+        "min_confidence_threshold": 0.25,
+    }
+    optional = {field.name for field in pb.SamplingParams.DESCRIPTOR.fields}
+    assert optional == {*given, "stop", "ignore_eos", "logprobs"}
+    params = codec.params_of(pb.SamplingParams(**given, stop=["a", "\n\n"]), eos_token_id=2)
+    assert params.stop == ("a", "\n\n")
+    assert {name: getattr(params, name) for name in given} == given
+
+
+def test_zero_is_a_value() -> None:
+    message = pb.SamplingParams(confidence_threshold=0.0, min_p=0.0, seed=0)
+    params = codec.params_of(message, eos_token_id=None)
+    assert (params.confidence_threshold, params.min_p, params.seed) == (0.0, 0.0, 0)
+    with pytest.raises(InvalidRequestError, match="max_tokens: got 0"):
+        codec.params_of(pb.SamplingParams(max_tokens=0), eos_token_id=None)
+
+
+def test_ignore_eos() -> None:
+    assert codec.params_of(pb.SamplingParams(ignore_eos=True), 2).eos_token_id is None
+    assert codec.params_of(pb.SamplingParams(ignore_eos=False), 2).eos_token_id == 2
+
+
+BLOCK = Block(
+    start=5,
+    token_ids=(8, 9),
+    commit_steps=(1, 0),
+    confidences=(0.5, 0.25),
+    nfe=2,
+    finish_reason="stop",
+    log_probs=(-0.75, -1.5),
+    accepted_tokens=3,
+    drafted_tokens=4,
+    cached_tokens=5,
+)
+
+
+PLAIN = GenerationParams()
+
+
+USAGE = pb.Usage(
+    prompt_tokens=5,
+    completion_tokens=2,
+    nfe=2,
+    cached_tokens=5,
+    accepted_tokens=3,
+    drafted_tokens=4,
+)
+
+
+def log_of_one_block() -> CommitLog:
+    log = CommitLog(5, ())
+    log.append(BLOCK)
+    return log
+
+
+def test_a_block_comes_with_what_was_spent_up_to_it() -> None:
+    log = log_of_one_block()
+    want = pb.Block(
+        index=0,
+        start=5,
+        token_ids=[8, 9],
+        text="ab",
+        commit_steps=[1, 0],
+        confidences=[0.5, 0.25],
+        usage=USAGE,
+    )
+    assert codec.block_event(log, BLOCK, "ab", PLAIN, log_probs=False).block == want
+    log.append(replace(BLOCK, start=7, nfe=5, cached_tokens=9))
+    second = codec.block_event(log, BLOCK, "", PLAIN, log_probs=False).block
+    assert second.index == 1
+    assert (second.usage.completion_tokens, second.usage.nfe) == (4, 7)
+    assert second.usage.cached_tokens == 5
+
+
+def test_log_probabilities_are_sent_if_asked_for() -> None:
+    asked = codec.block_event(log_of_one_block(), BLOCK, "ab", PLAIN, log_probs=True).block
+    assert list(asked.log_probs) == [-0.75, -1.5]
+
+
+def test_blocks_of_a_request_with_floors_say_with_what_they_were_made() -> None:
+    asked = GenerationParams(steps_per_block=8, min_steps_per_block=4, confidence_threshold=0.75)
+    log = CommitLog(5, ())
+    first = replace(BLOCK, eased=0.5)
+    log.append(first)
+    message = codec.block_event(log, first, "", asked, log_probs=False).block
+    assert (message.steps_per_block, message.confidence_threshold) == (6, 0.75)
+    # A pair that takes over gets no floors, so its blocks know of no easing.
+    second = replace(BLOCK, start=7)
+    log.append(second)
+    message = codec.block_event(log, second, "", asked, log_probs=False).block
+    assert (message.steps_per_block, message.confidence_threshold) == (6, 0.75)
+    other = codec.block_event(log, second, "", PLAIN, log_probs=False).block
+    assert not other.HasField("steps_per_block")
+    assert not other.HasField("confidence_threshold")
+
+
+@pytest.mark.parametrize("matched", [None, "\n日"])
+def test_the_end_of_a_stream(matched: str | None) -> None:
+    complete = codec.complete_event(log_of_one_block(), matched).complete
+    assert complete.HasField("matched_stop") == (matched is not None)
+    assert complete.matched_stop == (matched or "")
+    assert complete.finish_reason == "stop"
+    assert complete.usage == USAGE
+
+
+async def test_prompts() -> None:
+    reader, without = TextReader(Letters(), 1, 4), TextReader(None, None, 4)
+    ids = pb.GenerateRequest(tokens=pb.TokenIds(ids=[3, -1]))
+    assert await codec.token_ids_of(ids, "prompt", without) == [3, -1]
+    assert await codec.token_ids_of(pb.GenerateRequest(), "prompt", reader) == []
+    text = pb.GenerateRequest(text="ab")
+    assert await codec.token_ids_of(text, "prompt", reader) == [97, 98]
+    with pytest.raises(InvalidRequestError, match="no tokenizer"):
+        await codec.token_ids_of(text, "prompt", without)
+    long = pb.ScoreRequest(tokens=pb.TokenIds(ids=[3] * 5))
+    with pytest.raises(InvalidRequestError, match="input: got '5 tokens', expected at most 4"):
+        await codec.token_ids_of(long, "input", reader)
+
+
+def test_the_size_of_a_whole_message() -> None:
+    message = pb.GenerateRequest(text="a" * 97)
+    codec.check_size(message, 99)
+    with pytest.raises(InvalidRequestError, match="message: got 99, expected at most 98 bytes"):
+        codec.check_size(message, 98)
+
+
+def test_stop_strings_are_counted_before_they_are_read() -> None:
+    class Counted:
+        """Stop strings that may be counted only."""
+
+        def __len__(self) -> int:
+            return 17
+
+    class Message:
+        stop = Counted()
+
+    with pytest.raises(InvalidRequestError, match="stop: got '17 strings'"):
+        codec.params_of(Message(), None)  # type: ignore[arg-type]
+
+
+def test_request_ids() -> None:
+    assert codec.request_id_of("job-7/a") == "job-7/a"
+    assert len({codec.request_id_of("") for _ in range(8)}) == 8
+    for wrong in ("a b", "x" * 129, "a\n", "ä"):
+        with pytest.raises(InvalidRequestError, match="request_id"):
+            codec.request_id_of(wrong)
+
+
+def test_every_proto_field_is_documented() -> None:
+    """Comments are part of the contract; the generator drops them, so the source is read."""
+    from pathlib import Path
+
+    import twotower.protos.v1.generation_pb2 as module
+
+    source = Path(module.__file__).with_name("generation.proto").read_text(encoding="utf-8")
+    lines = [line.strip() for line in source.splitlines()]
+    for message in module.DESCRIPTOR.message_types_by_name.values():
+        for field in message.fields:
+            assert isinstance(field, FieldDescriptor)
+            declared = [i for i, line in enumerate(lines) if line.endswith(f"= {field.number};")]
+            own = [i for i in declared if f" {field.name} " in lines[i]]
+            assert own
+            if message.name != "TokenIds":
+                assert any(lines[i - 1].startswith("//") for i in own), field.full_name

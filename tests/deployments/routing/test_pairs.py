@@ -1,0 +1,189 @@
+"""What a router knows of the pairs: losses and moves by the name of the attempt."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.deployments.conftest import Clock
+from twotower.deployments.routing.breaker import FAILURES, REST_S
+from twotower.deployments.routing.moves import Room
+from twotower.deployments.routing.pairs import FULL_S, Pairs
+
+ROOM = Room(4, 4)
+ONE = Room(1, 1)
+
+
+@pytest.fixture
+def pairs(clock: Clock) -> Pairs:
+    found = Pairs(clock)
+    found.present(["a", "b"])
+    return found
+
+
+def put(pairs: Pairs, pair: str, *rows: str) -> None:
+    for row in rows:
+        pairs.opened(row)
+        pairs.routed(row, pair)
+
+
+def lose(pairs: Pairs, pair: str) -> None:
+    for number in range(FAILURES):
+        put(pairs, pair, f"lost-{number}")
+        pairs.lost(f"lost-{number}")
+        pairs.ended(f"lost-{number}")
+
+
+def moved(pairs: Pairs, *rows: str, room: Room = ROOM) -> list[str]:
+    return [row for row in rows if pairs.moved(row, f"{row}'", room)]
+
+
+def test_a_loss_is_expected_of_a_pair_that_was_avoided_when_it_got_the_attempt(
+    pairs: Pairs,
+) -> None:
+    """Those that went down together with the pair may each have been the reason."""
+    put(pairs, "a", "1", "2", "3")
+    assert [pairs.lost(row) for row in ("1", "2", "3")] == [False] * 3
+    put(pairs, "a", "4")
+    assert pairs.lost("4")
+    put(pairs, "b", "5")
+    assert not pairs.lost("5")
+    assert not pairs.lost("unknown")
+
+
+def test_a_probe_that_works_takes_the_pair_back(pairs: Pairs, clock: Clock) -> None:
+    lose(pairs, "a")
+    clock.now += REST_S
+    assert pairs.ranked(["a", "b"], probe=True) == [["a"], ["b"]]
+    put(pairs, "a", "probe")
+    pairs.worked("probe")
+    assert pairs.ranked(["a", "b"], probe=True) == [["a", "b"]]
+
+
+def test_a_probe_that_was_cancelled_says_nothing(pairs: Pairs, clock: Clock) -> None:
+    lose(pairs, "a")
+    clock.now += REST_S
+    pairs.ranked(["a", "b"], probe=True)
+    put(pairs, "a", "probe")
+    pairs.ended("probe")
+    assert pairs.ranked(["a", "b"], probe=True) == [["b"]]
+    clock.now += REST_S
+    assert pairs.ranked(["a", "b"], probe=True) == [["a"], ["b"]]
+
+
+def test_attempts_that_nobody_routed_say_nothing(pairs: Pairs) -> None:
+    """As in local testing mode, where Serve chooses nothing."""
+    for _ in range(FAILURES):
+        pairs.opened("row")
+        pairs.lost("row")
+        pairs.worked("row")
+        pairs.ended("row")
+    assert pairs.ranked(["a", "b"], probe=True) == [["a", "b"]]
+    assert pairs.rows() == {}
+
+
+def test_the_oldest_that_wait_move_and_no_more_than_fit(pairs: Pairs) -> None:
+    rows = [str(number) for number in range(12)]
+    put(pairs, "a", *rows)
+    put(pairs, "b", "other")
+    # The youngest look first.
+    assert moved(pairs, *reversed(rows)) == ["6", "5", "4"]
+    assert pairs.rows() == {"a": 9, "b": 4}
+    assert moved(pairs, *rows) == []
+    assert [pairs.target_of(f"{row}'") for row in "456"] == ["b"] * 3
+    assert pairs.target_of("7'") is None
+
+
+def test_with_several_routers_a_row_that_may_have_a_place_is_not_sent_to_and_fro(
+    pairs: Pairs,
+) -> None:
+    """Four places, two of them this router's share: it alone may have all four."""
+    shared = Room(4, 2)
+    put(pairs, "a", "long", "1", "2", "3")
+    for row in "123":
+        # They have overtaken it: its prompt is long.
+        pairs.worked(row)
+    assert moved(pairs, "long", room=shared) == []
+    put(pairs, "a", *"4567")
+    # Four before them have places; the other pair takes this router's share.
+    assert moved(pairs, "long", *"4567", room=shared) == ["4", "5"]
+
+
+def test_a_target_that_turns_out_full_is_none_for_a_while(pairs: Pairs, clock: Clock) -> None:
+    put(pairs, "a", *"01234567")
+    assert moved(pairs, "4") == ["4"]
+    # Serve has found no place there, and chose the next best.
+    put(pairs, "a", "4'")
+    assert moved(pairs, *"567") == []
+    clock.now += FULL_S
+    assert moved(pairs, "5") == ["5"]
+    put(pairs, "b", "5'")
+    # Here the tower itself refuses.
+    pairs.refused("5'")
+    pairs.ended("5'")
+    assert moved(pairs, *"67") == []
+    clock.now += FULL_S
+    assert moved(pairs, "6") == ["6"]
+
+
+def test_a_place_that_comes_free_is_taken_by_the_next(pairs: Pairs) -> None:
+    put(pairs, "a", *"012345678")
+    assert moved(pairs, *"012345678") == list("4567")
+    put(pairs, "b", *(f"{row}'" for row in "4567"))
+    for row in "4567":
+        pairs.worked(f"{row}'")
+    assert moved(pairs, "8") == []
+    pairs.ended("5'")
+    assert moved(pairs, *"0123", "4'", "8") == ["8"]
+
+
+def test_a_row_that_has_brought_a_block_stays(pairs: Pairs) -> None:
+    put(pairs, "a", *"01234567")
+    for row in "67":
+        pairs.worked(row)
+    # Four have a place, these two among them: of the others 0 and 1 may have one.
+    assert moved(pairs, *"01234567") == list("2345")
+
+
+def test_a_row_has_a_place_once_those_before_it_have_gone(pairs: Pairs) -> None:
+    put(pairs, "a", *"01234")
+    pairs.ended("2")
+    assert moved(pairs, *"0134") == []
+
+
+def test_nobody_moves_to_a_pair_that_is_avoided_or_gone(pairs: Pairs, clock: Clock) -> None:
+    put(pairs, "a", *"012345")
+    lose(pairs, "b")
+    assert moved(pairs, *"012345") == []
+    clock.now += REST_S
+    assert moved(pairs, *"012345") == []
+    pairs.present(["a", "b", "c"])
+    assert moved(pairs, "4") == ["4"]
+    assert pairs.target_of("4'") == "c"
+    pairs.present(["a"])
+    assert moved(pairs, "5") == []
+
+
+def test_rows_leave_a_pair_that_gets_no_more(pairs: Pairs) -> None:
+    """Taken away by autoscaling: it ends the rows that it works on, the others need not wait."""
+    put(pairs, "a", *"012345")
+    pairs.present(["b"])
+    assert moved(pairs, *"012345") == ["4", "5"]
+
+
+def test_a_row_without_a_pair_does_not_move(pairs: Pairs) -> None:
+    pairs.opened("queued in Serve")
+    assert moved(pairs, "queued in Serve", "unknown", room=ONE) == []
+    put(pairs, "a", "0", "1")
+    assert moved(pairs, "1", room=ONE) == ["1"]
+    assert moved(pairs, "1'", room=ONE) == []
+
+
+def test_many_threads_move_no_more_than_fit(pairs: Pairs) -> None:
+    rows = [str(number) for number in range(400)]
+    put(pairs, "a", *rows)
+    with ThreadPoolExecutor(8) as pool:
+        went = list(pool.map(lambda row: pairs.moved(row, f"{row}'", Room(50, 50)), rows * 3))
+    assert sum(went) == 50
+    assert pairs.rows() == {"a": 350, "b": 50}

@@ -1,0 +1,137 @@
+"""Floors of the released model's passes, against figures derived apart from this code."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from twotower.planner.floors import (
+    Ceilings,
+    PassKind,
+    expected_unique,
+    floor_seconds,
+    num_bytes,
+    pass_works,
+    shape_of,
+)
+from twotower.planner.shapes import LARGE, TINY
+from twotower.towers.model.context_tower import ContextTower
+
+H200 = Ceilings(4.3e12, 790e12, 60e12)
+# Draws a row that give 34 experts for one block, as measured in real text; uniform are 16.
+TEXT, UNIFORM = 6.5, 16.0
+CLOSE = 0.02
+
+
+def floor_ms(kind: PassKind, rows: int, context: int = 4096, **more: float) -> float:
+    draws = more.pop("draws", TEXT if kind == "denoise" else 1.0 if kind == "ar" else UNIFORM)
+    shape = shape_of(
+        kind,
+        LARGE,
+        rows,
+        context,
+        16,
+        unique=expected_unique(LARGE, draws * rows),
+        masked=more.get("masked", 1.0),
+        expert_bytes=int(more.get("expert_bytes", 2)),
+    )
+    return 1e3 * floor_seconds(pass_works(LARGE, shape), H200)
+
+
+@pytest.mark.parametrize(
+    ("kind", "by_rows"),
+    [
+        ("denoise", {1: 4.56, 16: 15.4, 64: 20.8, 128: 28.0}),
+        ("ar", {1: 1.53, 16: 8.67, 64: 15.8, 128: 18.4}),
+        ("extend", {1: 8.07, 16: 15.4, 64: 20.7, 128: 27.7}),
+    ],
+)
+def test_a_pass_at_four_thousand_tokens(kind: PassKind, by_rows: dict[int, float]) -> None:
+    for rows, expected in by_rows.items():
+        assert floor_ms(kind, rows) == pytest.approx(expected, rel=CLOSE), rows
+
+
+@pytest.mark.parametrize(
+    ("kind", "by_rows"),
+    [
+        ("denoise", {1: 4.62, 16: 16.3, 64: 24.5, 128: 35.3}),
+        ("ar", {1: 1.57, 16: 9.32, 64: 18.4, 128: 23.6}),
+        ("extend", {1: 8.13, 16: 16.3, 64: 24.3, 128: 35.0}),
+    ],
+)
+def test_a_pass_at_thirty_two_thousand_tokens(kind: PassKind, by_rows: dict[int, float]) -> None:
+    for rows, expected in by_rows.items():
+        assert floor_ms(kind, rows, 32768) == pytest.approx(expected, rel=CLOSE), rows
+
+
+def test_uniform_routing_reads_twice_the_experts_of_text() -> None:
+    assert floor_ms("denoise", 1, draws=UNIFORM) == pytest.approx(8.22, rel=CLOSE)
+    for draws, unique in ((TEXT, 34), (UNIFORM, 69), (2 * TEXT, 59), (16 * TEXT, 127)):
+        assert expected_unique(LARGE, draws) == pytest.approx(unique, abs=0.6)
+
+
+def test_eight_bit_experts() -> None:
+    assert floor_ms("denoise", 1, expert_bytes=1) == pytest.approx(2.73, rel=CLOSE)
+    assert floor_ms("ar", 1, expert_bytes=1) == pytest.approx(1.21, rel=CLOSE)
+    assert floor_ms("denoise", 64, expert_bytes=1) == pytest.approx(14.0, rel=CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("name", "launches", "megabytes", "microseconds"),
+    [
+        ("norm", 52, 5.5, 1.3),
+        ("in_proj", 23, 62, 18.0),
+        ("scan", 23, 42, 9.7),
+        ("out_proj", 23, 25, 7.1),
+        ("router", 23, 2.1, 2.9),
+        ("experts_up", 23, 1276, 297),
+        ("experts_down", 23, 1282, 298),
+        ("shared_up", 23, 23, 6.5),
+        ("shared_down", 23, 23, 6.5),
+        ("qkv", 6, 29, 8.0),
+        ("attention", 6, 71, 21.8),
+        ("o_proj", 6, 25, 7.1),
+        ("head", 1, 706, 228),
+    ],
+)
+def test_each_operator_of_a_denoiser_pass_over_sixteen_rows(
+    name: str, launches: int, megabytes: float, microseconds: float
+) -> None:
+    unique = expected_unique(LARGE, 16 * TEXT)
+    works = {
+        own.name: own
+        for own in pass_works(LARGE, shape_of("denoise", LARGE, 16, 4096, 16, unique=unique))
+    }
+    own = works[name]
+    assert own.launches == launches
+    assert own.num_bytes / 1e6 == pytest.approx(megabytes, rel=0.03)
+    assert 1e6 * own.seconds(H200) / launches == pytest.approx(microseconds, rel=0.03)
+
+
+def test_the_head_costs_less_where_positions_are_committed() -> None:
+    # 0.4 of 913 us at 64 rows.
+    saved = floor_ms("denoise", 64) - floor_ms("denoise", 64, masked=0.6)
+    assert saved == pytest.approx(0.365, rel=CLOSE)
+
+
+def test_a_pass_reads_every_weight_of_a_tower_once(context_tower: ContextTower) -> None:
+    """All experts chosen: without its activations a pass moves what the tower holds, but for the
+    embedding, of which it reads a line, and vectors."""
+    shape = shape_of("ar", TINY, 1, 0, 16, unique=TINY.n_routed_experts, value_bytes=4)
+    shape = dataclasses.replace(shape, rows=0, head_tokens=1e-9, expert_bytes=4)
+    matrices = sum(matrix_bytes(layer.mixer) for layer in context_tower.weights.layers)
+    matrices += context_tower.weights.head.nbytes
+    assert num_bytes(pass_works(TINY, shape)) == pytest.approx(matrices, rel=1e-6)
+
+
+def matrix_bytes(part: object) -> int:
+    """Bytes of all fp32 matrices, a router's counted as fp32."""
+    if isinstance(part, Tensor):
+        wide = part.dim() > 1 and part.shape[-1] > TINY.conv_kernel
+        return part.numel() * torch.float32.itemsize if wide else 0
+    if dataclasses.is_dataclass(part):
+        return sum(matrix_bytes(getattr(part, own.name)) for own in dataclasses.fields(part))
+    return 0

@@ -1,0 +1,413 @@
+"""The block loop with scripted towers: exact tokens out, exact calls in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from twotower.towers.decoding.generation import cut, generate_blocks
+from twotower.towers.decoding.services import Block, Prefilled
+from twotower.towers.errors import CapacityError, NumericalError, UnavailableError
+from twotower.towers.request.params import GenerationParams
+
+PROMPT = [7, 8, 9]
+EOS = 2
+
+
+@dataclass
+class Script:
+    """The output that both towers pretend to make, and what they were asked to do.
+
+    `fail` maps a call, such as "denoise" or "extend", to the error that it raises; the number
+    after it says at which of these calls.
+    """
+
+    output: Sequence[int]
+    fail: dict[str, Exception] = field(default_factory=dict)
+    calls: list[Any] = field(default_factory=list)
+    rows: dict[str, set[str]] = field(default_factory=lambda: {"context": set(), "denoiser": set()})
+    counts: dict[str, int] = field(default_factory=dict)
+
+    async def step(self, name: str, *details: Any) -> None:
+        self.calls.append((name, *details))
+        await asyncio.sleep(0)
+        self.counts[name] = self.counts.get(name, 0) + 1
+        error = self.fail.get(name) or self.fail.get(f"{name} {self.counts[name]}")
+        if error is not None:
+            raise error
+
+    def part(self, position: int, count: int) -> tuple[int, ...]:
+        start = position - len(PROMPT)
+        return tuple(self.output[start : start + count])
+
+
+class Side:
+    """What both scripted towers share: rows that are opened and released."""
+
+    def __init__(self, script: Script, name: str) -> None:
+        self.script = script
+        self.rows = script.rows[name]
+        self.name = name
+
+    async def open(self, row_id: str, capacity: int) -> int:
+        await self.script.step(f"{self.name} open", capacity)
+        self.rows.add(row_id)
+        return 7
+
+    async def release(self, row_id: str) -> None:
+        await self.script.step(f"{self.name} release")
+        self.rows.discard(row_id)
+
+
+class ScriptedContext(Side):
+    """A context tower whose every call is written down."""
+
+    position = 0
+
+    async def prefill(
+        self, row_id: str, prompt: Sequence[int], generated: Sequence[int], params: GenerationParams
+    ) -> Prefilled:
+        assert row_id in self.rows
+        assert params.seed is not None
+        self.position = len(prompt) + len(generated)
+        await self.script.step("prefill", *prompt, *generated)
+        return Prefilled(5)
+
+    async def extend(self, row_id: str, token_ids: Sequence[int]) -> int:
+        assert row_id in self.rows
+        await self.script.step("extend", *token_ids)
+        self.position += len(token_ids)
+        return 1
+
+    async def decode(self, row_id: str, count: int, params: GenerationParams) -> Block:
+        assert row_id in self.rows
+        assert params.mode == "ar"
+        await self.script.step("decode", count)
+        tokens = self.script.part(self.position, count)
+        start, self.position = self.position, self.position + len(tokens)
+        return block_of(tokens, start, nfe=0, passes=len(tokens))
+
+    async def verify(self, row_id: str, draft: Sequence[int], params: GenerationParams) -> Block:
+        raise NotImplementedError
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        raise NotImplementedError
+
+
+class ScriptedDenoiser(Side):
+    """A denoiser tower that waits until the context stands where it should."""
+
+    def __init__(self, script: Script, context: ScriptedContext) -> None:
+        super().__init__(script, "denoiser")
+        self.context = context
+
+    async def denoise_block(
+        self, row_id: str, position: int, params: GenerationParams, known: Sequence[int] = ()
+    ) -> Block:
+        assert not known
+        assert row_id in self.rows
+        await self._at(position)
+        await self.script.step("denoise", position)
+        return block_of(self.script.part(position, params.block_size), position, nfe=3)
+
+    async def next_token(
+        self, row_id: str, position: int, last_token: int, params: GenerationParams
+    ) -> Block:
+        assert row_id in self.rows
+        assert params.mode == "mock_ar"
+        await self._at(position)
+        await self.script.step("next", position, last_token)
+        return block_of(self.script.part(position, 1), position, nfe=1)
+
+    async def _at(self, position: int) -> None:
+        while self.context.position != position:
+            await asyncio.sleep(0)
+
+
+def block_of(tokens: tuple[int, ...], start: int, nfe: int, passes: int = 0) -> Block:
+    steps = tuple(range(len(tokens)))
+    return Block(start, tokens, steps, tuple(0.1 * (s + 1) for s in steps), nfe, passes)
+
+
+def make_row(script: Script, params: GenerationParams, generated: Sequence[int] = ()) -> Any:
+    context = ScriptedContext(script, "context")
+    denoiser = ScriptedDenoiser(script, context)
+    return generate_blocks(context, denoiser, "row", PROMPT, params, generated)
+
+
+async def collect(
+    script: Script, params: GenerationParams, generated: Sequence[int] = ()
+) -> list[Block]:
+    blocks = [block async for block in make_row(script, params, generated)]
+    assert script.rows == {"context": set(), "denoiser": set()}
+    return blocks
+
+
+def params_of(mode: Any = "mask_diffusion", **changes: Any) -> GenerationParams:
+    return GenerationParams(**({"mode": mode, "block_size": 4, "seed": 1} | changes))
+
+
+def names(script: Script) -> list[str]:
+    return [call[0] for call in script.calls]
+
+
+async def test_a_diffusion_row_call_by_call() -> None:
+    script = Script(range(10, 30))
+    blocks = await collect(script, params_of(max_tokens=10))
+    assert [block.token_ids for block in blocks] == [(10, 11, 12, 13), (14, 15, 16, 17), (18, 19)]
+    assert [block.start for block in blocks] == [3, 7, 11]
+    assert [block.finish_reason for block in blocks] == [None, None, "length"]
+    assert [block.nfe for block in blocks] == [3, 3, 3]
+    assert [block.context_passes for block in blocks] == [5, 1, 1]
+    assert blocks[2].commit_steps == (0, 1)
+    assert blocks[2].confidences == (0.1, 0.2)
+    # The last block is not read: nobody continues from it.
+    assert script.calls == [
+        ("context open", 15),
+        ("denoiser open", 15),
+        ("prefill", 7, 8, 9),
+        ("denoise", 3),
+        ("extend", 10, 11, 12, 13),
+        ("denoise", 7),
+        ("extend", 14, 15, 16, 17),
+        ("denoise", 11),
+        ("denoiser release",),
+        ("context release",),
+    ]
+
+
+async def test_a_row_is_eased_by_who_waits_when_it_begins() -> None:
+    asked: list[int] = []
+    seen: list[GenerationParams] = []
+
+    def ease(waiting: int) -> float:
+        asked.append(waiting)
+        return 0.5
+
+    script = Script(range(10, 30))
+    context = ScriptedContext(script, "context")
+
+    class Watched(ScriptedDenoiser):
+        async def denoise_block(
+            self, row_id: str, position: int, params: GenerationParams, known: Sequence[int] = ()
+        ) -> Block:
+            seen.append(params)
+            return await super().denoise_block(row_id, position, params, known)
+
+    params = params_of(max_tokens=10, steps_per_block=8, min_steps_per_block=2)
+    row = generate_blocks(context, Watched(script, context), "row", PROMPT, params, ease=ease)
+    blocks = [block async for block in row]
+    # Seven wait, says the context tower.
+    assert asked == [7]
+    assert [block.eased for block in blocks] == [0.5] * 3
+    assert [one.steps_per_block for one in seen] == [5] * 3
+
+
+async def test_the_context_is_extended_while_the_block_is_handed_out() -> None:
+    script = Script(range(10, 30))
+    row = make_row(script, params_of(max_tokens=8))
+    await anext(row)
+    assert "extend" not in names(script)
+    await asyncio.sleep(0)
+    assert names(script)[-1] == "extend"
+    await anext(row)
+    await row.aclose()
+
+
+@pytest.mark.parametrize(
+    ("mode", "max_tokens", "lengths"),
+    [
+        ("mask_diffusion", 1, [1]),
+        ("mask_diffusion", 4, [4]),
+        ("mask_diffusion", 5, [4, 1]),
+        ("mask_diffusion", 12, [4, 4, 4]),
+        ("ar", 1, [1]),
+        ("ar", 6, [4, 2]),
+        ("mock_ar", 3, [1, 1, 1]),
+    ],
+)
+async def test_any_number_of_tokens(mode: str, max_tokens: int, lengths: list[int]) -> None:
+    blocks = await collect(Script(range(10, 40)), params_of(mode, max_tokens=max_tokens))
+    assert [len(block.token_ids) for block in blocks] == lengths
+    tokens = [token for block in blocks for token in block.token_ids]
+    assert tokens == list(range(10, 10 + max_tokens))
+    assert [block.finish_reason for block in blocks] == [None] * (len(lengths) - 1) + ["length"]
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "ar", "mock_ar"])
+@pytest.mark.parametrize("place", range(9))
+async def test_the_first_eos_ends_the_row(mode: str, place: int) -> None:
+    output = list(range(10, 40))
+    output[place] = output[place + 2] = EOS
+    script = Script(output)
+    blocks = await collect(script, params_of(mode, max_tokens=9, eos_token_id=EOS))
+    tokens = [token for block in blocks for token in block.token_ids]
+    assert tokens == output[: place + 1]
+    assert blocks[-1].finish_reason == "stop"
+    assert all(block.finish_reason is None for block in blocks[:-1])
+    extended = [token for name, *given in script.calls if name == "extend" for token in given]
+    assert EOS not in extended
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "ar", "mock_ar"])
+async def test_an_eos_behind_the_limit_does_not_count(mode: str) -> None:
+    output = [10, 11, 12, EOS, 14, 15, 16, 17]
+    blocks = await collect(Script(output), params_of(mode, max_tokens=3, eos_token_id=EOS))
+    assert blocks[-1].finish_reason == "length"
+    assert sum(len(block.token_ids) for block in blocks) == 3
+
+
+async def test_without_an_eos_id_nothing_stops_a_row() -> None:
+    blocks = await collect(Script([EOS] * 8), params_of(max_tokens=8))
+    assert blocks[-1].finish_reason == "length"
+
+
+async def test_an_autoregressive_row_leaves_the_denoiser_alone() -> None:
+    script = Script(range(10, 30))
+    blocks = await collect(script, params_of("ar", max_tokens=6))
+    assert [block.nfe for block in blocks] == [0, 0]
+    assert script.calls[:3] == [("context open", 9), ("prefill", 7, 8, 9), ("decode", 4)]
+    assert "denoiser open" not in names(script)
+    assert "extend" not in names(script)
+
+
+async def test_a_mock_row_token_by_token() -> None:
+    script = Script(range(10, 30))
+    blocks = await collect(script, params_of("mock_ar", max_tokens=3))
+    assert [block.nfe for block in blocks] == [1, 1, 1]
+    assert script.calls[2:8] == [
+        ("prefill", 7, 8, 9),
+        ("next", 3, 9),
+        ("extend", 10),
+        ("next", 4, 10),
+        ("extend", 11),
+        ("next", 5, 11),
+    ]
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "ar", "mock_ar"])
+async def test_a_resumed_row_goes_on_where_it_stood(mode: str) -> None:
+    output = list(range(10, 40))
+    script = Script(output)
+    blocks = await collect(script, params_of(mode, max_tokens=11), generated=output[:4])
+    assert blocks[0].start == 7
+    assert [token for block in blocks for token in block.token_ids] == output[4:11]
+    assert blocks[-1].finish_reason == "length"
+    assert ("prefill", 7, 8, 9, 10, 11, 12, 13) in script.calls
+    if mode == "mock_ar":
+        assert ("next", 7, 13) in script.calls
+    assert script.calls[0] == ("context open", 3 + (12 if mode == "mask_diffusion" else 11))
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "mock_ar"])
+async def test_a_mode_that_needs_a_denoiser_says_so(mode: str) -> None:
+    context = ScriptedContext(Script([]), "context")
+    with pytest.raises(ValueError, match=f"mode: {mode} needs a denoiser"):
+        await anext(generate_blocks(context, None, "row", PROMPT, params_of(mode)))
+
+
+async def exhaust(row: AsyncIterator[Block], seen: list[Block]) -> None:
+    async for block in row:
+        seen.append(block)
+
+
+@pytest.mark.parametrize(
+    ("call", "mode", "blocks"),
+    [
+        ("context open", "mask_diffusion", 0),
+        ("denoiser open", "mask_diffusion", 0),
+        ("prefill", "mask_diffusion", 0),
+        ("denoise 1", "mask_diffusion", 0),
+        ("denoise 3", "mask_diffusion", 2),
+        ("extend 1", "mask_diffusion", 1),
+        ("decode 2", "ar", 1),
+        ("next 2", "mock_ar", 1),
+        ("extend 2", "mock_ar", 2),
+    ],
+)
+@pytest.mark.parametrize("error", [CapacityError("full"), NumericalError("nan"), KeyError("row")])
+async def test_an_error_ends_the_row_and_frees_it(
+    call: str, mode: str, blocks: int, error: Exception
+) -> None:
+    script = Script(range(10, 40), fail={call: error})
+    seen: list[Block] = []
+    with pytest.raises(type(error)):
+        await exhaust(make_row(script, params_of(mode, max_tokens=16)), seen)
+    assert len(seen) == blocks
+    assert script.rows == {"context": set(), "denoiser": set()}
+    assert names(script)[-2:] == ["denoiser release", "context release"]
+
+
+async def test_a_failing_release_still_frees_the_other_side() -> None:
+    script = Script(range(10, 40), fail={"denoiser release": UnavailableError("gone")})
+    with pytest.raises(UnavailableError):
+        await collect(script, params_of(max_tokens=4))
+    assert script.rows["context"] == set()
+    assert names(script)[-1] == "context release"
+
+
+@pytest.mark.parametrize("turns", range(14))
+async def test_a_cancelled_row_is_freed_wherever_it_stands(turns: int) -> None:
+    script = Script(range(10, 100))
+    task = asyncio.ensure_future(collect(script, params_of(max_tokens=40)))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert script.rows == {"context": set(), "denoiser": set()}
+
+
+@pytest.mark.parametrize("taken", [1, 2])
+async def test_a_reader_that_leaves_frees_the_row(taken: int) -> None:
+    script = Script(range(10, 100))
+    row = make_row(script, params_of(max_tokens=40))
+    for _ in range(taken):
+        await anext(row)
+    await row.aclose()
+    assert script.rows == {"context": set(), "denoiser": set()}
+    assert names(script)[-2:] == ["denoiser release", "context release"]
+
+
+async def test_a_reader_that_leaves_does_not_wait_for_a_stuck_context() -> None:
+    class StuckContext(ScriptedContext):
+        async def extend(self, row_id: str, token_ids: Sequence[int]) -> int:
+            await self.script.step("extend", row_id, *token_ids)
+            await asyncio.Event().wait()
+            raise AssertionError("nobody sets the event")
+
+    script = Script(range(10, 100))
+    context = StuckContext(script, "context")
+    denoiser = ScriptedDenoiser(script, context)
+    row = generate_blocks(context, denoiser, "row", PROMPT, params_of(max_tokens=40))
+    async with asyncio.timeout(5):
+        await anext(row)
+        await asyncio.sleep(0)
+        await row.aclose()
+    assert script.rows == {"context": set(), "denoiser": set()}
+
+
+@pytest.mark.parametrize(
+    ("left", "eos", "tokens", "reason"),
+    [
+        (9, None, (5, 2, 6, 2), None),
+        (4, None, (5, 2, 6, 2), "length"),
+        (3, None, (5, 2, 6), "length"),
+        (9, 2, (5, 2), "stop"),
+        (2, 2, (5, 2), "stop"),
+        (1, 2, (5,), "length"),
+        (9, 7, (5, 2, 6, 2), None),
+    ],
+)
+def test_cutting_a_block(
+    left: int, eos: int | None, tokens: tuple[int, ...], reason: str | None
+) -> None:
+    block = cut(block_of((5, 2, 6, 2), 3, nfe=2), left, eos)
+    assert block.token_ids == tokens
+    assert block.finish_reason == reason
+    assert len(block.commit_steps) == len(block.confidences) == len(tokens)
+    assert (block.start, block.nfe) == (3, 2)

@@ -1,0 +1,351 @@
+"""Draws: filters by hand, frequencies by chi-square, noise by its key."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats  # type: ignore[import-untyped]
+from torch import Tensor
+
+from tests.comparing import assert_rows_are_independent, normal
+from twotower.kernels.philox import uniforms
+from twotower.towers.decoding.sampling import (
+    DOMAIN_AUTOREGRESSIVE,
+    DOMAIN_DENOISE,
+    Draw,
+    Drawn,
+    Sampler,
+    draw_scores,
+    draw_tokens,
+    signed,
+)
+from twotower.towers.errors import NumericalError
+from twotower.towers.request.params import GenerationParams, row_key
+
+# Probabilities 0.4, 0.3, 0.2, 0.1, out of order.
+LOGITS = torch.log(torch.tensor([[0.2, 0.4, 0.1, 0.3]]))
+GREEDY = Sampler(0.0, None, None, None, key=1)
+
+
+def sampler(
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    key: int = 1,
+) -> Sampler:
+    return Sampler(temperature, top_k, top_p, min_p, key)
+
+
+def probabilities(logits: Tensor, how: Sampler, excluded: int | None = None) -> list[float]:
+    return torch.exp(scores_of(logits, how, excluded))[0].tolist()
+
+
+def scores_of(logits: Tensor, how: Sampler, excluded: int | None = None) -> Tensor:
+    """The scores of lines at neighbouring positions."""
+    positions = range(len(logits))
+    return draw_scores(logits, Draw(how, positions, excluded_token=excluded))
+
+
+@pytest.mark.parametrize(
+    ("how", "want"),
+    [
+        (sampler(), [0.2, 0.4, 0.1, 0.3]),
+        (sampler(top_k=1), [0, 1, 0, 0]),
+        (sampler(top_k=2), [0, 4 / 7, 0, 3 / 7]),
+        (sampler(top_k=99), [0.2, 0.4, 0.1, 0.3]),
+        (sampler(top_p=0.01), [0, 1, 0, 0]),
+        (sampler(top_p=0.39), [0, 1, 0, 0]),
+        (sampler(top_p=0.5), [0, 4 / 7, 0, 3 / 7]),
+        (sampler(top_p=0.75), [2 / 9, 4 / 9, 0, 3 / 9]),
+        (sampler(top_p=1.0), [0.2, 0.4, 0.1, 0.3]),
+        # Of what top-k left and renormalised: 4/7 exceeds 0.5 already.
+        (sampler(top_k=2, top_p=0.5), [0, 1, 0, 0]),
+        (sampler(min_p=0.0), [0.2, 0.4, 0.1, 0.3]),
+        (sampler(min_p=0.45), [0.2, 0.4, 0, 0.3]),
+        (sampler(min_p=1.0), [0, 0.4, 0, 0]),
+        (sampler(temperature=0.5), [4 / 30, 16 / 30, 1 / 30, 9 / 30]),
+        # The temperature comes first: 16/30 exceeds 0.5 already.
+        (sampler(temperature=0.5, top_p=0.5), [0, 1, 0, 0]),
+    ],
+)
+def test_filters_by_hand(how: Sampler, want: list[float]) -> None:
+    got = probabilities(LOGITS, how)
+    total = sum(got)  # min-p comes last and leaves the rest as it is
+    assert [value / total for value in got] == pytest.approx(
+        [w / sum(want) for w in want], abs=1e-6
+    )
+
+
+def test_ties_of_the_kth_are_kept_and_those_of_top_p_fall_from_the_right() -> None:
+    logits = torch.tensor([[1.0, 2.0, 1.0, 1.0]])
+    assert [p > 0 for p in probabilities(logits, sampler(top_k=2))] == [True] * 4
+    flat = torch.zeros(1, 4)
+    assert [p > 0 for p in probabilities(flat, sampler(top_p=0.3))] == [True, True, False, False]
+    # Only what exceeds p counts: half is not more than half.
+    assert [p > 0 for p in probabilities(flat, sampler(top_p=0.5))] == [True, True, True, False]
+
+
+def test_the_excluded_token_takes_no_part() -> None:
+    assert probabilities(LOGITS, sampler(), excluded=1) == pytest.approx([1 / 3, 0, 1 / 6, 1 / 2])
+    assert probabilities(LOGITS, sampler(top_k=1), excluded=1) == [0, 0, 0, 1]
+    got = probabilities(LOGITS, sampler(min_p=0.5), excluded=1)
+    assert [p > 0 for p in got] == [True, False, False, True]
+
+
+def test_a_top_p_of_one_keeps_the_whole_tail() -> None:
+    """The running sum of very many probabilities rounds to more than 1 before its end."""
+    logits = torch.zeros(1, 131_072)
+    logits[:, -100:] = -20.0
+    assert bool(torch.isfinite(scores_of(logits, sampler(top_p=1.0))).all())
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-40, 5e-324])
+def test_a_tiny_temperature_is_nearly_greedy_and_never_nan(temperature: float) -> None:
+    logits = normal(30, 50, scale=30.0)
+    how = sampler(temperature=temperature)
+    assert not bool(scores_of(logits, how, 3).isnan().any())
+    tokens = how.draw(logits, list(range(30)), 0, DOMAIN_DENOISE, 3).token_ids
+    assert tokens == GREEDY.draw(logits, list(range(30)), 0, DOMAIN_DENOISE, 3).token_ids
+
+
+def test_a_huge_temperature_is_uniform() -> None:
+    got = probabilities(LOGITS, sampler(temperature=1e30))
+    assert got == pytest.approx([0.25] * 4)
+
+
+def test_rows_of_the_scores_are_independent() -> None:
+    how = sampler(0.7, top_k=40, top_p=0.9, min_p=0.01)
+    assert_rows_are_independent(lambda x: scores_of(x, how, 3), normal(40, 515, scale=3.0))
+
+
+def chi_square(tokens: list[int], expected: Tensor) -> float:
+    """p-value of the counts; what is expected less than 5 times is put together."""
+    counts = torch.bincount(torch.tensor(tokens), minlength=len(expected)).double()
+    wanted = expected.double() * len(tokens)
+    assert float(counts[wanted == 0].sum()) == 0
+    rare = (wanted < 5) & (wanted > 0)
+    common = wanted >= 5
+    got = [*counts[common].tolist(), float(counts[rare].sum())]
+    want = [*wanted[common].tolist(), float(wanted[rare].sum())]
+    kept = np.array(want) > 0
+    return float(stats.chisquare(np.array(got)[kept], np.array(want)[kept]).pvalue)
+
+
+@pytest.mark.parametrize(
+    ("how", "excluded"),
+    [
+        (sampler(), None),
+        (sampler(key=2**64 - 1), 3),
+        (sampler(0.6), None),
+        (sampler(1.7, top_k=5), 3),
+        (sampler(top_p=0.8), None),
+        (sampler(min_p=0.2), None),
+    ],
+)
+def test_frequencies_are_those_of_the_softmax(how: Sampler, excluded: int | None) -> None:
+    logits = normal(1, 12, seed=8, scale=1.5)
+    wide = logits[0].double()
+    if excluded is not None:
+        wide[excluded] = -math.inf
+    want = torch.softmax(wide / how.temperature, dim=-1)
+    if how.top_k is not None:
+        want[want < want.sort(descending=True).values[how.top_k - 1]] = 0
+    if how.top_p is not None:
+        order = want.argsort(descending=True)
+        before = want[order].cumsum(0) - want[order]
+        want[order[before > how.top_p]] = 0
+    if how.min_p is not None:
+        want[want < how.min_p * want.max()] = 0
+    positions = list(range(20_000))
+    drawn = how.draw(logits.expand(20_000, -1), positions, 4, DOMAIN_AUTOREGRESSIVE, excluded)
+    assert chi_square(drawn.token_ids, want / want.sum()) > 1e-3
+
+
+def test_successive_draws_are_independent() -> None:
+    """Pairs of neighbouring positions, and of a position at two steps."""
+    how, logits = sampler(), torch.zeros(20_000, 4)
+    positions = list(range(20_000))
+    tokens = how.draw(logits, positions, 0, DOMAIN_DENOISE).token_ids
+    again = how.draw(logits, positions, 1, DOMAIN_DENOISE).token_ids
+    flat = torch.full((16,), 1 / 16)
+    assert (
+        chi_square([a * 4 + b for a, b in zip(tokens[::2], tokens[1::2], strict=True)], flat) > 1e-3
+    )
+    assert chi_square([a * 4 + b for a, b in zip(tokens, again, strict=True)], flat) > 1e-3
+
+
+def test_a_draw_depends_on_its_key_position_step_and_domain_only() -> None:
+    logits = normal(40, 100)
+    how = sampler()
+    drawn = how.draw(logits, list(range(40)), 2, DOMAIN_DENOISE, 3)
+    for i in (0, 13, 39):
+        alone = how.draw(logits[i : i + 1], [i], 2, DOMAIN_DENOISE, 3)
+        assert alone == Drawn([drawn.token_ids[i]], [drawn.confidences[i]], [drawn.log_probs[i]])
+    others = [
+        sampler(key=2).draw(logits, list(range(40)), 2, DOMAIN_DENOISE, 3),
+        how.draw(logits, list(range(1, 41)), 2, DOMAIN_DENOISE, 3),
+        how.draw(logits, list(range(40)), 3, DOMAIN_DENOISE, 3),
+        how.draw(logits, list(range(40)), 2, DOMAIN_AUTOREGRESSIVE, 3),
+    ]
+    for other in others:
+        same = zip(other.token_ids, drawn.token_ids, strict=True)
+        assert sum(a == b for a, b in same) < 12
+
+
+def test_the_noise_is_that_of_the_rows_key() -> None:
+    logits = normal(3, 20)
+    how = Sampler.from_params(GenerationParams(temperature=1.0, seed=77))
+    assert how.key == row_key(77)
+    noise = -torch.log(-torch.log(uniforms(row_key(77), torch.tensor([5, 6, 9]), 1, 2, 20)))
+    want = (torch.log_softmax(logits, dim=-1) + noise).argmax(-1).tolist()
+    assert how.draw(logits, [5, 6, 9], 1, DOMAIN_AUTOREGRESSIVE).token_ids == want
+
+
+def test_the_confidence_is_untempered_and_unfiltered() -> None:
+    logits = normal(50, 20)
+    want = torch.softmax(logits.double(), dim=-1)
+    drawn = sampler(2.0, top_k=3).draw(logits, list(range(50)), 0, DOMAIN_DENOISE)
+    chosen = want.gather(1, torch.tensor(drawn.token_ids)[:, None])[:, 0]
+    assert drawn.confidences == pytest.approx(chosen.tolist(), rel=1e-5)
+    assert drawn.log_probs == pytest.approx(chosen.log().tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("how", [GREEDY, sampler(), sampler(0.5, top_k=3, top_p=0.5, min_p=0.1)])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_an_error(how: Sampler, wrong: float) -> None:
+    logits = normal(4, 9)
+    logits[2, 5] = wrong
+    with pytest.raises(NumericalError, match="non-finite logits at position 30, step 6"):
+        how.draw(logits, [30, 31, 32, 33], 6, DOMAIN_DENOISE, 3)
+
+
+def mixed_draws() -> list[Draw]:
+    """Rows of every kind: greedy, drawn, filtered, with tokens left out or barred."""
+    barred = {"eos_token_id": 4, "eos_from": 12}
+    return [
+        Draw(GREEDY, [0, 1, 2], 0, DOMAIN_DENOISE, 3),
+        Draw(sampler(key=2**64 - 1), [7], 5, DOMAIN_AUTOREGRESSIVE),
+        Draw(sampler(0.7, top_k=5, top_p=0.9), [10, 11, 12, 13], 2, DOMAIN_DENOISE, 3),
+        Draw(replace(sampler(1.3, key=9), **barred), [10, 11, 12, 13], 1, DOMAIN_DENOISE, 3),
+        Draw(sampler(min_p=0.1, key=5), [0, 5], 0, DOMAIN_AUTOREGRESSIVE),
+        Draw(replace(GREEDY, **barred), [11, 40], 3, DOMAIN_DENOISE),
+        Draw(replace(sampler(top_k=3, key=8), **barred), [3, 40], 3, DOMAIN_DENOISE, 3),
+        Draw(sampler(key=2), [7], 5, DOMAIN_AUTOREGRESSIVE),
+    ]
+
+
+@pytest.mark.parametrize("which", ["all", "plain", "filtered"])
+def test_draws_of_any_kind_together_are_those_alone(which: str) -> None:
+    draws = mixed_draws()
+    if which != "all":
+        draws = [draw for draw in draws if draw.sampler.filtered == (which == "filtered")]
+    logits = normal(sum(len(draw.positions) for draw in draws), 60, scale=3.0)
+    together = draw_tokens(logits, draws)
+    assert len(together) == len(draws)
+    start = 0
+    for draw, got in zip(draws, together, strict=True):
+        own = logits[start : start + len(draw.positions)]
+        start += len(draw.positions)
+        # Equal floats, not close ones: confidences are compared with thresholds.
+        assert got == draw_tokens(own, [draw])[0]
+        one = draw.sampler.draw(own, draw.positions, draw.step, draw.domain, draw.excluded_token)
+        assert got == one
+        for line, position in enumerate(draw.positions):
+            single = draw_tokens(own[line : line + 1], [replace(draw, positions=[position])])[0]
+            assert isinstance(single, Drawn)
+            assert (single.token_ids[0], single.log_probs[0]) == (
+                one.token_ids[line],
+                one.log_probs[line],
+            )
+
+
+@pytest.mark.parametrize("spoiled", range(8))
+def test_a_row_that_is_not_finite_fails_alone_among_draws(spoiled: int) -> None:
+    draws = mixed_draws()
+    starts = [sum(len(draw.positions) for draw in draws[:index]) for index in range(9)]
+    logits = normal(starts[-1], 60, scale=3.0)
+    want = draw_tokens(logits, draws)
+    logits[starts[spoiled + 1] - 1, 9] = math.nan
+    got = draw_tokens(logits, draws)
+    error = got[spoiled]
+    assert isinstance(error, NumericalError)
+    where = f"position {draws[spoiled].positions[0]}, step {draws[spoiled].step}"
+    assert str(error) == f"non-finite logits at {where}"
+    assert got[:spoiled] + got[spoiled + 1 :] == want[:spoiled] + want[spoiled + 1 :]
+
+
+def test_no_draws_give_nothing() -> None:
+    assert draw_tokens(torch.empty(0, 9), []) == []
+
+
+@pytest.mark.parametrize("key", [0, 1, 2**63 - 1, 2**63, 2**64 - 1])
+def test_a_key_keeps_its_64_bits_in_a_tensor(key: int) -> None:
+    assert signed(key) % 2**64 == key
+    assert int(torch.tensor([signed(key)])) == signed(key)
+
+
+EOS, EOS_FROM = 4, 10_000
+
+
+def without_eos(how: Sampler) -> Sampler:
+    """The same draw with EOS kept out below EOS_FROM."""
+    return replace(how, eos_token_id=EOS, eos_from=EOS_FROM)
+
+
+@pytest.mark.parametrize(
+    "how", [GREEDY, sampler(), sampler(0.5, top_k=1), sampler(top_k=4, top_p=0.9, min_p=0.05)]
+)
+def test_eos_comes_from_its_position_on_only(how: Sampler) -> None:
+    """Before it, the draw is that of a vocabulary in which EOS is impossible."""
+    logits = normal(60, 12, scale=0.5)
+    logits[:, EOS] = 3.0
+    positions = list(range(EOS_FROM - 30, EOS_FROM + 30))
+    plain = how.draw(logits, positions, 2, DOMAIN_DENOISE, 3)
+    drawn = without_eos(how).draw(logits, positions, 2, DOMAIN_DENOISE, 3)
+    assert drawn.token_ids[30:] == plain.token_ids[30:]
+    assert EOS in drawn.token_ids[30:]
+    impossible = logits.clone()
+    impossible[:, EOS] = -1e30
+    want = how.draw(impossible, positions, 2, DOMAIN_DENOISE, 3)
+    assert drawn.token_ids[:30] == want.token_ids[:30]
+    assert EOS not in drawn.token_ids[:30]
+    # What is reported is the tower's own probability, in which EOS has its share.
+    wide = logits.double()
+    wide[:, 3] = -math.inf
+    own = torch.log_softmax(wide, dim=-1).gather(1, torch.tensor(drawn.token_ids)[:, None])[:, 0]
+    assert drawn.log_probs == pytest.approx(own.tolist(), rel=1e-5)
+    assert drawn.confidences == pytest.approx(own.exp().tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("how", [sampler(), sampler(1.7, top_k=5), sampler(0.8, top_p=0.8)])
+def test_frequencies_without_eos(how: Sampler) -> None:
+    """The filters count what is left: top-k keeps k tokens besides EOS."""
+    logits = normal(1, 12, seed=8, scale=1.5)
+    logits[0, EOS] = float(logits.max()) + 0.5
+    wide = logits[0].double()
+    wide[EOS] = -math.inf
+    want = torch.softmax(wide / how.temperature, dim=-1)
+    if how.top_k is not None:
+        want[want < want.sort(descending=True).values[how.top_k - 1]] = 0
+    if how.top_p is not None:
+        order = want.argsort(descending=True)
+        before = want[order].cumsum(0) - want[order]
+        want[order[before > how.top_p]] = 0
+    rows = logits.expand(EOS_FROM, -1)
+    drawn = without_eos(how).draw(rows, list(range(EOS_FROM)), 0, DOMAIN_AUTOREGRESSIVE)
+    assert chi_square(drawn.token_ids, want / want.sum()) > 1e-3
+
+
+def test_a_row_without_eos_is_drawn_as_ever() -> None:
+    params = GenerationParams(temperature=1.0, seed=3, min_tokens=9).for_prompt(100)
+    assert Sampler.from_params(params).eos_from == 109
+    logits = normal(20, 12)
+    positions = list(range(100, 120))
+    drawn = Sampler.from_params(params).draw(logits, positions, 0, DOMAIN_AUTOREGRESSIVE)
+    plain = Sampler.from_params(replace(params, eos_from=0))
+    assert drawn == plain.draw(logits, positions, 0, DOMAIN_AUTOREGRESSIVE)

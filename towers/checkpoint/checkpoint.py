@@ -1,0 +1,293 @@
+"""A checkpoint folder: which tensors it must hold, where they are, and reading them.
+
+Layout as released: config.json and safetensors, one file or shards with an index. Every name and
+shape is checked against the config before any weight is read, so that a wrong checkpoint is
+refused whole, by the name of its first wrong tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from twotower.kernels.quantized import FP8
+from twotower.towers.config.model_config import (
+    ATTENTION,
+    MAMBA,
+    MOE,
+    TIMESTEP_FEATURES,
+    TwoTowerConfig,
+)
+from twotower.towers.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TOWERS = ("context_tower", "denoiser_tower")
+# Sizes in bytes by the names that safetensors files give them.
+FLOATING = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+FP8_NAME = "F8_E4M3"
+Shape = tuple[int, ...]
+
+
+class ExpertSide(NamedTuple):
+    """Where a matrix of a routed expert belongs; `side` is up_proj or down_proj."""
+
+    tower: str
+    layer: int
+    side: str
+
+
+def expert_matrices(config: TwoTowerConfig) -> dict[str, ExpertSide]:
+    """Names of the matrices of all routed experts, the only ones that may be stored in 8 bits."""
+    return {
+        f"{tower}.layers.{layer}.mixer.experts.{expert}.{side}.weight": ExpertSide(
+            tower, layer, side
+        )
+        for tower in TOWERS
+        for layer in config.layers_of(MOE)
+        for side in ("up_proj", "down_proj")
+        for expert in range(config.n_routed_experts)
+    }
+
+
+def scale_name(name: str) -> str:
+    """The tensor [N, 1] that holds the scales of an 8-bit matrix [N, K]."""
+    return f"{name}_scale"
+
+
+def tensor_shapes(config: TwoTowerConfig) -> dict[str, Shape]:
+    """Name and shape of every tensor of a checkpoint with this config."""
+    hidden, vocab = config.hidden_size, config.vocab_size
+    shapes: dict[str, Shape] = {
+        "context_lm_head.weight": (vocab, hidden),
+        "lm_head.weight": (vocab, hidden),
+        "t_embedder.mlp.0.weight": (hidden, TIMESTEP_FEATURES),
+        "t_embedder.mlp.0.bias": (hidden,),
+        "t_embedder.mlp.2.weight": (hidden, hidden),
+        "t_embedder.mlp.2.bias": (hidden,),
+        "t_block.1.weight": (3 * hidden, hidden),
+        "t_block.1.bias": (3 * hidden,),
+    }
+    for index in range(config.num_layers):
+        shapes[f"scale_shift_tables.{index}"] = (3, hidden)
+    for tower in TOWERS:
+        shapes[f"{tower}.embeddings.weight"] = (vocab, hidden)
+        shapes[f"{tower}.norm_f.weight"] = (hidden,)
+        for index, kind in enumerate(config.layer_pattern):
+            prefix = f"{tower}.layers.{index}"
+            shapes[f"{prefix}.norm.weight"] = (hidden,)
+            for name, shape in _mixer_shapes(kind, config).items():
+                shapes[f"{prefix}.mixer.{name}"] = shape
+    if config.quantized_experts:
+        for name in expert_matrices(config):
+            shapes[scale_name(name)] = (shapes[name][0], 1)
+    return shapes
+
+
+def _mixer_shapes(kind: str, config: TwoTowerConfig) -> dict[str, Shape]:
+    if kind == MAMBA:
+        return _mamba_shapes(config)
+    if kind == ATTENTION:
+        return _attention_shapes(config)
+    if kind == MOE:
+        return _moe_shapes(config)
+    return _mlp_shapes("", config.hidden_size, config.intermediate_size, config.mlp_bias)
+
+
+def _mamba_shapes(config: TwoTowerConfig) -> dict[str, Shape]:
+    hidden, inner, heads = config.hidden_size, config.d_inner, config.mamba_num_heads
+    projected = inner + config.conv_dim + heads
+    shapes: dict[str, Shape] = {
+        "in_proj.weight": (projected, hidden),
+        "conv1d.weight": (config.conv_dim, 1, config.conv_kernel),
+        "A_log": (heads,),
+        "D": (heads,),
+        "dt_bias": (heads,),
+        "norm.weight": (inner,),
+        "out_proj.weight": (hidden, inner),
+    }
+    if config.use_conv_bias:
+        shapes["conv1d.bias"] = (config.conv_dim,)
+    if config.use_bias:
+        shapes |= {"in_proj.bias": (projected,), "out_proj.bias": (hidden,)}
+    return shapes
+
+
+def _attention_shapes(config: TwoTowerConfig) -> dict[str, Shape]:
+    hidden = config.hidden_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    sides = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden)}
+    sides["o_proj"] = (hidden, queries)
+    shapes: dict[str, Shape] = {f"{name}.weight": shape for name, shape in sides.items()}
+    if config.attention_bias:
+        shapes |= {f"{name}.bias": shape[:1] for name, shape in sides.items()}
+    return shapes
+
+
+def _moe_shapes(config: TwoTowerConfig) -> dict[str, Shape]:
+    hidden, bias = config.hidden_size, config.mlp_bias
+    shapes: dict[str, Shape] = {
+        "gate.weight": (config.n_routed_experts, hidden),
+        "gate.e_score_correction_bias": (config.n_routed_experts,),
+    }
+    for expert in range(config.n_routed_experts):
+        shapes |= _mlp_shapes(f"experts.{expert}.", hidden, config.moe_intermediate_size, bias)
+    width = config.moe_shared_expert_intermediate_size
+    return shapes | _mlp_shapes("shared_experts.", hidden, width, bias)
+
+
+def _mlp_shapes(prefix: str, hidden: int, width: int, bias: bool) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {
+        f"{prefix}up_proj.weight": (width, hidden),
+        f"{prefix}down_proj.weight": (hidden, width),
+    }
+    if bias:
+        shapes |= {f"{prefix}up_proj.bias": (width,), f"{prefix}down_proj.bias": (hidden,)}
+    return shapes
+
+
+class Checkpoint:
+    """An opened checkpoint whose names, shapes and files have been checked."""
+
+    def __init__(self, folder: Path, config: TwoTowerConfig | None = None) -> None:
+        self.folder = folder
+        self.config = config or TwoTowerConfig.from_file(folder / "config.json")
+        self._files: dict[str, Path] = {}
+        self._stored: dict[str, str] = {}
+        self._dtypes: dict[str, str] = {}
+        self._check()
+
+    @property
+    def names_by_file(self) -> dict[Path, list[str]]:
+        """The files that hold tensors, each with its tensors' names."""
+        by_file: dict[Path, list[str]] = {}
+        for name, path in self._files.items():
+            by_file.setdefault(path, []).append(name)
+        return by_file
+
+    def name_in_file(self, name: str) -> str:
+        """The name under which a tensor is stored; early checkpoints have others."""
+        return self._stored[name]
+
+    def dtype_name(self, name: str) -> str:
+        """The dtype of a tensor as its file names it, like BF16."""
+        return self._dtypes[name]
+
+    def read(self, name: str, target: Tensor) -> None:
+        """Copies one tensor into `target`, converting its dtype; raises CheckpointError."""
+        stored = self._mapped(name)
+        if stored.shape != target.shape:
+            stored = stored.view(target.shape)
+        target.copy_(stored)
+        _check_finite(name, target)
+
+    def read_stored(self, name: str) -> Tensor:
+        """One tensor as it is stored, in its own dtype; raises CheckpointError."""
+        stored = self._mapped(name)
+        _check_finite(name, stored)
+        return stored
+
+    def _mapped(self, name: str) -> Tensor:
+        with _opened(self._files[name]) as file:
+            tensor: Tensor = file.get_tensor(self._stored[name])
+        return tensor
+
+    def _check(self) -> None:
+        located = _locate(self.folder)
+        shapes = tensor_shapes(self.config)
+        for stored in located:
+            name = _current_name(stored)
+            if name not in shapes:
+                raise CheckpointError(f"{stored}: unexpected tensor in the checkpoint")
+            if name in self._stored:
+                raise CheckpointError(f"{stored}: also in the checkpoint as {self._stored[name]}")
+            self._stored[name] = stored
+            self._files[name] = located[stored]
+        for name in shapes:
+            if name not in self._files:
+                raise CheckpointError(f"{name}: missing from the checkpoint")
+        for path in sorted(set(self._files.values())):
+            self._check_shapes(path, shapes)
+        quantized = expert_matrices(self.config) if self.config.quantized_experts else {}
+        for name, dtype in self._dtypes.items():
+            allowed = (FP8_NAME,) if name in quantized else tuple(sorted(FLOATING))
+            if dtype not in allowed:
+                raise CheckpointError(
+                    f"{name}: got dtype {dtype}, expected one of {', '.join(allowed)}"
+                )
+
+    def _check_shapes(self, path: Path, shapes: Mapping[str, Shape]) -> None:
+        with _opened(path) as file:
+            present = set(file.keys())
+            for name, own in self._files.items():
+                if own != path:
+                    continue
+                if self._stored[name] not in present:
+                    raise CheckpointError(f"{name}: the index names {path.name}, which lacks it")
+                view = file.get_slice(self._stored[name])
+                shape = tuple(view.get_shape())
+                if shape != shapes[name]:
+                    raise CheckpointError(
+                        f"{name}: got shape {list(shape)}, expected {list(shapes[name])}"
+                    )
+                self._dtypes[name] = view.get_dtype()
+
+
+def _locate(folder: Path) -> dict[str, Path]:
+    """Tensor name as stored -> file."""
+    if not (folder / INDEX_FILE).exists():
+        path = folder / SINGLE_FILE
+        with _opened(path) as file:
+            return dict.fromkeys(file.keys(), path)
+    try:
+        weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+        entries = list(weight_map.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{INDEX_FILE}: not an index with a weight_map") from None
+    located = {}
+    for name, file_name in entries:
+        inside = isinstance(file_name, str) and Path(file_name).name == file_name
+        if not inside or file_name in ("", ".."):
+            raise CheckpointError(f"{INDEX_FILE}: {name} points outside the checkpoint")
+        located[name] = folder / file_name
+    for path in set(located.values()):
+        with _opened(path) as file:
+            stray = set(file.keys()) - located.keys()
+        if stray:
+            raise CheckpointError(f"{min(stray)}: in {path.name} but not in the index")
+    return located
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.name}: missing from the checkpoint") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path.name}: unreadable or truncated ({error})") from None
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if tensor.dtype == FP8:
+        # No infinities in this format, and no operator that finds its NaN: all bits but the sign.
+        finite = bool(((tensor.view(torch.uint8) & 0x7F) != 0x7F).all())
+    else:
+        # The extremes are NaN if any value is, and take no memory of the tensor's size.
+        finite = all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
+    if not finite:
+        raise CheckpointError(f"{name}: holds values that are not finite")
+
+
+def _current_name(stored: str) -> str:
+    """Early checkpoints say `embedding` for `embeddings`."""
+    return stored.replace(".embedding.weight", ".embeddings.weight")

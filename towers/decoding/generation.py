@@ -1,0 +1,170 @@
+"""The block loop of one row, for every mode: prefill, draft, commit, until a stop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from twotower.towers.decoding.services import Block, ContextService, DenoiserService, Prefilled
+from twotower.towers.request.params import FinishReason, GenerationParams
+
+
+async def generate_blocks(
+    context: ContextService,
+    denoiser: DenoiserService | None,
+    row_id: str,
+    prompt: Sequence[int],
+    params: GenerationParams,
+    generated: Sequence[int] = (),
+    ease: Callable[[int], float] = lambda _waiting: 0.0,
+) -> AsyncGenerator[Block, None]:
+    """Yields the row's committed blocks, cut at the first EOS and at max_tokens.
+
+    The last block has a finish_reason. `params` must have a seed; `generated` are tokens that an
+    earlier attempt has committed. `ease` says how far (GenerationParams.eased) the row is served
+    on the way to its floors if so many others wait when it gets its place. Whatever ends the
+    iteration, the row is released on both sides.
+    """
+    if params.mode != "ar" and denoiser is None:
+        raise ValueError(f"mode: {params.mode} needs a denoiser")
+    params = params.for_prompt(len(prompt))
+    loop = _RowLoop(context, denoiser, row_id, params, len(prompt))
+    try:
+        eased = ease(await loop.open())
+        params = loop.serve_eased(eased)
+        prefilled = await context.prefill(row_id, prompt, generated, params)
+        left = params.max_tokens - len(generated)
+        async for block in loop.blocks(prompt, generated):
+            block = replace(
+                block,
+                context_passes=block.context_passes + prefilled.passes,
+                cached_tokens=prefilled.cached_tokens,
+                eased=eased,
+            )
+            prefilled = Prefilled(0)
+            block = cut(block, left, params.eos_token_id)
+            left -= len(block.token_ids)
+            if block.finish_reason is not None:
+                yield block
+                return
+            loop.read(block)
+            yield block
+    finally:
+        await asyncio.shield(loop.close())
+
+
+def cut(block: Block, left: int, eos_token_id: int | None) -> Block:
+    """The block up to its first EOS and to `left` tokens, with the reason if that ends the row."""
+    tokens = block.token_ids[:left]
+    reason: FinishReason | None = "length" if len(tokens) == left else None
+    if eos_token_id in tokens:
+        tokens = tokens[: tokens.index(eos_token_id) + 1]
+        reason = "stop"
+    return replace(block.first(len(tokens)), finish_reason=reason)
+
+
+class _RowLoop:
+    """One row on both towers; its context is extended while its blocks are handed out."""
+
+    def __init__(
+        self,
+        context: ContextService,
+        denoiser: DenoiserService | None,
+        row_id: str,
+        params: GenerationParams,
+        prompt_tokens: int,
+    ) -> None:
+        self._context = context
+        self._denoiser = denoiser
+        self._row_id = row_id
+        self._params = params
+        self._capacity = params.context_tokens(prompt_tokens)
+        self._reading: asyncio.Task[int] | None = None
+
+    async def open(self) -> int:
+        """Waits for the row's place on both sides; returns how many other rows wait for theirs."""
+        waiting = await self._context.open(self._row_id, self._capacity)
+        if self._denoiser is not None and self._params.mode != "ar":
+            await self._denoiser.open(self._row_id, self._capacity)
+        return waiting
+
+    def serve_eased(self, eased: float) -> GenerationParams:
+        """Settles the parameters of all blocks."""
+        self._params = self._params.eased(eased)
+        return self._params
+
+    def blocks(self, prompt: Sequence[int], generated: Sequence[int]) -> AsyncIterator[Block]:
+        """Blocks as they come, without an end of their own."""
+        position = len(prompt) + len(generated)
+        if self._params.mode == "verified":
+            return self._verified_blocks(position - bool(generated), generated[-1:])
+        return self._own_blocks(position, [*prompt, *generated][-1])
+
+    async def _own_blocks(self, position: int, last_token: int) -> AsyncIterator[Block]:
+        while True:
+            # The draft is asked for while the context is still being extended: the denoiser waits
+            # for its mirror by itself, and one round trip less stands between two blocks.
+            drafting = asyncio.ensure_future(self._next_block(position, last_token))
+            try:
+                passes = await self._read_passes()
+                block = await drafting
+            finally:
+                drafting.cancel()
+                await asyncio.gather(drafting, return_exceptions=True)
+            yield replace(block, context_passes=block.context_passes + passes)
+            position += len(block.token_ids)
+            last_token = block.token_ids[-1]
+
+    async def _verified_blocks(self, position: int, known: Sequence[int]) -> AsyncIterator[Block]:
+        """Drafts from `position`, where the context ends; `known` is the token that follows it
+        and is committed already, if there is one."""
+        assert self._denoiser is not None
+        while True:
+            draft = await self._denoiser.denoise_block(
+                self._row_id, position, self._params, tuple(known)
+            )
+            block = await self._context.verify(self._row_id, draft.token_ids, self._params)
+            fresh = len(block.token_ids)
+            # The last token is the context tower's own, committed once the draft was complete.
+            steps = (*draft.commit_steps[len(known) :][: fresh - 1], draft.nfe)
+            yield replace(block, commit_steps=steps, nfe=draft.nfe)
+            position += len(known) + fresh - 1
+            known = block.token_ids[-1:]
+
+    def read(self, block: Block) -> None:
+        """Starts extending the context by a block that does not end the row."""
+        if self._params.mode in ("mask_diffusion", "mock_ar"):
+            extending = self._context.extend(self._row_id, block.token_ids)
+            self._reading = asyncio.ensure_future(extending)
+
+    async def close(self) -> None:
+        """Waits for what runs, then frees the row on both sides, whatever failed before.
+
+        The denoiser first: on one device it reads the context tower's own state.
+        """
+        if self._reading is not None:
+            self._reading.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await self._reading
+        try:
+            if self._denoiser is not None:
+                await self._denoiser.release(self._row_id)
+        finally:
+            await self._context.release(self._row_id)
+
+    async def _read_passes(self) -> int:
+        if self._reading is None:
+            return 0
+        reading, self._reading = self._reading, None
+        return await reading
+
+    async def _next_block(self, position: int, last_token: int) -> Block:
+        params = self._params
+        if params.mode == "ar":
+            return await self._context.decode(self._row_id, params.block_size, params)
+        assert self._denoiser is not None
+        if params.mode == "mock_ar":
+            return await self._denoiser.next_token(self._row_id, position, last_token, params)
+        return await self._denoiser.denoise_block(self._row_id, position, params)

@@ -1,0 +1,205 @@
+"""How a token is drawn from logits: temperature, filters, keyed noise.
+
+Temperature, top-k, top-p and min-p apply in this order. Noise is keyed by the row, the absolute
+position and the step, so a draw repeats exactly in any batch and after any resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from twotower.kernels import dispatch
+from twotower.kernels.unmask import Lines, tempered, without
+from twotower.towers.errors import NumericalError
+from twotower.towers.request.params import GenerationParams, row_key
+
+DOMAIN_DENOISE = 1
+DOMAIN_AUTOREGRESSIVE = 2
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One token per position, with its probability (untempered, unfiltered) and the natural log
+    of that."""
+
+    token_ids: list[int]
+    confidences: list[float]
+    log_probs: list[float]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The draw of one row: greedy if `temperature` is 0; no EOS below position `eos_from`."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    key: int
+    eos_token_id: int | None = None
+    eos_from: int = 0
+
+    @classmethod
+    def from_params(cls, params: GenerationParams) -> Sampler:
+        """`params` must have a seed."""
+        assert params.seed is not None
+        return cls(
+            params.temperature,
+            params.top_k,
+            params.top_p,
+            params.min_p,
+            row_key(params.seed),
+            params.eos_token_id,
+            params.eos_from,
+        )
+
+    @property
+    def filtered(self) -> bool:
+        """Whether a draw needs the whole distribution before its noise."""
+        narrowed = (self.top_k, self.top_p, self.min_p) != (None, None, None)
+        return self.temperature > 0 and narrowed
+
+    def draw(
+        self,
+        logits: Tensor,
+        positions: Sequence[int],
+        step: int,
+        domain: int,
+        excluded_token: int | None = None,
+    ) -> Drawn:
+        """logits [M, V] at M absolute positions -> a token at each.
+
+        Raises NumericalError on non-finite logits.
+        """
+        drawn = draw_tokens(logits, [Draw(self, positions, step, domain, excluded_token)])[0]
+        if isinstance(drawn, NumericalError):
+            raise drawn
+        return drawn
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Tokens that a row asks for: one at each of its absolute positions, with noise of a step and
+    domain. `excluded_token` can never be drawn and takes no part in the softmax."""
+
+    sampler: Sampler
+    positions: Sequence[int]
+    step: int = 0
+    domain: int = DOMAIN_AUTOREGRESSIVE
+    excluded_token: int | None = None
+
+    def barred_tokens(self) -> list[int]:
+        """At each position EOS while it may not be drawn yet, otherwise -1."""
+        eos, start = self.sampler.eos_token_id, self.sampler.eos_from
+        if eos is None:
+            return [-1] * len(self.positions)
+        return [eos if position < start else -1 for position in self.positions]
+
+
+def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn | NumericalError]:
+    """logits [M, V], the lines of one draw after those of another -> what each row gets.
+
+    A row with non-finite logits gets the error. Draws without filters share one launch.
+    """
+    ends = list(accumulate(len(draw.positions) for draw in draws))
+    spans = [slice(end - len(draw.positions), end) for draw, end in zip(draws, ends, strict=True)]
+    plain = [index for index, draw in enumerate(draws) if not draw.sampler.filtered]
+    results: dict[int, Drawn | NumericalError] = {}
+    if len(plain) == len(draws):
+        return _predicted(logits, draws, None)
+    if plain:
+        chosen = torch.cat([logits[spans[index]] for index in plain])
+        shared = _predicted(chosen, [draws[index] for index in plain], None)
+        results = dict(zip(plain, shared, strict=True))
+    for index, draw in enumerate(draws):
+        if index not in results:
+            own = logits[spans[index]]
+            results[index] = _predicted(own, [draw], draw_scores(own, draw))[0]
+    return [results[index] for index in range(len(draws))]
+
+
+def lines_of(draws: Sequence[Draw], device: torch.device) -> Lines:
+    """How each line of these draws is drawn, in order."""
+    counts = [len(draw.positions) for draw in draws]
+
+    def spread(values: Iterable[int]) -> list[int]:
+        return [v for v, count in zip(values, counts, strict=True) for _ in range(count)]
+
+    none = [-1 if draw.excluded_token is None else draw.excluded_token for draw in draws]
+    whole = torch.tensor(
+        [
+            spread(signed(draw.sampler.key) for draw in draws),
+            [position for draw in draws for position in draw.positions],
+            spread(draw.step for draw in draws),
+            spread(draw.domain for draw in draws),
+            spread(none),
+            [token for draw in draws for token in draw.barred_tokens()],
+        ],
+        dtype=torch.int64,
+    ).to(device)
+    temperatures = [draw.sampler.temperature for draw in draws for _ in draw.positions]
+    return Lines(torch.tensor(temperatures, dtype=torch.float32).to(device), *whole)
+
+
+def draw_scores(logits: Tensor, draw: Draw) -> Tensor:
+    """logits [M, V] -> log-probabilities to draw from, -inf where filtered out, [M, V] fp32.
+
+    A barred token is taken out before the filters count what is left.
+    """
+    sampler, lines = draw.sampler, lines_of([draw], logits.device)
+    scores = without(without(logits.float(), lines.excluded), lines.barred)
+    scores = tempered(scores, lines.temperature)
+    if sampler.top_k is not None:
+        scores = _keep_top_k(scores, sampler.top_k)
+    if sampler.top_p is not None and sampler.top_p < 1.0:
+        scores = _keep_top_p(scores, sampler.top_p)
+    if sampler.min_p is not None:
+        least = scores.amax(-1, keepdim=True) + torch.log(torch.tensor(sampler.min_p))
+        scores = scores.masked_fill(scores < least, float("-inf"))
+    return scores
+
+
+def _predicted(
+    logits: Tensor, draws: Sequence[Draw], scores: Tensor | None
+) -> list[Drawn | NumericalError]:
+    parts = dispatch.predict(logits, lines_of(draws, logits.device), scores)
+    # One transfer; fp64 holds ids and fp32 values exactly.
+    tokens, confidences, log_probs, finite = torch.stack([part.double() for part in parts]).tolist()
+    results: list[Drawn | NumericalError] = []
+    start = 0
+    for draw in draws:
+        own = slice(start, start + len(draw.positions))
+        start = own.stop
+        if all(finite[own]):
+            ids = [int(token) for token in tokens[own]]
+            results.append(Drawn(ids, confidences[own], log_probs[own]))
+        else:
+            where = f"position {draw.positions[0]}, step {draw.step}"
+            results.append(NumericalError(f"non-finite logits at {where}"))
+    return results
+
+
+def signed(key: int) -> int:
+    """The same 64 bits as a signed number, which is what an int64 tensor takes."""
+    return key - (1 << 64) if key >> 63 else key
+
+
+def _keep_top_k(scores: Tensor, top_k: int) -> Tensor:
+    """Keeps the k largest and everything equal to the k-th."""
+    kth = scores.topk(min(top_k, scores.shape[-1]), dim=-1).values[:, -1:]
+    kept = scores.masked_fill(scores < kth, float("-inf"))
+    return torch.log_softmax(kept, dim=-1)
+
+
+def _keep_top_p(scores: Tensor, top_p: float) -> Tensor:
+    """Drops a token once the mass of those before it exceeds p; the one that crosses p stays."""
+    ordered, index = torch.sort(scores, dim=-1, descending=True, stable=True)
+    mass = torch.exp(ordered)
+    before = torch.cumsum(mass, dim=-1) - mass
+    dropped = torch.zeros_like(before, dtype=torch.bool).scatter_(1, index, before > top_p)
+    return torch.log_softmax(scores.masked_fill(dropped, float("-inf")), dim=-1)

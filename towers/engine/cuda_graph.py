@@ -1,0 +1,303 @@
+"""Work over fixed buffers, replayed as CUDA graphs.
+
+A pass is hundreds of launches of a few microseconds: at small batches the host would be slower
+than the device. On a CPU the same work is simply called, so that everything else is the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from twotower.kernels.rows import Rows
+from twotower.towers.state.tensors import StateTensors
+
+# Sizes of passes that have graphs of their own; a pass of another size is padded to the next.
+ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+# Tokens of a pass that is a graph, 128 rows of 16: larger ones are bound by their arithmetic, and
+# run part by part.
+GRAPH_TOKENS = 2048
+# Clients choose block lengths. A pass of a length and size that nobody has warmed up runs without
+# graphs until it comes often, and the least recently used of too many gives its graphs up. One
+# length needs a program a bucket, and another where drafts are checked.
+CAPTURE_AFTER = 8
+MAX_PROGRAMS = 6 * len(ROW_BUCKETS)
+
+
+def bucket_for(rows: int, buckets: Sequence[int] = ROW_BUCKETS) -> int:
+    """The smallest bucket that holds so many rows. Raises ValueError above the largest."""
+    for bucket in buckets:
+        if rows <= bucket:
+            return bucket
+    raise ValueError(f"rows: got {rows}, expected at most {buckets[-1]}")
+
+
+def rows_at_once(length: int) -> int:
+    """The most rows of blocks of `length` tokens in one graph."""
+    fitting = [bucket for bucket in ROW_BUCKETS if bucket * length <= GRAPH_TOKENS]
+    return fitting[-1] if fitting else ROW_BUCKETS[0]
+
+
+def buckets_up_to(rows: int, length: int = 1) -> list[int]:
+    """The buckets that passes of up to so many rows need, the largest first: the others' graphs
+    then fit into the memory that it takes."""
+    largest = bucket_for(min(rows, rows_at_once(length)))
+    return [bucket for bucket in reversed(ROW_BUCKETS) if bucket <= largest]
+
+
+# One thread of a process captures at a time, as all do so on one stream of a device.
+_capturing = threading.Lock()
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which all graphs of a device are warmed up and captured.
+
+    Libraries keep a workspace per stream, for good. On one stream it is made once, by the first
+    warm-up and so outside all graphs; on torch's own capture stream it would belong to the first
+    graph and go with it, and on a stream for each tower there would be one for each.
+    """
+    return torch.cuda.Stream(device)
+
+
+class GraphMemory:
+    """Memory that all graphs of one tower share, as no two of them run at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._handle: Any = None
+
+    def handle(self) -> Any:
+        """The pool's handle, made when the first graph is captured."""
+        if self._handle is None:
+            self._handle = torch.cuda.graph_pool_handle()
+        return self._handle
+
+
+class Captured:
+    """Calls `work`, on a CUDA device as a graph once it has been captured.
+
+    `work` takes and returns nothing: it reads and writes tensors that live as long as this does,
+    and never waits for the device. It is run twice before it is captured: its inputs must describe
+    padding then, so that this changes no row.
+    """
+
+    def __init__(self, work: Callable[[], None], memory: GraphMemory) -> None:
+        self._work = work
+        self._memory = memory
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether a call costs a replay only."""
+        return self._memory.device.type != "cuda" or self._graph is not None
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Compiles the kernels by running the work, then records it; on a CPU nothing."""
+        if self.ready:
+            return
+        # Triton launches on the current device, whatever device its tensors are on. The current
+        # stream is named so that it is the current one afterwards even if the capture fails.
+        with (
+            _capturing,
+            torch.cuda.device(self._memory.device),
+            torch.cuda.stream(torch.cuda.current_stream(self._memory.device)),
+        ):
+            stream = _capture_stream(self._memory.device)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._work()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads of the process go on allocating and copying meanwhile.
+            with torch.cuda.graph(
+                graph,
+                pool=self._memory.handle(),
+                stream=stream,
+                capture_error_mode="thread_local",
+            ):
+                self._work()
+        self._graph = graph
+
+    def close(self) -> None:
+        """Gives graph and work up, for good: the work holds the program that holds this."""
+        if self._graph is not None:
+            self._graph.reset()
+            self._graph = None
+        self._work = _closed
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._work()
+
+
+def _closed() -> None:
+    raise RuntimeError("the program was closed")
+
+
+class Staging:
+    """Numbers on their way to and from the device: one transfer each way a call.
+
+    `inputs` [n, B] int64 on the device; `send` fills it. The host's side is pinned where the device
+    is CUDA, and is written again only after the device has read it: every call ends with
+    `Results.receive`, and a capture waits for the device before it records.
+    """
+
+    def __init__(self, names: Sequence[str], rows: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self._host = torch.zeros(len(names), rows, dtype=torch.int64, pin_memory=pinned)
+        self._inputs = torch.zeros(len(names), rows, dtype=torch.int64, device=device)
+        self._place = {name: index for index, name in enumerate(names)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One named input on the device, [B] int64."""
+        return self._inputs[self._place[name]]
+
+    def send(self, padding: Mapping[str, int], **values: Sequence[int]) -> None:
+        """Puts each name's first numbers in place, and its padding (0 if not given) behind them."""
+        # One tensor of what is given: a call for each name would take longer than a small pass's
+        # launch, and so would padding in lists for a large one.
+        most = max((len(own) for own in values.values()), default=0)
+        pad = [padding.get(name, 0) for name in self._place]
+        lines = [
+            [*(own := values.get(name, ())), *[pad[place] for _ in range(most - len(own))]]
+            for name, place in self._place.items()
+        ]
+        self._host[:, most:] = torch.tensor(pad).unsqueeze(1)
+        self._host[:, :most] = torch.tensor(lines, dtype=torch.int64).view(len(lines), most)
+        self._inputs.copy_(self._host, non_blocking=True)
+
+
+class Results:
+    """What a call leaves for the host; fp64, which holds ids and fp32 values exactly."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        host = torch.zeros(shape, dtype=torch.float64)
+        self._device = host.to(device)
+        self._host = host.pin_memory() if device.type == "cuda" else host
+
+    def put(self, values: Tensor) -> None:
+        """Part of the work: the values of this call."""
+        self._device.copy_(values)
+
+    def receive(self) -> Tensor:
+        """Waits for the device, the one moment of a call at which the host does, and reads."""
+        self._host.copy_(self._device, non_blocking=True)
+        if self._device.is_cuda:
+            torch.cuda.current_stream(self._device.device).synchronize()
+        return self._host
+
+
+class Program:
+    """The graphs of passes over up to B rows of L tokens each, over buffers of its own.
+
+    Beside every row's `slot` and `visible` tokens, -1 and 0 for padding, a call sends `inputs` of
+    up to `width` numbers each.
+    """
+
+    def __init__(
+        self,
+        pool: StateTensors,
+        rows: int,
+        length: int,
+        memory: GraphMemory,
+        inputs: Sequence[str] = (),
+        width: int | None = None,
+        padding: Mapping[str, int] | None = None,
+    ) -> None:
+        self._pool = pool
+        self._length = length
+        self._memory = memory
+        self._padding = {"slot": -1, **(padding or {})}
+        self._staging = Staging(("slot", "visible", *inputs), width or rows, memory.device)
+        ends = rows * length + 1
+        self._starts = torch.arange(0, ends, length, dtype=torch.int32, device=memory.device)
+        self._slots = torch.full((rows,), -1, dtype=torch.int32, device=memory.device)
+        self._visible = torch.zeros_like(self._slots)
+        self._graphs: list[Captured] = []
+        self._calls = 0
+
+    def capture(self) -> None:
+        """Captures all graphs for padding alone, where that has not been done."""
+        if all(graph.ready for graph in self._graphs):
+            return
+        self._staging.send(self._padding)
+        for graph in self._graphs:
+            graph.capture()
+
+    def close(self) -> None:
+        """Gives the graphs up."""
+        for graph in self._graphs:
+            graph.close()
+
+    def _add(self, work: Callable[[], None]) -> Captured:
+        """One more part of the work."""
+        self._graphs.append(Captured(work, self._memory))
+        return self._graphs[-1]
+
+    def _read_rows(self) -> Rows:
+        """Part of the work: what operators are told of the rows that were sent."""
+        count = len(self._slots)
+        self._slots.copy_(self._staging["slot"][:count])
+        self._visible.copy_(self._staging["visible"][:count])
+        return Rows(
+            self._starts,
+            self._slots,
+            self._visible,
+            self._pool.page_table,
+            self._pool.page_tokens,
+            self._length,
+            real=(self._slots >= 0).repeat_interleave(self._length),
+        )
+
+    def _begin(self, **values: Sequence[int]) -> None:
+        """Sends a call's inputs; captures a shape that comes often."""
+        if self._calls >= CAPTURE_AFTER:
+            # Without room for the graph the work runs without one, and tries again later.
+            self._calls = 0
+            with suppress(torch.OutOfMemoryError):
+                self.capture()
+        self._calls += 1
+        self._staging.send(self._padding, **values)
+
+
+Key = TypeVar("Key", bound=Hashable)
+Shape = TypeVar("Shape", bound=Program)
+
+
+class Programs(Generic[Key, Shape]):
+    """Programs by their shape, MAX_PROGRAMS at most: the least recently used are closed."""
+
+    def __init__(self, make: Callable[[Key], Shape]) -> None:
+        self._make = make
+        self._programs: OrderedDict[Key, Shape] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+    def __getitem__(self, key: Key) -> Shape:
+        if key not in self._programs:
+            self._drop(MAX_PROGRAMS - 1)
+            self._programs[key] = self._make(key)
+        self._programs.move_to_end(key)
+        return self._programs[key]
+
+    def clear(self) -> None:
+        """Closes all."""
+        self._drop(0)
+
+    def _drop(self, kept: int) -> None:
+        while len(self._programs) > kept:
+            self._programs.popitem(last=False)[1].close()

@@ -1,0 +1,239 @@
+"""The denoiser tower's engine: blocks of many rows, each at its own step, in shared passes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from twotower.kernels.replay import ReplayWeights
+from twotower.towers.decoding.sampling import (
+    DOMAIN_AUTOREGRESSIVE,
+    DOMAIN_DENOISE,
+    Draw,
+    Drawn,
+    Sampler,
+)
+from twotower.towers.decoding.services import Block
+from twotower.towers.decoding.unmasking import BlockDraft, CommitRule, ReplayRule, ThresholdRule
+from twotower.towers.engine.admission import Admission
+from twotower.towers.engine.denoiser_pass import (
+    DenoiserPass,
+    DenoiserResult,
+    DenoiserWork,
+    DrawWork,
+    StepWork,
+)
+from twotower.towers.engine.denoiser_steps import DenoiserSteps, DeviceDraft, StepResult, on_device
+from twotower.towers.engine.engine import Engine, EngineRow, state_of
+from twotower.towers.engine.scheduler import PassLimits
+from twotower.towers.errors import UnavailableError
+from twotower.towers.model.context_tower import replay_shapes
+from twotower.towers.model.denoiser_tower import DenoiserTower
+from twotower.towers.request.params import GenerationParams
+from twotower.towers.state.context_state import ContextState
+from twotower.towers.state.pool import StatePool
+from twotower.towers.state.update import StateUpdate
+
+MIRROR_TIMEOUT_S = 60.0
+
+
+@dataclass(eq=False)
+class _Row(EngineRow):
+    """`arrived` is set whenever the mirror has moved."""
+
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
+    """Mirrors of rows in a denoiser tower; blocks at any step share its passes.
+
+    Mirrors live in `pool`; without one the engine reads states that a context tower on the same
+    device lets it `adopt`. `rule` replaces the requests' commit rules, for benchmarks that replay
+    recorded schedules. `device_steps` (None: on CUDA) keeps blocks on the device while they are
+    denoised, where their parameters allow it.
+    """
+
+    def __init__(
+        self,
+        tower: DenoiserTower,
+        *,
+        pool: StatePool | None = None,
+        limits: PassLimits | None = None,
+        rule: Callable[[GenerationParams], CommitRule] | None = None,
+        threaded: bool = False,
+        device_steps: bool | None = None,
+    ) -> None:
+        admission = Admission(pool) if pool is not None else None
+        wanted = tower.device.type == "cuda" if device_steps is None else device_steps
+        self._steps = DenoiserSteps(tower) if wanted else None
+        run = DenoiserPass(tower, self._steps).run
+        limits = limits or PassLimits.for_device(tower.device.type)
+        super().__init__("denoiser", run, admission, limits, threaded)
+        self.tower = tower
+        self.pool = pool
+        self._rule = rule or commit_rule
+        self._replay_weights: ReplayWeights | None = None
+
+    async def open(self, row_id: str, capacity: int) -> None:
+        """Waits for the slot and pages of the row's mirror."""
+        await self._open(_Row(row_id), capacity)
+
+    def warm_up(
+        self, block_size: int = 16, pool: StatePool | None = None, rows: int | None = None
+    ) -> None:
+        """Captures the graphs of steps over blocks of a length before the first row would have to
+        wait for it: for passes of up to `rows` rows (None: all). `pool` is that of states to be
+        adopted."""
+        pool = pool or self.pool
+        if self._steps is not None and pool is not None:
+            self._steps.warm_up(pool, block_size, rows or pool.slots.num_slots)
+
+    def follow(self, replay_tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes the context tower's replay weights, without which deltas cannot be applied.
+
+        Raises ValueError if they are not those of this model.
+        """
+        config = self.tower.config
+        expected = replay_shapes(config)
+        got = {name: tuple(tensor.shape) for name, tensor in replay_tensors.items()}
+        if got != expected:
+            raise ValueError(f"replay weights: got {got}, expected {expected}")
+        moved = {name: tensor.to(self.tower.device) for name, tensor in replay_tensors.items()}
+        self._replay_weights = ReplayWeights.from_tensors(moved, config.n_groups) if moved else None
+
+    def receive(self, row_id: str, update: StateUpdate) -> None:
+        """Applies an update to a row's mirror; a released row's is ignored.
+
+        Raises ValueError if the update does not start where the mirror stands.
+        """
+        row = self._rows.get(row_id)
+        if row is not None and row.state is not None:
+            with torch.inference_mode():
+                row.state.apply(update, self._replay_weights)
+            row.arrived.set()
+
+    def adopt(self, row_id: str, state: ContextState) -> None:
+        """Lets an open row read the context tower's own state, for towers on one device."""
+        row = self._rows.get(row_id)
+        if row is not None:
+            row.state = state
+            row.arrived.set()
+
+    async def denoise_block(
+        self,
+        row_id: str,
+        position: int,
+        params: GenerationParams,
+        known: Sequence[int] = (),
+    ) -> Block:
+        """Runs all steps of the block at `position`. Raises NumericalError, UnavailableError."""
+        row = self._row(row_id)
+        return await self._owned(row, self._denoise(row, position, params, known))
+
+    async def next_token(
+        self, row_id: str, position: int, last_token: int, params: GenerationParams
+    ) -> Block:
+        """One plain pass over `last_token` from the state before it."""
+        row = self._row(row_id)
+        return await self._owned(row, self._next_token(row, position, last_token, params))
+
+    async def _denoise(
+        self, row: _Row, position: int, params: GenerationParams, known: Sequence[int]
+    ) -> Block:
+        state = await self._at(row, position)
+        sampler, rule = Sampler.from_params(params), self._rule(params)
+        verified = params.mode == "verified"
+        domain = DOMAIN_AUTOREGRESSIVE if verified else DOMAIN_DENOISE
+        masked = params.block_size - len(known)
+        if self._steps is not None and masked and on_device(rule, sampler, params.block_size):
+            assert isinstance(rule, ThresholdRule | ReplayRule)
+            kept = DeviceDraft(params.block_size, position, known, rule, sampler, domain, verified)
+            return await self._denoise_on_device(state, kept)
+        draft = BlockDraft(params.block_size, self.tower.config.mask_token_id, rule, known)
+        return await self._denoise_on_host(state, draft, position, sampler, domain, verified)
+
+    async def _denoise_on_device(self, state: ContextState, draft: DeviceDraft) -> Block:
+        while True:
+            work = StepWork(state, draft)
+            result = await self._loop.submit(work, draft.length, begun=draft.begun)
+            assert isinstance(result, StepResult)
+            if not result.remaining:
+                return _block(draft.start, draft.step, result)
+
+    async def _denoise_on_host(
+        self,
+        state: ContextState,
+        draft: BlockDraft,
+        position: int,
+        sampler: Sampler,
+        domain: int,
+        verified: bool,
+    ) -> Block:
+        mask = self.tower.config.mask_token_id
+        while not draft.done:
+            positions = [position + offset for offset in draft.masked]
+            # A draft is drawn with the noise of the check: the closer the two towers'
+            # distributions, the more often both then take the same token.
+            step = 0 if verified else draft.step
+            work = DrawWork(
+                state,
+                list(draft.token_ids),
+                draft.timestep,
+                list(draft.masked),
+                Draw(sampler, positions, step, domain, mask),
+            )
+            begun = draft.step > 0
+            drawn = await self._loop.submit(work, len(draft.token_ids), begun=begun)
+            assert isinstance(drawn, Drawn)
+            draft.commit(drawn.token_ids, drawn.confidences, drawn.log_probs)
+        return _block(position, draft.step, draft)
+
+    async def _next_token(
+        self, row: _Row, position: int, last_token: int, params: GenerationParams
+    ) -> Block:
+        state = await self._at(row, position - 1)
+        draw = Draw(Sampler.from_params(params), [position])
+        drawn = await self._loop.submit(DrawWork(state, [last_token], None, [0], draw), 1)
+        assert isinstance(drawn, Drawn)
+        return Block(
+            position,
+            tuple(drawn.token_ids),
+            (0,),
+            tuple(drawn.confidences),
+            nfe=1,
+            log_probs=tuple(drawn.log_probs),
+        )
+
+    async def _at(self, row: _Row, position: int) -> ContextState:
+        """The row's state once it stands at `position`."""
+        try:
+            async with asyncio.timeout(MIRROR_TIMEOUT_S):
+                while row.state is None or row.state.position != position:
+                    row.arrived.clear()
+                    await row.arrived.wait()
+        except TimeoutError:
+            raise UnavailableError(
+                f"the context state did not reach token {position} in {MIRROR_TIMEOUT_S:g} s"
+            ) from None
+        return state_of(row.state)
+
+
+def _block(start: int, nfe: int, draft: BlockDraft | StepResult) -> Block:
+    """A block that is done."""
+    return Block(
+        start,
+        tuple(draft.token_ids),
+        tuple(draft.commit_steps),
+        tuple(draft.confidences),
+        nfe=nfe,
+        log_probs=tuple(draft.log_probs),
+    )
+
+
+def commit_rule(params: GenerationParams) -> CommitRule:
+    """The rule that a request's own parameters ask for."""
+    steps = params.draft_steps if params.mode == "verified" else params.steps_per_block
+    return ThresholdRule(params.confidence_threshold, steps)

@@ -1,0 +1,206 @@
+"""What both engines share: rows that own tasks, memory that outlives no row, the pass loop.
+
+An engine fulfils its side of `protocols.py`. All its coroutines belong to one event loop. Passes
+run in that loop, or with `threaded=True` in one worker thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
+
+from twotower.towers.engine.admission import Admission
+from twotower.towers.engine.batching import BatchLoop
+from twotower.towers.engine.pass_memory import working_bytes
+from twotower.towers.engine.scheduler import PassLimits
+from twotower.towers.errors import UnavailableError
+from twotower.towers.model.backbone import Tower
+from twotower.towers.state.budget import MemoryBudget, pool_for
+from twotower.towers.state.context_state import ContextState
+from twotower.towers.state.pool import StatePool
+
+PREFIX_CACHE_BYTES = 64 << 20
+
+
+class PassWork(Protocol):
+    """What a row asks of a pass, over at least these tokens."""
+
+    @property
+    def tokens(self) -> Sequence[int]: ...
+
+
+Work = TypeVar("Work", bound=PassWork)
+Result = TypeVar("Result")
+Row = TypeVar("Row", bound="EngineRow")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an operator decides about a pair of engines; the towers decide the rest, and what is
+    None."""
+
+    budget: MemoryBudget = field(default_factory=MemoryBudget)
+    limits: PassLimits | None = None
+    max_waiting: int | None = None
+    prefix_cache_bytes: int = PREFIX_CACHE_BYTES
+    prefill_chunk: int | None = None
+
+    def pool_for(self, tower: Tower, *others: Tower) -> StatePool:
+        """The memory of a tower's rows, beside what its passes take on a GPU and those of others
+        that read the same states. Raises ConfigError if the budget holds none."""
+        reserved = sum(self._reserved_bytes(own) for own in (tower, *others))
+        return pool_for(tower.config, self.budget, tower.device, tower.dtype, reserved)
+
+    def _reserved_bytes(self, tower: Tower) -> int:
+        if tower.device.type != "cuda":
+            return 0
+        limits = self.limits or PassLimits.for_device(tower.device.type)
+        reads, rows = tower.reads_prompts, self.budget.max_num_seqs
+        tokens = limits.max_tokens + (limits.prefill_tokens if reads else 0)
+        cache = self.prefix_cache_bytes if reads else 0
+        return cache + working_bytes(tower.config, tower.dtype, tokens, rows, reads_prompts=reads)
+
+
+@dataclass(eq=False)
+class EngineRow:
+    """A row that is open on one side, with the calls that work on it now; without a state as long
+    as it waits for room or for the state itself."""
+
+    row_id: str
+    state: ContextState | None = None
+    tasks: set[asyncio.Future[Any]] = field(default_factory=set)
+    released: bool = False
+
+
+class Engine(Generic[Row, Work, Result]):
+    """Rows of many requests in one tower, batched pass by pass.
+
+    `run` is given a pass's works with the short ones first, so that neighbours of one length share
+    their products. Rows wait in `admission` for their memory, if the engine has any of its own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        run: Callable[[Sequence[Work]], Sequence[Result | BaseException]],
+        admission: Admission | None,
+        limits: PassLimits,
+        threaded: bool,
+    ) -> None:
+        self._rows: dict[str, Row] = {}
+        self._admission = admission
+        executor = ThreadPoolExecutor(1, name) if threaded else None
+        self._loop: BatchLoop[Work, Result] = BatchLoop(
+            partial(_run_short_first, run), limits, executor
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are open or wait for room."""
+        return len(self._rows)
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start and the present load."""
+        admission = self._admission
+        return {
+            "rows": len(self._rows),
+            "waiting": self._loop.waiting,
+            "queued_rows": self._num_waiting,
+            **self._loop.stats.report(),
+            **(admission.pool.stats() if admission is not None else {}),
+        }
+
+    @property
+    def _num_waiting(self) -> int:
+        """Rows that wait for room."""
+        return self._admission.num_waiting if self._admission is not None else 0
+
+    def check_progress(self, limit_s: float) -> None:
+        """Raises UnavailableError if a pass has been running for longer: its device hangs."""
+        age = self._loop.pass_age
+        if age > limit_s:
+            raise UnavailableError(f"a pass has not ended in {age:.0f} s, limit {limit_s:g} s")
+
+    async def release(self, row_id: str) -> None:
+        """Frees the row, after the pass that may still touch its state."""
+        if await self._close(row_id) and self._admission is not None:
+            self._admission.release(row_id)
+
+    async def _open(self, row: Row, capacity: int) -> None:
+        """Adds a row and waits for its slot and pages."""
+        self._add(row)
+        if self._admission is None:
+            return
+        try:
+            row.state = await self._owned(row, self._admission.acquire(row.row_id, capacity))
+        except BaseException:
+            await self.release(row.row_id)
+            raise
+
+    def _add(self, row: Row) -> Row:
+        if row.row_id in self._rows:
+            raise ValueError(f"row_id: {row.row_id} is open already")
+        self._rows[row.row_id] = row
+        return row
+
+    def _row(self, row_id: str) -> Row:
+        row = self._rows.get(row_id)
+        if row is None:
+            raise UnavailableError("the row was released")
+        return row
+
+    async def _owned(self, row: Row, work: Coroutine[Any, Any, T]) -> T:
+        """Runs a call of a row so that the row's release ends it."""
+        task = asyncio.ensure_future(work)
+        row.tasks.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if row.released and not _being_cancelled():
+                raise UnavailableError("the row was released") from None
+            raise
+        finally:
+            row.tasks.discard(task)
+
+    async def _close(self, row_id: str) -> bool:
+        """Ends a row's calls and waits for the pass that may still touch its state.
+
+        True if the row was open; its memory may be given back then.
+        """
+        row = self._rows.pop(row_id, None)
+        if row is None:
+            return False
+        row.released = True
+        tasks = list(row.tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if row.state is not None:
+            await self._loop.settle()
+        return True
+
+
+def _being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _run_short_first(
+    run: Callable[[Sequence[Work]], Sequence[Result | BaseException]], works: Sequence[Work]
+) -> list[Result | BaseException]:
+    """Results in the order of `works`, which run sorted by length."""
+    order = sorted(range(len(works)), key=lambda i: len(works[i].tokens))
+    results = dict(zip(order, run([works[i] for i in order]), strict=True))
+    return [results[i] for i in range(len(works))]
+
+
+def state_of(state: ContextState | None) -> ContextState:
+    """The state of a row that has been given its room."""
+    if state is None:
+        raise UnavailableError("the row has no room yet")
+    return state

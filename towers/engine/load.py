@@ -1,0 +1,50 @@
+"""Both towers of a checkpoint as linked engines of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
+from twotower.towers.decoding.unmasking import CommitRule
+from twotower.towers.engine.context_engine import ContextEngine
+from twotower.towers.engine.denoiser_engine import DenoiserEngine
+from twotower.towers.engine.engine import EngineOptions
+from twotower.towers.engine.local_link import LocalLink
+from twotower.towers.request.params import GenerationParams
+
+
+def load_engines(
+    folder: Path,
+    context_device: str | torch.device,
+    denoiser_device: str | torch.device,
+    dtype: torch.dtype,
+    *,
+    options: EngineOptions | None = None,
+    threaded: bool = False,
+    rule: Callable[[GenerationParams], CommitRule] | None = None,
+) -> tuple[ContextEngine, DenoiserEngine]:
+    """Both towers of a checkpoint as linked engines of this process.
+
+    On one device they share one copy of every row's state. Raises CheckpointError, and
+    ConfigError if the states have no room.
+    """
+    chosen = options or EngineOptions()
+    context_tower = load_context_tower(folder, context_device, dtype)
+    denoiser_tower = load_denoiser_tower(folder, denoiser_device, dtype)
+    shared = torch.device(context_device) == torch.device(denoiser_device)
+    denoiser = DenoiserEngine(
+        denoiser_tower,
+        pool=None if shared else chosen.pool_for(denoiser_tower),
+        limits=chosen.limits,
+        rule=rule,
+        threaded=threaded,
+    )
+    link = LocalLink(context_tower, denoiser, shared)
+    readers = [denoiser_tower] if shared else []
+    context = ContextEngine.with_options(
+        context_tower, link, chosen, threaded=threaded, readers=readers
+    )
+    return context, denoiser

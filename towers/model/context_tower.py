@@ -1,0 +1,216 @@
+"""The context tower: causal and frozen; reads prompt and committed tokens into states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twotower.kernels import dispatch
+from twotower.kernels.replay import ReplayWeights
+from twotower.kernels.rows import Rows
+from twotower.towers.config.model_config import MAMBA, TwoTowerConfig
+from twotower.towers.model.backbone import Tower, TowerPass, TowerWeights
+from twotower.towers.model.layers import MambaWeights
+from twotower.towers.state.context_state import ContextState, PassLog, rows_of
+from twotower.towers.state.link import LayerSink
+
+
+def replay_shapes(config: TwoTowerConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a context tower's replay tensors, M layers each; empty if M is 0."""
+    layers = len(config.layers_of(MAMBA))
+    if not layers:
+        return {}
+    shapes: dict[str, tuple[int, ...]] = {
+        "conv_weight": (layers, config.conv_dim, config.conv_kernel),
+        "a_log": (layers, config.mamba_num_heads),
+        "dt_bias": (layers, config.mamba_num_heads),
+    }
+    return {**shapes, "conv_bias": (layers, config.conv_dim)} if config.use_conv_bias else shapes
+
+
+@dataclass(frozen=True)
+class ContextPassed:
+    """What a pass over rows' next tokens gave: final hidden states [T, H], where the rows' tokens
+    are, and the log of all Mamba layers (None if there are none)."""
+
+    hidden: Tensor
+    rows: Rows
+    log: PassLog | None
+
+
+class ContextTower(Tower):
+    """Extends rows' context states; with its head it is the plain autoregressive model, whose
+    logits at a token predict the next one."""
+
+    reads_prompts = True
+
+    def __init__(self, config: TwoTowerConfig, weights: TowerWeights) -> None:
+        super().__init__(config, weights)
+        mixers = [layer.mixer for layer in weights.layers if isinstance(layer.mixer, MambaWeights)]
+        self.replay_weights = _stacked(mixers, config.n_groups) if mixers else None
+
+    def replay_tensors(self) -> dict[str, Tensor]:
+        """What a mirror needs to replay deltas of this tower; shapes as `replay_shapes`."""
+        return self.replay_weights.tensors() if self.replay_weights is not None else {}
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        tokens: Sequence[Sequence[int]],
+        states: Sequence[ContextState],
+        sinks: Sequence[LayerSink | None] = (),
+    ) -> Tensor:
+        """One pass over each row's next tokens -> final hidden states, packed, [T, H].
+
+        Afterwards each state's log and K/V hold the new tokens; its snapshot has not moved. Each
+        row's sink, if it has one, takes every layer's share of what is new before the next layer
+        is computed: `xbc` and `dt`, or `k` and `v`.
+        """
+        return self.read(tokens, states, sinks).hidden
+
+    @torch.inference_mode()
+    def read(
+        self,
+        tokens: Sequence[Sequence[int]],
+        states: Sequence[ContextState],
+        sinks: Sequence[LayerSink | None] = (),
+    ) -> ContextPassed:
+        """As `forward`, with what `advance_rows` needs."""
+        pool, lengths = states[0].pool, list(map(len, tokens))
+        rows = rows_of(states, lengths, [state.length for state in states])
+        log = self.new_log(rows.host.total)
+        hidden = self.run(self.pack(tokens), TowerPass(rows, pool, True), log, _listening(sinks))
+        for row, (state, length) in enumerate(zip(states, lengths, strict=True)):
+            start = rows.host.starts[row]
+            state.append(log.part(start, start + length) if log is not None else None, length)
+        return ContextPassed(hidden, rows, log)
+
+    def run(
+        self,
+        tokens: Tensor,
+        reads: TowerPass,
+        log: PassLog | None,
+        sinks: Sequence[LayerSink | None] = (),
+    ) -> Tensor:
+        """The pass over tensors alone: tokens [T] -> [T, H]. Writes the rows' K/V, and `log`."""
+        hidden, out = self.weights.embedding[tokens], None
+        eps = self.config.layer_norm_epsilon
+        for index, layer in enumerate(self.weights.layers):
+            hidden, x = dispatch.add_norm(hidden, out, None, layer.norm, eps, None, False)
+            mixed = self._mix(index, x, reads, self._projected(index, log))
+            self._keep(self._places[index], mixed.added, reads, log, sinks)
+            out = mixed.output
+        final = self.weights.final_norm
+        return dispatch.add_norm(hidden, out, None, final, eps, None, False)[1]
+
+    def new_log(self, tokens: int, *, whole: bool = False) -> PassLog | None:
+        """Room for the log of a pass over so many tokens; None without Mamba layers.
+
+        A `whole` one holds all that the layers project, so that nothing is copied into it.
+        """
+        config, layers = self.config, len(self.config.layers_of(MAMBA))
+        if not layers:
+            return None
+        widths = (config.d_inner if whole else 0, config.conv_dim, config.mamba_num_heads)
+        shape = (layers, tokens, sum(widths))
+        if whole:
+            projected = torch.empty(shape, device=self.device, dtype=self.dtype)
+            _, xbc, dt = projected.split(widths, dim=-1)
+            return PassLog(xbc, dt, projected)
+        xbc, dt = (
+            torch.empty(layers, tokens, width, device=self.device, dtype=self.dtype)
+            for width in widths[1:]
+        )
+        return PassLog(xbc, dt)
+
+    @torch.inference_mode()
+    def advance(self, state: ContextState, count: int) -> None:
+        """Moves a state's snapshot over the first `count` tokens of its log."""
+        state.advance(self.replay_weights, count)
+
+    @torch.inference_mode()
+    def advance_rows(
+        self,
+        passed: ContextPassed,
+        states: Sequence[ContextState],
+        counts: Sequence[int],
+        sinks: Sequence[LayerSink | None],
+    ) -> None:
+        """Moves the snapshots of a pass's rows over their first `counts` new tokens; each sink
+        takes every layer's new `conv` and `ssm` before the next layer is replayed."""
+        pool, weights, log = states[0].pool, self.replay_weights, passed.log
+        if log is not None and weights is not None and any(counts):
+            moved = torch.tensor(counts, dtype=torch.int32, device=self.device)
+            listening = _listening(sinks)
+            # In one go where nobody waits for a layer.
+            whole = [slice(0, len(weights))] if not any(listening) else []
+            for own in whole or [slice(layer, layer + 1) for layer in range(len(weights))]:
+                dispatch.replay(
+                    pool.ssm[:, own],
+                    pool.conv[:, own],
+                    log.xbc[own],
+                    log.dt[own],
+                    weights if whole else weights.layers(own),
+                    passed.rows,
+                    moved,
+                )
+                for state, sink in zip(states, listening, strict=False):
+                    if sink is not None:
+                        sink.put("conv", own.start, state.conv[own.start])
+                        sink.put("ssm", own.start, state.ssm[own.start])
+        for state, count, sink in zip(states, counts, sinks, strict=True):
+            state.advanced(count, exported=sink is not None)
+
+    def _projected(self, index: int, log: PassLog | None) -> Tensor | None:
+        """Where a layer's projection goes, if the log is made of them."""
+        if log is None or log.projected is None or self.config.layer_pattern[index] != MAMBA:
+            return None
+        return log.projected[self._places[index]]
+
+    def _keep(
+        self,
+        place: int,
+        added: Mapping[str, Tensor],
+        reads: TowerPass,
+        log: PassLog | None,
+        sinks: Sequence[LayerSink | None],
+    ) -> None:
+        """Puts a layer's share of a pass into the log or the rows' K/V, and hands it to sinks."""
+        if "xbc" in added:
+            assert log is not None
+            if log.projected is None:
+                log.xbc[place].copy_(added["xbc"])
+                log.dt[place].copy_(added["dt"])
+            added = {"xbc": log.xbc[place], "dt": log.dt[place]}
+        if "k" in added:
+            context = reads.pool.layer_kv(place)
+            dispatch.store_kv(added["k"], added["v"], context, reads.rows)
+        for row, sink in enumerate(sinks):
+            if sink is None:
+                continue
+            span = reads.rows.host.slice_of(row)
+            for name, tensor in added.items():
+                own = tensor[span]
+                # K/V travel by head, as they stand in the pages.
+                sink.put(name, place, own.transpose(0, 1).contiguous() if name in "kv" else own)
+
+
+def _listening(sinks: Sequence[LayerSink | None]) -> list[LayerSink | None]:
+    """Each row's sink, None for one that takes no shares; empty if none does."""
+    own = [sink if sink is not None and sink.takes_shares else None for sink in sinks]
+    return own if any(sink is not None for sink in own) else []
+
+
+def _stacked(mixers: Sequence[MambaWeights], groups: int) -> ReplayWeights:
+    biases = [mixer.conv_bias for mixer in mixers if mixer.conv_bias is not None]
+    tensors = {
+        "conv_weight": torch.stack([mixer.conv_weight for mixer in mixers]),
+        "a_log": torch.stack([mixer.a_log for mixer in mixers]),
+        "dt_bias": torch.stack([mixer.dt_bias for mixer in mixers]),
+    }
+    if biases:
+        tensors["conv_bias"] = torch.stack(biases)
+    return ReplayWeights.from_tensors(tensors, groups)

@@ -1,0 +1,192 @@
+"""What one request asks for, checked once."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args
+
+from twotower.towers.errors import InvalidRequestError
+from twotower.towers.request.number_checks import check_real, check_whole
+from twotower.towers.request.token_ids import check_ids, check_text, plain_number, text_list
+
+Mode = Literal["mask_diffusion", "ar", "mock_ar", "verified"]
+FinishReason = Literal["stop", "length"]
+MODES: tuple[str, ...] = get_args(Mode)
+MAX_BLOCK_SIZE = 256
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
+SEED_BITS = 63
+_NO_NUMBERS = ("mode", "stop")
+
+
+@dataclass(frozen=True)
+class GenerationParams:
+    """Parameters of one row. Raises InvalidRequestError on construction.
+
+    Numbers may be numpy's or tensors without dimensions; they are kept as Python's.
+    `temperature` 0 is greedy. `top_k`, `top_p` and `min_p` narrow the draw, in this order, after
+    the temperature. `seed` None means that one is drawn. `eos_token_id` None means no EOS.
+    `steps_per_block` matters to mask_diffusion only, `confidence_threshold` to it and to verified;
+    ar and mock_ar hand out `block_size` tokens at a time. `draft_steps` are the most denoiser
+    passes per draft in verified. Neither EOS nor one of the `stop` strings (kept as a tuple) ends
+    the output before it has `min_tokens` tokens. `min_steps_per_block` and
+    `min_confidence_threshold` are floors down to which mask_diffusion may be served where rows
+    wait; None: as asked. `eos_from`, the absolute position from which EOS may be drawn, is set by
+    the block loop, not by users.
+    """
+
+    mode: Mode = "mask_diffusion"
+    max_tokens: int = 64
+    block_size: int = 16
+    steps_per_block: int = 16
+    confidence_threshold: float = 0.8
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    eos_token_id: int | None = None
+    draft_steps: int = 1
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    min_steps_per_block: int | None = None
+    min_confidence_threshold: float | None = None
+    eos_from: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name not in _NO_NUMBERS:
+                number = plain_number(getattr(self, field.name))
+                object.__setattr__(self, field.name, number)
+        if self.mode not in MODES:
+            raise InvalidRequestError("mode", self.mode, f"one of {', '.join(MODES)}")
+        check_whole("max_tokens", self.max_tokens, 1)
+        check_whole("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
+        check_whole("steps_per_block", self.steps_per_block, 1)
+        check_real("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
+        check_real("temperature", self.temperature, 0.0)
+        if self.top_k is not None:
+            check_whole("top_k", self.top_k, 1)
+        if self.top_p is not None:
+            check_real("top_p", self.top_p, 0.0, 1.0, open_below=True)
+        if self.min_p is not None:
+            check_real("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None:
+            check_whole("seed", self.seed, 0, 2**SEED_BITS - 1)
+        if self.eos_token_id is not None:
+            check_whole("eos_token_id", self.eos_token_id, 0)
+        check_whole("draft_steps", self.draft_steps, 1, MAX_BLOCK_SIZE)
+        check_whole("min_tokens", self.min_tokens, 0, self.max_tokens)
+        if self.min_steps_per_block is not None:
+            check_whole("min_steps_per_block", self.min_steps_per_block, 1, self.steps_per_block)
+        if self.min_confidence_threshold is not None:
+            high = self.confidence_threshold
+            check_real("min_confidence_threshold", self.min_confidence_threshold, 0.0, high)
+        check_whole("eos_from", self.eos_from, 0)
+        object.__setattr__(self, "stop", _checked_stop(self.stop))
+
+    def with_seed(self) -> GenerationParams:
+        """The same parameters with a seed: the given one, or one drawn now."""
+        if self.seed is not None:
+            return self
+        return replace(self, seed=secrets.randbits(SEED_BITS))
+
+    def for_prompt(self, prompt_tokens: int) -> GenerationParams:
+        """The same parameters for a prompt of that length: `eos_from` is its absolute position."""
+        return replace(self, eos_from=prompt_tokens + self.min_tokens)
+
+    @property
+    def may_be_eased(self) -> bool:
+        """Whether the row declares a floor that matters to its mode."""
+        floors = (self.min_steps_per_block, self.min_confidence_threshold)
+        return self.mode == "mask_diffusion" and floors != (None, None)
+
+    def eased(self, share: float) -> GenerationParams:
+        """The same parameters, `share` (0 to 1) of the way to the floors, and those gone: what a
+        row is served with stays. Without floors nothing changes."""
+        steps, threshold = self.steps_per_block, self.confidence_threshold
+        if self.may_be_eased and self.min_steps_per_block is not None:
+            steps -= round(share * (steps - self.min_steps_per_block))
+        if self.may_be_eased and self.min_confidence_threshold is not None:
+            floor = self.min_confidence_threshold
+            # The difference may fall below the floor in its last bit.
+            threshold = max(floor, threshold - share * (threshold - floor))
+        return replace(
+            self,
+            steps_per_block=steps,
+            confidence_threshold=threshold,
+            min_steps_per_block=None,
+            min_confidence_threshold=None,
+        )
+
+    def context_tokens(self, prompt_tokens: int) -> int:
+        """Context positions that the row may need: prompt and output, up to whole blocks."""
+        if self.mode == "verified":
+            # A draft is a whole block wherever it starts, so the last may reach past max_tokens.
+            return prompt_tokens + self.max_tokens + self.block_size
+        unit = self.block_size if self.mode == "mask_diffusion" else 1
+        return prompt_tokens + -(-self.max_tokens // unit) * unit
+
+    def check_row(
+        self, prompt: list[int], vocab_size: int, max_context: int, generated: list[int]
+    ) -> None:
+        """Checks prompt and already generated ids against a model's limits.
+
+        Raises InvalidRequestError for an empty prompt, an id outside [0, vocab_size), a resume
+        that the mode cannot continue, or a row longer than `max_context` tokens.
+        """
+        if not prompt:
+            raise InvalidRequestError("prompt", [], "at least 1 token")
+        check_ids("prompt", prompt, vocab_size)
+        check_ids("generated_token_ids", generated, vocab_size)
+        if self.eos_token_id is not None and self.eos_token_id >= vocab_size:
+            raise InvalidRequestError("eos_token_id", self.eos_token_id, f"below {vocab_size}")
+        if len(generated) >= self.max_tokens:
+            raise InvalidRequestError(
+                "generated_token_ids", f"{len(generated)} ids", f"fewer than {self.max_tokens}"
+            )
+        if self.mode == "mask_diffusion" and len(generated) % self.block_size:
+            raise InvalidRequestError(
+                "generated_token_ids",
+                f"{len(generated)} ids",
+                f"whole blocks of {self.block_size}",
+            )
+        if self.eos_token_id is not None and self.eos_token_id in generated:
+            place = generated.index(self.eos_token_id)
+            raise InvalidRequestError(
+                f"generated_token_ids[{place}]",
+                self.eos_token_id,
+                "no end-of-text token: an output that has one is complete",
+            )
+        needed = self.context_tokens(len(prompt))
+        if needed > max_context:
+            raise InvalidRequestError(
+                "max_tokens",
+                f"{len(prompt)} prompt + {self.max_tokens} new tokens, {needed} in whole blocks",
+                f"at most {max_context} tokens of context",
+            )
+
+
+def row_key(seed: int, choice: int = 0) -> int:
+    """The 64-bit random key of a row: a hash of the request's seed and the choice's index."""
+    digest = hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def check_stop_count(count: int) -> None:
+    """Raises InvalidRequestError for more stop strings than a request may have."""
+    if count > MAX_STOP_STRINGS:
+        raise InvalidRequestError("stop", f"{count} strings", f"at most {MAX_STOP_STRINGS} strings")
+
+
+def _checked_stop(stop: object) -> tuple[str, ...]:
+    strings = text_list("stop", stop)
+    check_stop_count(len(strings))
+    for index, text in enumerate(strings):
+        if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_LENGTH:
+            length = f"a string of 1 to {MAX_STOP_LENGTH} characters"
+            raise InvalidRequestError(f"stop[{index}]", text, length)
+        check_text(f"stop[{index}]", text)
+    return tuple(strings)

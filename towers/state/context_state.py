@@ -1,0 +1,290 @@
+"""A row's context state: one snapshot per Mamba layer, a short log after it, and K/V.
+
+The snapshot stands at `position`: SSM states and conv histories after that many tokens. The log
+holds the Mamba layers' raw projections of the tokens after it, K/V covers snapshot and log. A
+forward pass only appends to log and K/V; `advance` replays the log into the snapshot. The same
+class is the denoiser's mirror, which is filled by `apply` and never has a log; its K/V may run
+ahead of its snapshot while a prompt is still being read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twotower.kernels import dispatch
+from twotower.kernels.replay import ReplayWeights
+from twotower.kernels.rows import Rows
+from twotower.towers.state.tensors import StateTensors
+from twotower.towers.state.update import StateUpdate, UpdateKind, UpdatePlan, plan_update
+
+
+@dataclass(frozen=True)
+class PassLog:
+    """Raw projections of all M Mamba layers over T tokens: xbc [M, T, Cd] before the conv, dt
+    [M, T, H] before softplus. Where they are views of whole projections, z before them, these are
+    `projected` [M, T, Di + Cd + H], into which a pass may write."""
+
+    xbc: Tensor
+    dt: Tensor
+    projected: Tensor | None = None
+
+    def part(self, start: int, stop: int) -> PassLog:
+        """Tokens start..stop-1, views."""
+        whole = None if self.projected is None else self.projected[:, start:stop]
+        return PassLog(self.xbc[:, start:stop], self.dt[:, start:stop], whole)
+
+    def copy(self) -> PassLog:
+        """A copy: views would keep the whole pass's projections alive."""
+        return PassLog(self.xbc.clone(), self.dt.clone())
+
+
+class ContextState:
+    """State of one row in a pool: a slot, `conv` [M, K-1, Cd] and `ssm` [M, H, P, N] fp32, and
+    pages of K/V for `capacity` tokens. `length` tokens are covered by K/V: those of the snapshot
+    and those of the log. Made by `StatePool.open`, given back by `release`."""
+
+    def __init__(self, pool: StateTensors, slot: int, pages: list[int], capacity: int) -> None:
+        self.capacity = capacity
+        self.position = 0
+        self.length = 0
+        self.pages = pages
+        self.conv = pool.conv[slot].zero_()
+        self.ssm = pool.ssm[slot].zero_()
+        self.pool = pool
+        self.slot = slot
+        self._released = False
+        self._log: PassLog | None = None
+        # The part of the log that was replayed last, for a delta, and where it began.
+        self._replayed: PassLog | None = None
+        self._replayed_from = 0
+        pool.write_pages(slot, pages)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the row holds: its slot, its pages, shared or not, and its log."""
+        logs = [log for log in (self._log, self._replayed) if log is not None]
+        held = [self.conv, self.ssm, *(part for log in logs for part in (log.xbc, log.dt))]
+        pages = len(self.pages) * self.pool.page_bytes
+        return pages + sum(tensor.nbytes for tensor in held)
+
+    def kv(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """An attention layer's K and V of tokens start..stop-1, [nkv, n, hd] each; views where
+        the tokens' pages are neighbours."""
+        k, v = self.kv_layers(start, stop)
+        return k[layer], v[layer]
+
+    def kv_layers(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The same of all A attention layers, [A, nkv, n, hd] each."""
+        runs = self.pool.runs(self.pages, start, stop) or [slice(0, 0)]
+        k, v = ([held[:, :, run] for run in runs] for held in (self.pool.k, self.pool.v))
+        return (k[0], v[0]) if len(runs) == 1 else (torch.cat(k, dim=2), torch.cat(v, dim=2))
+
+    def write_kv(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Puts one attention layer's K/V [nkv, n, hd] behind what is there; they count once
+        `append` has taken the tokens."""
+        assert not self._released
+        at, end = 0, self.length + k.shape[-2]
+        for run in self.pool.runs(self.pages, self.length, end):
+            part = slice(at, at + run.stop - run.start)
+            self.pool.k[layer, :, run] = k[:, part]
+            self.pool.v[layer, :, run] = v[:, part]
+            at = part.stop
+
+    def append(self, log: PassLog | None, count: int) -> None:
+        """Takes the log of a pass over `count` tokens, None without Mamba layers; the pass has
+        written their K/V."""
+        assert not self._released
+        assert self.length == self.position, "the log must be replayed before the next pass"
+        assert self.length + count <= self.capacity
+        self._log, self._replayed = log, None
+        self.length += count
+
+    def advance(self, weights: ReplayWeights | None, count: int) -> None:
+        """Replays the first `count` tokens of the log into the snapshot."""
+        assert 0 <= count <= self.length - self.position
+        log = self._log
+        if log is not None and weights is not None and count:
+            rows = rows_of([self], [log.xbc.shape[1]], [0])
+            counts = torch.tensor([count], dtype=torch.int32, device=log.xbc.device)
+            dispatch.replay(self.pool.ssm, self.pool.conv, log.xbc, log.dt, weights, rows, counts)
+        self.advanced(count)
+
+    def advanced(self, count: int, *, exported: bool = False) -> None:
+        """Takes note that the snapshot has been moved over the first `count` tokens of the log.
+
+        With `exported` a link has them already; otherwise they are kept where they may become a
+        delta.
+        """
+        assert not self._released
+        if not count:
+            return
+        log, self._replayed = self._log, None
+        plan = plan_update(self.pool.config, self.position, self.position + count)
+        if log is not None and not exported and plan.kind == "delta":
+            self._replayed = log.part(0, count).copy()
+        self._replayed_from = self.position
+        self.position += count
+        rest = self.length - self.position
+        self._log = log.part(count, count + rest).copy() if log is not None and rest else None
+
+    def stepped(self, count: int = 1) -> None:
+        """Takes note that a pass has read `count` tokens into K/V and snapshot alike."""
+        assert not self._released
+        assert self.length == self.position
+        assert self.length + count <= self.capacity
+        self._replayed = None
+        self.length = self.position = self.length + count
+
+    def own_log(self) -> None:
+        """Copies the log out of the pass that it is a part of, to be kept."""
+        if self._log is not None:
+            self._log = self._log.copy()
+
+    def truncate(self) -> None:
+        """Drops what is left of the log, and K/V behind `position`."""
+        self._log = None
+        self.length = self.position
+
+    def export(self, start: int) -> StateUpdate:
+        """What a mirror at `start` needs, partly as views: send or copy it before the next pass.
+
+        A delta if the last `advance` began at `start` and its log is smaller than the snapshot.
+        """
+        k, v = self.kv_layers(start, self.position)
+        held = {"conv": self.conv, "ssm": self.ssm, "k": k, "v": v}
+        tensors = {name: list(tensor) for name, tensor in held.items()}
+        kind: UpdateKind = "snapshot"
+        if self._replayed is not None and self._replayed_from == start:
+            kind = "delta"
+            tensors["xbc"], tensors["dt"] = list(self._replayed.xbc), list(self._replayed.dt)
+            self._replayed = None
+        plan = UpdatePlan(kind, start, self.position)
+        return StateUpdate(plan, {name: tensors[name] for name in plan.shapes(self.pool.config)})
+
+    def apply(self, update: StateUpdate, weights: ReplayWeights | None = None) -> None:
+        """Moves a mirror on by an update; `weights` are the sender's, for deltas.
+
+        Raises ValueError, and changes nothing, if the update does not fit on what is there.
+        """
+        self._check_order(update.plan)
+        self._check_shapes(update)
+        delta = update.plan.kind == "delta"
+        if delta and (weights is None or len(weights) != self.ssm.shape[0]):
+            raise ValueError("update: got a delta, expected a snapshot without replay weights")
+        tensors = {name: self._moved(shares) for name, shares in update.tensors.items()}
+        for layer, (k, v) in enumerate(
+            zip(tensors.get("k", ()), tensors.get("v", ()), strict=True)
+        ):
+            self.write_kv(layer, k, v)
+        if delta:
+            assert weights is not None
+            self._replay_update(tensors["xbc"], tensors["dt"], weights)
+        elif "ssm" in tensors:
+            for layer in range(len(self.ssm)):
+                self.conv[layer].copy_(tensors["conv"][layer])
+                self.ssm[layer].copy_(tensors["ssm"][layer])
+        self.length = update.plan.position
+        if update.plan.kind != "kv":
+            self.position = self.length
+
+    def restore(self, conv: Tensor, ssm: Tensor, pages: Sequence[int], position: int) -> None:
+        """Starts an empty state from a snapshot at `position`, whose K/V stand in `pages`.
+
+        Full pages become shared, and the state's own in their places go back to the pool; a partly
+        filled one is copied. Raises ValueError if the state is not empty or too small.
+        """
+        if self.length or position > self.capacity:
+            raise ValueError(
+                f"position: got {position}, expected at most the capacity {self.capacity} of a "
+                f"state that holds no tokens, not {self.length}"
+            )
+        full, rest = divmod(position, self.pool.page_tokens)
+        self.pool.pages.share(pages[:full])
+        self.pool.pages.free(self.pages[:full])
+        self.pages[:full] = pages[:full]
+        self.pool.write_pages(self.slot, self.pages)
+        if rest:
+            self.pool.copy_page(pages[full], self.pages[full], rest)
+        self.conv.copy_(conv)
+        self.ssm.copy_(ssm)
+        self.position = self.length = position
+
+    def release(self) -> None:
+        """Gives slot and pages back to the pool; a second time it does nothing.
+
+        Not while a pass still reads or writes the state: the next row may get its memory.
+        """
+        if self._released:
+            return
+        self._released = True
+        self._log = self._replayed = None
+        self.pool.slots.free(self.slot)
+        self.pool.pages.free(self.pages)
+
+    def _moved(self, shares: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Layers' shares on the state's device."""
+        if all(share.device == self.conv.device for share in shares):
+            return shares
+        # One transfer: each layer's own would cost more in launches than in bytes.
+        return list(torch.stack(list(shares)).to(self.conv.device))
+
+    def _replay_update(
+        self, xbc: Sequence[Tensor], dt: Sequence[Tensor], weights: ReplayWeights
+    ) -> None:
+        """Replays a delta layer by layer where its shares stand, or in one go on a GPU."""
+        rows = rows_of([self], [len(xbc[0])], [0])
+        counts = torch.tensor([len(xbc[0])], dtype=torch.int32, device=self.conv.device)
+        pool = self.pool
+        if self.conv.is_cuda:
+            logs = torch.stack(list(xbc)), torch.stack(list(dt))
+            dispatch.replay(pool.ssm, pool.conv, *logs, weights, rows, counts)
+            return
+        for layer in range(len(weights)):
+            own = slice(layer, layer + 1)
+            dispatch.replay(
+                pool.ssm[:, own],
+                pool.conv[:, own],
+                xbc[layer].unsqueeze(0),
+                dt[layer].unsqueeze(0),
+                weights.layers(own),
+                rows,
+                counts,
+            )
+
+    def _check_order(self, plan: UpdatePlan) -> None:
+        if plan.start != self.length or not plan.start <= plan.position <= self.capacity:
+            raise ValueError(
+                f"update: got tokens {plan.start}..{plan.position}, expected a start at "
+                f"{self.length} and an end of at most {self.capacity}"
+            )
+        if plan.kind == "delta" and plan.start != self.position:
+            raise ValueError(
+                f"update: got a delta from token {plan.start}, expected a start at the snapshot, "
+                f"which stands at {self.position}"
+            )
+
+    def _check_shapes(self, update: StateUpdate) -> None:
+        expected = update.plan.shapes(self.pool.config)
+        for name in update.tensors:
+            if name not in expected:
+                raise ValueError(f"{name}: got a tensor, expected none in a {update.plan.kind}")
+        for name, shape in expected.items():
+            shares = update.tensors.get(name)
+            if shares is None:
+                raise ValueError(f"{name}: got nothing, expected shape {list(shape)}")
+            got = [list(share.shape) for share in shares]
+            if got != [list(shape[1:])] * shape[0]:
+                raise ValueError(f"{name}: got layers of shapes {got}, expected {list(shape)}")
+
+
+def rows_of(states: Sequence[ContextState], lengths: Sequence[int], visible: Sequence[int]) -> Rows:
+    """What a pass over `lengths` new tokens of each state tells the operators, `visible` tokens of
+    each context being seen by attention. All states live in one pool."""
+    pool = states[0].pool
+    assert all(state.pool is pool for state in states), "states of one pass share a pool"
+    slots = [state.slot for state in states]
+    return Rows.build(lengths, slots, visible, pool.page_table, pool.page_tokens)

@@ -1,0 +1,53 @@
+"""How a context tower's states reach a denoiser tower: what every link promises."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from twotower.towers.state.context_state import ContextState
+from twotower.towers.state.update import UpdatePlan
+
+
+class LayerSink(Protocol):
+    """Takes shares of a row's update while a pass computes them, from the pass's own thread.
+
+    `takes_shares` is False where the mirror reads the state itself: a pass then has no work for
+    this row beside its own.
+    """
+
+    takes_shares: bool
+
+    def put(self, name: str, layer: int, tensor: Tensor) -> None:
+        """One layer's share, named and shaped as `UpdatePlan.shapes` without its first dimension.
+
+        It is not copied: it stays unchanged until `finish` has returned or the row is given up.
+        Names that the plan does not hold are passed over.
+        """
+
+
+class UpdateWriter(LayerSink, Protocol):
+    """One update of a row on its way to the other tower."""
+
+    async def finish(self) -> None:
+        """Called after the last `put`; returns once the mirror has the update.
+
+        Raises UnavailableError if the link is broken or the receiver refuses.
+        """
+
+    def abort(self) -> None:
+        """Gives the update up; the mirror stays where it is. After `finish` it does nothing."""
+
+
+class StateLink(Protocol):
+    """The way of context states from a context tower to a denoiser tower, in order per row."""
+
+    def open(self, row_id: str) -> None:
+        """Starts to carry a row."""
+
+    def begin(self, row_id: str, state: ContextState, plan: UpdatePlan) -> UpdateWriter:
+        """Starts the row's next update; the one before it has finished."""
+
+    def forget(self, row_id: str) -> None:
+        """Stops to carry a row; an unknown row is fine."""

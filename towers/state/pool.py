@@ -1,0 +1,55 @@
+"""Rows' context states in a tower's memory.
+
+A row holds one slot and the pages of its whole capacity from the start, so that a row that was let
+in never runs out of room.
+"""
+
+from __future__ import annotations
+
+from twotower.towers.errors import CapacityError
+from twotower.towers.state.context_state import ContextState
+from twotower.towers.state.pages import pages_for
+from twotower.towers.state.tensors import StateTensors
+
+
+class StatePool(StateTensors):
+    """Opens and closes rows' states in a tower's slots and pages. Not for several threads."""
+
+    def open(self, capacity: int) -> ContextState:
+        """An empty state with room for `capacity` tokens.
+
+        Raises CapacityError without a slot and the pages for it.
+        """
+        if not self.room_for(capacity):
+            raise CapacityError(
+                f"row: got {capacity} tokens = {pages_for(capacity)} pages, expected at most the "
+                f"{self.pages.num_free} free pages and a slot of the {self.slots.num_free} free"
+            )
+        pages = self.pages.allocate(pages_for(capacity))
+        return ContextState(self, self.slots.allocate(), pages, capacity)
+
+    def close(self, state: ContextState) -> None:
+        """Takes a state's slot and pages back; a second time it does nothing."""
+        state.release()
+
+    def room_for(self, capacity: int) -> bool:
+        """Whether `open` would succeed."""
+        free = min(self.pages.num_free, self.most_pages)
+        return self.slots.num_free > 0 and pages_for(capacity) <= free
+
+    def could_ever_hold(self, capacity: int) -> bool:
+        """Whether a row of `capacity` tokens fits into the empty pool and the model's context."""
+        return self.slots.num_slots > 0 and pages_for(capacity) <= self.most_pages
+
+    def stats(self) -> dict[str, float]:
+        """Slots and pages, those in use, the bytes of those in use and of all."""
+        slots_used = self.slots.num_slots - self.slots.num_free
+        pages_used = self.pages.num_pages - self.pages.num_free
+        return {
+            "slots": self.slots.num_slots,
+            "slots_used": slots_used,
+            "pages": self.pages.num_pages,
+            "pages_used": pages_used,
+            "state_bytes": slots_used * self.slot_bytes + pages_used * self.page_bytes,
+            "pool_bytes": self.num_bytes,
+        }

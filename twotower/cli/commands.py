@@ -1,0 +1,237 @@
+"""What the commands of `twotower` do once their options are read, from settings to stdout.
+
+Heavy imports happen inside, so that a command brings no more than it needs.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from twotower.deployments.config import ServiceConfig
+
+_GRPC_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
+
+
+def serve(config: Path | None, settings: dict[str, Any], verbose: bool) -> None:
+    """Starts the service with a file's settings and those given, until a signal stops it."""
+    from twotower.cluster.placement.surroundings import runtime_folder
+    from twotower.deployments.server.supervisor import held_signals, supervise
+
+    with held_signals() as held, runtime_folder(os.environ) as folder:
+        # Its libraries look for their folders when they are imported.
+        from twotower.deployments.config import ServiceConfig
+
+        service_config = (
+            ServiceConfig.from_settings(settings)
+            if config is None
+            else ServiceConfig.from_file(config, **settings)
+        )
+        typer.echo("starting the towers ...", err=True)
+        work = partial(_run_service, service_config, folder, verbose)
+        code = supervise(work, service_config.graceful_shutdown_timeout_s, held)
+    raise typer.Exit(code)
+
+
+def _run_service(
+    config: ServiceConfig, folder: Path, verbose: bool, ready: Callable[[], None]
+) -> int:
+    """The service, in a process of its own, until SIGTERM; returns the exit code."""
+    from twotower.deployments.router.waiting import WaitingPairs
+    from twotower.deployments.server.ray_messages import RayMessages
+    from twotower.deployments.server.server import LocalService
+
+    stdout = sys.stdout
+    messages = stdout if verbose else RayMessages(sys.stderr)
+    with (
+        redirect_stdout(messages),
+        WaitingPairs(lambda line: typer.echo(line, err=True)),
+        LocalService(config, verbose=verbose, folder=folder) as service,
+    ):
+        # Ray has its own idea of SIGTERM, so this comes after its start.
+        stop = _stop_signals()
+        ready()
+        command = f"twotower generate 'def main():' --target {service.address}"
+        typer.echo(f"ready on {service.address}   try: {command}", file=stdout)
+        while os.read(stop, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
+            pass
+        typer.echo("stopping ...", err=True)
+    return 0
+
+
+def _stop_signals() -> int:
+    """A descriptor from which a byte can be read for each SIGINT and SIGTERM from now on.
+
+    Not an event that a handler sets: the handler may interrupt whoever waits for the event while
+    he holds its lock, and it does not run while another thread has got the signal.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, lambda *_: None)
+    signal.set_wakeup_fd(writer)
+    return reader
+
+
+def generate_remotely(
+    target: str, prompt: str, sampling: dict[str, Any], ignore_eos: bool, logprobs: bool
+) -> None:
+    """Streams a completion of a service to stdout."""
+    from twotower.client import Client
+
+    _check_target(target)
+    begin = time.perf_counter()
+    with Client(target) as client:
+        stream = client.generate(prompt, **sampling, ignore_eos=ignore_eos, logprobs=logprobs)
+        for block in stream:
+            write(block.text)
+    assert stream.usage is not None, "a stream that ended well has its usage"
+    seconds = time.perf_counter() - begin
+    _report(stream.usage.completion_tokens, stream.usage.nfe, seconds, stream.seed)
+    if stream.steps_per_block is not None:
+        used = f"{stream.steps_per_block} steps, threshold {stream.confidence_threshold:g}"
+        typer.echo(f"served with {used}", err=True)
+    if logprobs:
+        _report_log_probs(stream.token_ids, stream.log_probs)
+
+
+def _check_target(target: str) -> None:
+    """`host:port`, or what gRPC knows by a scheme. Raises InvalidRequestError for anything else:
+    gRPC would try port 443, or 65535 for -1."""
+    from twotower.towers.errors import InvalidRequestError
+
+    if target.startswith(_GRPC_SCHEMES):
+        return
+    host, _, port = target.rpartition(":")
+    bare = ":" in host and not host.startswith("[")
+    known = port.isascii() and port.isdecimal() and 1 <= int(port[:6]) <= 65535
+    if not host.isascii() or not host or bare or not known:
+        raise InvalidRequestError("target", target, "host:port")
+
+
+def generate_here(
+    model: str | None,
+    device: str,
+    dtype: str,
+    prompt: str,
+    sampling: dict[str, Any],
+    ignore_eos: bool,
+    logprobs: bool,
+) -> None:
+    """Streams a completion of a model in this process to stdout."""
+    from twotower.in_process import InProcessModel
+    from twotower.towers.checkpoint.weights import parse_dtype, resolve_checkpoint
+    from twotower.towers.request.params import GenerationParams
+
+    # Both before a checkpoint is fetched for nothing.
+    params = GenerationParams(**sampling)
+    parse_dtype(dtype)
+    loaded = InProcessModel(resolve_checkpoint(model), device, dtype)
+    begin = time.perf_counter()
+    stream = loaded.stream(prompt, params, ignore_eos=ignore_eos)
+    for text in stream:
+        write(text)
+    seconds = time.perf_counter() - begin
+    _report(len(stream.log.token_ids), stream.log.nfe, seconds, stream.seed)
+    if logprobs:
+        _report_log_probs(stream.log.token_ids, stream.log_probs)
+
+
+def verify(folder: Path, device: str, dtype: str) -> None:
+    """Replays recorded cases; ends with exit code 1 if one differs."""
+    from twotower.towers.verify import verify_folder
+
+    if not verify_folder(folder, device, dtype, typer.echo):
+        raise typer.Exit(1)
+
+
+def quantize(source: str, target: Path, evaluate: bool, device: str, dtype: str) -> None:
+    """Writes a quantized checkpoint, and a report to stdout."""
+    from twotower.agreement import compare
+    from twotower.towers.checkpoint.quantization import quantize_checkpoint
+    from twotower.towers.checkpoint.weights import parse_device, parse_dtype, resolve_checkpoint
+    from twotower.towers.text.tokenizer import load_tokenizer
+
+    folder = resolve_checkpoint(source)
+    # Here and not after an hour of work.
+    parse_device(device)
+    parse_dtype(dtype)
+    if evaluate and load_tokenizer(folder) is None:
+        raise ValueError(f"--evaluate: {folder} has no tokenizer for its prompts")
+    report = quantize_checkpoint(folder, target)
+    typer.echo(report.table(), err=True)
+    figures = asdict(report)
+    if evaluate:
+        figures["evaluation"] = asdict(compare(folder, target, device=device, dtype=dtype))
+    typer.echo(json.dumps(figures, indent=2))
+
+
+def train(settings: dict[str, Any]) -> None:
+    """Trains a model."""
+    from twotower.towers.training import TrainingOptions, train
+
+    train(TrainingOptions(**settings), typer.echo)
+
+
+def plan(settings: dict[str, Any], model: str | None, measured: Path | None, as_json: bool) -> None:
+    """Prints what fits on a kind of GPU, and how fast it would be."""
+    from twotower.planner.measured import read_measured
+    from twotower.planner.plan import make_plan
+    from twotower.planner.question import Question, formats_named, model_config
+    from twotower.planner.text import to_dict, to_text
+
+    question = Question(**{**settings, "experts": formats_named(settings["experts"])})
+    config = model_config(model)
+    known = read_measured(measured, config, question) if measured is not None else None
+    answer = make_plan(question, config, known)
+    typer.echo(json.dumps(to_dict(answer), indent=2) if as_json else to_text(answer))
+
+
+def standard_input() -> str:
+    """All of stdin, as UTF-8 whatever the locale. Raises ValueError for other bytes."""
+    if sys.stdin is None:
+        raise ValueError("prompt: got - with stdin closed, expected a text there")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"prompt: got byte 0x{error.object[error.start]:02x} at {error.start} of stdin, "
+            "expected UTF-8"
+        ) from None
+
+
+def write(text: str) -> None:
+    """Shows a piece of text at once."""
+    # Not by `typer.echo`, which leaves out what it takes for colours.
+    if sys.stdout is not None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _report(tokens: int, nfe: int, seconds: float, seed: int | None) -> None:
+    per_pass = f"{tokens / nfe:.2f} tokens/NFE, " if nfe else ""
+    typer.echo(
+        f"\n{tokens} tokens, {nfe} NFE, {per_pass}{tokens / seconds:.1f} tokens/s, seed {seed}",
+        err=True,
+    )
+
+
+def _report_log_probs(token_ids: Sequence[int], log_probs: Sequence[float]) -> None:
+    """One line per token: its id and its natural-log probability."""
+    for token, log_prob in zip(token_ids, log_probs, strict=True):
+        typer.echo(f"{token}\t{log_prob:.6f}", err=True)

@@ -1,0 +1,308 @@
+"""The `twotower` command and its options; what is heavy is imported by `commands`, where needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from twotower.cli import commands
+from twotower.cli.errors import CommandGroup
+
+app = typer.Typer(
+    cls=CommandGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Serve and try two-tower block-diffusion language models.\n\n"
+    "A small model ships inside the package, so every command works as it is:\n\n"
+    "  twotower generate 'def main():'      complete a text, no server needed\n\n"
+    "  twotower serve                       start the gRPC service on port 9000",
+)
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="Checkpoint folder or Hugging Face id; the shipped model if left out."),
+]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="Number format: float32 or bfloat16.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="YAML file of settings; options here win."),
+]
+Verbose = Annotated[bool, typer.Option(help="Show the logs of all processes.")]
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    config: Config = None,
+    grpc_port: Annotated[int | None, typer.Option(help="gRPC port; 9000 if left out.")] = None,
+    http_port: Annotated[
+        int | None, typer.Option(help="Port of Ray Serve's HTTP side, loopback only; 8000.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu (default) or cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 (default) or bfloat16.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of each tower; half of the CPUs it may use.")
+    ] = None,
+    max_context: Annotated[
+        int | None, typer.Option(help="Most tokens of prompt and output together.")
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(help="Requests that a pair of towers works on at once.")
+    ] = None,
+    max_queued_requests: Annotated[
+        int | None, typer.Option(help="Requests that wait for a pair; more are refused.")
+    ] = None,
+    memory_fraction: Annotated[
+        float | None, typer.Option(help="Share of a device's free memory for states and K/V.")
+    ] = None,
+    prefix_cache_mib: Annotated[
+        int | None, typer.Option(help="MiB of snapshots in the prefix cache; 0 turns it off.")
+    ] = None,
+    transport: Annotated[
+        str | None, typer.Option(help="How states travel: grpc (default), gloo or nccl.")
+    ] = None,
+    pairs: Annotated[int | None, typer.Option(help="Number of pairs of towers.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Start the service on this machine; Ctrl-C stops it."""
+    settings = {
+        "model": model,
+        "grpc_port": grpc_port,
+        "http_port": http_port,
+        "device": device,
+        "dtype": dtype,
+        "threads_per_tower": threads,
+        "max_context": max_context,
+        "max_num_seqs": max_num_seqs,
+        "max_queued_requests": max_queued_requests,
+        "memory_fraction": memory_fraction,
+        "prefix_cache_mib": prefix_cache_mib,
+        "transport": transport,
+        "num_pairs": pairs,
+    }
+    commands.serve(config, settings, verbose)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from stdin.")],
+    target: Annotated[
+        str | None, typer.Option(help="host:port of a running service; otherwise in process.")
+    ] = None,
+    model: Model = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="mask_diffusion (blocks in parallel), ar (one by one, by the context tower), "
+            "verified (ar's tokens, drafted by the denoiser) or mock_ar (one by one, by the "
+            "denoiser)."
+        ),
+    ] = "mask_diffusion",
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 64,
+    block_size: Annotated[int, typer.Option(help="Tokens that are denoised together.")] = 16,
+    steps_per_block: Annotated[int, typer.Option(help="Most denoiser passes per block.")] = 16,
+    confidence_threshold: Annotated[
+        float, typer.Option(help="Commit a token at this probability; lower is faster.")
+    ] = 0.8,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k best tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from this much probability.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Draw from tokens of this share of the best one's.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Repeats a draw exactly.")] = None,
+    draft_steps: Annotated[
+        int, typer.Option(help="Most denoiser passes per draft in verified.")
+    ] = 1,
+    min_tokens: Annotated[int, typer.Option(help="Nothing ends the text before so many.")] = 0,
+    min_steps_per_block: Annotated[
+        int | None, typer.Option(help="Fewest steps that a service with a long queue may take.")
+    ] = None,
+    min_confidence_threshold: Annotated[
+        float | None, typer.Option(help="Lowest threshold that such a service may use.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be given several times.")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")
+    ] = False,
+    logprobs: Annotated[
+        bool, typer.Option("--logprobs", help="Print each token's log-probability at the end.")
+    ] = False,
+) -> None:
+    """Complete a text: stdout gets the text as it is committed, stderr what it cost."""
+    sampling = {
+        "mode": mode,
+        "max_tokens": max_tokens,
+        "block_size": block_size,
+        "steps_per_block": steps_per_block,
+        "confidence_threshold": confidence_threshold,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+        "draft_steps": draft_steps,
+        "min_tokens": min_tokens,
+        "min_steps_per_block": min_steps_per_block,
+        "min_confidence_threshold": min_confidence_threshold,
+        "stop": stop or [],
+    }
+    text = commands.standard_input() if prompt == "-" else prompt
+    if target is not None:
+        commands.generate_remotely(target, text, sampling, ignore_eos, logprobs)
+    else:
+        commands.generate_here(model, device, dtype, text, sampling, ignore_eos, logprobs)
+
+
+@app.command()
+def verify(
+    folder: Annotated[
+        Path, typer.Argument(exists=True, file_okay=False, help="Folder of recorded cases.")
+    ],
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Replay recorded cases on this machine's kernels; exit code 1 if any differs."""
+    commands.verify(folder, device, dtype)
+
+
+@app.command()
+def quantize(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="Checkpoint folder or Hugging Face id.")
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="New folder for the quantized checkpoint.")
+    ],
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Decode a few prompts with both and compare.")
+    ] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """Store a model's routed experts in 8 bits; stdout gets a report as JSON.
+
+    Device and dtype are those of the comparison.
+    """
+    commands.quantize(source, target, evaluate, device, dtype)
+
+
+@app.command()
+def train(
+    out_dir: Annotated[Path, typer.Argument(help="Folder that receives the model.")],
+    work_dir: Annotated[
+        Path, typer.Option(help="Folder for tokens and checkpoints of the run.")
+    ] = Path("runs/train"),
+    corpus: Annotated[
+        Path | None, typer.Option(help="Folder of .py files; Python's own library if left out.")
+    ] = None,
+    context_minutes: Annotated[float, typer.Option(help="Time for the context tower.")] = 38.0,
+    denoiser_minutes: Annotated[float, typer.Option(help="Time for the denoiser tower.")] = 40.0,
+    context_steps: Annotated[int | None, typer.Option(help="Steps instead of time.")] = None,
+    denoiser_steps: Annotated[int | None, typer.Option(help="Steps instead of time.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 1,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32 or bfloat16; what this processor multiplies faster."),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+) -> None:
+    """Train a small two-tower model from source code, as the shipped one was."""
+    settings: dict[str, Any] = {
+        "out_dir": out_dir,
+        "work_dir": work_dir,
+        "corpus": corpus,
+        "context_minutes": context_minutes,
+        "denoiser_minutes": denoiser_minutes,
+        "context_steps": context_steps,
+        "denoiser_steps": denoiser_steps,
+        "threads": threads,
+        "seed": seed,
+        "resume": resume,
+    }
+    if dtype is not None:
+        settings["dtype"] = dtype
+    commands.train(settings)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(context: typer.Context) -> None:
+    """Measure both towers' speed in process; `twotower bench --help` lists its options."""
+    from twotower.bench.command import main as measure
+
+    raise typer.Exit(measure(context.args, "twotower bench"))
+
+
+@app.command()
+def plan(
+    gpu: Annotated[str, typer.Option(help="a100-80, h100, h200, b200, l40s or gb10.")] = "h100",
+    context: Annotated[
+        int, typer.Option(help="Tokens of a row, prompt and output together.")
+    ] = 4096,
+    batch: Annotated[int, typer.Option(help="Rows that a denoiser works on at once.")] = 64,
+    gamma: Annotated[
+        float, typer.Option(help="Threshold, from which follow the tokens a denoiser pass commits.")
+    ] = 0.8,
+    text: Annotated[
+        str, typer.Option(help="What is written: plain, open, code or arithmetic.")
+    ] = "plain",
+    tokens_per_nfe: Annotated[
+        float | None, typer.Option(help="Tokens a pass commits, in place of gamma and text.")
+    ] = None,
+    output_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Output of a row; the rest is a prompt to be read. Not given: no prompt."
+        ),
+    ] = None,
+    experts: Annotated[
+        str, typer.Option(help="Format of routed experts: full, fp8 or both.")
+    ] = "both",
+    most_denoisers: Annotated[
+        int, typer.Option(help="Most denoisers of a context tower; 7 fill a host of 8 GPUs.")
+    ] = 7,
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint; the released 30B model's shape if left out.")
+    ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="Report of `twotower bench`, or pair stats."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Memory and tokens/s of ways to place the towers on a kind of GPU; needs no GPU itself."""
+    question = {
+        "gpu": gpu,
+        "context": context,
+        "batch": batch,
+        "gamma": gamma,
+        "text": text,
+        "tokens_per_nfe": tokens_per_nfe,
+        "output_tokens": output_tokens,
+        "experts": experts,
+        "most_denoisers": most_denoisers,
+    }
+    commands.plan(question, model, measured, as_json)
+
+
+def main() -> None:
+    """Entry of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

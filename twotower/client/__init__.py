@@ -1,0 +1,23 @@
+"""Clients of the service over gRPC; they need no torch and no Ray."""
+
+from twotower.client.client import (
+    AsyncClient,
+    AsyncGenerationStream,
+    Client,
+    GenerationStream,
+)
+from twotower.client.messages import ModelInfo, Score, ServiceError, TextBlock, Usage
+from twotower.towers.request.token_ids import Prompt
+
+__all__ = [
+    "AsyncClient",
+    "AsyncGenerationStream",
+    "Client",
+    "GenerationStream",
+    "ModelInfo",
+    "Prompt",
+    "Score",
+    "ServiceError",
+    "TextBlock",
+    "Usage",
+]

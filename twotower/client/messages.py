@@ -1,0 +1,188 @@
+"""What a client sends and receives, between protobuf messages and plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from twotower.client.wire_values import checked_ids, checked_scalars, checked_text
+from twotower.protos.refusals import client_status, retry_after_of
+from twotower.protos.v1 import generation_pb2 as pb
+from twotower.towers.errors import TwoTowerError
+from twotower.towers.request.token_ids import PROMPT, Prompt, TokenIds, text_list
+
+
+class ServiceError(TwoTowerError):
+    """The service refused or failed a call; `code` is its gRPC status.
+
+    `retry_after_s` is the service's hint when to try again, in seconds, if it gave one.
+    """
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        self.code = code
+        self.details = details
+        self.retry_after_s = retry_after_of(details)
+        super().__init__(f"{code.name}: {details}")
+
+    def __reduce__(self) -> tuple[type[ServiceError], tuple[grpc.StatusCode, str]]:
+        return type(self), (self.code, self.details)
+
+
+@dataclass(frozen=True)
+class TextBlock:
+    """One committed block; per token its denoising step and probability.
+
+    `log_probs` are their natural logs, empty unless they were asked for.
+    """
+
+    index: int
+    start: int
+    token_ids: tuple[int, ...]
+    text: str
+    commit_steps: tuple[int, ...]
+    confidences: tuple[float, ...]
+    log_probs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a completion cost: tokens, denoiser passes (`nfe`) and context tower passes.
+
+    `cached_tokens` of the prompt came from the prefix cache; in verified, `accepted_tokens` of
+    `drafted_tokens` were accepted.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    nfe: int
+    context_passes: int
+    cached_tokens: int
+    accepted_tokens: int
+    drafted_tokens: int
+
+    def after(self, earlier: Usage | None) -> Usage:
+        """This stream's cost with that of the `earlier` ones that it has resumed."""
+        if earlier is None:
+            return self
+        return Usage(
+            self.prompt_tokens,
+            self.completion_tokens,
+            self.nfe + earlier.nfe,
+            self.context_passes + earlier.context_passes,
+            earlier.cached_tokens,
+            self.accepted_tokens + earlier.accepted_tokens,
+            self.drafted_tokens + earlier.drafted_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Score:
+    """The scored tokens, and natural-log probabilities of all but the first."""
+
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a service serves, and its limits."""
+
+    name: str
+    version: str
+    vocab_size: int
+    max_context: int
+    modes: tuple[str, ...]
+    eos_token_id: int | None
+    has_tokenizer: bool
+    layer_pattern: str
+    dtype: str
+
+
+def generate_request(
+    prompt: Prompt,
+    stop: Sequence[str],
+    generated_token_ids: TokenIds,
+    request_id: str,
+    scalars: dict[str, Any],
+) -> pb.GenerateRequest:
+    """The request of a completion; scalars that are None stay unset.
+
+    Raises InvalidRequestError for what a message cannot carry.
+    """
+    checked = checked_scalars(pb.SamplingParams.DESCRIPTOR, scalars)
+    return pb.GenerateRequest(
+        request_id=checked_text("request_id", request_id),
+        **_input_of("prompt", prompt),
+        sampling_params=pb.SamplingParams(stop=_texts(stop), **checked),
+        generated_token_ids=checked_ids("generated_token_ids", generated_token_ids),
+    )
+
+
+def score_request(text: Prompt) -> pb.ScoreRequest:
+    """The request to score a text or token ids. Raises InvalidRequestError."""
+    return pb.ScoreRequest(**_input_of("text", text))
+
+
+def text_block(block: pb.Block, index: int) -> TextBlock:
+    """A received block, numbered within the whole completion."""
+    return TextBlock(
+        index,
+        block.start,
+        tuple(block.token_ids),
+        block.text,
+        tuple(block.commit_steps),
+        tuple(block.confidences),
+        tuple(block.log_probs),
+    )
+
+
+def usage_of(usage: pb.Usage) -> Usage:
+    """A received usage."""
+    return Usage(
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        usage.nfe,
+        usage.context_passes,
+        usage.cached_tokens,
+        usage.accepted_tokens,
+        usage.drafted_tokens,
+    )
+
+
+def score_of(response: pb.ScoreResponse) -> Score:
+    """A received score."""
+    return Score(tuple(response.token_ids), tuple(response.log_probs))
+
+
+def model_info_of(info: pb.ModelInfo) -> ModelInfo:
+    """A received description."""
+    return ModelInfo(
+        name=info.name,
+        version=info.version,
+        vocab_size=info.vocab_size,
+        max_context=info.max_context,
+        modes=tuple(info.modes),
+        eos_token_id=info.eos_token_id if info.HasField("eos_token_id") else None,
+        has_tokenizer=info.has_tokenizer,
+        layer_pattern=info.layer_pattern,
+        dtype=info.dtype,
+    )
+
+
+def service_error(error: Any) -> ServiceError:
+    """A gRPC error as ours."""
+    return ServiceError(*client_status(error.code(), error.details() or "no details"))
+
+
+def _input_of(field: str, prompt: Prompt) -> dict[str, Any]:
+    if isinstance(prompt, str):
+        return {"text": checked_text(field, prompt)}
+    return {"tokens": pb.TokenIds(ids=checked_ids(field, prompt, PROMPT))}
+
+
+def _texts(stop: Sequence[str]) -> list[str]:
+    given = text_list("stop", stop)
+    return [checked_text(f"stop[{index}]", text) for index, text in enumerate(given)]
