@@ -65,7 +65,7 @@ bench: $(STAMP) ## Speed and memory on this machine
 	$(BIN)/twotower bench --preset tiny --out runs/bench.json
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.decode --model shipped --tokens 96
-	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.state_memory
 	$(BIN)/python -m benchmarks.scheduling
 	$(BIN)/python -m benchmarks.long_prompt
 	$(BIN)/python -m benchmarks.channel

@@ -22,7 +22,7 @@ from twotower.deployments.pair.metrics import PairMetrics
 from twotower.deployments.pair.tower_pair import TowerPair
 from twotower.deployments.router.router import Router
 from twotower.deployments.router.waiting import WatchedRouter
-from twotower.deployments.routing.losses import RetryPolicy
+from twotower.deployments.routing.retry import RetryPolicy
 from twotower.towers.errors import ConfigError
 from twotower.towers.limits import usable_cpus
 

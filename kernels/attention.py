@@ -76,7 +76,7 @@ def store_kv(k_new: Tensor, v_new: Tensor, context: PagedKeyValues, rows: Rows) 
         span = rows.host.slice_of(row)
         if rows.host.slots[row] < 0:
             continue
-        start = rows.host.visible[row]
+        start = rows.host.context_lens[row]
         stop = start + span.stop - span.start
         at = span.start
         for run in page_runs(rows.pages_of(row, stop), rows.page_tokens, start, stop):
@@ -88,7 +88,7 @@ def store_kv(k_new: Tensor, v_new: Tensor, context: PagedKeyValues, rows: Rows) 
 
 def _tiles(context: PagedKeyValues, rows: Rows, row: int) -> Iterator[tuple[Tensor, Tensor]]:
     """K and V of a row's context, [nkv, n, hd]: views, or copies of scattered pages."""
-    seen = rows.host.visible[row]
+    seen = rows.host.context_lens[row]
     pages = rows.pages_of(row)
     for start in range(0, seen, _TILE):
         runs = page_runs(pages, rows.page_tokens, start, min(start + _TILE, seen))

@@ -10,7 +10,7 @@ run of whole pages; how many there are depends on the row's visible tokens, but 
 row has more than SHORT_TOKENS new tokens: those fill a GPU with query tiles. The grid is as large
 as the page table's width allows, and programs without work return at once.
 
-What a row gets depends, in its last bits, on two things beside the row: whether `rows.longest`
+What a row gets depends, in its last bits, on two things beside the row: whether `rows.max_seqlen`
 times the query heads of a KV head is at most FEW_ROWS (a pass of single tokens), at most BLOCK_ROWS
 or above, and how many rows there are, as splits are longer where rows alone fill the device
 (`longer_splits`).
@@ -82,14 +82,14 @@ def attention(
     out = torch.empty(tokens, heads * width, dtype=q.dtype, device=q.device)
     if tokens == 0:
         return out
-    folded = rows.longest * per_kv
+    folded = rows.max_seqlen * per_kv
     tiling = tiling_for(q.dtype, folded)
     longer = longer_splits(rows.count * kv_heads * triton.cdiv(folded, tiling.rows))
     tiling = replace(tiling, split_tokens=tiling.split_tokens * longer)
     splits = tiling.splits(rows.pages.shape[1] * rows.page_tokens)
-    short = min(rows.longest, SHORT_TOKENS)
+    short = min(rows.max_seqlen, SHORT_TOKENS)
     partials = _partials((splits if splits > 1 else 0, rows.count, short, heads), width, q.device)
-    own = (rows.starts, rows.slots, rows.visible)
+    own = (rows.cu_seqlens, rows.slots, rows.context_lens)
     sizes = {
         "WIDTH": width,
         "BLOCK_D": _padded(width),
@@ -98,7 +98,7 @@ def attention(
         "SPLIT_TOKENS": tiling.split_tokens,
         "SHORT_TOKENS": SHORT_TOKENS,
     }
-    tiles = triton.cdiv(rows.longest * per_kv, tiling.rows)
+    tiles = triton.cdiv(rows.max_seqlen * per_kv, tiling.rows)
     short_tiles = triton.cdiv(short * per_kv, tiling.rows)
     _attention_kernel[(tiles + (splits - 1) * short_tiles, kv_heads, rows.count)](
         *(q, k_new, v_new, context.k, context.v, out, *partials, *own, rows.pages),
@@ -132,8 +132,17 @@ def store_kv(k_new: Tensor, v_new: Tensor, context: PagedKeyValues, rows: Rows) 
     tokens, kv_heads, width = k_new.shape
     if tokens == 0:
         return
-    _store_kernel[(triton.cdiv(rows.longest, _STORED_TOKENS), kv_heads, rows.count)](
-        *(k_new, v_new, context.k, context.v, rows.starts, rows.slots, rows.visible, rows.pages),
+    _store_kernel[(triton.cdiv(rows.max_seqlen, _STORED_TOKENS), kv_heads, rows.count)](
+        *(
+            k_new,
+            v_new,
+            context.k,
+            context.v,
+            rows.cu_seqlens,
+            rows.slots,
+            rows.context_lens,
+            rows.pages,
+        ),
         *(*k_new.stride()[:2], *context.k.stride()[:2], rows.pages.stride(0)),
         WIDTH=width,
         BLOCK_T=_STORED_TOKENS,
@@ -194,9 +203,9 @@ def _attention_kernel(
     maxima,
     totals,
     values,
-    starts,
+    cu_seqlens,
     slots,
-    visible,
+    context_lens,
     pages,
     q_token,
     q_head,
@@ -228,9 +237,9 @@ def _attention_kernel(
     slot = tl.load(slots + row)
     if slot < 0:
         return
-    first = tl.load(starts + row)
-    length = tl.load(starts + row + 1) - first
-    seen = tl.load(visible + row)
+    first = tl.load(cu_seqlens + row)
+    length = tl.load(cu_seqlens + row + 1) - first
+    seen = tl.load(context_lens + row)
     splits, span = _splits(seen, length, PAGE, SPLITS, SPLIT_TOKENS, SHORT_TOKENS)
     short_tiles = tl.cdiv(short * PER_KV, BLOCK_M)
     index = tl.program_id(0)
@@ -411,9 +420,9 @@ def _merge_kernel(
     maxima,
     totals,
     values,
-    starts,
+    cu_seqlens,
     slots,
-    visible,
+    context_lens,
     short,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -429,9 +438,9 @@ def _merge_kernel(
     row = tl.program_id(1)
     if tl.load(slots + row) < 0:
         return
-    first = tl.load(starts + row)
-    length = tl.load(starts + row + 1) - first
-    seen = tl.load(visible + row)
+    first = tl.load(cu_seqlens + row)
+    length = tl.load(cu_seqlens + row + 1) - first
+    seen = tl.load(context_lens + row)
     splits, _ = _splits(seen, length, PAGE, SPLITS, SPLIT_TOKENS, SHORT_TOKENS)
     if splits == 1:
         return
@@ -471,9 +480,9 @@ def _store_kernel(
     v_new,
     k_pool,
     v_pool,
-    starts,
+    cu_seqlens,
     slots,
-    visible,
+    context_lens,
     pages,
     new_token,
     new_head,
@@ -491,13 +500,13 @@ def _store_kernel(
     slot = tl.load(slots + row)
     if slot < 0:
         return
-    first = tl.load(starts + row)
-    length = tl.load(starts + row + 1) - first
+    first = tl.load(cu_seqlens + row)
+    length = tl.load(cu_seqlens + row + 1) - first
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     there = token < length
     lane = tl.arange(0, BLOCK_D)
     inside = there[:, None] & (lane < WIDTH)[None, :]
-    position = tl.load(visible + row) + token
+    position = tl.load(context_lens + row) + token
     table = pages + slot.to(tl.int64) * pages_slot
     page = tl.load(table + position // PAGE, mask=there, other=0)
     place = page.to(tl.int64) * PAGE + position % PAGE

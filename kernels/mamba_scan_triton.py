@@ -10,7 +10,7 @@ slice of one head, and carry that slice of the state in registers from chunk to 
 token per row takes one launch, conv inside. All to fp32's precision: fp32 and fp16 inputs by fp32
 products, bf16 inputs by tensor cores (see `_product`).
 
-Tiles follow from `rows.longest` alone: among passes whose longest rows have 1, 2 to 16, 17 to 64
+Tiles follow from `rows.max_seqlen` alone: among passes whose longest rows have 1, 2 to 16, 17 to 64
 or more tokens, a row has the same bits in any batch. Source: Dao and Gu 2024 (Mamba-2), section 6.
 """
 
@@ -76,7 +76,7 @@ def _chunks_kernel(
     a_log,
     d,
     y,
-    starts,
+    cu_seqlens,
     slots,
     heads,
     per_group,
@@ -95,8 +95,8 @@ def _chunks_kernel(
     slot = tl.load(slots + row).to(tl.int64)
     if slot < 0:
         return
-    start = tl.load(starts + row).to(tl.int64)
-    length = (tl.load(starts + row + 1) - start).to(tl.int32)
+    start = tl.load(cu_seqlens + row).to(tl.int64)
+    length = (tl.load(cu_seqlens + row + 1) - start).to(tl.int32)
     inner = heads * width
     channels = inner + 2 * shared_channels
     p = tl.program_id(0) % slices * block_p + tl.arange(0, block_p)
@@ -163,7 +163,7 @@ def _token_kernel(
     d,
     dt_bias,
     y,
-    starts,
+    cu_seqlens,
     slots,
     heads,
     per_group,
@@ -179,8 +179,8 @@ def _token_kernel(
     head = tl.program_id(0) // slices
     row = tl.program_id(1)
     slot = tl.load(slots + row).to(tl.int64)
-    start = tl.load(starts + row).to(tl.int64)
-    length = (tl.load(starts + row + 1) - start).to(tl.int32)
+    start = tl.load(cu_seqlens + row).to(tl.int64)
+    length = (tl.load(cu_seqlens + row + 1) - start).to(tl.int32)
     if slot < 0 or length <= 0:
         return
     inner = heads * width
@@ -264,11 +264,11 @@ class Tile:
     num_stages: int
 
 
-def tile_of(longest: int) -> Tile:
-    """For rows of 2 to `longest` tokens. None of them spills registers at P = 64, N = 128."""
-    if longest <= 16:
+def tile_of(max_seqlen: int) -> Tile:
+    """For rows of 2 to `max_seqlen` tokens. None of them spills registers at P = 64, N = 128."""
+    if max_seqlen <= 16:
         return Tile(16, 32, True, num_warps=4, num_stages=1)
-    if longest <= LONGEST_BLOCK:
+    if max_seqlen <= LONGEST_BLOCK:
         return Tile(16, 32, False, num_warps=4, num_stages=1)
     return Tile(32, 32, False, num_warps=8, num_stages=2)
 
@@ -289,9 +289,9 @@ def mamba_scan(
     assert projected.stride(1) == conv_state.stride(2) == ssm_state.stride(3) == 1
     assert conv_state.dtype == projected.dtype
     y = torch.empty((projected.shape[0], inner), dtype=torch.float32, device=projected.device)
-    if not rows.count or not rows.longest:
+    if not rows.count or not rows.max_seqlen:
         return y
-    scan = _scan_tokens if rows.longest == 1 else _scan_chunks
+    scan = _scan_tokens if rows.max_seqlen == 1 else _scan_chunks
     scan(projected, weights, conv_state, ssm_state, rows, y)
     return y
 
@@ -320,7 +320,7 @@ def _scan_tokens(
         weights.d,
         weights.dt_bias,
         y,
-        rows.starts,
+        rows.cu_seqlens,
         rows.slots,
         heads,
         heads // weights.groups,
@@ -370,7 +370,7 @@ def _scan_chunks(
         )
         y.copy_(scanned.flatten(2)[0])
         return
-    tile = tile_of(rows.longest)
+    tile = tile_of(rows.max_seqlen)
     _chunks_kernel[(heads * triton.cdiv(width, tile.channels), rows.count)](
         conv,
         steps,
@@ -379,7 +379,7 @@ def _scan_chunks(
         weights.a_log,
         weights.d,
         y,
-        rows.starts,
+        rows.cu_seqlens,
         rows.slots,
         heads,
         heads // weights.groups,
@@ -400,7 +400,7 @@ def _foreign_scan(
 ) -> Scan | None:
     """mamba-ssm's scan for a long piece of one prompt, where it is installed and right; its chunks
     run side by side. Only beside bf16, whose rounding hides that of its TF32."""
-    alone = rows.count == 1 and projected.shape[0] == rows.longest > LONGEST_BLOCK
+    alone = rows.count == 1 and projected.shape[0] == rows.max_seqlen > LONGEST_BLOCK
     if not (alone and projected.is_cuda and projected.dtype == torch.bfloat16):
         return None
     heads, width, n = ssm_state.shape[1:]

@@ -92,7 +92,7 @@ def _prepare_kernel(
     dt_bias_stride_m,
     conv_out,
     steps_out,
-    starts,
+    cu_seqlens,
     slots,
     counts,
     total_tokens,
@@ -108,8 +108,8 @@ def _prepare_kernel(
     row = tl.program_id(2) % row_count
     layer = (tl.program_id(2) // row_count).to(tl.int64)
     slot = tl.load(slots + row).to(tl.int64)
-    start = tl.load(starts + row).to(tl.int64)
-    length = (tl.load(starts + row + 1) - start).to(tl.int32)
+    start = tl.load(cu_seqlens + row).to(tl.int64)
+    length = (tl.load(cu_seqlens + row + 1) - start).to(tl.int32)
     if counts is not None:
         length = tl.minimum(length, tl.load(counts + row))
     first = tl.program_id(1) * block_t
@@ -177,7 +177,7 @@ def prepare(
     steps = torch.empty((layers, tokens, heads), dtype=torch.float32, device=xbc.device)
     grid = (
         triton.cdiv(channels, _CHANNELS),
-        triton.cdiv(rows.longest, _TOKENS),
+        triton.cdiv(rows.max_seqlen, _TOKENS),
         rows.count * layers,
     )
     _prepare_kernel[grid](
@@ -201,7 +201,7 @@ def prepare(
         dt_bias.stride(0),
         conv,
         steps,
-        rows.starts,
+        rows.cu_seqlens,
         rows.slots,
         counts,
         tokens,

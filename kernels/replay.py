@@ -75,7 +75,7 @@ def replay(
     """Advances ssm_state [S, M, H, P, N] fp32 and conv_state [S, M, K-1, Cd]: each row's slot over
     the first counts[row] (int32 [B]) of the row's tokens in xbc [M, T, Cd] and dt [M, T, H]."""
     for row, count in enumerate(counts.tolist()):
-        slot, start = rows.host.slots[row], rows.host.starts[row]
+        slot, start = rows.host.slots[row], rows.host.cu_seqlens[row]
         if slot < 0 or not count:
             continue
         own = slice(start, start + count)

@@ -44,7 +44,7 @@ def _replay_kernel(
     steps,
     a_log,
     a_log_stride_m,
-    starts,
+    cu_seqlens,
     slots,
     counts,
     total_tokens,
@@ -70,7 +70,7 @@ def _replay_kernel(
     count = tl.load(counts + row)
     if slot < 0 or count <= 0:
         return
-    start = tl.load(starts + row).to(tl.int64)
+    start = tl.load(cu_seqlens + row).to(tl.int64)
 
     p = tl.program_id(0) % slices * block_p + tl.arange(0, block_p)
     column = tl.arange(0, block_n)
@@ -128,7 +128,7 @@ def replay(
     heads, width, n = ssm_state.shape[2:]
     assert ssm_state.stride(4) == 1
     assert conv_state.shape[3] == all_channels
-    if not rows.count or not rows.longest or not layers:
+    if not rows.count or not rows.max_seqlen or not layers:
         return
     channels = heads * width + weights.groups * n
     layer_bytes = tokens * (channels * xbc.element_size() + heads * 4)
@@ -178,7 +178,7 @@ def _replay_layers(
         steps,
         weights.a_log,
         weights.a_log.stride(0),
-        rows.starts,
+        rows.cu_seqlens,
         rows.slots,
         counts,
         tokens,

@@ -20,20 +20,20 @@ from torch import Tensor
 class Rows:
     """B rows of a pass over T tokens.
 
-    `starts` [B + 1] int32: row r owns tokens starts[r]..starts[r+1]-1. `slots` [B] int32: its slot
-    in the pools; -1 marks padding, a row that is neither computed nor written. `visible` [B] int32:
-    tokens of its context that attention sees, and where its new K/V would go. `pages` [S, P] int32:
-    context token i of slot s stands in page pages[s, i // page_tokens]. `longest` bounds the rows'
-    lengths and is the only number that a launch may depend on, beside shapes. `real` [T] bool marks
-    the tokens that are not padding, None if there can be no padding.
+    `cu_seqlens` [B + 1] int32: row r has tokens cu_seqlens[r]..cu_seqlens[r+1]-1. `slots` [B]
+    int32: its slot in the pools; -1 marks padding, a row that is neither computed nor written.
+    `context_lens` [B] int32: tokens of its context that attention sees, and where its new K/V would
+    go. `pages` [S, P] int32: context token i of slot s stands in page pages[s, i // page_tokens].
+    `max_seqlen` bounds the rows' lengths and is the only number that a launch may depend on, beside
+    shapes. `real` [T] bool marks the tokens that are not padding, None if there can be no padding.
     """
 
-    starts: Tensor
+    cu_seqlens: Tensor
     slots: Tensor
-    visible: Tensor
+    context_lens: Tensor
     pages: Tensor
     page_tokens: int
-    longest: int
+    max_seqlen: int
     real: Tensor | None = None
     known: HostRows | None = None
 
@@ -42,16 +42,16 @@ class Rows:
         cls,
         lengths: Sequence[int],
         slots: Sequence[int],
-        visible: Sequence[int],
+        context_lens: Sequence[int],
         pages: Tensor,
         page_tokens: int,
     ) -> Rows:
         """Rows whose numbers are known on the host, on the device of `pages`."""
-        known = HostRows(tuple(accumulate(lengths, initial=0)), tuple(slots), tuple(visible))
-        flat = torch.tensor([*known.starts, *slots, *visible], dtype=torch.int32)
+        known = HostRows(tuple(accumulate(lengths, initial=0)), tuple(slots), tuple(context_lens))
+        flat = torch.tensor([*known.cu_seqlens, *slots, *context_lens], dtype=torch.int32)
         count = len(lengths)
-        starts, own_slots, seen = flat.to(pages.device).split((count + 1, count, count))
-        return cls(starts, own_slots, seen, pages, page_tokens, max(lengths), known=known)
+        cu_seqlens, own_slots, seen = flat.to(pages.device).split((count + 1, count, count))
+        return cls(cu_seqlens, own_slots, seen, pages, page_tokens, max(lengths), known=known)
 
     @property
     def count(self) -> int:
@@ -62,13 +62,15 @@ class Rows:
     def host(self) -> HostRows:
         """The same as numbers: for references, never inside a CUDA graph."""
         return self.known or HostRows(
-            tuple(self.starts.tolist()), tuple(self.slots.tolist()), tuple(self.visible.tolist())
+            tuple(self.cu_seqlens.tolist()),
+            tuple(self.slots.tolist()),
+            tuple(self.context_lens.tolist()),
         )
 
     def pages_of(self, row: int, tokens: int | None = None) -> list[int]:
         """The pages that hold a row's first `tokens`, its visible ones if None."""
         host = self.host
-        count = host.visible[row] if tokens is None else tokens
+        count = host.context_lens[row] if tokens is None else tokens
         own: list[int] = self.pages[host.slots[row], : -(-count // self.page_tokens)].tolist()
         return own
 
@@ -96,18 +98,18 @@ class Run:
 class HostRows:
     """Starts, slots and visible tokens of a pass's rows as whole numbers."""
 
-    starts: tuple[int, ...]
+    cu_seqlens: tuple[int, ...]
     slots: tuple[int, ...]
-    visible: tuple[int, ...]
+    context_lens: tuple[int, ...]
 
     @property
     def total(self) -> int:
         """T."""
-        return self.starts[-1]
+        return self.cu_seqlens[-1]
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        return tuple(stop - start for start, stop in pairwise(self.starts))
+        return tuple(stop - start for start, stop in pairwise(self.cu_seqlens))
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
@@ -116,7 +118,7 @@ class HostRows:
 
     def slice_of(self, row: int) -> slice:
         """Where a row's tokens stand."""
-        return slice(self.starts[row], self.starts[row + 1])
+        return slice(self.cu_seqlens[row], self.cu_seqlens[row + 1])
 
     def _runs(self) -> Iterator[Run]:
         kinds = [(length, slot < 0) for length, slot in zip(self.lengths, self.slots, strict=True)]
@@ -124,5 +126,5 @@ class HostRows:
         for (length, padding), members in groupby(kinds):
             count = len(list(members))
             if not padding:
-                yield Run(row, count, self.starts[row], length)
+                yield Run(row, count, self.cu_seqlens[row], length)
             row += count

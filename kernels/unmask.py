@@ -21,7 +21,7 @@ _SMALLEST_UNIFORM = 1e-10
 
 
 @dataclass(frozen=True)
-class Lines:
+class SamplingBatch:
     """How the token of each of M lines of logits is drawn; all [M], int64 but for `temperature`.
 
     `temperature` fp32, 0 is greedy. Noise has the Philox `key` of the row and a counter of
@@ -39,7 +39,7 @@ class Lines:
 
 
 def predict(
-    logits: Tensor, lines: Lines, draw_scores: Tensor | None = None
+    logits: Tensor, batch: SamplingBatch, draw_scores: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logits [M, V] -> token ids [M] int64, confidences and log-probabilities [M] fp32, finite [M].
 
@@ -49,15 +49,15 @@ def predict(
     """
     wide = logits.float()
     finite = torch.isfinite(wide).all(-1)
-    wide = without(wide, lines.excluded)
-    scores = wide if draw_scores is None else without(draw_scores, lines.excluded)
-    scores = without(scores, lines.barred)
-    drawn = lines.temperature > 0
+    wide = without(wide, batch.excluded)
+    scores = wide if draw_scores is None else without(draw_scores, batch.excluded)
+    scores = without(scores, batch.barred)
+    drawn = batch.temperature > 0
     if bool(drawn.any()):
         noise = gumbel(
-            uniforms(lines.key, lines.position, lines.step, lines.domain, wide.shape[-1])
+            uniforms(batch.key, batch.position, batch.step, batch.domain, wide.shape[-1])
         )
-        hot = scores if draw_scores is not None else tempered(scores, lines.temperature)
+        hot = scores if draw_scores is not None else tempered(scores, batch.temperature)
         scores = torch.where(drawn[:, None], hot + noise, scores)
     tokens = first_argmax(scores)
     chosen = wide.gather(1, tokens.unsqueeze(1)).squeeze(1)
@@ -75,11 +75,11 @@ def tempered(logits: Tensor, temperature: Tensor) -> Tensor:
 
 def without(scores: Tensor, tokens: Tensor) -> Tensor:
     """scores [M, V] -> the same with -inf at each line's own token of `tokens` [M]; -1 is none."""
-    lines = (tokens >= 0).nonzero().squeeze(1)
-    if not len(lines):
+    rows = (tokens >= 0).nonzero().squeeze(1)
+    if not len(rows):
         return scores
     scores = scores.clone()
-    scores[lines, tokens[lines]] = float("-inf")
+    scores[rows, tokens[rows]] = float("-inf")
     return scores
 
 

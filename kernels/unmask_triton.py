@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.kernels.unmask import Lines
+from twotower.kernels.unmask import SamplingBatch
 
 # 16 numbers a thread: fewer would cost more in reductions than in loads.
 _TILE = 2048
@@ -70,7 +70,7 @@ def _tile_kernel(
     logits_stride,
     scores_stride,
     vocab,
-    lines,
+    rows,
     has_scores: tl.constexpr,
     tile: tl.constexpr,
 ):
@@ -110,7 +110,7 @@ def _tile_kernel(
         )
     best = tl.max(scores, axis=0)
     place = line * tiles + index
-    size = tl.cast(lines, tl.int64) * tiles
+    size = tl.cast(rows, tl.int64) * tiles
     tl.store(figures + place, maximum)
     tl.store(figures + size + place, tl.sum(tl.exp(exponents), axis=0))
     tl.store(figures + 2 * size + place, peak)
@@ -132,7 +132,7 @@ def _merge_kernel(
     finite,
     logits_stride,
     tiles,
-    lines,
+    rows,
     block: tl.constexpr,
 ):
     """One line from its tiles."""
@@ -141,7 +141,7 @@ def _merge_kernel(
     inside = index < tiles
     none = float("-inf")
     places = line * tiles + index
-    size = tl.cast(lines, tl.int64) * tiles
+    size = tl.cast(rows, tl.int64) * tiles
     maxima = tl.load(figures + places, mask=inside, other=none)
     sums = tl.load(figures + size + places, mask=inside, other=0.0)
     peaks = tl.load(figures + 2 * size + places, mask=inside, other=none)
@@ -168,7 +168,7 @@ def _merge_kernel(
 
 
 def predict(
-    logits: Tensor, lines: Lines, draw_scores: Tensor | None = None
+    logits: Tensor, batch: SamplingBatch, draw_scores: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `unmask.predict`. Draws compute noise only on lines whose temperature is above 0."""
     count, vocab = logits.shape
@@ -184,7 +184,7 @@ def predict(
     tokens = torch.empty(count, dtype=torch.int64, device=device)
     confidences, log_probs = torch.empty((2, count), dtype=torch.float32, device=device)
     finite = torch.empty(count, dtype=torch.bool, device=device)
-    own = _per_line(lines, count)
+    own = _per_line(batch, count)
     if count:
         _tile_kernel[count, tiles](
             logits,
@@ -220,16 +220,16 @@ def predict(
     return tokens, confidences, log_probs, finite
 
 
-def _per_line(lines: Lines, count: int) -> tuple[Tensor, ...]:
+def _per_line(batch: SamplingBatch, count: int) -> tuple[Tensor, ...]:
     """In the order of the tile kernel's arguments."""
     own = (
-        lines.temperature,
-        lines.key,
-        lines.position,
-        lines.step,
-        lines.domain,
-        lines.excluded,
-        lines.barred,
+        batch.temperature,
+        batch.key,
+        batch.position,
+        batch.step,
+        batch.domain,
+        batch.excluded,
+        batch.barred,
     )
     for tensor in own:
         assert tensor.shape == (count,)

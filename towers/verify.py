@@ -23,7 +23,7 @@ from torch import Tensor
 
 from twotower.kernels import dispatch
 from twotower.kernels.dispatch import Backend, force
-from twotower.kernels.unmask import Lines, gumbel, tempered, without
+from twotower.kernels.unmask import SamplingBatch, gumbel, tempered, without
 from twotower.towers.checkpoint.weights import (
     load_context_tower,
     load_denoiser_tower,
@@ -31,7 +31,7 @@ from twotower.towers.checkpoint.weights import (
     parse_dtype,
 )
 from twotower.towers.decoding.generation import generate_blocks
-from twotower.towers.decoding.sampling import Draw, Sampler, lines_of
+from twotower.towers.decoding.sampling import Draw, Sampler, sampling_batch
 from twotower.towers.decoding.unmasking import BlockDraft, ThresholdRule
 from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
@@ -391,14 +391,14 @@ class _Replayer:
                 if draft.done:
                     continue
                 logits = tensors["logits"][call, row][draft.masked]
-                lines, scores = _greedy(logits, mask), None
+                batch, scores = _greedy(logits, mask), None
                 if case.get("temperature", 0) > 0:
                     temperature = torch.full((len(logits),), case["temperature"])
-                    scores = tempered(without(logits, lines.excluded), temperature)
+                    scores = tempered(without(logits, batch.excluded), temperature)
                     scores = scores + gumbel(tensors["uniform"][call, row][draft.masked])
                 if rows == 1:
                     result.same(f"t[{call}]", draft.timestep, float(tensors["trace.t"][call]))
-                tokens, confidences, _, _ = dispatch.predict(logits, lines, scores)
+                tokens, confidences, _, _ = dispatch.predict(logits, batch, scores)
                 draft.commit(tokens.tolist(), confidences.tolist())
                 after = tensors["trace.xt_after"][call, row].tolist()
                 result.same(f"xt_after[{call},{row}]", draft.token_ids, after)
@@ -433,11 +433,11 @@ def _draft(case: Case, mask_token_id: int) -> BlockDraft:
     return BlockDraft(case["block"], mask_token_id, ThresholdRule(case["gamma"], case["steps"]))
 
 
-def _greedy(logits: Tensor, mask_token_id: int) -> Lines:
+def _greedy(logits: Tensor, mask_token_id: int) -> SamplingBatch:
     """Lines without noise, in which the mask token cannot be predicted."""
     sampler = Sampler(0.0, None, None, None, key=0)
     draw = Draw(sampler, range(len(logits)), excluded_token=mask_token_id)
-    return lines_of([draw], logits.device)
+    return sampling_batch([draw], logits.device)
 
 
 def _up_to_eos(tokens: list[int], eos_token_id: int | None) -> list[int]:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from twotower.cluster.channel import framing, process_group
+from twotower.cluster.channel.allocator import keep_freed_memory
 from twotower.cluster.channel.carrier import BesideFrame, Carrier, CarrierError, InFrame
-from twotower.cluster.channel.memory import keep_freed_memory
 from twotower.cluster.channel.outgoing import Outgoing, ShareQueue
 from twotower.cluster.topology import Transport
 from twotower.protos.v1 import state_pb2

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from twotower.cluster.channel import framing
+from twotower.cluster.channel.allocator import keep_freed_memory
 from twotower.cluster.channel.assembly import Assembly
 from twotower.cluster.channel.carrier import BesideFrame, Carrier, CarrierError, InFrame
 from twotower.cluster.channel.grpc import (
@@ -24,7 +25,6 @@ from twotower.cluster.channel.grpc import (
     TOKEN_KEY,
     TRANSPORT_KEY,
 )
-from twotower.cluster.channel.memory import keep_freed_memory
 from twotower.cluster.channel.mirrors import Mirrors
 from twotower.cluster.channel.process_group import Rendezvous
 from twotower.cluster.topology import Transport

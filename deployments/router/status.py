@@ -13,7 +13,7 @@ import grpc
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from twotower.cluster.services.remote import plain_error
-from twotower.deployments.routing.losses import LostTooOftenError
+from twotower.deployments.routing.retry import LostTooOftenError
 from twotower.protos.refusals import (
     BUSY_TEXT,
     INTERNAL_TEXT,

@@ -22,9 +22,9 @@ from typing import TypeVar
 from ray.serve.exceptions import BackPressureError
 
 from twotower.deployments.pair.tower_pair import Job
-from twotower.deployments.routing.losses import Losses, NoPairError, RetryPolicy
 from twotower.deployments.routing.moves import Room
 from twotower.deployments.routing.pair_client import PairClient
+from twotower.deployments.routing.retry import Losses, NoPairError, RetryPolicy
 from twotower.towers.decoding.commit_log import CommitLog
 from twotower.towers.decoding.services import Block
 

@@ -19,9 +19,9 @@ from ray.exceptions import (
 
 from twotower.cluster.services.remote import plain_error
 from twotower.deployments.pair.tower_pair import Job
-from twotower.deployments.routing.losses import BrokenPairError
 from twotower.deployments.routing.moves import Room
 from twotower.deployments.routing.pairs import PAIRS
+from twotower.deployments.routing.retry import BrokenPairError
 from twotower.towers.decoding.services import Block
 from twotower.towers.errors import QueueFullError, UnavailableError
 

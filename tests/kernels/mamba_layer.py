@@ -46,7 +46,7 @@ def rows_of(lengths: Sequence[int], slots: Sequence[int]) -> Rows:
     """Rows that know their numbers on the device only."""
     pages = torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
     built = Rows.build(lengths, slots, [0] * len(slots), pages, 16)
-    return Rows(built.starts, built.slots, built.visible, pages, 16, built.longest)
+    return Rows(built.cu_seqlens, built.slots, built.context_lens, pages, 16, built.max_seqlen)
 
 
 def steps_of_all_sizes(*shape: int, seed: int = 0) -> Tensor:

@@ -45,14 +45,14 @@ def attention(
 def rows_of(
     lengths: Sequence[int],
     slots: Sequence[int],
-    visible: Sequence[int],
+    context_lens: Sequence[int],
     pages: Sequence[Sequence[int]],
     page_tokens: int = PAGE,
 ) -> Rows:
     """Rows of a pass, with the pages of each slot."""
     widest = max(map(len, pages)) + 1
     table = torch.tensor([[*own, *[NOWHERE] * (widest - len(own))] for own in pages])
-    return Rows.build(lengths, slots, visible, table.int(), page_tokens)
+    return Rows.build(lengths, slots, context_lens, table.int(), page_tokens)
 
 
 def in_pool(rows: Tensor, pages: list[int], num_pages: int) -> Tensor:
@@ -269,12 +269,12 @@ def test_new_kv_is_written_behind_the_visible_tokens_and_nowhere_else() -> None:
     """Across scattered pages; what a pool held elsewhere stays, padding is not written."""
     _, k_new, v_new, pool = ragged(20)
     # The rows of 3, 7 and 2 new tokens cross into a page that stands elsewhere.
-    slots, visible = [2, 0, -1, 1, 3], [62, 10, 3, 124, 63]
+    slots, context_lens = [2, 0, -1, 1, 3], [62, 10, 3, 124, 63]
     before = pool.k.clone(), pool.v.clone()
     written = torch.zeros(20 * PAGE, dtype=torch.bool)
     want = [part.clone() for part in before]
-    rows = rows_of(LENGTHS, slots, visible, SLOT_PAGES)
-    for row, (slot, seen) in enumerate(zip(slots, visible, strict=True)):
+    rows = rows_of(LENGTHS, slots, context_lens, SLOT_PAGES)
+    for row, (slot, seen) in enumerate(zip(slots, context_lens, strict=True)):
         own = rows.host.slice_of(row)
         for offset, token in enumerate(range(own.start, own.stop)):
             if slot >= 0:

@@ -36,10 +36,10 @@ def _nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """`length` new tokens behind `visible` ones; its numbers depend on `seed` and sizes only."""
+    """`length` new tokens behind `context_lens` ones; the numbers depend on `seed` and sizes."""
 
     length: int
-    visible: int
+    context_lens: int
     seed: int = 0
     padding: bool = False
 
@@ -52,7 +52,7 @@ class Row:
     def context(self, heads: Heads) -> tuple[Tensor, Tensor]:
         """K and V of the visible tokens, [nkv, visible, hd]."""
         _, nkv, width = heads
-        both = normal(2, nkv, self.visible, width, seed=2000 + self.seed)
+        both = normal(2, nkv, self.context_lens, width, seed=2000 + self.seed)
         return both[0], both[1]
 
 
@@ -89,25 +89,25 @@ def make(
     q, k, v = wide[:, 1:-1].split((nq, nkv, nkv), dim=1)
 
     generator = torch.Generator().manual_seed(order)
-    wanted = max(-(-(row.visible + row.length) // page) for row in rows) + room
+    wanted = max(-(-(row.context_lens + row.length) // page) for row in rows) + room
     slots = torch.randperm(len(rows) + 2, generator=generator)[: len(rows)].tolist()
     table = torch.randperm((len(rows) + 2) * wanted, generator=generator).int()
     table = table.view(len(rows) + 2, wanted)
     pools = torch.full((2, 3, nkv, table.numel() * page, width), NAN)
     for row, slot in zip(rows, slots, strict=True):
-        index = torch.arange(row.visible)
+        index = torch.arange(row.context_lens)
         places = table[slot].long()[index // page] * page + index % page
         for pool, part in zip(pools, row.context(heads), strict=True):
             pool[1][:, places] = part
     pools = pools.to(DEVICE, dtype)
     slots = [-1 if row.padding else slot for row, slot in zip(rows, slots, strict=True)]
-    lengths, visible = [row.length for row in rows], [row.visible for row in rows]
+    lengths, context_lens = [row.length for row in rows], [row.context_lens for row in rows]
     return Case(
         q,
         k,
         v,
         PagedKeyValues(pools[0, 1], pools[1, 1]),
-        Rows.build(lengths, slots, visible, table.to(DEVICE), page),
+        Rows.build(lengths, slots, context_lens, table.to(DEVICE), page),
     )
 
 
@@ -117,7 +117,7 @@ def truth(case: Case, causal: bool) -> list[Tensor]:
     page = case.rows.page_tokens
     table = case.rows.pages.cpu()
     for row, (slot, seen) in enumerate(
-        zip(case.rows.host.slots, case.rows.host.visible, strict=True)
+        zip(case.rows.host.slots, case.rows.host.context_lens, strict=True)
     ):
         span = case.rows.host.slice_of(row)
         index = torch.arange(seen)
@@ -237,13 +237,15 @@ def test_stored_tokens_are_seen_by_the_next(page: int) -> None:
     case = make(rows, page=page)
     host = case.rows.host
     want = case.attention(True)
-    starts = host.starts[:-1]
-    early = [range(at, at + a) for at, a in zip(starts, lengths, strict=True)]
-    late = [range(at + a, at + a + b) for at, a, b in zip(starts, lengths, later, strict=True)]
+    cu_seqlens = host.cu_seqlens[:-1]
+    early = [range(at, at + a) for at, a in zip(cu_seqlens, lengths, strict=True)]
+    late = [range(at + a, at + a + b) for at, a, b in zip(cu_seqlens, lengths, later, strict=True)]
     for parts, done in ((early, (0, 0, 0)), (late, lengths)):
         tokens = [token for part in parts for token in part]
-        visible = [seen + a for seen, a in zip(host.visible, done, strict=True)]
-        own = Rows.build([len(part) for part in parts], host.slots, visible, case.rows.pages, page)
+        context_lens = [seen + a for seen, a in zip(host.context_lens, done, strict=True)]
+        own = Rows.build(
+            [len(part) for part in parts], host.slots, context_lens, case.rows.pages, page
+        )
         qkv = [torch.cat([part[[token]] for token in tokens]) for part in (case.q, case.k, case.v)]
         step = Case(*qkv, case.context, own)
         assert_relative_rms(step.attention(True), want[tokens], 2e-6)
@@ -384,7 +386,7 @@ def test_a_graph_follows_the_tensors_of_its_rows() -> None:
     assert_same_bits(out, want_before)
     order = torch.tensor([2, 0, 3, 1], device=DEVICE)
     case.rows.slots.copy_(case.rows.slots[order])
-    case.rows.visible.copy_(case.rows.visible[order])
+    case.rows.context_lens.copy_(case.rows.context_lens[order])
     case.rows.slots[3] = -1
     want = case.attention(False)
     out.fill_(NAN)

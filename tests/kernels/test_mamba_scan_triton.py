@@ -299,8 +299,8 @@ COMMON = {
 }
 
 
-def chunks_launch(longest: int) -> Launch:
-    tile = module.tile_of(longest)
+def chunks_launch(max_seqlen: int) -> Launch:
+    tile = module.tile_of(max_seqlen)
     return Launch(
         "twotower.kernels.mamba_scan_triton:_chunks_kernel",
         {**COMMON, "conv": "*bf16", "steps": "*fp32"},
@@ -405,7 +405,7 @@ def test_a_long_piece_may_be_scanned_by_another_library(monkeypatch: pytest.Monk
         return chunk_scan_recurrent(x.float(), *(one.float() for one in others))
 
     def offered(*arguments: Any) -> Any:
-        return recurrent if arguments[-1].longest > 64 else None
+        return recurrent if arguments[-1].max_seqlen > 64 else None
 
     monkeypatch.setattr(module, "_foreign_scan", offered)
     make([70], slots=[2]).check()

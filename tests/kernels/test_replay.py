@@ -172,7 +172,7 @@ def test_each_row_moves_its_own_slot_over_its_own_count() -> None:
     dt = normal(LAYERS, sum(lengths), HEADS, seed=8)
     want = ssm.clone(), conv.clone()
     for row, (slot, count) in enumerate(zip(slots, counts, strict=True)):
-        start = rows.host.starts[row]
+        start = rows.host.cu_seqlens[row]
         for layer in range(LAYERS):
             replay_row(
                 want[0][slot, layer],
@@ -182,7 +182,7 @@ def test_each_row_moves_its_own_slot_over_its_own_count() -> None:
                 weights.layers(slice(layer, layer + 1)),
             )
         for log in (xbc, dt):
-            log[:, start + count : rows.host.starts[row + 1]] = float("nan")
+            log[:, start + count : rows.host.cu_seqlens[row + 1]] = float("nan")
     before = ssm.clone(), conv.clone()
     replay(ssm, conv, xbc, dt, weights, rows, torch.tensor(counts, dtype=torch.int32))
     assert_same_bits(ssm, want[0])

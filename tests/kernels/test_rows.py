@@ -13,15 +13,26 @@ PAGE_TOKENS = 4
 
 
 def rows_of(
-    lengths: Sequence[int], slots: Sequence[int] | None = None, visible: Sequence[int] | None = None
+    lengths: Sequence[int],
+    slots: Sequence[int] | None = None,
+    context_lens: Sequence[int] | None = None,
 ) -> Rows:
     count = len(lengths)
-    return Rows.build(lengths, slots or [0] * count, visible or [0] * count, PAGES, PAGE_TOKENS)
+    return Rows.build(
+        lengths, slots or [0] * count, context_lens or [0] * count, PAGES, PAGE_TOKENS
+    )
 
 
 def unknown_on_the_host(rows: Rows) -> Rows:
     """The same rows as a pass on a device sees them: tensors alone."""
-    return Rows(rows.starts, rows.slots, rows.visible, rows.pages, rows.page_tokens, rows.longest)
+    return Rows(
+        rows.cu_seqlens,
+        rows.slots,
+        rows.context_lens,
+        rows.pages,
+        rows.page_tokens,
+        rows.max_seqlen,
+    )
 
 
 def found(rows: Rows) -> list[tuple[int, int, int, int]]:
@@ -30,11 +41,13 @@ def found(rows: Rows) -> list[tuple[int, int, int, int]]:
 
 def test_rows_are_built_from_numbers() -> None:
     rows = rows_of([2, 1, 4], [1, -1, 0], [6, 0, 12])
-    assert [part.dtype for part in (rows.starts, rows.slots, rows.visible)] == [torch.int32] * 3
-    assert rows.starts.tolist() == [0, 2, 3, 7]
+    assert [part.dtype for part in (rows.cu_seqlens, rows.slots, rows.context_lens)] == [
+        torch.int32
+    ] * 3
+    assert rows.cu_seqlens.tolist() == [0, 2, 3, 7]
     assert rows.slots.tolist() == [1, -1, 0]
-    assert rows.visible.tolist() == [6, 0, 12]
-    assert (rows.count, rows.longest, rows.page_tokens) == (3, 4, 4)
+    assert rows.context_lens.tolist() == [6, 0, 12]
+    assert (rows.count, rows.max_seqlen, rows.page_tokens) == (3, 4, 4)
     assert rows.pages is PAGES
 
 
@@ -50,7 +63,7 @@ def test_runs_join_neighbours_of_one_length() -> None:
     rows = rows_of([2, 2, 5, 1, 1, 1, 2])
     assert found(rows) == [(0, 2, 0, 2), (2, 1, 4, 5), (3, 3, 9, 1), (6, 1, 12, 2)]
     assert rows.host.total == 14
-    assert rows.host.starts == (0, 2, 4, 9, 10, 11, 12, 14)
+    assert rows.host.cu_seqlens == (0, 2, 4, 9, 10, 11, 12, 14)
     assert [list(run.rows) for run in rows.host.runs] == [[0, 1], [2], [3, 4, 5], [6]]
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from tests.comparing import assert_rows_are_independent, assert_same_bits, normal
 from twotower.kernels.philox import uniforms
-from twotower.kernels.unmask import Lines, first_argmax, gumbel, predict, tempered, without
+from twotower.kernels.unmask import SamplingBatch, first_argmax, gumbel, predict, tempered, without
 
 Predicted = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def lines_of(count: int, **values: Any) -> Lines:
+def sampling_batch(count: int, **values: Any) -> SamplingBatch:
     """Greedy lines without a token to leave out, but for what is given: of each or of all."""
     defaults = {"temperature": 0.0, "key": 1, "position": 0, "step": 0, "domain": 1}
     known = {**defaults, "excluded": -1, "barred": -1, **values}
@@ -26,16 +26,16 @@ def lines_of(count: int, **values: Any) -> Lines:
         dtype = torch.float32 if name == "temperature" else torch.int64
         return torch.as_tensor(known[name], dtype=dtype).expand(count).contiguous()
 
-    return Lines(**{name: line(name) for name in known})
+    return SamplingBatch(**{name: line(name) for name in known})
 
 
 def greedy(logits: Tensor, **values: Any) -> Predicted:
-    return predict(logits, lines_of(len(logits), **values))
+    return predict(logits, sampling_batch(len(logits), **values))
 
 
 def with_noise(logits: Tensor, scores: Tensor, uniform: Tensor, **values: Any) -> Predicted:
     """A draw by hand: the scores with the noise of these numbers, taken as they are."""
-    return predict(logits, lines_of(len(logits), **values), scores + gumbel(uniform))
+    return predict(logits, sampling_batch(len(logits), **values), scores + gumbel(uniform))
 
 
 def test_the_confidence_is_the_softmax_of_the_predicted_token() -> None:
@@ -133,7 +133,9 @@ def test_rows_are_independent() -> None:
             """Every third line greedy, each with a key, position and step of its own."""
             number = x[:, -1].long()
             heat = (number % 3).float() * 0.7
-            own = lines_of(len(x), temperature=heat, key=number, position=7 * number, step=number)
+            own = sampling_batch(
+                len(x), temperature=heat, key=number, position=7 * number, step=number
+            )
             return predict(x[:, :515], own)[part]
 
         for operator in (best, scored, drawn):
@@ -195,10 +197,10 @@ def test_barring_nowhere_changes_no_bit(temperature: float) -> None:
         assert_same_bits(left[others], right[others])
 
 
-def mixed_lines(count: int) -> Lines:
+def mixed_lines(count: int) -> SamplingBatch:
     """Lines that differ in everything: each field has another period."""
     line = torch.arange(count)
-    return lines_of(
+    return sampling_batch(
         count,
         temperature=torch.tensor([0.0, 1.0, 0.3, 1e-20, 7.0])[line % 5],
         key=torch.tensor([5, -1, 2**62 + 9])[line % 3],
@@ -219,7 +221,9 @@ def test_lines_of_any_kind_share_a_call(with_scores: bool) -> None:
     together = predict(logits, lines, scores)
     for line in range(70):
         own = slice(line, line + 1)
-        single = Lines(*(getattr(lines, field.name)[own] for field in fields(Lines)))
+        single = SamplingBatch(
+            *(getattr(lines, field.name)[own] for field in fields(SamplingBatch))
+        )
         alone = predict(logits[own], single, None if scores is None else scores[own])
         for left, right in zip(together, alone, strict=True):
             assert_same_bits(left[own], right, line)
@@ -250,12 +254,14 @@ def test_noise_is_that_of_the_lines_key_position_step_and_domain() -> None:
 
 def test_scores_to_draw_from_take_the_place_of_tempered_logits() -> None:
     logits, scores = normal(40, 11), torch.log_softmax(normal(40, 11, seed=1), dim=-1)
-    own = lines_of(40, temperature=0.5, key=9, position=torch.arange(40), step=2)
+    own = sampling_batch(40, temperature=0.5, key=9, position=torch.arange(40), step=2)
     noise = gumbel(uniforms(9, torch.arange(40), 2, 1, 11))
     want = (scores + noise).argmax(-1)
     assert predict(logits, own, scores)[0].tolist() == want.tolist()
     # At temperature 0 they are taken as they are.
-    assert predict(logits, lines_of(40, key=9), scores)[0].tolist() == scores.argmax(-1).tolist()
+    assert (
+        predict(logits, sampling_batch(40, key=9), scores)[0].tolist() == scores.argmax(-1).tolist()
+    )
 
 
 @pytest.mark.parametrize("heat", [1e-45, 1e-30, 0.25, 1.0, 30.0])
@@ -286,5 +292,5 @@ def test_no_lines_give_no_tokens() -> None:
 
 def test_scores_cannot_bring_the_excluded_token_back() -> None:
     scores = torch.tensor([[0.0, 5.0, 0.0]])
-    tokens, confidences, _, _ = predict(torch.zeros(1, 3), lines_of(1, excluded=1), scores)
+    tokens, confidences, _, _ = predict(torch.zeros(1, 3), sampling_batch(1, excluded=1), scores)
     assert (tokens.tolist(), confidences.tolist()) == ([0], [0.5])

@@ -16,7 +16,7 @@ from tests.kernels.hopper import Launch, compile_all
 from tests.kernels.test_philox import KNOWN
 from twotower.kernels import unmask, unmask_triton
 from twotower.kernels.philox import uniforms
-from twotower.kernels.unmask import Lines
+from twotower.kernels.unmask import SamplingBatch
 from twotower.kernels.unmask_triton import _philox, predict
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,10 +40,12 @@ def _small_tiles_in_spoilt_memory(
     monkeypatch.setattr(torch, "empty", spoilt)
 
 
-def lines_of(count: int, temperature: float = 0.0, excluded: int = -1, barred: int = -1) -> Lines:
+def sampling_batch(
+    count: int, temperature: float = 0.0, excluded: int = -1, barred: int = -1
+) -> SamplingBatch:
     """Every line with a key, position and step of its own; keys of both signs."""
     generator = torch.Generator().manual_seed(count)
-    own = Lines(
+    own = SamplingBatch(
         torch.full((count,), temperature),
         torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator),
         torch.arange(count) * 1_000_003,
@@ -52,20 +54,20 @@ def lines_of(count: int, temperature: float = 0.0, excluded: int = -1, barred: i
         torch.full((count,), excluded),
         torch.full((count,), barred),
     )
-    return Lines(*(getattr(own, field.name).to(DEVICE) for field in fields(Lines)))
+    return SamplingBatch(*(getattr(own, field.name).to(DEVICE) for field in fields(SamplingBatch)))
 
 
-def mixed_lines(count: int, vocab: int) -> Lines:
+def mixed_lines(count: int, vocab: int) -> SamplingBatch:
     """Greedy and drawn lines, some with an excluded or a barred token."""
     index = torch.arange(count, device=DEVICE)
     some = torch.where(index % 3 == 0, index * 7 % vocab, -1)
     others = torch.where(index % 4 == 1, index * 5 % vocab, -1)
     temperature = (index % 2) * (0.2 + 0.3 * index)
-    return replace(lines_of(count), temperature=temperature, excluded=some, barred=others)
+    return replace(sampling_batch(count), temperature=temperature, excluded=some, barred=others)
 
 
-def pick(lines: Lines, chosen: list[int] | slice) -> Lines:
-    return Lines(*(getattr(lines, field.name)[chosen] for field in fields(Lines)))
+def pick(lines: SamplingBatch, chosen: list[int] | slice) -> SamplingBatch:
+    return SamplingBatch(*(getattr(lines, field.name)[chosen] for field in fields(SamplingBatch)))
 
 
 @triton.jit
@@ -113,7 +115,7 @@ def test_mixed_lines_are_those_of_the_reference(vocab: int, filtered: bool) -> N
 
 def test_a_draw_adds_gumbel_noise_to_logits_over_temperature() -> None:
     """In fp64, from the uniforms of the row's key."""
-    logits, lines = normal(20, 70, scale=3.0).to(DEVICE), lines_of(20, temperature=0.8)
+    logits, lines = normal(20, 70, scale=3.0).to(DEVICE), sampling_batch(20, temperature=0.8)
     tokens, confidences, _, _ = predict(logits, lines)
     noise = uniforms(lines.key, lines.position, lines.step, lines.domain, 70).double()
     scores = logits.double() / 0.8 - (-noise.log()).log()
@@ -129,7 +131,7 @@ def test_ties_go_to_the_lowest_id_within_and_across_tiles() -> None:
     logits[1, [99, 40, 41]] = 7.0
     logits[2, [63, 64]] = 7.0
     logits[3, [30, 96]] = 7.0
-    lines = replace(lines_of(5), barred=torch.tensor([-1, 40, -1, -1, 0], device=DEVICE))
+    lines = replace(sampling_batch(5), barred=torch.tensor([-1, 40, -1, -1, 0], device=DEVICE))
     lines = replace(lines, excluded=torch.tensor([-1, -1, -1, 30, -1], device=DEVICE))
     assert predict(logits, lines)[0].tolist() == [0, 41, 63, 96, 1]
     # So large that noise is lost in them.
@@ -140,7 +142,7 @@ def test_ties_go_to_the_lowest_id_within_and_across_tiles() -> None:
 
 def test_an_excluded_token_is_not_counted_and_a_barred_one_is() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 9.0]], device=DEVICE).repeat(3, 1)
-    lines = replace(lines_of(3), excluded=torch.tensor([3, 1, 1], device=DEVICE))
+    lines = replace(sampling_batch(3), excluded=torch.tensor([3, 1, 1], device=DEVICE))
     lines = replace(lines, barred=torch.tensor([-1, 3, -1], device=DEVICE))
     tokens, confidences, log_probs, _ = predict(logits, lines)
     assert tokens.tolist() == [1, 2, 3]
@@ -157,8 +159,10 @@ def test_an_excluded_token_is_not_counted_and_a_barred_one_is() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_tile_of_nothing_but_the_excluded_token_adds_nothing(temperature: float) -> None:
     logits = normal(4, TILE + 1).to(DEVICE)
-    whole = predict(logits, lines_of(4, temperature, excluded=TILE))
-    for got, want in zip(whole, predict(logits[:, :TILE], lines_of(4, temperature)), strict=True):
+    whole = predict(logits, sampling_batch(4, temperature, excluded=TILE))
+    for got, want in zip(
+        whole, predict(logits[:, :TILE], sampling_batch(4, temperature)), strict=True
+    ):
         assert_same_bits(got, want)
 
 
@@ -167,7 +171,7 @@ def test_a_tile_of_nothing_but_the_excluded_token_adds_nothing(temperature: floa
 def test_lines_with_a_non_finite_logit_are_reported_and_harm_no_other(
     wrong: float, temperature: float
 ) -> None:
-    logits, lines = normal(6, 70).to(DEVICE), lines_of(6, temperature, excluded=3)
+    logits, lines = normal(6, 70).to(DEVICE), sampling_batch(6, temperature, excluded=3)
     clean = predict(logits, lines)
     logits[1, 0] = logits[2, 3] = logits[4, 69] = wrong
     logits[5] = wrong
@@ -183,7 +187,7 @@ def test_what_is_filtered_out_is_never_drawn() -> None:
     scores[:, 45] = math.log(1e-6)
     scores[1] = NAN
     logits = normal(9, 70, scale=5.0).to(DEVICE)
-    tokens, _, log_probs, finite = predict(logits, lines_of(9, 1.0), scores)
+    tokens, _, log_probs, finite = predict(logits, sampling_batch(9, 1.0), scores)
     assert 0 <= int(tokens[1]) < 70
     others = [line for line in range(9) if line != 1]
     assert set(tokens[others].tolist()) == {45}
@@ -197,7 +201,9 @@ def test_what_is_filtered_out_is_never_drawn() -> None:
 def test_a_temperature_next_to_zero_is_greedy() -> None:
     logits = normal(4, 70, scale=1e3).to(DEVICE)
     first = logits.topk(2).indices
-    lines = replace(lines_of(4, 1e-38), barred=torch.where(first[:, 0] % 2 == 0, first[:, 0], -1))
+    lines = replace(
+        sampling_batch(4, 1e-38), barred=torch.where(first[:, 0] % 2 == 0, first[:, 0], -1)
+    )
     want = torch.where(first[:, 0] % 2 == 0, first[:, 1], first[:, 0])
     for temperature in (1e-38, 1e-45, 1e-3):
         lines.temperature.fill_(temperature)
@@ -207,8 +213,12 @@ def test_a_temperature_next_to_zero_is_greedy() -> None:
 def test_a_certain_token_has_confidence_one_and_never_more() -> None:
     logits = normal(1, 200).to(DEVICE)
     logits[0, 150] = 90.0
-    assert [part.tolist() for part in predict(logits, lines_of(1))[:3]] == [[150], [1.0], [0.0]]
-    many = predict(normal(40, 40, scale=20.0).to(DEVICE), lines_of(40))
+    assert [part.tolist() for part in predict(logits, sampling_batch(1))[:3]] == [
+        [150],
+        [1.0],
+        [0.0],
+    ]
+    many = predict(normal(40, 40, scale=20.0).to(DEVICE), sampling_batch(40))
     assert float(many[1].max()) <= 1.0
     assert float(many[2].max()) <= 0.0
 
@@ -218,7 +228,7 @@ def test_the_log_probability_is_exact_near_zero_and_far_below() -> None:
     logits[0, 7], logits[1, 30] = 16.0, 200.0
     scores = torch.full((2, 40), -INF, device=DEVICE)
     scores[0, 7], scores[1, 3] = 0.0, 0.0
-    _, confidences, log_probs, _ = predict(logits, lines_of(2, 1.0), scores)
+    _, confidences, log_probs, _ = predict(logits, sampling_batch(2, 1.0), scores)
     want = torch.log_softmax(logits.double(), dim=-1)
     assert float(log_probs[0]) == pytest.approx(float(want[0, 7]), abs=2e-7)
     assert float(log_probs[0]) < 0.0
@@ -254,7 +264,7 @@ def test_strided_logits_and_scores_with_nan_around() -> None:
 
 
 def test_no_lines() -> None:
-    got = predict(torch.zeros(0, 70, device=DEVICE), lines_of(0))
+    got = predict(torch.zeros(0, 70, device=DEVICE), sampling_batch(0))
     assert [len(part) for part in got] == [0, 0, 0, 0]
 
 
@@ -300,7 +310,7 @@ def test_the_real_shapes_compile_without_spills() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_vocabulary_of_131072(count: int, temperature: float) -> None:
     logits = normal(count, 131072, scale=4.0).bfloat16().to(DEVICE)
-    lines = lines_of(count, temperature, excluded=3)
+    lines = sampling_batch(count, temperature, excluded=3)
     first, second = predict(logits, lines), predict(logits, lines)
     for got, again in zip(first, second, strict=True):
         assert_same_bits(got, again)

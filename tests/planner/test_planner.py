@@ -19,8 +19,8 @@ from twotower.planner.devices import DEVICES, device_named
 from twotower.planner.estimates import Estimate, break_even
 from twotower.planner.floors import Ceilings
 from twotower.planner.flow import in_step_pair, simulate_pair
+from twotower.planner.gpu_memory import row_bytes, tower_bytes
 from twotower.planner.measured import read_measured
-from twotower.planner.memory import row_bytes, tower_bytes
 from twotower.planner.passes import FLOOR, Measured, Passes
 from twotower.planner.plan import Plan, make_plan
 from twotower.planner.question import Question, formats_named, model_config

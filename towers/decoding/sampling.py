@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from twotower.kernels import dispatch
-from twotower.kernels.unmask import Lines, tempered, without
+from twotower.kernels.unmask import SamplingBatch, tempered, without
 from twotower.towers.errors import NumericalError
 from twotower.towers.request.params import GenerationParams, row_key
 
@@ -123,7 +123,7 @@ def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn | Numerical
     return [results[index] for index in range(len(draws))]
 
 
-def lines_of(draws: Sequence[Draw], device: torch.device) -> Lines:
+def sampling_batch(draws: Sequence[Draw], device: torch.device) -> SamplingBatch:
     """How each line of these draws is drawn, in order."""
     counts = [len(draw.positions) for draw in draws]
 
@@ -143,7 +143,7 @@ def lines_of(draws: Sequence[Draw], device: torch.device) -> Lines:
         dtype=torch.int64,
     ).to(device)
     temperatures = [draw.sampler.temperature for draw in draws for _ in draw.positions]
-    return Lines(torch.tensor(temperatures, dtype=torch.float32).to(device), *whole)
+    return SamplingBatch(torch.tensor(temperatures, dtype=torch.float32).to(device), *whole)
 
 
 def draw_scores(logits: Tensor, draw: Draw) -> Tensor:
@@ -151,9 +151,9 @@ def draw_scores(logits: Tensor, draw: Draw) -> Tensor:
 
     A barred token is taken out before the filters count what is left.
     """
-    sampler, lines = draw.sampler, lines_of([draw], logits.device)
-    scores = without(without(logits.float(), lines.excluded), lines.barred)
-    scores = tempered(scores, lines.temperature)
+    sampler, batch = draw.sampler, sampling_batch([draw], logits.device)
+    scores = without(without(logits.float(), batch.excluded), batch.barred)
+    scores = tempered(scores, batch.temperature)
     if sampler.top_k is not None:
         scores = _keep_top_k(scores, sampler.top_k)
     if sampler.top_p is not None and sampler.top_p < 1.0:
@@ -167,7 +167,7 @@ def draw_scores(logits: Tensor, draw: Draw) -> Tensor:
 def _predicted(
     logits: Tensor, draws: Sequence[Draw], scores: Tensor | None
 ) -> list[Drawn | NumericalError]:
-    parts = dispatch.predict(logits, lines_of(draws, logits.device), scores)
+    parts = dispatch.predict(logits, sampling_batch(draws, logits.device), scores)
     # One transfer; fp64 holds ids and fp32 values exactly.
     tokens, confidences, log_probs, finite = torch.stack([part.double() for part in parts]).tolist()
     results: list[Drawn | NumericalError] = []

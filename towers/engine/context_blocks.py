@@ -25,9 +25,14 @@ from twotower.towers.engine.cuda_graph import (
     buckets_up_to,
     rows_at_once,
 )
-from twotower.towers.engine.staged_draws import DRAW_INPUTS, DRAW_PADDING, draw_inputs, staged_lines
+from twotower.towers.engine.staged_draws import (
+    DRAW_INPUTS,
+    DRAW_PADDING,
+    draw_inputs,
+    staged_sampling,
+)
 from twotower.towers.errors import NumericalError
-from twotower.towers.model.backbone import TowerPass
+from twotower.towers.model.backbone import MixerInputs
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.state.context_state import ContextState, PassLog
 from twotower.towers.state.link import LayerSink
@@ -132,7 +137,7 @@ class _Program(Program):
         self._begin(
             token=[token for work in works for token in work.tokens],
             slot=[work.state.slot for work in works],
-            visible=[work.state.length for work in works],
+            context_lens=[work.state.length for work in works],
             **(draw_inputs(draws) if draws else {}),
         )
         self._work()
@@ -189,12 +194,12 @@ class _Program(Program):
 
     def _verify(self) -> None:
         _, hidden = self._forward()
-        drawn = dispatch.predict(self._tower.logits(hidden), staged_lines(self._staging))
+        drawn = dispatch.predict(self._tower.logits(hidden), staged_sampling(self._staging))
         self._results.put(torch.stack([part.double() for part in drawn]))
 
     def _forward(self) -> tuple[Rows, Tensor]:
         rows = self._read_rows()
-        reads = TowerPass(rows, self._pool, causal=True)
+        reads = MixerInputs(rows, self._pool, causal=True)
         hidden = self._tower.run(self._staging["token"], reads, self._log)
         self._ends.copy_(hidden[self._length - 1 :: self._length])
         return rows, hidden

@@ -22,9 +22,14 @@ from twotower.towers.engine.cuda_graph import (
     bucket_for,
     buckets_up_to,
 )
-from twotower.towers.engine.staged_draws import DRAW_INPUTS, DRAW_PADDING, draw_inputs, staged_lines
+from twotower.towers.engine.staged_draws import (
+    DRAW_INPUTS,
+    DRAW_PADDING,
+    draw_inputs,
+    staged_sampling,
+)
 from twotower.towers.errors import NumericalError
-from twotower.towers.model.backbone import TowerPass
+from twotower.towers.model.backbone import MixerInputs
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.state.context_state import ContextState
 from twotower.towers.state.tensors import StateTensors
@@ -90,7 +95,7 @@ class _Program(Program):
         self._begin(
             token=[token for _, token, _ in steps],
             slot=[state.slot for state, _, _ in steps],
-            visible=[state.length for state, _, _ in steps],
+            context_lens=[state.length for state, _, _ in steps],
             **draw_inputs(draws),
         )
         self._work()
@@ -110,9 +115,9 @@ class _Program(Program):
     def _forward(self) -> None:
         tower, pool, staging = self._tower, self._pool, self._staging
         rows = self._read_rows()
-        hidden = tower.run(staging["token"], TowerPass(rows, pool, causal=True), self._log)
+        hidden = tower.run(staging["token"], MixerInputs(rows, pool, causal=True), self._log)
         self._hidden.copy_(hidden)
-        drawn = dispatch.predict(tower.logits(hidden), staged_lines(staging))
+        drawn = dispatch.predict(tower.logits(hidden), staged_sampling(staging))
         if self._log is not None and tower.replay_weights is not None:
             one = torch.ones_like(self._slots)
             xbc, dt = self._log.xbc, self._log.dt

@@ -81,7 +81,7 @@ class GraphMemory:
         return self._handle
 
 
-class Captured:
+class CapturedGraph:
     """Calls `work`, on a CUDA device as a graph once it has been captured.
 
     `work` takes and returns nothing: it reads and writes tensors that live as long as this does,
@@ -203,8 +203,8 @@ class Results:
 class Program:
     """The graphs of passes over up to B rows of L tokens each, over buffers of its own.
 
-    Beside every row's `slot` and `visible` tokens, -1 and 0 for padding, a call sends `inputs` of
-    up to `width` numbers each.
+    Beside every row's `slot` and `context_lens`, -1 and 0 for padding, a call sends `inputs` of up
+    to `width` numbers each.
     """
 
     def __init__(
@@ -221,12 +221,12 @@ class Program:
         self._length = length
         self._memory = memory
         self._padding = {"slot": -1, **(padding or {})}
-        self._staging = Staging(("slot", "visible", *inputs), width or rows, memory.device)
+        self._staging = Staging(("slot", "context_lens", *inputs), width or rows, memory.device)
         ends = rows * length + 1
         self._starts = torch.arange(0, ends, length, dtype=torch.int32, device=memory.device)
         self._slots = torch.full((rows,), -1, dtype=torch.int32, device=memory.device)
-        self._visible = torch.zeros_like(self._slots)
-        self._graphs: list[Captured] = []
+        self._context_lens = torch.zeros_like(self._slots)
+        self._graphs: list[CapturedGraph] = []
         self._calls = 0
 
     def capture(self) -> None:
@@ -242,20 +242,20 @@ class Program:
         for graph in self._graphs:
             graph.close()
 
-    def _add(self, work: Callable[[], None]) -> Captured:
+    def _add(self, work: Callable[[], None]) -> CapturedGraph:
         """One more part of the work."""
-        self._graphs.append(Captured(work, self._memory))
+        self._graphs.append(CapturedGraph(work, self._memory))
         return self._graphs[-1]
 
     def _read_rows(self) -> Rows:
         """Part of the work: what operators are told of the rows that were sent."""
         count = len(self._slots)
         self._slots.copy_(self._staging["slot"][:count])
-        self._visible.copy_(self._staging["visible"][:count])
+        self._context_lens.copy_(self._staging["context_lens"][:count])
         return Rows(
             self._starts,
             self._slots,
-            self._visible,
+            self._context_lens,
             self._pool.page_table,
             self._pool.page_tokens,
             self._length,

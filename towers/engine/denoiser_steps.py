@@ -17,7 +17,7 @@ from torch import Tensor
 
 from twotower.kernels import dispatch
 from twotower.kernels.commit import Drafts, threshold_below
-from twotower.kernels.unmask import Lines
+from twotower.kernels.unmask import SamplingBatch
 from twotower.towers.decoding.sampling import Sampler, signed
 from twotower.towers.decoding.unmasking import CommitRule, ReplayRule, ThresholdRule
 from twotower.towers.engine.cuda_graph import (
@@ -30,7 +30,7 @@ from twotower.towers.engine.cuda_graph import (
     rows_at_once,
 )
 from twotower.towers.errors import NumericalError
-from twotower.towers.model.backbone import TowerPass
+from twotower.towers.model.backbone import MixerInputs
 from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.state.context_state import ContextState
 from twotower.towers.state.tensors import StateTensors
@@ -267,8 +267,8 @@ class _Program(Program):
         self, states: Sequence[ContextState], masked: int
     ) -> list[StepResult | NumericalError]:
         """One step of the drafts in these states' slots, with so many masked positions in all."""
-        visible = [state.position for state in states]
-        self._begin(slot=[state.slot for state in states], visible=visible)
+        context_lens = [state.position for state in states]
+        self._begin(slot=[state.slot for state in states], context_lens=context_lens)
         self._body()
         self._heads[min(size for size in self._heads if size >= masked)]()
         results = self._results.receive()[: len(states)].tolist()
@@ -286,7 +286,7 @@ class _Program(Program):
 
     def _forward(self) -> None:
         drafts, length = self._tables.drafts, self._length
-        reads = TowerPass(self._read_rows(), self._pool, causal=False)
+        reads = MixerInputs(self._read_rows(), self._pool, causal=False)
         own = self._slots.clamp_min(0).long()
         tokens = drafts.tokens[own, :length].flatten()
         # Padding reads slot 0, whose block may be of any length: without the bound its entry could
@@ -319,7 +319,7 @@ class _Program(Program):
         kept = [part[own, :length].double() for part in parts]
         self._results.put(torch.cat([drafts.remaining[own, None].double(), *kept], dim=1))
 
-    def _lines_of(self, token: Tensor, total: int) -> Lines:
+    def _lines_of(self, token: Tensor, total: int) -> SamplingBatch:
         """How the line of each token of the pass is drawn; `total` is no token."""
         tables, length = self._tables, self._length
         own = token.clamp_max(total - 1)
@@ -328,7 +328,7 @@ class _Program(Program):
         step = torch.where(tables.word("fixed_step", slots) > 0, 0, tables.drafts.step[slots])
         early = position < tables.word("eos_from", slots)
         mask = self._tower.config.mask_token_id
-        return Lines(
+        return SamplingBatch(
             tables.temperature[slots],
             tables.word("key", slots),
             position,

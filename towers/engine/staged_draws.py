@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twotower.kernels.unmask import Lines
+from twotower.kernels.unmask import SamplingBatch
 from twotower.towers.decoding.sampling import Draw, signed
 from twotower.towers.engine.cuda_graph import Staging
 
@@ -16,7 +16,7 @@ DRAW_PADDING = {"barred": -1}
 
 
 def draw_inputs(draws: Sequence[Draw]) -> dict[str, list[int]]:
-    """Of every position that is drawn, in order, what `staged_lines` reads; unfiltered draws."""
+    """Of every position that is drawn, in order, what `staged_sampling` reads; unfiltered draws."""
 
     def spread(values: Sequence[int]) -> list[int]:
         return [v for v, draw in zip(values, draws, strict=True) for _ in draw.positions]
@@ -31,10 +31,10 @@ def draw_inputs(draws: Sequence[Draw]) -> dict[str, list[int]]:
     }
 
 
-def staged_lines(staging: Staging) -> Lines:
+def staged_sampling(staging: Staging) -> SamplingBatch:
     """The same on the device, for as many lines as the staging has."""
     key = staging["key"]
-    return Lines(
+    return SamplingBatch(
         _from_bits(staging["temperature"]),
         key,
         staging["position"],

@@ -30,7 +30,7 @@ class TowerWeights:
 
 
 @dataclass(frozen=True)
-class TowerPass:
+class MixerInputs:
     """What the mixers of one pass read: where the rows' tokens, states and visible context are,
     and whether new tokens see only those before them."""
 
@@ -40,7 +40,7 @@ class TowerPass:
 
 
 @dataclass(frozen=True)
-class Mixed:
+class MixerOutput:
     """A mixer's output [T, H], and views of what it would add to the rows' contexts: `xbc` [T, Cd]
     and `dt` [T, heads] of a Mamba layer, `k` and `v` [T, nkv, hd] of an attention layer."""
 
@@ -88,19 +88,19 @@ class Tower:
         return torch.tensor([token for row in tokens for token in row], device=self.device)
 
     def _mix(
-        self, index: int, x: Tensor, reads: TowerPass, projected: Tensor | None = None
-    ) -> Mixed:
+        self, index: int, x: Tensor, inputs: MixerInputs, projected: Tensor | None = None
+    ) -> MixerOutput:
         """Layer `index`'s mixer on its normed input x [T, H]; a Mamba layer's projection goes into
         `projected` if that is given."""
-        mixer, place, pool = self.weights.layers[index].mixer, self._places[index], reads.pool
+        mixer, place, pool = self.weights.layers[index].mixer, self._places[index], inputs.pool
         if isinstance(mixer, MambaWeights):
             states = pool.conv[:, place], pool.ssm[:, place]
-            out, xbc, dt = layers.mamba(x, mixer, self.config, reads.rows, *states, projected)
-            return Mixed(out, {"xbc": xbc, "dt": dt})
+            out, xbc, dt = layers.mamba(x, mixer, self.config, inputs.rows, *states, projected)
+            return MixerOutput(out, {"xbc": xbc, "dt": dt})
         if isinstance(mixer, AttentionWeights):
             context = pool.layer_kv(place)
-            out, k, v = layers.attention(x, mixer, self.config, reads.rows, context, reads.causal)
-            return Mixed(out, {"k": k, "v": v})
+            out, k, v = layers.attention(x, mixer, self.config, inputs.rows, context, inputs.causal)
+            return MixerOutput(out, {"k": k, "v": v})
         if isinstance(mixer, MoeWeights):
-            return Mixed(layers.moe(x, mixer, self.config, reads.rows))
-        return Mixed(layers.mlp(x, mixer))
+            return MixerOutput(layers.moe(x, mixer, self.config, inputs.rows))
+        return MixerOutput(layers.mlp(x, mixer))

@@ -12,7 +12,7 @@ from twotower.kernels import dispatch
 from twotower.kernels.replay import ReplayWeights
 from twotower.kernels.rows import Rows
 from twotower.towers.config.model_config import MAMBA, TwoTowerConfig
-from twotower.towers.model.backbone import Tower, TowerPass, TowerWeights
+from twotower.towers.model.backbone import MixerInputs, Tower, TowerWeights
 from twotower.towers.model.layers import MambaWeights
 from twotower.towers.state.context_state import ContextState, PassLog, rows_of
 from twotower.towers.state.link import LayerSink
@@ -32,7 +32,7 @@ def replay_shapes(config: TwoTowerConfig) -> dict[str, tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
-class ContextPassed:
+class ContextOutput:
     """What a pass over rows' next tokens gave: final hidden states [T, H], where the rows' tokens
     are, and the log of all Mamba layers (None if there are none)."""
 
@@ -77,21 +77,21 @@ class ContextTower(Tower):
         tokens: Sequence[Sequence[int]],
         states: Sequence[ContextState],
         sinks: Sequence[LayerSink | None] = (),
-    ) -> ContextPassed:
+    ) -> ContextOutput:
         """As `forward`, with what `advance_rows` needs."""
         pool, lengths = states[0].pool, list(map(len, tokens))
         rows = rows_of(states, lengths, [state.length for state in states])
         log = self.new_log(rows.host.total)
-        hidden = self.run(self.pack(tokens), TowerPass(rows, pool, True), log, _listening(sinks))
+        hidden = self.run(self.pack(tokens), MixerInputs(rows, pool, True), log, _listening(sinks))
         for row, (state, length) in enumerate(zip(states, lengths, strict=True)):
-            start = rows.host.starts[row]
+            start = rows.host.cu_seqlens[row]
             state.append(log.part(start, start + length) if log is not None else None, length)
-        return ContextPassed(hidden, rows, log)
+        return ContextOutput(hidden, rows, log)
 
     def run(
         self,
         tokens: Tensor,
-        reads: TowerPass,
+        inputs: MixerInputs,
         log: PassLog | None,
         sinks: Sequence[LayerSink | None] = (),
     ) -> Tensor:
@@ -100,8 +100,8 @@ class ContextTower(Tower):
         eps = self.config.layer_norm_epsilon
         for index, layer in enumerate(self.weights.layers):
             hidden, x = dispatch.add_norm(hidden, out, None, layer.norm, eps, None, False)
-            mixed = self._mix(index, x, reads, self._projected(index, log))
-            self._keep(self._places[index], mixed.added, reads, log, sinks)
+            mixed = self._mix(index, x, inputs, self._projected(index, log))
+            self._keep(self._places[index], mixed.added, inputs, log, sinks)
             out = mixed.output
         final = self.weights.final_norm
         return dispatch.add_norm(hidden, out, None, final, eps, None, False)[1]
@@ -134,7 +134,7 @@ class ContextTower(Tower):
     @torch.inference_mode()
     def advance_rows(
         self,
-        passed: ContextPassed,
+        passed: ContextOutput,
         states: Sequence[ContextState],
         counts: Sequence[int],
         sinks: Sequence[LayerSink | None],
@@ -174,7 +174,7 @@ class ContextTower(Tower):
         self,
         place: int,
         added: Mapping[str, Tensor],
-        reads: TowerPass,
+        inputs: MixerInputs,
         log: PassLog | None,
         sinks: Sequence[LayerSink | None],
     ) -> None:
@@ -186,12 +186,12 @@ class ContextTower(Tower):
                 log.dt[place].copy_(added["dt"])
             added = {"xbc": log.xbc[place], "dt": log.dt[place]}
         if "k" in added:
-            context = reads.pool.layer_kv(place)
-            dispatch.store_kv(added["k"], added["v"], context, reads.rows)
+            context = inputs.pool.layer_kv(place)
+            dispatch.store_kv(added["k"], added["v"], context, inputs.rows)
         for row, sink in enumerate(sinks):
             if sink is None:
                 continue
-            span = reads.rows.host.slice_of(row)
+            span = inputs.rows.host.slice_of(row)
             for name, tensor in added.items():
                 own = tensor[span]
                 # K/V travel by head, as they stand in the pages.

@@ -14,7 +14,7 @@ from twotower.kernels import dispatch
 from twotower.kernels.elementwise import silu
 from twotower.kernels.norm import Modulation
 from twotower.towers.config.model_config import ATTENTION, MAMBA, TIMESTEP_FEATURES, TwoTowerConfig
-from twotower.towers.model.backbone import Tower, TowerPass, TowerWeights
+from twotower.towers.model.backbone import MixerInputs, Tower, TowerWeights
 from twotower.towers.state.context_state import ContextState, rows_of
 
 _TIMESTEP_SCALE = 1000.0
@@ -74,14 +74,14 @@ class DenoiserTower(Tower):
         entries = [distinct.index(t) for t in timesteps]
         spread = [e for e, row in zip(entries, tokens, strict=True) for _ in row]
         index = torch.tensor(spread, device=self.device)
-        return self.run(self.pack(tokens), table, index, TowerPass(rows, pool, False), observe)
+        return self.run(self.pack(tokens), table, index, MixerInputs(rows, pool, False), observe)
 
     def run(
         self,
         tokens: Tensor,
         table: Tensor,
         index: Tensor,
-        reads: TowerPass,
+        inputs: MixerInputs,
         observe: Callable[[str, Tensor], None] | None = None,
     ) -> Tensor:
         """`forward` over tensors alone: tokens [T], `table` [n, layers, 3, H] of modulations and
@@ -95,7 +95,7 @@ class DenoiserTower(Tower):
             if observe is not None:
                 observe(f"hidden_in.{layer_index}", hidden)
                 observe(f"mixer_in.{layer_index}", x)
-            out, gate = self._mix(layer_index, x, reads).output, own
+            out, gate = self._mix(layer_index, x, inputs).output, own
         hidden, x = dispatch.add_norm(hidden, out, gate, self.weights.final_norm, eps, None, False)
         if observe is not None:
             observe("hidden_out", hidden)

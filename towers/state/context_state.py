@@ -281,10 +281,12 @@ class ContextState:
                 raise ValueError(f"{name}: got layers of shapes {got}, expected {list(shape)}")
 
 
-def rows_of(states: Sequence[ContextState], lengths: Sequence[int], visible: Sequence[int]) -> Rows:
-    """What a pass over `lengths` new tokens of each state tells the operators, `visible` tokens of
-    each context being seen by attention. All states live in one pool."""
+def rows_of(
+    states: Sequence[ContextState], lengths: Sequence[int], context_lens: Sequence[int]
+) -> Rows:
+    """The rows of a pass over `lengths` new tokens of each state, whose attention sees `context_lens`
+    tokens of each context. All states live in one pool."""
     pool = states[0].pool
     assert all(state.pool is pool for state in states), "states of one pass share a pool"
     slots = [state.slot for state in states]
-    return Rows.build(lengths, slots, visible, pool.page_table, pool.page_tokens)
+    return Rows.build(lengths, slots, context_lens, pool.page_table, pool.page_tokens)

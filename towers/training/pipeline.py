@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from torch import Generator, Tensor
 
 from twotower.towers.state.budget import free_bytes
+from twotower.towers.training.allocator import keep_pages
 from twotower.towers.training.batches import draw_masks, draw_rows, draw_sequences
 from twotower.towers.training.corpus import (
     MIN_CHARACTERS,
@@ -34,7 +35,6 @@ from twotower.towers.training.losses import (
     held_out_context,
     held_out_denoiser,
 )
-from twotower.towers.training.memory import keep_pages
 from twotower.towers.training.model import Loads, cast_parameters
 from twotower.towers.training.operators import PLAIN, compiled_operators
 from twotower.towers.training.optimizer import OptimizerSettings

@@ -9,8 +9,8 @@ from functools import cache
 from twotower.planner import commits
 from twotower.planner.devices import device_named
 from twotower.planner.flow import Flow, in_step_pair, simulate_pair
+from twotower.planner.gpu_memory import GpuMemory, Side, gpu_memory, tower_bytes
 from twotower.planner.measured import MeasuredPasses
-from twotower.planner.memory import GpuMemory, Side, gpu_memory, tower_bytes
 from twotower.planner.passes import FLOOR, Passes, Reached
 from twotower.planner.question import Experts, Question
 from twotower.planner.schedules import BLOCK

@@ -9,8 +9,8 @@ from typing import Literal
 from twotower.planner import commits
 from twotower.planner.devices import Device, device_named
 from twotower.planner.estimates import Estimate, Estimator, PassTimes
+from twotower.planner.gpu_memory import RUNTIME_BYTES, STATE_SHARE
 from twotower.planner.measured import MeasuredPasses
-from twotower.planner.memory import RUNTIME_BYTES, STATE_SHARE
 from twotower.planner.passes import TEXT_DRAWS, Reached
 from twotower.planner.question import Experts, Question
 from twotower.planner.schedules import BLOCK

@@ -18,7 +18,7 @@ from twotower.deployments.pair.tower_pair import Job
 from twotower.deployments.router import encoding
 from twotower.deployments.router.encoding import Lane
 from twotower.deployments.router.router import SERVICE_NAME, Router
-from twotower.deployments.routing.losses import RetryPolicy
+from twotower.deployments.routing.retry import RetryPolicy
 from twotower.protos.refusals import RequestRefusedError, shown
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.config.model_config import TwoTowerConfig

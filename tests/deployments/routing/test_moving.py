@@ -13,10 +13,10 @@ from twotower.deployments.pair.tower_pair import Job
 from twotower.deployments.routing import attempts as module
 from twotower.deployments.routing import losses
 from twotower.deployments.routing.attempts import Attempts
-from twotower.deployments.routing.losses import RetryPolicy
 from twotower.deployments.routing.moves import Room
 from twotower.deployments.routing.pair_client import PairClient
 from twotower.deployments.routing.pairs import Pairs
+from twotower.deployments.routing.retry import RetryPolicy
 from twotower.towers.decoding.commit_log import CommitLog
 from twotower.towers.decoding.services import Block
 from twotower.towers.errors import QueueFullError, UnavailableError

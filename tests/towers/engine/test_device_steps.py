@@ -24,7 +24,7 @@ from twotower.towers.engine import cuda_graph as captured
 from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.engine.cuda_graph import (
     ROW_BUCKETS,
-    Captured,
+    CapturedGraph,
     GraphMemory,
     Staging,
     bucket_for,
@@ -242,7 +242,7 @@ def test_buckets() -> None:
 
 def test_without_cuda_work_is_called_and_never_run_to_be_captured() -> None:
     calls: list[int] = []
-    work = Captured(lambda: calls.append(1), GraphMemory(CPU))
+    work = CapturedGraph(lambda: calls.append(1), GraphMemory(CPU))
     assert work.ready
     work.capture()
     assert calls == []
@@ -292,7 +292,7 @@ def test_only_so_many_programs_are_kept(towers: Towers, monkeypatch: pytest.Monk
     fill a device."""
     monkeypatch.setattr(captured, "MAX_PROGRAMS", 3)
     closed: list[int] = []
-    monkeypatch.setattr(Captured, "close", lambda _: closed.append(1))
+    monkeypatch.setattr(CapturedGraph, "close", lambda _: closed.append(1))
     requests = [([5, 9], params_of(max_tokens=size, block_size=size)) for size in range(1, 7)]
     reading, filling = engines(towers, True)
 
@@ -358,14 +358,14 @@ def test_a_capture_without_room_costs_the_graph_and_nothing_else(
 ) -> None:
     tried: list[int] = []
 
-    def full(_: Captured) -> None:
+    def full(_: CapturedGraph) -> None:
         tried.append(1)
         raise torch.OutOfMemoryError("no room")
 
     request = ([5, 9], params_of(max_tokens=64, steps_per_block=16, confidence_threshold=1.0))
     want = decode(towers, [request], True)
-    monkeypatch.setattr(Captured, "ready", False)
-    monkeypatch.setattr(Captured, "capture", full)
+    monkeypatch.setattr(CapturedGraph, "ready", False)
+    monkeypatch.setattr(CapturedGraph, "capture", full)
     assert decode(towers, [request], True) == want
     # 64 steps of the denoiser, tried again after every eighth.
     assert 4 <= len(tried) <= 8

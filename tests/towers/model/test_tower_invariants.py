@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.comparing import BATCH_SIZES, assert_relative_rms, assert_same_bits
 from twotower.kernels import dispatch
 from twotower.kernels.rows import Rows
-from twotower.towers.model.backbone import Tower, TowerPass
+from twotower.towers.model.backbone import MixerInputs, Tower
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower, timestep_features
 from twotower.towers.state.context_state import ContextState
@@ -301,13 +301,13 @@ def test_padding_in_a_pass_changes_no_row_and_no_state(
     table = denoiser_tower.modulation(0.5)[None]
     index = torch.zeros(1, dtype=torch.int64)
     with torch.inference_mode():
-        want = denoiser_tower.run(ids, table, index, TowerPass(rows, pool, False))
-        got = denoiser_tower.run(ids, table, index, TowerPass(padded, pool, False))
+        want = denoiser_tower.run(ids, table, index, MixerInputs(rows, pool, False))
+        got = denoiser_tower.run(ids, table, index, MixerInputs(padded, pool, False))
         # The causal pass writes: what the padding's own rows hold must stay.
         before = [everything(state) for state in states]
         stored = pool.k.clone(), pool.v.clone()
         log = context_tower.new_log(len(ids))
-        causal = context_tower.run(ids, TowerPass(padded, pool, True), log)
+        causal = context_tower.run(ids, MixerInputs(padded, pool, True), log)
     kept = [row for row in range(5) if row not in padding]
     for row in kept:
         own = rows.host.slice_of(row)

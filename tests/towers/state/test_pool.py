@@ -190,8 +190,8 @@ def test_the_rows_of_a_pass_are_told_by_their_states() -> None:
     states = [pool.open(130), pool.open(64)]
     rows = rows_of(states[::-1], [2, 5], [7, 100])
     assert rows.host.slots == (1, 0)
-    assert rows.host.visible == (7, 100)
-    assert rows.host.starts == (0, 2, 7)
+    assert rows.host.context_lens == (7, 100)
+    assert rows.host.cu_seqlens == (0, 2, 7)
     assert rows.pages is pool.page_table
     assert rows.page_tokens == PAGE_TOKENS
     assert [rows.pages_of(row) for row in range(2)] == [[3], [0, 1]]

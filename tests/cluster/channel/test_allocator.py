@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[3]
 # Eight updates' worth of frames, freed at once as `apply` frees them; page faults of later rounds.
 ROUNDS = """
 import resource, sys
-from twotower.cluster.channel.memory import keep_freed_memory
+from twotower.cluster.channel.allocator import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt

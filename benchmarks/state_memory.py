@@ -1,7 +1,7 @@
 """Anonymous memory while a tower loads, and while it decodes.
 
-    python -m benchmarks.memory                # a random tower of at least 1 GB
-    python -m benchmarks.memory --model DIR
+    python -m benchmarks.state_memory                # a random tower of at least 1 GB
+    python -m benchmarks.state_memory --model DIR
 
 Loading: the peak of anonymous memory over what was there before, against the bytes of the tower's
 tensors. Decoding: what grows between two context lengths, against K/V alone. Linux only.
