@@ -284,8 +284,8 @@ class ContextState:
 def rows_of(
     states: Sequence[ContextState], lengths: Sequence[int], context_lens: Sequence[int]
 ) -> Rows:
-    """The rows of a pass over `lengths` new tokens of each state, whose attention sees `context_lens`
-    tokens of each context. All states live in one pool."""
+    """The rows of a pass over `lengths` new tokens of each state, of whose context attention sees
+    `context_lens` tokens. All states live in one pool."""
     pool = states[0].pool
     assert all(state.pool is pool for state in states), "states of one pass share a pool"
     slots = [state.slot for state in states]
