@@ -38,7 +38,7 @@ from benchmarks.scheduling import BLOCK
 from benchmarks.scheduling import SHAPE as MIXED_SHAPE
 from benchmarks.state_memory import anonymous_bytes
 from twotower.cluster.placement.start import start_towers
-from twotower.cluster.services.remote import PairServices
+from twotower.cluster.services.tower_services import PairServices
 from twotower.cluster.topology import PairTopology
 from twotower.towers.decoding.generation import generate_blocks
 from twotower.towers.request.params import GenerationParams

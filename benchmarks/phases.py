@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +15,15 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.soak_requests import Cancel
-from twotower.cluster.services.remote import WatchedContext, WatchedDenoiser
-from twotower.towers.decoding.services import Block, Prefilled
-from twotower.towers.request.params import GenerationParams
+from twotower.cluster.services.tower_services import (
+    Call,
+    ContextTowerService,
+    DenoiserTowerService,
+    P,
+    T,
+    TowerService,
+    bound,
+)
 from twotower.towers.state.context_state import ContextState
 from twotower.towers.state.link import StateLink, UpdateWriter
 from twotower.towers.state.update import UpdatePlan
@@ -75,79 +81,39 @@ class Phases:
             self.cancels[name if life.inside[name] else "between"] += 1
 
 
-class PhasedContext:
+# The phases of a row in which calls of its towers are.
+PHASES = {
+    "open": "queued",
+    "prefill": "prefill",
+    "extend": "extension",
+    "verify": "extension",
+    "decode": "denoising",
+    "denoise_block": "denoising",
+    "next_token": "denoising",
+}
+
+
+class _Phased(TowerService):
+    """A tower whose rows' phases are followed."""
+
+    def __init__(self, tower: TowerService, phases: Phases) -> None:
+        self._tower = tower
+        self._phases = phases
+
+    async def _call(self, call: Call[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        phase = PHASES.get(call.__name__)
+        if phase is None:
+            return await bound(self._tower, call)(*args, **kwargs)
+        with self._phases.phase(str(args[0]), phase):
+            return await bound(self._tower, call)(*args, **kwargs)
+
+
+class PhasedContext(_Phased, ContextTowerService):
     """A context tower whose rows' phases are followed."""
 
-    def __init__(self, tower: WatchedContext, phases: Phases) -> None:
-        self._tower = tower
-        self._phases = phases
 
-    async def open(self, row_id: str, capacity: int) -> int:
-        with self._phases.phase(row_id, "queued"):
-            return await self._tower.open(row_id, capacity)
-
-    async def prefill(
-        self, row_id: str, prompt: Sequence[int], generated: Sequence[int], params: GenerationParams
-    ) -> Prefilled:
-        with self._phases.phase(row_id, "prefill"):
-            return await self._tower.prefill(row_id, prompt, generated, params)
-
-    async def extend(self, row_id: str, token_ids: Sequence[int]) -> int:
-        with self._phases.phase(row_id, "extension"):
-            return await self._tower.extend(row_id, token_ids)
-
-    async def decode(self, row_id: str, count: int, params: GenerationParams) -> Block:
-        with self._phases.phase(row_id, "denoising"):
-            return await self._tower.decode(row_id, count, params)
-
-    async def verify(self, row_id: str, draft: Sequence[int], params: GenerationParams) -> Block:
-        with self._phases.phase(row_id, "extension"):
-            return await self._tower.verify(row_id, draft, params)
-
-    async def score(self, token_ids: Sequence[int]) -> list[float]:
-        return await self._tower.score(token_ids)
-
-    async def release(self, row_id: str) -> None:
-        await self._tower.release(row_id)
-
-    async def stats(self) -> dict[str, float]:
-        return await self._tower.stats()
-
-    async def check(self) -> None:
-        await self._tower.check()
-
-
-class PhasedDenoiser:
+class PhasedDenoiser(_Phased, DenoiserTowerService):
     """A denoiser tower whose rows' phases are followed."""
-
-    def __init__(self, tower: WatchedDenoiser, phases: Phases) -> None:
-        self._tower = tower
-        self._phases = phases
-
-    async def open(self, row_id: str, capacity: int) -> None:
-        with self._phases.phase(row_id, "queued"):
-            await self._tower.open(row_id, capacity)
-
-    async def denoise_block(
-        self, row_id: str, position: int, params: GenerationParams, known: Sequence[int] = ()
-    ) -> Block:
-        with self._phases.phase(row_id, "denoising"):
-            return await self._tower.denoise_block(row_id, position, params, known)
-
-    async def next_token(
-        self, row_id: str, position: int, last_token: int, params: GenerationParams
-    ) -> Block:
-        with self._phases.phase(row_id, "denoising"):
-            return await self._tower.next_token(row_id, position, last_token, params)
-
-    async def release(self, row_id: str) -> None:
-        await self._tower.release(row_id)
-
-    async def stats(self) -> dict[str, float]:
-        return await self._tower.stats()
-
-    async def check(self) -> None:
-        await self._tower.check()
 
 
 class PhasedLink:

@@ -38,9 +38,12 @@ from benchmarks.phases import PhasedContext, PhasedDenoiser, PhasedLink, Phases
 from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
 from benchmarks.soak_requests import RequestMaker, SoakRequest
 from twotower.api import Request
-from twotower.cluster.actors.tower_actors import ContextTowerActor, DenoiserTowerActor
 from twotower.cluster.channel.grpc import LinkSpec
-from twotower.cluster.services.remote import PairServices
+from twotower.cluster.services.tower_services import (
+    ContextTowerActor,
+    DenoiserTowerActor,
+    PairServices,
+)
 from twotower.cluster.topology import PairTopology
 from twotower.deployments.pair.tower_pair import Job, TowerPair
 from twotower.towers.engine.context_engine import ContextEngine

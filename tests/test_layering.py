@@ -49,10 +49,9 @@ WINGS = {
     "protos": "",
     "cluster/topology": "towers/state towers/engine",
     "cluster/channel": "towers/state protos cluster/topology",
-    "cluster/services": "towers/decoding cluster/channel",
-    "cluster/actors": "towers/state towers/model towers/decoding towers/checkpoint towers/engine "
+    "cluster/services": "towers/model towers/decoding towers/checkpoint towers/engine "
     "cluster/topology cluster/channel",
-    "cluster/placement": "cluster/topology cluster/channel cluster/services cluster/actors",
+    "cluster/placement": "cluster/topology cluster/channel cluster/services",
     "deployments/settings_file": "",
     "deployments/pair": "towers/decoding cluster/services",
     "deployments/config": "towers/text towers/checkpoint towers/engine protos cluster/topology "

@@ -11,11 +11,16 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from twotower.cluster.actors.colocated import ColocatedActor, SideHandle
-from twotower.cluster.actors.tower_actors import ContextTowerActor, DenoiserTowerActor
 from twotower.cluster.channel.grpc import LinkSpec
+from twotower.cluster.services.colocated import ColocatedActor
 from twotower.cluster.services.pair_towers import PairTowers
-from twotower.cluster.services.remote import PairServices, RemoteContext, RemoteDenoiser
+from twotower.cluster.services.tower_services import (
+    ContextTowerActor,
+    DenoiserTowerActor,
+    PairServices,
+    RemoteContext,
+    RemoteDenoiser,
+)
 from twotower.cluster.topology import CONTEXT_BUNDLE, DENOISER_BUNDLE, PairTopology
 
 logger = logging.getLogger(__name__)
@@ -38,22 +43,30 @@ async def start_towers(topology: PairTopology) -> PairServices:
     await asyncio.gather(context.load(), *(keeper.load(index) for index in places))
     denoisers = await asyncio.gather(*(keeper.link(index) for index in places))
     logger.info("the towers are loaded and linked")
-    pair = PairTowers(context, denoisers, keeper, repair_timeout_s=topology.repair_timeout_s)
+    pair = PairTowers(
+        context,
+        denoisers,
+        keeper.start,
+        keeper.relink,
+        repair_timeout_s=topology.repair_timeout_s,
+    )
     return PairServices(pair.context, pair.denoiser)
 
 
 async def _start_colocated(topology: PairTopology, group: PlacementGroup | None) -> PairServices:
     actor = _actor(ColocatedActor, topology, group, CONTEXT_BUNDLE)
-    context = RemoteContext(SideHandle(actor, "context"), process=actor)
-    denoiser = RemoteDenoiser(SideHandle(actor, "denoiser"))
-    # Not `context.load`: the actor loads both at once.
-    await RemoteContext(actor).load()
-    return PairServices(context, denoiser)
+    context = RemoteContext(actor, "context")
+    # The actor loads both towers at once.
+    await context.load()
+    return PairServices(context, RemoteDenoiser(actor, "denoiser"))
 
 
 class _Keeper:
-    """Fulfils `DenoiserKeeper` with Ray actors. A denoiser has one token for its life, a link an
-    epoch: the receiver passes over what an older link may still send."""
+    """Starts denoiser towers as Ray actors and links them to the context tower.
+
+    A denoiser has one token for its life and each of its links an epoch: the receiver passes over
+    what an older link may still send.
+    """
 
     def __init__(
         self, topology: PairTopology, group: PlacementGroup | None, context: RemoteContext
@@ -67,7 +80,7 @@ class _Keeper:
         self._epoch = 0
 
     async def start(self, index: int) -> RemoteDenoiser:
-        """See `DenoiserKeeper`."""
+        """A new tower in place `index`, linked; the actor that was there is killed first."""
         old = self._actors.pop(index, None)
         if old is not None:
             ray.kill(old, no_restart=True)
@@ -90,7 +103,7 @@ class _Keeper:
         return self._towers[index]
 
     async def relink(self, index: int) -> None:
-        """See `DenoiserKeeper`."""
+        """A new link to the tower in place `index`, which is alive."""
         last = self._links[index]
         self._epoch += 1
         link = LinkSpec(last.address, last.token, self._epoch, last.transport)

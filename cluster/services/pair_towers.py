@@ -13,12 +13,17 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
+from twotower.cluster.services.tower_services import (
+    Call,
+    ContextTowerService,
+    DenoiserTowerService,
+    P,
+    bound,
+)
 from twotower.cluster.services.watch import ANSWER_TIMEOUT_S
-from twotower.towers.decoding.services import Block, ContextService, DenoiserService, Prefilled
 from twotower.towers.errors import UnavailableError
-from twotower.towers.request.params import GenerationParams
 
 logger = logging.getLogger(__name__)
 
@@ -29,106 +34,65 @@ MOST_MOVES = 3
 MOST_REPAIRS = 3
 
 
-class ContextTowerService(ContextService, Protocol):
-    """A context tower with links to several denoiser towers."""
-
-    async def open_for(self, row_id: str, capacity: int, denoiser: int) -> int:
-        """As `open`; the row's state will go to that denoiser tower."""
-
-    async def move(self, row_id: str, denoiser: int) -> None:
-        """Sends all of a row's state to a denoiser tower that has just opened the row, and every
-        update from now on."""
-
-    async def broken_links(self) -> list[int]:
-        """Denoiser towers whose links do not work any more."""
-
-    async def stats(self) -> dict[str, float]:
-        """Counters of the tower's engine."""
-
-    async def check(self) -> None:
-        """Raises UnavailableError if the tower cannot serve."""
-
-
-class DenoiserTowerService(DenoiserService, Protocol):
-    """A denoiser tower that can be watched."""
-
-    async def stats(self) -> dict[str, float]:
-        """Counters of the tower's engine."""
-
-    async def check(self) -> None:
-        """Raises UnavailableError if the tower cannot serve."""
-
-
-class DenoiserKeeper(Protocol):
-    """Starts denoiser towers and joins them to the context tower."""
-
-    async def start(self, index: int) -> DenoiserTowerService:
-        """A denoiser tower in place `index`, linked; whatever was there before is ended first."""
-
-    async def relink(self, index: int) -> None:
-        """A new link to the tower in place `index`, which is alive."""
-
-
 @dataclass(eq=False)
 class _Seat:
-    """A denoiser tower's place. `ready` is set while rows can use it."""
+    """A denoiser tower's place. `ready` is set while rows can use it; `rows` are those that it
+    has, with their capacities."""
 
     index: int
     tower: DenoiserTowerService
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     repair: asyncio.Task[None] | None = None
     failures: int = 0
-    rows: set[str] = field(default_factory=set)
-
-
-@dataclass(eq=False)
-class _Place:
-    """Where a row is."""
-
-    seat: _Seat
-    capacity: int
+    rows: dict[str, int] = field(default_factory=dict)
 
 
 class PairTowers:
-    """Watches a pair's towers and knows where each row is."""
+    """Watches a pair's towers and knows which denoiser has which row.
+
+    `start(index)` gives a new denoiser tower in place `index`, linked, and ends the one before it;
+    `relink(index)` gives the tower there, which is alive, a new link.
+    """
 
     def __init__(
         self,
         context: ContextTowerService,
         denoisers: Sequence[DenoiserTowerService],
-        keeper: DenoiserKeeper,
+        start: Callable[[int], Awaitable[DenoiserTowerService]],
+        relink: Callable[[int], Awaitable[None]],
         *,
         repair_timeout_s: float,
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
     ) -> None:
         self.tower = context
-        self._keeper = keeper
+        self._start = start
+        self._relink = relink
         self._seats = [_Seat(index, tower) for index, tower in enumerate(denoisers)]
         for seat in self._seats:
             seat.ready.set()
-        self._places: dict[str, _Place] = {}
+        self._seat_of: dict[str, _Seat] = {}
         self._repair_timeout = repair_timeout_s
         self._answer_timeout = answer_timeout_s
         self._last_stats: dict[str, float] = {}
-        self.context = AssignedContext(self)
-        self.denoiser = AssignedDenoisers(self)
+        self.context: ContextTowerService = _AssignedContext(self)
+        self.denoiser: DenoiserTowerService = _AssignedDenoisers(self)
 
     def assign(self, row_id: str, capacity: int) -> int:
         """Chooses a denoiser for a row: one that works, with the fewest rows."""
         seat = self._best_seat()
-        seat.rows.add(row_id)
-        self._places[row_id] = _Place(seat, capacity)
+        seat.rows[row_id] = capacity
+        self._seat_of[row_id] = seat
         return seat.index
 
     def drop(self, row_id: str) -> None:
         """Forgets a row."""
-        place = self._places.pop(row_id, None)
-        if place is not None:
-            place.seat.rows.discard(row_id)
+        seat = self._seat_of.pop(row_id, None)
+        if seat is not None:
+            seat.rows.pop(row_id, None)
 
     def tower_of(self, row_id: str) -> DenoiserTowerService:
         """The denoiser that has a row. Raises UnavailableError for an unknown one."""
-        return self._place(row_id).seat.tower
+        return self._seat(row_id).tower
 
     async def on_denoiser(
         self, row_id: str, call: Callable[[DenoiserTowerService], Awaitable[T]]
@@ -138,9 +102,9 @@ class PairTowers:
             try:
                 if moves:
                     await self._move(row_id)
-                return await call(self._place(row_id).seat.tower)
+                return await call(self._seat(row_id).tower)
             except UnavailableError:
-                if moves == MOST_MOVES or row_id not in self._places:
+                if moves == MOST_MOVES or row_id not in self._seat_of:
                     raise
         raise AssertionError("every turn returns or raises")
 
@@ -201,13 +165,13 @@ class PairTowers:
         """Joins the link again if the tower is alive, otherwise starts a tower in its place."""
         try:
             if alive:
-                await self._keeper.relink(seat.index)
+                await self._relink(seat.index)
                 # Rows that wait for an update that was lost would wait long: they come again.
                 lost = [seat.tower.release(row_id) for row_id in list(seat.rows)]
                 await asyncio.gather(*lost, return_exceptions=True)
             else:
                 async with asyncio.timeout(self._repair_timeout):
-                    seat.tower = await self._keeper.start(seat.index)
+                    seat.tower = await self._start(seat.index)
         except (UnavailableError, TimeoutError) as error:
             seat.failures += 1
             logger.warning("denoiser tower %d is not back: %s", seat.index, error or "too slow")
@@ -216,19 +180,18 @@ class PairTowers:
 
     async def _move(self, row_id: str) -> None:
         """Opens a row anew on a denoiser that works, its own if need be once that is back."""
-        place = self._place(row_id)
-        if place.seat.ready.is_set():
+        seat = self._seat(row_id)
+        if seat.ready.is_set():
             # Nobody has noticed yet, or only this row was concerned.
-            await self._look_after(place.seat, place.seat.index in await self.tower.broken_links())
+            await self._look_after(seat, seat.index in await self.tower.broken_links())
         seat = await self._working_seat()
-        place = self._place(row_id)
         # A tower that is gone has nothing to release.
-        await asyncio.gather(place.seat.tower.release(row_id), return_exceptions=True)
+        await asyncio.gather(self._seat(row_id).tower.release(row_id), return_exceptions=True)
         # Before the row is opened there: whatever happens then, it is released there too.
-        place.seat.rows.discard(row_id)
-        place.seat = seat
-        seat.rows.add(row_id)
-        await seat.tower.open(row_id, place.capacity)
+        capacity = self._seat(row_id).rows.pop(row_id)
+        seat.rows[row_id] = capacity
+        self._seat_of[row_id] = seat
+        await seat.tower.open(row_id, capacity)
         await self.tower.move(row_id, seat.index)
 
     async def _working_seat(self) -> _Seat:
@@ -248,15 +211,15 @@ class PairTowers:
     def _best_seat(self) -> _Seat:
         return min(self._seats, key=lambda seat: (not seat.ready.is_set(), len(seat.rows)))
 
-    def _place(self, row_id: str) -> _Place:
-        place = self._places.get(row_id)
-        if place is None:
+    def _seat(self, row_id: str) -> _Seat:
+        seat = self._seat_of.get(row_id)
+        if seat is None:
             raise UnavailableError("the row was released")
-        return place
+        return seat
 
 
-class AssignedContext:
-    """The context tower of a pair; fulfils `ContextService` and can be watched."""
+class _AssignedContext(ContextTowerService):
+    """The context tower of a pair; each row that opens is assigned to a denoiser tower."""
 
     def __init__(self, pair: PairTowers) -> None:
         self._pair = pair
@@ -264,45 +227,23 @@ class AssignedContext:
     async def open(self, row_id: str, capacity: int) -> int:
         index = self._pair.assign(row_id, capacity)
         try:
-            return await self._pair.tower.open_for(row_id, capacity, index)
+            return await self.open_for(row_id, capacity, index)
         except BaseException:
             self._pair.drop(row_id)
             raise
 
-    async def prefill(
-        self, row_id: str, prompt: Sequence[int], generated: Sequence[int], params: GenerationParams
-    ) -> Prefilled:
-        return await self._pair.tower.prefill(row_id, prompt, generated, params)
-
-    async def extend(self, row_id: str, token_ids: Sequence[int]) -> int:
-        return await self._pair.tower.extend(row_id, token_ids)
-
-    async def decode(self, row_id: str, count: int, params: GenerationParams) -> Block:
-        return await self._pair.tower.decode(row_id, count, params)
-
-    async def verify(self, row_id: str, draft: Sequence[int], params: GenerationParams) -> Block:
-        return await self._pair.tower.verify(row_id, draft, params)
-
-    async def score(self, token_ids: Sequence[int]) -> list[float]:
-        return await self._pair.tower.score(token_ids)
-
     async def release(self, row_id: str) -> None:
         try:
-            await self._pair.tower.release(row_id)
+            await super().release(row_id)
         finally:
             self._pair.drop(row_id)
 
-    async def stats(self) -> dict[str, float]:
-        """Counters of the tower's engine."""
-        return await self._pair.tower.stats()
-
-    async def check(self) -> None:
-        """Raises UnavailableError if the tower cannot serve: then the pair cannot."""
-        await self._pair.tower.check()
+    async def _call(self, call: Call[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await bound(self._pair.tower, call)(*args, **kwargs)
 
 
-class AssignedDenoisers:
-    """All denoiser towers of a pair as one; fulfils `DenoiserService` and can be watched."""
+class _AssignedDenoisers(DenoiserTowerService):
+    """All denoiser towers of a pair as one; a row's call goes to the tower that has the row."""
 
     def __init__(self, pair: PairTowers) -> None:
         self._pair = pair
@@ -314,24 +255,6 @@ class AssignedDenoisers:
         except UnavailableError:
             # The tower was lost before the row reached it: its first block finds out and moves it.
             logger.info("row %s is opened by its first block", row_id)
-
-    async def denoise_block(
-        self,
-        row_id: str,
-        position: int,
-        params: GenerationParams,
-        known: Sequence[int] = (),
-    ) -> Block:
-        return await self._pair.on_denoiser(
-            row_id, lambda tower: tower.denoise_block(row_id, position, params, known)
-        )
-
-    async def next_token(
-        self, row_id: str, position: int, last_token: int, params: GenerationParams
-    ) -> Block:
-        return await self._pair.on_denoiser(
-            row_id, lambda tower: tower.next_token(row_id, position, last_token, params)
-        )
 
     async def release(self, row_id: str) -> None:
         try:
@@ -348,3 +271,10 @@ class AssignedDenoisers:
     async def check(self) -> None:
         """Looks after the towers. Raises UnavailableError if one cannot be brought back."""
         await self._pair.check()
+
+    async def _call(self, call: Call[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        # Calls that are not made here begin with the row.
+        row_id = str(args[0])
+        return await self._pair.on_denoiser(
+            row_id, lambda tower: bound(tower, call)(*args, **kwargs)
+        )

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from twotower.cluster.services.remote import PairServices
+from twotower.cluster.services.tower_services import PairServices
 from twotower.deployments.pair.autoscaling import report
 from twotower.deployments.pair.metrics import PairMetrics
 from twotower.deployments.pair.overload import NO_DIAL, OverloadDial
@@ -49,7 +49,7 @@ class TowerPair:
         """Starts the towers or asks both how they are; an exception means replacement."""
         if self._services is None:
             self._services = await self._start()
-        await asyncio.gather(*(tower.check() for tower in self._services.watched().values()))
+        await asyncio.gather(*(tower.check() for tower in self._services.by_name().values()))
         if self._metrics is not None:
             stats = await self.stats()
             self._metrics.report(stats, self._dial.eased(int(stats["context"]["queued_rows"])))
@@ -85,7 +85,7 @@ class TowerPair:
 
     async def stats(self) -> dict[str, dict[str, float]]:
         """Counters of each tower, by tower."""
-        towers = (await self._ready()).watched()
+        towers = (await self._ready()).by_name()
         stats = await asyncio.gather(*(tower.stats() for tower in towers.values()))
         return dict(zip(towers, stats, strict=True))
 

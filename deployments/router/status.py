@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import grpc
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from twotower.cluster.services.remote import plain_error
+from twotower.cluster.services.ray_errors import plain_error
 from twotower.deployments.routing.retry import LostTooOftenError
 from twotower.protos.refusals import (
     BUSY_TEXT,

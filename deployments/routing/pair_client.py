@@ -17,7 +17,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from twotower.cluster.services.remote import plain_error
+from twotower.cluster.services.ray_errors import plain_error
 from twotower.deployments.pair.tower_pair import Job
 from twotower.deployments.routing.moves import Room
 from twotower.deployments.routing.pairs import PAIRS

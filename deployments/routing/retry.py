@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from twotower.cluster.services.remote import plain_error
+from twotower.cluster.services.ray_errors import plain_error
 from twotower.protos.backoff import backoff_s
 from twotower.towers.errors import QueueFullError, TwoTowerError, UnavailableError
 

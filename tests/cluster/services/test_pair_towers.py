@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from tests.conftest import GOLDEN
 from twotower import TwoTower
-from twotower.cluster.actors.tower_actors import ContextTowerActor, DenoiserTowerActor
 from twotower.cluster.channel.grpc import LinkSpec
 from twotower.cluster.services.pair_towers import MOST_REPAIRS, PairTowers
+from twotower.cluster.services.tower_services import (
+    Call,
+    ContextTowerActor,
+    DenoiserTowerActor,
+    DenoiserTowerService,
+    P,
+    T,
+    bound,
+)
 from twotower.cluster.topology import PairTopology
 from twotower.towers.decoding.generation import generate_blocks
 from twotower.towers.errors import UnavailableError
@@ -44,7 +51,7 @@ PROMPTS = ([5, 6, 7, 8], list(range(10, 90)), [3, 4], [9])
 ROWS = [(PROMPTS[i % 4], replace(MODES[i % 5], seed=i)) for i in range(10)]
 
 
-class Tower:
+class Tower(DenoiserTowerService):
     """A denoiser tower's actor that can die, and hang, as a remote one does."""
 
     def __init__(self) -> None:
@@ -52,24 +59,24 @@ class Tower:
         self.dead = asyncio.Event()
         self.hung = False
 
-    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
-        async def call(*args: Any) -> Any:
-            if self.dead.is_set():
-                raise UnavailableError("the actor is gone")
-            work = asyncio.ensure_future(
-                asyncio.Event().wait() if self.hung else getattr(self.actor, name)(*args)
-            )
-            dying = asyncio.ensure_future(self.dead.wait())
-            try:
-                await asyncio.wait([work, dying], return_when=asyncio.FIRST_COMPLETED)
-                if work.done():
-                    return work.result()
-                raise UnavailableError("the actor is gone")
-            finally:
-                work.cancel()
-                dying.cancel()
+    async def _call(self, call: Call[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        if self.dead.is_set():
+            raise UnavailableError("the actor is gone")
+        work = asyncio.ensure_future(self._answer(call, *args, **kwargs))
+        dying = asyncio.ensure_future(self.dead.wait())
+        try:
+            await asyncio.wait([work, dying], return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return work.result()
+            raise UnavailableError("the actor is gone")
+        finally:
+            work.cancel()
+            dying.cancel()
 
-        return call
+    async def _answer(self, call: Call[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        if self.hung:
+            await asyncio.Event().wait()
+        return await bound(self.actor, call)(*args, **kwargs)
 
     async def kill(self) -> None:
         self.dead.set()
@@ -88,7 +95,7 @@ class Keeper:
         self._addresses: dict[int, str] = {}
         self._epoch = 0
 
-    async def start(self, index: int) -> Any:
+    async def start(self, index: int) -> Tower:
         if self.fails:
             raise UnavailableError("no room for another")
         if index in self.towers:
@@ -174,9 +181,10 @@ async def service_with(denoisers: int) -> Service:
     pair = PairTowers(
         context,
         towers,
-        keeper,
+        keeper.start,
+        keeper.relink,
         repair_timeout_s=20.0,
-        answer_timeout_s=0.5,  # type: ignore[arg-type]
+        answer_timeout_s=0.5,
     )
     return Service(context, keeper, pair)
 

@@ -18,7 +18,7 @@ from tests.deployments.pair.test_tower_pair import (
     settled,
 )
 from twotower import TwoTower
-from twotower.cluster.services.remote import PairServices
+from twotower.cluster.services.tower_services import PairServices
 from twotower.deployments.pair.overload import OverloadDial
 from twotower.deployments.pair.tower_pair import TowerPair
 from twotower.towers.decoding.services import Block

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from twotower import TwoTower
-from twotower.cluster.actors.tower_actors import ContextTowerActor, DenoiserTowerActor
 from twotower.cluster.channel.grpc import LinkSpec
-from twotower.cluster.services.remote import PairServices
+from twotower.cluster.services.tower_services import (
+    ContextTowerActor,
+    DenoiserTowerActor,
+    PairServices,
+)
 from twotower.cluster.topology import PairTopology
 from twotower.deployments.pair.tower_pair import Job, TowerPair
 from twotower.towers.decoding.services import Block

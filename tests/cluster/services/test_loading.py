@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from tests.cluster.test_topology import PAIR
-from twotower.cluster.actors import loading
-from twotower.cluster.actors.loading import prepare_process
+from twotower.cluster.services import loading
+from twotower.cluster.services.loading import prepare_process
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import asyncio
 
 from torch import Tensor
 
-from twotower.cluster.actors.link_fan import Link
+from twotower.cluster.channel.link_fan import Link
 from twotower.cluster.topology import LinkFaults
 from twotower.towers.state.context_state import ContextState
 from twotower.towers.state.link import UpdateWriter

@@ -1,0 +1,60 @@
+"""Both towers of a pair in one process, on one device: states are shared, nothing is sent."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from twotower.cluster.services.loading import prepare_process
+from twotower.cluster.services.tower_services import (
+    Call,
+    ContextTowerActor,
+    DenoiserTowerActor,
+    Side,
+    TowerService,
+    bound,
+)
+from twotower.cluster.topology import PairTopology
+from twotower.towers.checkpoint.weights import parse_dtype
+from twotower.towers.engine.context_engine import ContextEngine
+from twotower.towers.engine.denoiser_engine import DenoiserEngine
+from twotower.towers.engine.load import load_engines
+
+
+class ColocatedActor:
+    """Runs both engines; a proxy's call of either tower comes through `call`."""
+
+    def __init__(self, topology: PairTopology) -> None:
+        self._topology = topology
+        self._context = ContextTowerActor(topology)
+        self._denoiser = DenoiserTowerActor(topology)
+        self._towers: dict[Side, TowerService] = {
+            "context": self._context,
+            "denoiser": self._denoiser,
+        }
+
+    async def load(self) -> None:
+        """Loads both towers. Raises CheckpointError, ConfigError."""
+        prepare_process(self._topology)
+        context, denoiser = await asyncio.to_thread(self._load_engines)
+        self._context.run(context)
+        self._denoiser.run(denoiser)
+
+    async def call(self, side: Side, call: Call[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Makes a call of one of the towers. Raises UnavailableError before they are loaded."""
+        return await bound(self._towers[side], call)(*args, **kwargs)
+
+    def _load_engines(self) -> tuple[ContextEngine, DenoiserEngine]:
+        topology = self._topology
+        context, denoiser = load_engines(
+            Path(topology.model_path),
+            topology.device,
+            topology.device,
+            parse_dtype(topology.dtype),
+            options=topology.engine_options(),
+            threaded=True,
+        )
+        context.warm_up()
+        denoiser.warm_up(pool=context.pool)
+        return context, denoiser

@@ -1,0 +1,345 @@
+"""The calls of the towers of a pair: the proxies that make them, and the actors that answer.
+
+A call is a method of ContextTowerService or DenoiserTowerService, written once, which hands itself
+to `_call`: for a proxy this is a remote call of its actor, for an actor a call of its engine. A
+subclass overrides only the calls to which it adds something.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
+
+import ray
+
+from twotower.cluster.channel.faults import FaultyLink
+from twotower.cluster.channel.grpc import CPU, GrpcStateLink, LinkSpec
+from twotower.cluster.channel.link_fan import Link, LinkFan
+from twotower.cluster.channel.receiver import StateReceiver
+from twotower.cluster.services.loading import loaded
+from twotower.cluster.services.ray_errors import detached, plainly
+from twotower.cluster.services.watch import Watch
+from twotower.cluster.topology import PairTopology, max_update_bytes
+from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
+from twotower.towers.decoding.services import Block, Prefilled
+from twotower.towers.engine.context_engine import ContextEngine
+from twotower.towers.engine.denoiser_engine import DenoiserEngine
+from twotower.towers.engine.engine import Engine
+from twotower.towers.errors import UnavailableError
+from twotower.towers.model.denoiser_tower import DenoiserTower
+from twotower.towers.request.params import GenerationParams
+
+P = ParamSpec("P")
+T = TypeVar("T")
+E = TypeVar("E", bound=Engine[Any, Any, Any])
+# A call of a service: its method, not bound to an object.
+Call = Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]
+Side = Literal["context", "denoiser"]
+
+
+def bound(target: object, call: Call[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """The method of `target` that has the name and the types of `call`."""
+    method: Callable[P, Coroutine[Any, Any, T]] = getattr(target, call.__name__)
+    return method
+
+
+class TowerService(ABC):
+    """A tower that holds rows; guarantees as in `towers/decoding/services.py`."""
+
+    @abstractmethod
+    async def _call(self, call: Call[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Makes a call where the tower is."""
+
+    async def release(self, row_id: str) -> None:
+        """Frees everything that the row holds, or its place in the queue."""
+        await self._call(TowerService.release, row_id)
+
+    async def stats(self) -> dict[str, float]:
+        """Counters of the tower's engine."""
+        return await self._call(TowerService.stats)
+
+    async def check(self) -> None:
+        """Raises UnavailableError if the tower cannot serve."""
+        await self._call(TowerService.check)
+
+
+class ContextTowerService(TowerService):
+    """A context tower with links to denoiser towers; fulfils `ContextService`."""
+
+    async def open(self, row_id: str, capacity: int) -> int:
+        """See `ContextService`; the row's state goes to denoiser tower 0."""
+        return await self._call(ContextTowerService.open, row_id, capacity)
+
+    async def open_for(self, row_id: str, capacity: int, denoiser: int) -> int:
+        """As `open`; the row's state goes to denoiser tower number `denoiser`."""
+        return await self._call(ContextTowerService.open_for, row_id, capacity, denoiser)
+
+    async def move(self, row_id: str, denoiser: int) -> None:
+        """Sends all of a row's state to a denoiser tower that has just opened the row, and every
+        update from now on."""
+        await self._call(ContextTowerService.move, row_id, denoiser)
+
+    async def broken_links(self) -> list[int]:
+        """Numbers of the denoiser towers whose links do not work any more."""
+        return await self._call(ContextTowerService.broken_links)
+
+    async def prefill(
+        self, row_id: str, prompt: Sequence[int], generated: Sequence[int], params: GenerationParams
+    ) -> Prefilled:
+        """See `ContextService`."""
+        return await self._call(ContextTowerService.prefill, row_id, prompt, generated, params)
+
+    async def extend(self, row_id: str, token_ids: Sequence[int]) -> int:
+        """See `ContextService`."""
+        return await self._call(ContextTowerService.extend, row_id, token_ids)
+
+    async def decode(self, row_id: str, count: int, params: GenerationParams) -> Block:
+        """See `ContextService`."""
+        return await self._call(ContextTowerService.decode, row_id, count, params)
+
+    async def verify(self, row_id: str, draft: Sequence[int], params: GenerationParams) -> Block:
+        """See `ContextService`."""
+        return await self._call(ContextTowerService.verify, row_id, draft, params)
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        """See `ContextService`."""
+        return await self._call(ContextTowerService.score, token_ids)
+
+
+class DenoiserTowerService(TowerService):
+    """A denoiser tower; fulfils `DenoiserService`."""
+
+    async def open(self, row_id: str, capacity: int) -> None:
+        """See `DenoiserService`."""
+        await self._call(DenoiserTowerService.open, row_id, capacity)
+
+    async def denoise_block(
+        self, row_id: str, position: int, params: GenerationParams, known: Sequence[int] = ()
+    ) -> Block:
+        """See `DenoiserService`."""
+        return await self._call(DenoiserTowerService.denoise_block, row_id, position, params, known)
+
+    async def next_token(
+        self, row_id: str, position: int, last_token: int, params: GenerationParams
+    ) -> Block:
+        """See `DenoiserService`."""
+        return await self._call(
+            DenoiserTowerService.next_token, row_id, position, last_token, params
+        )
+
+
+@dataclass(frozen=True)
+class PairServices:
+    """The towers of a pair, wherever they run; all denoisers as one, None if there is none."""
+
+    context: ContextTowerService
+    denoiser: DenoiserTowerService | None
+
+    def by_name(self) -> dict[str, TowerService]:
+        """The towers that there are, by name."""
+        towers: dict[str, TowerService] = {"context": self.context}
+        return towers if self.denoiser is None else {**towers, "denoiser": self.denoiser}
+
+
+class _Remote(TowerService):
+    """The proxy of an actor; `side` says which tower of a ColocatedActor."""
+
+    def __init__(self, actor: Any, side: Side | None = None) -> None:
+        self._actor = actor
+        self._side = side
+
+    async def load(self) -> None:
+        """Loads the tower. Raises CheckpointError."""
+        await plainly(self._actor.load.remote())
+
+    async def release(self, row_id: str) -> None:
+        """Frees the row, even if the request that asks for it is cancelled."""
+        await detached(lambda: self._call(TowerService.release, row_id))
+
+    async def _call(self, call: Call[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        if self._side is not None:
+            sent = self._actor.call.remote(self._side, call, *args, **kwargs)
+        else:
+            sent = getattr(self._actor, call.__name__).remote(*args, **kwargs)
+        answer: T = await plainly(sent)
+        return answer
+
+
+class RemoteContext(_Remote, ContextTowerService):
+    """A context tower in another process, which is ended if it hangs."""
+
+    def __init__(self, actor: Any, side: Side | None = None) -> None:
+        super().__init__(actor, side)
+        self._watch = Watch(partial(ray.kill, actor))
+
+    async def connect(self, denoiser: int, link: LinkSpec) -> None:
+        """Links the tower to a denoiser tower, in place of the link to it that was there."""
+        await plainly(self._actor.connect.remote(denoiser, link))
+
+    async def broken_links(self) -> list[int]:
+        return await self._watch.answer(super().broken_links())
+
+    async def stats(self) -> dict[str, float]:
+        return await self._watch.answer(super().stats())
+
+    async def check(self) -> None:
+        await self._watch.answer(super().check())
+
+
+class RemoteDenoiser(_Remote, DenoiserTowerService):
+    """A denoiser tower in another process."""
+
+    async def listen(self, token: str) -> str:
+        """Starts the engine and waits for its link; returns the link's address."""
+        address: str = await plainly(self._actor.listen.remote(token))
+        return address
+
+
+class EngineService(TowerService, Generic[E]):
+    """A tower with an engine in this process; `start_towers` makes it a Ray actor.
+
+    Loading is a call of its own, so that a faulty checkpoint reaches the pair as the error that it
+    is and not as a dead actor.
+    """
+
+    name: Side
+
+    def __init__(self, topology: PairTopology) -> None:
+        self._topology = topology
+        self._engine: E | None = None
+
+    def run(self, engine: E) -> None:
+        """Answers calls by this engine from now on."""
+        self._engine = engine
+
+    @property
+    def engine(self) -> E:
+        """The loaded tower's engine. Raises UnavailableError before that."""
+        if self._engine is None:
+            raise UnavailableError(f"the {self.name} tower is not loaded")
+        return self._engine
+
+    async def stats(self) -> dict[str, float]:
+        return self.engine.stats()
+
+    async def check(self) -> None:
+        """Raises UnavailableError if the tower is not loaded or hangs."""
+        self.engine.check_progress(self._topology.stall_timeout_s)
+
+    async def _call(self, call: Call[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await bound(self.engine, call)(*args, **kwargs)
+
+
+class ContextTowerActor(EngineService[ContextEngine], ContextTowerService):
+    """Runs a ContextEngine and publishes its rows' states over links to the denoiser towers."""
+
+    name = "context"
+
+    def __init__(self, topology: PairTopology) -> None:
+        super().__init__(topology)
+        self._links = LinkFan()
+        self._disturbed: set[int] = set()
+
+    async def load(self) -> None:
+        """Loads the tower and starts its engine. Raises CheckpointError, ConfigError."""
+        tower = await loaded(load_context_tower, self._topology)
+        options = self._topology.engine_options()
+        link = None if self._topology.placement == "ar_only" else self._links
+        engine = ContextEngine.with_options(tower, link, options, threaded=True)
+        await asyncio.to_thread(engine.warm_up)
+        self.run(engine)
+
+    async def connect(self, denoiser: int, link: LinkSpec) -> None:
+        """Links the tower to a denoiser tower; the link to it that was there ends."""
+        tower = self.engine.tower
+        state_link: Link = GrpcStateLink(
+            link,
+            tower.config,
+            tower.dtype,
+            tower.replay_tensors(),
+            device=tower.device if link.transport == "nccl" else CPU,
+        )
+        faults = self._topology.faults
+        if faults is not None and denoiser not in self._disturbed:
+            self._disturbed.add(denoiser)
+            state_link = FaultyLink(state_link, faults)
+        await self._links.connect(denoiser, state_link)
+
+    async def open_for(self, row_id: str, capacity: int, denoiser: int) -> int:
+        self._links.assign(row_id, denoiser)
+        try:
+            return await self.open(row_id, capacity)
+        except BaseException:
+            self._links.forget(row_id)
+            raise
+
+    async def move(self, row_id: str, denoiser: int) -> None:
+        await self.engine.reseed(row_id, lambda: self._links.move(row_id, denoiser))
+
+    async def broken_links(self) -> list[int]:
+        return self._links.broken()
+
+    async def close(self) -> None:
+        """Ends the links."""
+        await self._links.close()
+
+
+class DenoiserTowerActor(EngineService[DenoiserEngine], DenoiserTowerService):
+    """Runs a DenoiserEngine and receives its mirrors' states over a link."""
+
+    name = "denoiser"
+
+    def __init__(self, topology: PairTopology) -> None:
+        super().__init__(topology)
+        self._tower: DenoiserTower | None = None
+        self._receiver: StateReceiver | None = None
+
+    async def load(self) -> None:
+        """Loads the tower. Raises CheckpointError."""
+        self._tower = await loaded(load_denoiser_tower, self._topology)
+
+    async def listen(self, token: str) -> str:
+        """Starts the engine on the loaded tower and waits for its link; returns `host:port`."""
+        assert self._tower is not None, "load comes first"
+        options = self._topology.engine_options()
+        pool = options.pool_for(self._tower)
+        engine = DenoiserEngine(self._tower, pool=pool, limits=options.limits, threaded=True)
+        await asyncio.to_thread(engine.warm_up)
+        transport = self._topology.transport
+        receiver = StateReceiver(
+            engine.receive,
+            engine.follow,
+            token,
+            max_update_bytes(self._tower.config, self._topology.max_context),
+            transport=transport,
+            device=self._tower.device if transport == "nccl" else CPU,
+        )
+        # The node's own address: on one machine that is still not open to every interface.
+        address = await receiver.start(ray.util.get_node_ip_address())
+        self._receiver = receiver
+        self.run(engine)
+        return address
+
+    async def open(self, row_id: str, capacity: int) -> None:
+        await super().open(row_id, capacity)
+        if self._receiver is not None:
+            self._receiver.open(row_id)
+
+    async def release(self, row_id: str) -> None:
+        if self._receiver is not None:
+            self._receiver.forget(row_id)
+        await super().release(row_id)
+
+    async def stats(self) -> dict[str, float]:
+        """The engine's counters, and `mirrors`: rows that the link follows."""
+        mirrors = {} if self._receiver is None else {"mirrors": float(self._receiver.num_rows)}
+        return {**await super().stats(), **mirrors}
+
+    async def close(self) -> None:
+        """Stops to listen for the link."""
+        if self._receiver is not None:
+            await self._receiver.stop()
