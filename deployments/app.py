@@ -29,7 +29,7 @@ from twotower.towers.limits import usable_cpus
 logger = logging.getLogger("ray.serve")
 
 PAIR_DEPLOYMENT = "TowerPair"
-PAIR_CHOOSER = "twotower.deployments.routing.pair_chooser.PairChooser"
+PAIR_CHOOSER = "twotower.deployments.routing.attempts.PairChooser"
 # Rows wait in the pair, in order; the router holds a stream for each of them, of all pairs.
 ROUTER_ONGOING = 4096
 # A replica that is told to stop looks this often whether its last stream has ended.

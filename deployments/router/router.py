@@ -25,9 +25,8 @@ from twotower.deployments.router import codec
 from twotower.deployments.router.encoding import TextReader
 from twotower.deployments.router.resumed import resumed_text
 from twotower.deployments.router.status import refuse
-from twotower.deployments.routing.attempts import Attempts, attempt_id
-from twotower.deployments.routing.moves import Room
-from twotower.deployments.routing.pair_client import PairClient
+from twotower.deployments.routing.attempts import Attempts, PairClient, attempt_id
+from twotower.deployments.routing.policy import Room
 from twotower.deployments.routing.retry import RetryPolicy
 from twotower.protos.incoming import MESSAGE_VARIABLE, message_limit
 from twotower.protos.refusals import RequestRefusedError, marked

@@ -1,5 +1,8 @@
 """One request over as many pairs as it takes: no committed block is lost, repeated or changed.
 
+Attempts makes one attempt after another, PairClient makes the calls of one, and Serve asks
+PairChooser which pair gets it.
+
 An attempt is the request's prompt with the tokens committed so far, under a name of its own, on
 whichever pair Serve chooses. When it is lost, what it may still send goes with its stream, and the
 next attempt goes on from the log's end: random numbers belong to seed and position, so the tokens
@@ -7,26 +10,42 @@ are those of the undisturbed request.
 
 An attempt that has not begun and has no place in its pair moves to one that has room, such as a new
 pair that autoscaling has brought: that ends it too, but nothing was lost.
+
+Serve pickles the module of PairChooser by value: what the two sides share is in `pairs.PAIRS`, in a
+module that is not.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from ray.exceptions import (
+    ActorPlacementGroupRemoved,
+    ActorUnschedulableError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.serve.exceptions import BackPressureError
+from ray.serve.request_router import RequestRouter
 
+from twotower.cluster.services.ray_errors import plain_error
 from twotower.deployments.pair.tower_pair import Job
-from twotower.deployments.routing.moves import Room
-from twotower.deployments.routing.pair_client import PairClient
-from twotower.deployments.routing.retry import Losses, NoPairError, RetryPolicy
+from twotower.deployments.routing import pairs, policy
+from twotower.deployments.routing.retry import BrokenPairError, Losses, NoPairError, RetryPolicy
 from twotower.towers.decoding.commit_log import CommitLog
 from twotower.towers.decoding.services import Block
+from twotower.towers.errors import QueueFullError, UnavailableError
 
 logger = logging.getLogger("ray.serve")
 
@@ -34,6 +53,18 @@ logger = logging.getLogger("ray.serve")
 LOOK_S = 1.0
 PING_TIMEOUT_S = 5.0
 LEAST_WAIT_S = 0.05
+# Pairs of a rank that Serve asks for the length of their queues.
+CHOICES = 2
+# Ways in which Ray says that the process or node behind a call has gone, beside RayActorError.
+_GONE = (
+    ActorPlacementGroupRemoved,
+    ActorUnschedulableError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    WorkerCrashedError,
+)
+_WRAPPED = (RayTaskError, RayActorError, *_GONE)
 T = TypeVar("T")
 
 
@@ -49,9 +80,9 @@ class _MovedError(Exception):
 class Attempts:
     """Gives requests to pairs, and to other pairs when those are lost or others have room."""
 
-    def __init__(self, pairs: PairClient, policy: RetryPolicy, room: Room) -> None:
-        self._pairs = pairs
-        self._policy = policy
+    def __init__(self, client: PairClient, retry: RetryPolicy, room: policy.Room) -> None:
+        self._client = client
+        self._retry = retry
         self._room = room
 
     async def blocks(self, job: Job, log: CommitLog) -> AsyncGenerator[Block, None]:
@@ -60,7 +91,7 @@ class Attempts:
         The caller commits each before it asks for the next. Raises what the pair raised if that
         is not a loss; UnavailableError if no pair came up in time; LostTooOftenError.
         """
-        losses = Losses(self._policy)
+        losses = Losses(self._retry)
         next_id = attempt_id()
         try:
             while True:
@@ -85,15 +116,15 @@ class Attempts:
                 next_id = attempt_id()
         finally:
             # One of them may have been promised a place that it never came to take.
-            self._pairs.forget(job.row_id)
-            self._pairs.forget(next_id)
+            pairs.PAIRS.ended(job.row_id)
+            pairs.PAIRS.ended(next_id)
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """As TowerPair.score."""
-        losses = Losses(self._policy)
+        losses = Losses(self._retry)
         while True:
             try:
-                return await self._while_a_pair_is_up(self._pairs.score(token_ids), losses)
+                return await self._while_a_pair_is_up(self._client.score(token_ids), losses)
             except Exception as error:
                 await losses.pause(error)
 
@@ -101,10 +132,10 @@ class Attempts:
         """The blocks of one attempt. Raises _MovedError if it moves before the first."""
 
         def look() -> None:
-            if self._pairs.moved(job.row_id, next_id, self._room):
+            if pairs.PAIRS.moved(job.row_id, next_id, self._room):
                 raise _MovedError
 
-        async with aclosing(self._pairs.generate(job)) as stream:
+        async with aclosing(self._client.generate(job)) as stream:
             block = await self._while_a_pair_is_up(anext(stream, None), losses, look)
             while block is not None:
                 yield block
@@ -120,7 +151,7 @@ class Attempts:
         """
         asking = asyncio.ensure_future(answer)
         clock = asyncio.get_running_loop().time
-        period = max(self._policy.resume_timeout_s, LEAST_WAIT_S)
+        period = max(self._retry.resume_timeout_s, LEAST_WAIT_S)
         check_at = clock() + period
         try:
             while True:
@@ -139,9 +170,114 @@ class Attempts:
     async def _check_up(self) -> None:
         try:
             async with asyncio.timeout(PING_TIMEOUT_S):
-                await self._pairs.ping()
+                await self._client.ping()
         except BackPressureError:
             # The pairs are up, and busy.
             return
         except Exception as error:
             raise NoPairError("no pair of towers is up; try again later") from error
+
+
+class PairClient:
+    """Calls the deployment of pairs; Serve chooses the replica."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._streaming = handle.options(stream=True)
+
+    async def generate(self, job: Job) -> AsyncGenerator[Block, None]:
+        """The blocks of a job; closing it frees the row. Raises what the pair raised."""
+        # Before the call, which Serve may route at once.
+        pairs.PAIRS.opened(job.row_id)
+        with ExitStack() as ending:
+            ending.callback(pairs.PAIRS.ended, job.row_id)
+            try:
+                stream = self._streaming.generate.remote(job)
+                ending.callback(stream.cancel)
+                async for block in stream:
+                    pairs.PAIRS.worked(job.row_id)
+                    if block.finish_reason is not None:
+                        # Its place may have been given to the next before the stream has ended.
+                        pairs.PAIRS.ended(job.row_id)
+                    yield block
+            except (*_WRAPPED, UnavailableError) as error:
+                plain = _plain(error)
+                if isinstance(plain, QueueFullError):
+                    pairs.PAIRS.refused(job.row_id)
+                if isinstance(plain, UnavailableError) and pairs.PAIRS.lost(job.row_id):
+                    plain = BrokenPairError(str(plain))
+                raise plain from None
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        """As TowerPair.score."""
+        try:
+            scores: list[float] = await self._handle.score.remote(list(token_ids))
+        except _WRAPPED as error:
+            raise _plain(error) from None
+        return scores
+
+    async def ping(self) -> None:
+        """Returns if a pair can serve."""
+        try:
+            await self._handle.ping.remote()
+        except _WRAPPED as error:
+            raise _plain(error) from None
+
+
+class PairChooser(RequestRouter):  # type: ignore[misc]
+    """Serve's own rule, power of two choices, after `pairs.PAIRS` was asked.
+
+    Without Serve's FIFOMixin, which would give the pair chosen for one call to the oldest that
+    waits: here it matters which call gets which pair.
+    """
+
+    def update_replicas(self, replicas: list[Any]) -> None:
+        """Notes which pairs there are: rows that wait may move to one that is new."""
+        super().update_replicas(replicas)
+        self._tell()
+
+    def on_replica_actor_died(self, replica_id: Any) -> None:
+        """Notes that a pair is gone."""
+        super().on_replica_actor_died(replica_id)
+        self._tell()
+
+    async def choose_replicas(
+        self, candidate_replicas: list[Any], pending_request: Any = None
+    ) -> list[list[Any]]:
+        """Replicas to ask for their queue's length, in ranks."""
+        named = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        row_id, prompt = _row_of(pending_request)
+        target = pairs.PAIRS.target_of(row_id) if row_id is not None else None
+        # A row that is sent to a pair says nothing about another.
+        probe = row_id is not None and target is None
+        ranks = pairs.PAIRS.ranked(list(named), probe=probe)
+        chosen = [random.sample(rank, min(CHOICES, len(rank))) for rank in ranks]
+        own = policy.preferred_pair(prompt, ranks[-1], pairs.PAIRS.rows())
+        if own is not None:
+            # Behind a pair that is being probed, before the others.
+            chosen.insert(len(chosen) - 1, [own])
+        if target is not None and target in ranks[-1]:
+            chosen.insert(0, [target])
+        return [[named[pair] for pair in rank] for rank in chosen]
+
+    def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
+        """Notes which pair has an attempt."""
+        del result
+        row_id, _ = _row_of(pending_request)
+        if row_id is not None:
+            pairs.PAIRS.routed(row_id, replica_id.unique_id)
+
+    def _tell(self) -> None:
+        pairs.PAIRS.present([replica_id.unique_id for replica_id in self.curr_replicas])
+
+
+def _plain(error: BaseException) -> BaseException:
+    if isinstance(error, _GONE):
+        return UnavailableError("a node or process that held the request is gone; try again")
+    return plain_error(error)
+
+
+def _row_of(request: Any) -> tuple[str | None, Sequence[int]]:
+    """Name and prompt of a call that generates; other calls have none."""
+    job = request.args[0] if request is not None and request.args else None
+    return getattr(job, "row_id", None), getattr(job, "prompt", ())

@@ -5,75 +5,94 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from twotower.deployments.routing import moves
-from twotower.deployments.routing.assignments import Assignments
-from twotower.deployments.routing.breaker import Breaker
-from twotower.deployments.routing.moves import Room
+from twotower.deployments.routing.policy import Breaker, PairRows, Room, target_of
 
 # A pair that had no place for a row that was moved there is no target for so long.
 FULL_S = 5.0
 
 
+@dataclass
+class _Attempt:
+    """`pair` has the attempt, None until one does; `suspect` if that pair was avoided when it got
+    the attempt. `target` is the pair that a moved attempt is sent to."""
+
+    pair: str | None = None
+    suspect: bool = False
+    target: str | None = None
+
+
 class Pairs:
-    """Assignments and breaker of all pairs. Serve asks in a thread of its own, hence the lock."""
+    """The attempts that are under way, by name and by pair, and the breaker of all pairs.
+
+    Serve asks in a thread of its own, hence the lock.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._lock = threading.Lock()
-        self._assignments = Assignments()
+        self._attempts: dict[str, _Attempt] = {}
+        self._rows: dict[str, PairRows] = {}
         self._breaker = Breaker(clock)
         self._clock = clock
         self._full: dict[str, float] = {}
         self._up: tuple[str, ...] = ()
 
     def present(self, pairs: Sequence[str]) -> None:
-        """Serve has these pairs, and no others, for new attempts."""
+        """Notes the pairs that Serve has for new attempts; there are no others."""
         with self._lock:
             self._up = tuple(pairs)
 
     def opened(self, row_id: str) -> None:
-        """An attempt begins."""
+        """Begins to follow an attempt; one that is not opened, or has ended, is not followed."""
         with self._lock:
-            self._assignments.opened(row_id)
+            self._attempts.setdefault(row_id, _Attempt())
 
     def routed(self, row_id: str, pair: str) -> None:
-        """An attempt has gone to a pair."""
+        """Notes that a pair has got an attempt, the last of those that wait there."""
         with self._lock:
-            target = self._assignments.target_of(row_id)
+            target = self._attempt(row_id).target
             if target not in (None, pair):
                 self._full[target] = self._clock()
-            self._assignments.routed(row_id, pair, suspect=self._breaker.avoids(pair))
+            if row_id not in self._attempts:
+                # Serve's thread may not have heard yet that the attempt is over.
+                return
+            self._end(row_id)
+            self._attempts[row_id] = _Attempt(pair, self._breaker.avoids(pair))
+            self._on(pair).waiting[row_id] = None
 
     def worked(self, row_id: str) -> None:
-        """An attempt has brought a block: its pair works."""
+        """Notes that an attempt has brought a block: its pair works."""
         with self._lock:
-            self._assignments.began(row_id)
-            pair = self._assignments.pair_of(row_id)
+            pair = self._attempt(row_id).pair
             if pair is not None:
+                rows = self._on(pair)
+                rows.drop(row_id)
+                rows.begun.add(row_id)
                 self._breaker.worked(pair)
 
     def lost(self, row_id: str) -> bool:
-        """An attempt was lost with its pair; whether that had to be expected of the pair."""
+        """Notes that an attempt was lost with its pair; True if that was to be expected of it."""
         with self._lock:
-            pair = self._assignments.pair_of(row_id)
-            if pair is not None:
-                self._breaker.lost(pair)
-            return self._assignments.is_suspect(row_id)
+            attempt = self._attempt(row_id)
+            if attempt.pair is not None:
+                self._breaker.lost(attempt.pair)
+            return attempt.suspect
 
     def refused(self, row_id: str) -> None:
-        """The pair of an attempt has no place for it, not even in its queue."""
+        """Notes that an attempt's pair has no place for it, not even in its queue."""
         with self._lock:
-            pair = self._assignments.pair_of(row_id)
+            pair = self._attempt(row_id).pair
             if pair is not None:
                 self._full[pair] = self._clock()
 
     def ended(self, row_id: str) -> None:
-        """An attempt is over, however it ended."""
+        """Stops to follow an attempt, however it ended; an unknown one is fine."""
         with self._lock:
-            self._assignments.ended(row_id)
+            self._end(row_id)
 
     def moved(self, row_id: str, next_id: str, room: Room) -> bool:
-        """Whether an attempt waits on its pair and another has room for it.
+        """True if an attempt waits on its pair and another has room for it.
 
         If so it is over here, and the attempt `next_id` counts there from now on.
         """
@@ -81,19 +100,20 @@ class Pairs:
             target = self._target_of_waiting(row_id, room)
             if target is None:
                 return False
-            self._assignments.ended(row_id)
-            self._assignments.sent(next_id, target)
+            self._end(row_id)
+            self._attempts[next_id] = _Attempt(target=target)
+            self._on(target).coming.add(next_id)
             return True
 
     def target_of(self, row_id: str) -> str | None:
         """The pair that a moved attempt is sent to; None for any other attempt."""
         with self._lock:
-            return self._assignments.target_of(row_id)
+            return self._attempt(row_id).target
 
     def rows(self) -> dict[str, int]:
-        """Attempts that each pair has of this router."""
+        """Attempts of each pair that has any of this router, those that are coming included."""
         with self._lock:
-            return self._assignments.counts()
+            return self._counts()
 
     def ranked(self, pairs: Sequence[str], *, probe: bool) -> list[list[str]]:
         """As Breaker.ranked."""
@@ -101,19 +121,36 @@ class Pairs:
             return self._breaker.ranked(pairs, probe=probe)
 
     def _target_of_waiting(self, row_id: str, room: Room) -> str | None:
-        pair = self._assignments.pair_of(row_id)
+        pair = self._attempt(row_id).pair
         if pair is None:
             return None
-        here = self._assignments.on(pair)
+        here = self._on(pair)
         if len(here) <= room.places:
             # All have a place: the usual case, for which no other pair need be looked at.
             return None
-        counts = self._assignments.counts()
+        counts = self._counts()
         since = self._clock() - FULL_S
         self._full = {full: at for full, at in self._full.items() if at > since}
         avoided = {up for up in self._up if up in self._full or self._breaker.avoids(up)}
         rows = {up: counts.get(up, 0) for up in self._up if up not in avoided}
-        return moves.target_of(row_id, here, rows, room)
+        return target_of(row_id, here, rows, room)
+
+    def _attempt(self, row_id: str) -> _Attempt:
+        return self._attempts.get(row_id, _Attempt())
+
+    def _on(self, pair: str) -> PairRows:
+        return self._rows.setdefault(pair, PairRows())
+
+    def _counts(self) -> dict[str, int]:
+        return {pair: len(rows) for pair, rows in self._rows.items()}
+
+    def _end(self, row_id: str) -> None:
+        attempt = self._attempts.pop(row_id, _Attempt())
+        for pair in (attempt.pair, attempt.target):
+            if pair is not None:
+                self._on(pair).drop(row_id)
+                if not self._rows[pair]:
+                    del self._rows[pair]
 
 
 # Serve makes a deployment's PairChooser itself, in the process of the router that it serves.

@@ -14,11 +14,10 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from twotower.deployments.pair.tower_pair import Job
-from twotower.deployments.routing import losses
-from twotower.deployments.routing.attempts import Attempts
-from twotower.deployments.routing.moves import Room
-from twotower.deployments.routing.pair_client import PairClient
+from twotower.deployments.routing import retry
+from twotower.deployments.routing.attempts import Attempts, PairClient
 from twotower.deployments.routing.pairs import Pairs
+from twotower.deployments.routing.policy import Room
 from twotower.deployments.routing.retry import LostTooOftenError, RetryPolicy
 from twotower.towers.decoding.commit_log import CommitLog
 from twotower.towers.decoding.services import Block
@@ -156,7 +155,7 @@ class Handle:
 
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "backoff_s", lambda _: 0.001)
+    monkeypatch.setattr(retry, "backoff_s", lambda _: 0.001)
 
 
 async def run(handle: Handle, job: Job = JOB, policy: RetryPolicy | None = None) -> CommitLog:
@@ -296,7 +295,7 @@ async def test_a_request_that_is_lost_with_every_pair_is_given_up() -> None:
 async def test_what_a_broken_pair_loses_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Serve sends all to one pair, the only one, until it is replaced."""
     pairs = Pairs()
-    monkeypatch.setattr("twotower.deployments.routing.pair_client.PAIRS", pairs)
+    monkeypatch.setattr("twotower.deployments.routing.pairs.PAIRS", pairs)
 
     class Only(Handle):
         def _generate(self, job: Job) -> Stream:
@@ -328,7 +327,7 @@ async def test_with_no_pair_up_the_wait_has_an_end(monkeypatch: pytest.MonkeyPat
 
 
 async def test_losses_without_an_end_are_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "backoff_s", lambda _: 0.05)
+    monkeypatch.setattr(retry, "backoff_s", lambda _: 0.05)
     handle = Handle(*[dying(UnavailableError("gone"))] * 1000)
     begin = time.monotonic()
     with pytest.raises(UnavailableError, match="gone"):
@@ -380,7 +379,7 @@ async def test_a_long_queue_between_two_losses_is_no_wait_for_a_pair() -> None:
     ids=["waiting", "resumed", "between two attempts"],
 )
 async def test_a_cancel_wins(plan: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "backoff_s", lambda _: 0.4)
+    monkeypatch.setattr(retry, "backoff_s", lambda _: 0.4)
     handle = Handle(*plan)
     task = asyncio.create_task(run(handle, policy=RetryPolicy(20, max_attempts=1000)))
     await asyncio.sleep(0.2)

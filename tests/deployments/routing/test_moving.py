@@ -11,11 +11,10 @@ import pytest
 from tests.deployments.routing.test_attempts import BLOCKS, JOB, OUTPUT, PROMPT, Stream, all_of
 from twotower.deployments.pair.tower_pair import Job
 from twotower.deployments.routing import attempts as module
-from twotower.deployments.routing import losses
-from twotower.deployments.routing.attempts import Attempts
-from twotower.deployments.routing.moves import Room
-from twotower.deployments.routing.pair_client import PairClient
+from twotower.deployments.routing import retry
+from twotower.deployments.routing.attempts import Attempts, PairClient
 from twotower.deployments.routing.pairs import Pairs
+from twotower.deployments.routing.policy import Room
 from twotower.deployments.routing.retry import RetryPolicy
 from twotower.towers.decoding.commit_log import CommitLog
 from twotower.towers.decoding.services import Block
@@ -90,9 +89,9 @@ class Service:
 @pytest.fixture(autouse=True)
 def pairs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pairs]:
     monkeypatch.setattr(module, "LOOK_S", LOOK_S)
-    monkeypatch.setattr(losses, "backoff_s", lambda _: 0.001)
+    monkeypatch.setattr(retry, "backoff_s", lambda _: 0.001)
     found = Pairs()
-    monkeypatch.setattr("twotower.deployments.routing.pair_client.PAIRS", found)
+    monkeypatch.setattr("twotower.deployments.routing.pairs.PAIRS", found)
     yield found
     assert found.rows() == {}, "attempts are followed that have ended"
 
@@ -159,7 +158,7 @@ async def test_a_moved_row_is_lost_like_any_other(pairs: Pairs) -> None:
     requests = start(service, ROOM + 1, RetryPolicy(resume_timeout_s=20, max_attempts=1))
     found = await asyncio.gather(*requests, return_exceptions=True)
     assert found[:ROOM] == [OUTPUT] * ROOM
-    assert type(found[ROOM]) is losses.LostTooOftenError
+    assert type(found[ROOM]) is retry.LostTooOftenError
 
 
 async def test_a_moved_row_is_not_refused(pairs: Pairs) -> None:
@@ -212,14 +211,14 @@ async def test_a_cancel_while_a_row_is_on_its_way_leaves_no_promise(
     pairs: Pairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = Service(pairs, "old", "new")
-    moved = PairClient.moved
+    moved = pairs.moved
 
     def moved_and_cancelled(*arguments: Any) -> bool:
         if answer := moved(*arguments):
             requests[ROOM].cancel()
         return answer
 
-    monkeypatch.setattr(PairClient, "moved", moved_and_cancelled)
+    monkeypatch.setattr(pairs, "moved", moved_and_cancelled)
     requests = start(service, ROOM + 1)
     found = await asyncio.gather(*requests, return_exceptions=True)
     assert found[:ROOM] == [OUTPUT] * ROOM

@@ -16,15 +16,18 @@ from ray.serve._private.common import (
 from ray.serve._private.request_router.common import PendingRequest
 
 from tests.deployments.conftest import Clock
-from tests.deployments.routing.test_affinity import prompt_of
+from tests.deployments.routing.test_policy import prompt_of
 from twotower.deployments.pair.tower_pair import Job
-from twotower.deployments.routing import pair_chooser
 from twotower.deployments.routing import pairs as shared
-from twotower.deployments.routing.affinity import SLACK_ROWS, preferred_pair
-from twotower.deployments.routing.breaker import FAILURES, REST_S
-from twotower.deployments.routing.moves import Room
-from twotower.deployments.routing.pair_chooser import PairChooser
+from twotower.deployments.routing.attempts import CHOICES, PairChooser
 from twotower.deployments.routing.pairs import Pairs
+from twotower.deployments.routing.policy import (
+    FAILURES,
+    REST_S,
+    SLACK_ROWS,
+    Room,
+    preferred_pair,
+)
 from twotower.towers.request.params import GenerationParams
 
 PAIRS = [f"pair-{number}" for number in range(5)]
@@ -69,7 +72,7 @@ async def ranks(request: Any, names: list[str] = PAIRS) -> list[set[str]]:
 async def test_two_of_those_that_work(pairs: Pairs, clock: Clock) -> None:
     abc = ["a", "b", "c"]
     job = call(job_of("row-7"))
-    assert [len(rank) for rank in await ranks(job, abc)] == [pair_chooser.CHOICES]
+    assert [len(rank) for rank in await ranks(job, abc)] == [CHOICES]
     chooser = PairChooser.__new__(PairChooser)
     for _ in range(FAILURES):
         pairs.opened("row-7")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.deployments.conftest import Clock
-from twotower.deployments.routing.breaker import FAILURES, REST_S
-from twotower.deployments.routing.moves import Room
 from twotower.deployments.routing.pairs import FULL_S, Pairs
+from twotower.deployments.routing.policy import FAILURES, REST_S, Room
 
 ROOM = Room(4, 4)
 ONE = Room(1, 1)
@@ -187,3 +187,55 @@ def test_many_threads_move_no_more_than_fit(pairs: Pairs) -> None:
         went = list(pool.map(lambda row: pairs.moved(row, f"{row}'", Room(50, 50)), rows * 3))
     assert sum(went) == 50
     assert pairs.rows() == {"a": 350, "b": 50}
+
+
+def test_a_row_that_was_sent_counts_before_it_is_there(pairs: Pairs) -> None:
+    put(pairs, "a", "1", "2")
+    assert moved(pairs, "2", room=ONE) == ["2"]
+    assert (pairs.rows(), pairs.target_of("2'")) == ({"a": 1, "b": 1}, "b")
+    pairs.opened("2'")
+    assert pairs.target_of("2'") == "b"
+    pairs.routed("2'", "b")
+    assert (pairs.rows(), pairs.target_of("2'")) == ({"a": 1, "b": 1}, None)
+
+
+def test_a_row_that_was_sent_may_land_elsewhere(pairs: Pairs) -> None:
+    put(pairs, "a", "1", "2")
+    assert moved(pairs, "2", room=ONE) == ["2"]
+    pairs.routed("2'", "a")
+    assert pairs.rows() == {"a": 2}
+
+
+def test_what_is_routed_after_its_end_is_not_followed(pairs: Pairs) -> None:
+    """Serve's thread may be late: nobody would ever end the row again."""
+    put(pairs, "a", "1", "2", "3")
+    pairs.ended("1")
+    pairs.routed("1", "a")
+    pairs.routed("never opened", "b")
+    pairs.worked("1")
+    pairs.ended("1")
+    assert pairs.rows() == {"a": 2}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_is_left_of_what_has_ended(pairs: Pairs, seed: int) -> None:
+    draw, alive = random.Random(seed), set[str]()
+    names = [str(number) for number in range(12)]
+    for _ in range(400):
+        name, other = draw.sample(names, 2)
+        if draw.random() < 0.3 and other not in alive and pairs.moved(name, other, ONE):
+            alive = (alive - {name}) | {other}
+        what = draw.choice(["routed", "routed", "worked", "ended"])
+        if what == "routed":
+            pairs.opened(name)
+            pairs.routed(name, draw.choice("ab"))
+            alive.add(name)
+        elif what == "worked":
+            pairs.worked(name)
+        else:
+            pairs.ended(name)
+            alive.discard(name)
+        assert sum(pairs.rows().values()) == len(alive)
+    for name in names:
+        pairs.ended(name)
+    assert pairs.rows() == {}
