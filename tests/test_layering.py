@@ -47,7 +47,7 @@ WINGS = {
     "towers/training": "towers/state",
     "towers/verify": "towers/state towers/model towers/decoding towers/checkpoint towers/engine",
     "protos": "",
-    "cluster/topology": "towers/state towers/engine",
+    "cluster/topology": "towers/engine",
     "cluster/channel": "towers/state protos cluster/topology",
     "cluster/services": "towers/decoding cluster/channel",
     "cluster/actors": "towers/state towers/model towers/decoding towers/checkpoint towers/engine "
@@ -55,7 +55,7 @@ WINGS = {
     "cluster/placement": "cluster/topology cluster/channel cluster/services cluster/actors",
     "deployments/settings_file": "",
     "deployments/pair": "towers/decoding cluster/services",
-    "deployments/config": "towers/text towers/checkpoint towers/engine protos cluster/topology "
+    "deployments/config": "towers/text towers/checkpoint protos cluster/topology "
     "deployments/settings_file deployments/pair",
     "deployments/routing": "towers/decoding protos cluster/services deployments/pair",
     "deployments/router": "towers/text towers/decoding towers/checkpoint protos cluster/services "
