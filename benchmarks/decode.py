@@ -37,6 +37,7 @@ from twotower.towers.decoding.unmasking import CommitRule, ReplayRule
 from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.engine.denoiser_engine import DenoiserEngine, commit_rule
 from twotower.towers.engine.local_link import LocalLink
+from twotower.towers.engine.options import EngineOptions
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.request.params import GenerationParams, Mode
@@ -169,7 +170,8 @@ def decode(
         return ReplayRule(next(schedule)) if schedule is not None else commit_rule(params)
 
     denoising = DenoiserEngine(denoiser, rule=rule)
-    reading = ContextEngine(context, LocalLink(context, denoising, shared=True))
+    link = LocalLink(context, denoising, shared=True)
+    reading = ContextEngine(context, link, EngineOptions(prefix_cache_mib=0))
     params = GenerationParams(
         mode=mode,
         max_tokens=args.tokens,

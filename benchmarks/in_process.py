@@ -10,9 +10,8 @@ from twotower import TwoTower
 from twotower.towers.checkpoint.weights import resolve_checkpoint
 from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
-from twotower.towers.engine.engine import EngineOptions
 from twotower.towers.engine.load import load_engines
-from twotower.towers.state.budget import MemoryBudget
+from twotower.towers.engine.options import EngineOptions
 from twotower.towers.text.tokenizer import load_tokenizer
 
 
@@ -33,7 +32,7 @@ def load_local(path: str | None, rows: int, max_context: int, *, threaded: bool 
     """Loads a checkpoint (None: the shipped model) without a prefix cache, so that the second run
     of a prompt costs what the first did. `threaded` gives each tower a thread of its own."""
     folder = resolve_checkpoint(path)
-    options = EngineOptions(MemoryBudget(rows, max_context), prefix_cache_bytes=0)
+    options = EngineOptions(max_num_seqs=rows, max_context=max_context, prefix_cache_mib=0)
     context, denoiser = load_engines(
         folder, "cpu", "cpu", torch.float32, options=options, threaded=threaded
     )

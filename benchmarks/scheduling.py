@@ -29,11 +29,9 @@ from benchmarks.machine import machine
 from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
 from twotower.planner.schedules import PROFILES, Schedule, draw_rows, lockstep_passes, replaying
 from twotower.towers.decoding.generation import generate_blocks
-from twotower.towers.engine.engine import EngineOptions
 from twotower.towers.engine.load import load_engines
-from twotower.towers.engine.scheduler import PassLimits
+from twotower.towers.engine.options import EngineOptions
 from twotower.towers.request.params import GenerationParams
-from twotower.towers.state.budget import MemoryBudget
 
 # Large enough that passes are matrix products, small enough for a thousand of them a minute.
 SHAPE = replace(
@@ -102,8 +100,9 @@ async def run(
 ) -> dict[str, float]:
     """All rows through fresh engines, at once."""
     options = EngineOptions(
-        MemoryBudget(max_num_seqs=len(rows), max_context=args.prompt + BLOCK * len(rows[0])),
-        limits=PassLimits(max_rows=args.width),
+        max_num_seqs=len(rows),
+        max_context=args.prompt + BLOCK * len(rows[0]),
+        max_rows_per_pass=args.width,
     )
     context, denoiser = load_engines(
         folder,

@@ -60,7 +60,7 @@ SHAPE = replace(
     mamba_num_heads=4,
     mamba_head_dim=8,
     n_groups=2,
-    ssm_state_size=8,
+    ssm_state_size=128,
     n_routed_experts=4,
     num_experts_per_tok=2,
     moe_intermediate_size=16,
@@ -71,7 +71,7 @@ SHAPE = replace(
 EOS = 2
 MAX_CONTEXT = 256
 # Small enough that entries leave for want of bytes as well as for want of pages.
-CACHE_BYTES = 96 << 10
+CACHE_MIB = 1
 ROUND = 1000
 SETTLE_S = 5.0
 MAX_OBJECT_GROWTH = 1.01
@@ -207,7 +207,7 @@ def topology(folder: Path, args: argparse.Namespace) -> PairTopology:
         max_rows=args.rows,
         max_context=MAX_CONTEXT,
         max_waiting=args.waiting,
-        prefix_cache_bytes=CACHE_BYTES,
+        prefix_cache_mib=CACHE_MIB,
     )
 
 

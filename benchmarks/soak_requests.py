@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from twotower.towers.engine.prefill import PREFILL_CHUNK
+from twotower.towers.engine.options import PREFILL_CHUNK
 from twotower.towers.request.params import GenerationParams, Mode
 
 MAX_PROMPT, MAX_NEW = 80, 24

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from twotower.towers.config.model_config import ATTENTION, MAMBA, TwoTowerConfig
-from twotower.towers.engine.engine import EngineOptions
-from twotower.towers.engine.scheduler import PassLimits
-from twotower.towers.state.budget import MemoryBudget
+from twotower.towers.engine.options import EngineOptions
 
 Transport = Literal["grpc", "gloo", "nccl"]
 Placement = Literal["separate", "colocated", "ar_only"]
@@ -39,7 +37,7 @@ class PairTopology:
     of a tower's arithmetic (None: half of the CPUs that its process may use), `max_rows` and
     `max_context` bound what a tower holds. `transport` is what carries the bytes of states from
     tower to tower; NCCL needs a GPU for each. `max_waiting` rows wait for room (None: any number);
-    `memory_fraction` of the free memory is for states, `prefix_cache_bytes` for the prefix cache's
+    `memory_fraction` of the free memory is for states, `prefix_cache_mib` for the prefix cache's
     snapshots beside them. `prefill_chunk` (None: by device) is the grid on which prompts are read.
 
     `placement` "separate" gives the context tower and each of `denoisers` denoiser towers a process
@@ -60,9 +58,9 @@ class PairTopology:
     transport: Transport = "grpc"
     max_waiting: int | None = None
     memory_fraction: float | None = None
-    max_pass_tokens: int = 512
-    max_prefill_tokens: int = 64
-    prefix_cache_bytes: int = 0
+    max_pass_tokens: int | None = None
+    max_prefill_tokens: int | None = None
+    prefix_cache_mib: int = 0
     prefill_chunk: int | None = None
     placement: Placement = "separate"
     denoisers: int = 1
@@ -113,11 +111,14 @@ class PairTopology:
     def engine_options(self) -> EngineOptions:
         """What both towers' engines are made with."""
         return EngineOptions(
-            MemoryBudget(self.max_rows, self.max_context, self.memory_fraction),
-            PassLimits(self.max_pass_tokens, prefill_tokens=self.max_prefill_tokens),
-            self.max_waiting,
-            self.prefix_cache_bytes,
-            self.prefill_chunk,
+            max_num_seqs=self.max_rows,
+            max_context=self.max_context,
+            memory_fraction=self.memory_fraction,
+            max_num_batched_tokens=self.max_pass_tokens,
+            max_prefill_tokens=self.max_prefill_tokens,
+            prefill_chunk=self.prefill_chunk,
+            max_queued_requests=self.max_waiting,
+            prefix_cache_mib=self.prefix_cache_mib,
         )
 
     def max_concurrency(self) -> int:

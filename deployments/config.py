@@ -14,7 +14,6 @@ from twotower.deployments.settings_file import check_names, read_settings
 from twotower.protos.incoming import MESSAGE_VARIABLE, MOST_MESSAGE_BYTES, longest_request
 from twotower.towers.checkpoint.checkpoint import Checkpoint
 from twotower.towers.checkpoint.weights import resolve_checkpoint
-from twotower.towers.engine.scheduler import PassLimits
 from twotower.towers.errors import ConfigError, shorten
 from twotower.towers.limits import MOST_THREADS
 from twotower.towers.text.text_limit import longest_token_bytes
@@ -280,7 +279,6 @@ class ServiceConfig(BaseModel):
     def topology(self) -> PairTopology:
         """The layout of one pair."""
         gpus = self.gpus_per_tower
-        limits = PassLimits.for_device(self.device)
         return PairTopology(
             # Actors run in folders of their own: a relative path would lead nowhere there.
             model_path=str(resolve_checkpoint(self.model).resolve()),
@@ -293,14 +291,14 @@ class ServiceConfig(BaseModel):
             max_context=self.max_context,
             max_waiting=None if self.max_queued_requests < 0 else self.max_queued_requests,
             memory_fraction=self.memory_fraction,
-            max_pass_tokens=self.max_num_batched_tokens or limits.max_tokens,
-            max_prefill_tokens=self.max_prefill_tokens or limits.prefill_tokens,
+            max_pass_tokens=self.max_num_batched_tokens,
+            max_prefill_tokens=self.max_prefill_tokens,
             prefill_chunk=self.prefill_chunk,
             placement=self.placement,
             denoisers=self.denoisers_per_context,
             stall_timeout_s=self.stall_timeout_s,
             repair_timeout_s=self.repair_timeout_s,
-            prefix_cache_bytes=self.prefix_cache_mib << 20,
+            prefix_cache_mib=self.prefix_cache_mib,
             transport=self.transport,
         )
 

@@ -47,14 +47,14 @@ WINGS = {
     "towers/training": "towers/state",
     "towers/verify": "towers/state towers/model towers/decoding towers/checkpoint towers/engine",
     "protos": "",
-    "cluster/topology": "towers/state towers/engine",
+    "cluster/topology": "towers/engine",
     "cluster/channel": "towers/state protos cluster/topology",
     "cluster/services": "towers/model towers/decoding towers/checkpoint towers/engine "
     "cluster/topology cluster/channel",
     "cluster/placement": "cluster/topology cluster/channel cluster/services",
     "deployments/settings_file": "",
     "deployments/pair": "towers/decoding cluster/services",
-    "deployments/config": "towers/text towers/checkpoint towers/engine protos cluster/topology "
+    "deployments/config": "towers/text towers/checkpoint protos cluster/topology "
     "deployments/settings_file deployments/pair",
     "deployments/routing": "towers/decoding protos cluster/services deployments/pair",
     "deployments/router": "towers/text towers/decoding towers/checkpoint protos cluster/services "

@@ -36,7 +36,7 @@ from twotower.towers.decoding.unmasking import BlockDraft, ThresholdRule
 from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
 from twotower.towers.engine.local_link import LocalLink
-from twotower.towers.engine.prefill import PREFILL_CHUNK
+from twotower.towers.engine.options import PREFILL_CHUNK, EngineOptions
 from twotower.towers.errors import CheckpointError, cut_off
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower, timestep_features
@@ -45,6 +45,7 @@ from twotower.towers.state.context_state import ContextState
 
 LOGIT_TOLERANCE = 2e-3
 STATE_TOLERANCE = 5e-4
+_OPTIONS = EngineOptions(prefix_cache_mib=0)
 Case = Mapping[str, Any]
 
 
@@ -371,7 +372,7 @@ class _Replayer:
         return torch.cat(logits)
 
     def _score(self, _case: Case, tensors: Mapping[str, Tensor], result: CaseReport) -> None:
-        engine = ContextEngine(self.context)
+        engine = ContextEngine(self.context, options=_OPTIONS)
         for row, tokens in enumerate(tensors["tokens"].tolist()):
             scores = torch.tensor(asyncio.run(engine.score(tokens)))
             recorded = tensors["token_logprobs"][row]
@@ -409,7 +410,8 @@ class _Replayer:
 
     async def _collect(self, prompt: list[int], params: GenerationParams) -> tuple[list[int], int]:
         denoiser = DenoiserEngine(self.denoiser)
-        context = ContextEngine(self.context, LocalLink(self.context, denoiser, shared=True))
+        link = LocalLink(self.context, denoiser, shared=True)
+        context = ContextEngine(self.context, link, _OPTIONS)
         blocks = [
             block async for block in generate_blocks(context, denoiser, "row", prompt, params)
         ]

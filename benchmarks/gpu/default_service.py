@@ -23,8 +23,8 @@ from twotower.planner.shapes import PRESETS
 from twotower.towers.decoding.generation import generate_blocks
 from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
-from twotower.towers.engine.engine import EngineOptions
 from twotower.towers.engine.local_link import LocalLink
+from twotower.towers.engine.options import EngineOptions
 from twotower.towers.request.params import GenerationParams
 
 Entry = dict[str, Any]
@@ -63,13 +63,9 @@ def main() -> None:
 
     begun = time.monotonic()
     denoiser = DenoiserEngine(denoiser_tower)
-    context = ContextEngine.with_options(
-        context_tower,
-        LocalLink(context_tower, denoiser, shared=True),
-        EngineOptions(),
-        threaded=False,
-        readers=[denoiser_tower],
-    )
+    link = LocalLink(context_tower, denoiser, shared=True)
+    pool = EngineOptions().pool_for(context_tower, denoiser_tower)
+    context = ContextEngine(context_tower, link, pool=pool)
     found |= {"pool": context.pool.stats()}
     note("pool", begun)
 

@@ -249,7 +249,7 @@ class ContextTowerActor(EngineService[ContextEngine], ContextTowerService):
         tower = await loaded(load_context_tower, self._topology)
         options = self._topology.engine_options()
         link = None if self._topology.placement == "ar_only" else self._links
-        engine = ContextEngine.with_options(tower, link, options, threaded=True)
+        engine = ContextEngine(tower, link, options, threaded=True)
         await asyncio.to_thread(engine.warm_up)
         self.run(engine)
 
@@ -307,7 +307,7 @@ class DenoiserTowerActor(EngineService[DenoiserEngine], DenoiserTowerService):
         assert self._tower is not None, "load comes first"
         options = self._topology.engine_options()
         pool = options.pool_for(self._tower)
-        engine = DenoiserEngine(self._tower, pool=pool, limits=options.limits, threaded=True)
+        engine = DenoiserEngine(self._tower, options, pool=pool, threaded=True)
         await asyncio.to_thread(engine.warm_up)
         transport = self._topology.transport
         receiver = StateReceiver(

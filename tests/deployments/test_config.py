@@ -14,9 +14,8 @@ from twotower.deployments.config import PairAutoscaling, ServiceConfig
 from twotower.deployments.pair.autoscaling import ScalingOptions
 from twotower.deployments.pair.overload import OverloadDial
 from twotower.protos.v1 import generation_pb2 as pb
-from twotower.towers.engine.scheduler import PassLimits
+from twotower.towers.engine.options import EngineOptions
 from twotower.towers.errors import CheckpointError, ConfigError
-from twotower.towers.state.budget import MemoryBudget
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny_a"
 
@@ -142,12 +141,9 @@ def test_engines_follow_the_settings() -> None:
         "prefix_cache_mib": 3,
     }
     options = ServiceConfig(model=str(TINY), **settings).topology().engine_options()
-    assert options.budget == MemoryBudget(5, 300, 0.1)
-    assert options.limits == PassLimits(128, prefill_tokens=32)
-    assert options.max_waiting == 7
-    assert options.prefix_cache_bytes == 3 << 20
+    assert options == EngineOptions(**settings)
     unlimited = ServiceConfig(model=str(TINY), max_queued_requests=-1).topology()
-    assert unlimited.engine_options().max_waiting is None
+    assert unlimited.engine_options().max_queued_requests is None
 
 
 def test_a_faulty_checkpoint_is_named_before_anything_starts(tmp_path: Path) -> None:

@@ -10,15 +10,14 @@ from twotower.towers.decoding.generation import generate_blocks
 from twotower.towers.decoding.services import Block
 from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
-from twotower.towers.engine.engine import EngineOptions
 from twotower.towers.engine.local_link import LocalLink
+from twotower.towers.engine.options import EngineOptions
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.request.params import GenerationParams
-from twotower.towers.state.budget import MemoryBudget
 
 # Rows short enough that a thousand of them fit into the pool of a test.
-BUDGET = MemoryBudget(max_num_seqs=1024, max_context=512)
+OPTIONS = EngineOptions(max_num_seqs=1024, max_context=512, prefix_cache_mib=0)
 PROMPT = [5, 3, 17, 3, 9]
 
 Towers = tuple[ContextTower, DenoiserTower]
@@ -39,22 +38,12 @@ class Pair:
         *,
         shared: bool = True,
         threaded: bool = False,
-        budget: MemoryBudget = BUDGET,
-        max_waiting: int | None = None,
-        prefix_cache_bytes: int = 0,
+        options: EngineOptions = OPTIONS,
     ) -> Pair:
-        options = EngineOptions(budget)
         pool = None if shared else options.pool_for(denoiser)
-        reader = DenoiserEngine(denoiser, pool=pool, threaded=threaded)
-        engine = ContextEngine(
-            context,
-            LocalLink(context, reader, shared),
-            pool=options.pool_for(context),
-            max_waiting=max_waiting,
-            prefix_cache_bytes=prefix_cache_bytes,
-            threaded=threaded,
-        )
-        return cls(engine, reader)
+        reader = DenoiserEngine(denoiser, options, pool=pool, threaded=threaded)
+        link = LocalLink(context, reader, shared)
+        return cls(ContextEngine(context, link, options, threaded=threaded), reader)
 
     async def blocks(
         self,

@@ -25,19 +25,19 @@ class Admission:
 
     The head of the queue is never overtaken: a row that needs little does not starve one that
     needs much. `reclaim` is asked to free pages before a row is left waiting for them;
-    `max_waiting` limits the queue. For one event loop.
+    `max_queued_requests` limits the queue. For one event loop.
     """
 
     def __init__(
         self,
         pool: StatePool,
         reclaim: Callable[[int], bool] | None = None,
-        max_waiting: int | None = None,
+        max_queued_requests: int | None = None,
     ) -> None:
         self.rows: dict[str, ContextState] = {}
         self.pool = pool
         self._reclaim = reclaim
-        self._max_waiting = max_waiting
+        self._max_queued_requests = max_queued_requests
         self._queue: deque[_Waiter] = deque()
 
     @property
@@ -60,10 +60,10 @@ class Admission:
             )
         if not self._queue and self._has_room(capacity):
             return self._give(row_id, capacity)
-        if self._max_waiting is not None and len(self._queue) >= self._max_waiting:
+        if self._max_queued_requests is not None and len(self._queue) >= self._max_queued_requests:
             raise QueueFullError(
                 f"queue: {len(self._queue)} rows wait for room, expected fewer than "
-                f"max_waiting = {self._max_waiting}"
+                f"max_queued_requests = {self._max_queued_requests}"
             )
         waiter = _Waiter(row_id, capacity, asyncio.get_running_loop().create_future())
         self._queue.append(waiter)

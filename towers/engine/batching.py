@@ -15,7 +15,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from twotower.towers.engine.scheduler import PassLimits, PassScheduler
+from twotower.towers.engine.options import PassLimits
+from twotower.towers.engine.scheduler import PassScheduler
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")

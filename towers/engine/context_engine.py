@@ -18,15 +18,13 @@ from twotower.towers.engine.context_blocks import ContextBlocks
 from twotower.towers.engine.context_pass import ContextPass, ContextResult, ContextWork
 from twotower.towers.engine.context_steps import ContextSteps
 from twotower.towers.engine.cuda_graph import GraphMemory
-from twotower.towers.engine.engine import Engine, EngineOptions, EngineRow, state_of
+from twotower.towers.engine.engine import Engine, EngineRow, state_of
+from twotower.towers.engine.options import EngineOptions
 from twotower.towers.engine.prefill import (
     KvFeed,
-    default_prefill_chunk,
     prefill_pieces,
     send_update,
 )
-from twotower.towers.engine.scheduler import PassLimits
-from twotower.towers.model.backbone import Tower
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.request.params import GenerationParams
 from twotower.towers.state.link import StateLink, UpdateWriter
@@ -77,8 +75,8 @@ def _in_turn(call: _Call[P, R]) -> _Call[P, R]:
 class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
     """Rows in a context tower. `link` carries their states to a denoiser, if there is one.
 
+    Their states live in `pool` (None: a pool that `options` make for this tower alone).
     `device_steps` (None: on CUDA) runs decode steps over fixed buffers, as CUDA graphs.
-    `prefill_chunk` (None: by device) is the grid on which prompts are read.
     """
 
     _admission: Admission
@@ -87,55 +85,30 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         self,
         tower: ContextTower,
         link: StateLink | None = None,
+        options: EngineOptions | None = None,
         *,
         pool: StatePool | None = None,
-        limits: PassLimits | None = None,
-        max_waiting: int | None = None,
-        prefix_cache_bytes: int = 0,
         threaded: bool = False,
         device_steps: bool | None = None,
-        prefill_chunk: int | None = None,
     ) -> None:
-        pool = pool or EngineOptions().pool_for(tower)
-        cache = PrefixCache(pool, prefix_cache_bytes) if prefix_cache_bytes else None
-        admission = Admission(pool, cache.reclaim if cache else None, max_waiting)
-        wanted = tower.device.type == "cuda" if device_steps is None else device_steps
-        memory = GraphMemory(tower.device)
+        options, device = options or EngineOptions(), tower.device
+        pool = pool or options.pool_for(tower)
+        max_bytes = options.prefix_cache_bytes
+        cache = PrefixCache(pool, max_bytes) if max_bytes else None
+        reclaim = cache.reclaim if cache else None
+        admission = Admission(pool, reclaim, options.max_queued_requests)
+        wanted = device.type == "cuda" if device_steps is None else device_steps
+        memory = GraphMemory(device)
         self._steps = ContextSteps(tower, memory) if wanted else None
         self._blocks = ContextBlocks(tower, memory) if wanted else None
         run = ContextPass(tower, self._steps, self._blocks).run
-        limits = limits or PassLimits.for_device(tower.device.type)
+        limits = options.pass_limits(device.type)
         super().__init__("context", run, admission, limits, threaded)
         self.tower = tower
         self.link = link
         self.pool = pool
         self.cache = cache
-        self.prefill_chunk = prefill_chunk or default_prefill_chunk(tower.device)
-
-    @classmethod
-    def with_options(
-        cls,
-        tower: ContextTower,
-        link: StateLink | None,
-        options: EngineOptions,
-        *,
-        threaded: bool,
-        readers: Sequence[Tower] = (),
-    ) -> ContextEngine:
-        """An engine as its operator wants it; `readers` are towers that read its states in place.
-
-        Raises ConfigError if the states have no room.
-        """
-        return cls(
-            tower,
-            link,
-            pool=options.pool_for(tower, *readers),
-            limits=options.limits,
-            max_waiting=options.max_waiting,
-            prefix_cache_bytes=options.prefix_cache_bytes,
-            threaded=threaded,
-            prefill_chunk=options.prefill_chunk,
-        )
+        self.prefill_chunk = options.prefill_chunk_on(device.type)
 
     def stats(self) -> dict[str, float]:
         """Counters since the start and the present load."""

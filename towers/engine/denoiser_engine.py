@@ -28,7 +28,7 @@ from twotower.towers.engine.denoiser_pass import (
 )
 from twotower.towers.engine.denoiser_steps import DenoiserSteps, DeviceDraft, StepResult, on_device
 from twotower.towers.engine.engine import Engine, EngineRow, state_of
-from twotower.towers.engine.scheduler import PassLimits
+from twotower.towers.engine.options import EngineOptions
 from twotower.towers.errors import UnavailableError
 from twotower.towers.model.context_tower import replay_shapes
 from twotower.towers.model.denoiser_tower import DenoiserTower
@@ -59,9 +59,9 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
     def __init__(
         self,
         tower: DenoiserTower,
+        options: EngineOptions | None = None,
         *,
         pool: StatePool | None = None,
-        limits: PassLimits | None = None,
         rule: Callable[[GenerationParams], CommitRule] | None = None,
         threaded: bool = False,
         device_steps: bool | None = None,
@@ -70,7 +70,7 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
         wanted = tower.device.type == "cuda" if device_steps is None else device_steps
         self._steps = DenoiserSteps(tower) if wanted else None
         run = DenoiserPass(tower, self._steps).run
-        limits = limits or PassLimits.for_device(tower.device.type)
+        limits = (options or EngineOptions()).pass_limits(tower.device.type)
         super().__init__("denoiser", run, admission, limits, threaded)
         self.tower = tower
         self.pool = pool

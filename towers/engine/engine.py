@@ -15,15 +15,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from twotower.towers.engine.admission import Admission
 from twotower.towers.engine.batching import BatchLoop
-from twotower.towers.engine.pass_memory import working_bytes
-from twotower.towers.engine.scheduler import PassLimits
+from twotower.towers.engine.options import PassLimits
 from twotower.towers.errors import UnavailableError
-from twotower.towers.model.backbone import Tower
-from twotower.towers.state.budget import MemoryBudget, pool_for
 from twotower.towers.state.context_state import ContextState
-from twotower.towers.state.pool import StatePool
-
-PREFIX_CACHE_BYTES = 64 << 20
 
 
 class PassWork(Protocol):
@@ -37,33 +31,6 @@ Work = TypeVar("Work", bound=PassWork)
 Result = TypeVar("Result")
 Row = TypeVar("Row", bound="EngineRow")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What an operator decides about a pair of engines; the towers decide the rest, and what is
-    None."""
-
-    budget: MemoryBudget = field(default_factory=MemoryBudget)
-    limits: PassLimits | None = None
-    max_waiting: int | None = None
-    prefix_cache_bytes: int = PREFIX_CACHE_BYTES
-    prefill_chunk: int | None = None
-
-    def pool_for(self, tower: Tower, *others: Tower) -> StatePool:
-        """The memory of a tower's rows, beside what its passes take on a GPU and those of others
-        that read the same states. Raises ConfigError if the budget holds none."""
-        reserved = sum(self._reserved_bytes(own) for own in (tower, *others))
-        return pool_for(tower.config, self.budget, tower.device, tower.dtype, reserved)
-
-    def _reserved_bytes(self, tower: Tower) -> int:
-        if tower.device.type != "cuda":
-            return 0
-        limits = self.limits or PassLimits.for_device(tower.device.type)
-        reads, rows = tower.reads_prompts, self.budget.max_num_seqs
-        tokens = limits.max_tokens + (limits.prefill_tokens if reads else 0)
-        cache = self.prefix_cache_bytes if reads else 0
-        return cache + working_bytes(tower.config, tower.dtype, tokens, rows, reads_prompts=reads)
 
 
 @dataclass(eq=False)

@@ -11,8 +11,8 @@ from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser
 from twotower.towers.decoding.unmasking import CommitRule
 from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
-from twotower.towers.engine.engine import EngineOptions
 from twotower.towers.engine.local_link import LocalLink
+from twotower.towers.engine.options import EngineOptions
 from twotower.towers.request.params import GenerationParams
 
 
@@ -37,14 +37,13 @@ def load_engines(
     shared = torch.device(context_device) == torch.device(denoiser_device)
     denoiser = DenoiserEngine(
         denoiser_tower,
+        chosen,
         pool=None if shared else chosen.pool_for(denoiser_tower),
-        limits=chosen.limits,
         rule=rule,
         threaded=threaded,
     )
     link = LocalLink(context_tower, denoiser, shared)
     readers = [denoiser_tower] if shared else []
-    context = ContextEngine.with_options(
-        context_tower, link, chosen, threaded=threaded, readers=readers
-    )
+    pool = chosen.pool_for(context_tower, *readers)
+    context = ContextEngine(context_tower, link, chosen, pool=pool, threaded=threaded)
     return context, denoiser

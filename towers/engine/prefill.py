@@ -6,30 +6,17 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 
-import torch
-
 from twotower.towers.request.params import GenerationParams
 from twotower.towers.state.context_state import ContextState
 from twotower.towers.state.link import StateLink, UpdateWriter
 from twotower.towers.state.update import StateUpdate, UpdatePlan
-
-# Prompts are read on a grid of this many tokens whatever shares the pass, so that a prompt's state
-# has the same bits after a restart, in another batch and from the prefix cache. A GPU reads the
-# weights of a pass for 64 tokens in the time in which it could compute with 1024.
-PREFILL_CHUNK = 64
-_CUDA_PREFILL_CHUNK = 1024
-
-
-def default_prefill_chunk(device: torch.device) -> int:
-    """Tokens of a prompt's pass where nobody says otherwise."""
-    return _CUDA_PREFILL_CHUNK if device.type == "cuda" else PREFILL_CHUNK
 
 
 def prefill_pieces(
     prompt: Sequence[int],
     generated: Sequence[int],
     params: GenerationParams,
-    chunk: int = PREFILL_CHUNK,
+    chunk: int,
 ) -> list[list[int]]:
     """The passes that read a row: its prompt on a grid of `chunk`, then what was generated in the
     units in which it was committed.

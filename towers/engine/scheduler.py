@@ -9,34 +9,8 @@ waits for ever, and rows that run block by block drift apart less than rows that
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class PassLimits:
-    """Limits of one pass. Raises ValueError on construction.
-
-    `max_tokens` and `max_rows` (None: no limit) hold for a pass without prefill, and for one of
-    nothing else; prefill that shares a pass with other work has `prefill_tokens` on top of them.
-    """
-
-    max_tokens: int = 512
-    max_rows: int | None = None
-    prefill_tokens: int = 64
-
-    @classmethod
-    def for_device(cls, device_type: str) -> PassLimits:
-        """What suits a kind of device: on `cuda` a pass is bound by its weights up to thousands of
-        tokens, on `cpu` by its tokens."""
-        if device_type == "cuda":
-            return cls(max_tokens=4096, prefill_tokens=1024)
-        return cls()
-
-    def __post_init__(self) -> None:
-        for field in ("max_tokens", "max_rows", "prefill_tokens"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ValueError(f"{field}: got {value}, expected at least 1")
+from twotower.towers.engine.options import PassLimits
 
 
 class PassScheduler:
@@ -77,15 +51,15 @@ class PassScheduler:
 
     def take(self) -> list[int]:
         """The tickets of the next pass; none if nothing waits."""
-        limits = self._limits
+        limits, max_rows = self._limits, self._limits.max_rows_per_pass
         work = [*self._begun.items(), *self._other.items()]
-        taken = _fitting(work, limits.max_tokens, limits.max_rows)
+        taken = _fitting(work, limits.max_num_batched_tokens, max_rows)
         if taken and self._prefill_rests:
             pieces = []
         elif taken:
-            pieces = _fitting(self._prefill.items(), limits.prefill_tokens, limits.max_rows)
+            pieces = _fitting(self._prefill.items(), limits.max_prefill_tokens, max_rows)
         else:
-            pieces = _fitting(self._prefill.items(), limits.max_tokens, limits.max_rows)
+            pieces = _fitting(self._prefill.items(), limits.max_num_batched_tokens, max_rows)
         self._prefill_rests = bool(pieces)
         taken += pieces
         for ticket in taken:

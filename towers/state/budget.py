@@ -1,9 +1,8 @@
-"""How much memory a tower's context states may take, and the pool that fits into it."""
+"""Makes the pool of a tower's context states as large as free memory allows."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,65 +14,46 @@ from twotower.towers.state.pages import pages_for
 from twotower.towers.state.pool import StatePool
 from twotower.towers.state.tensors import page_bytes, slot_bytes
 
-# What passes need on a GPU is reserved before; on a CPU, they and other programs need the rest.
-_CUDA_FRACTION, _CPU_FRACTION = 0.95, 0.25
-
-
-@dataclass(frozen=True)
-class MemoryBudget:
-    """How much a tower's states may take: rows at a time, tokens a row (None: what the model
-    allows), and a share of the memory that weights and passes leave (None: 0.95 on CUDA, 0.25 on
-    a CPU)."""
-
-    max_num_seqs: int = 64
-    max_context: int | None = None
-    memory_fraction: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_context"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}: got {value}, expected at least 1")
-        if self.memory_fraction is not None and not 0.0 < self.memory_fraction <= 1.0:
-            raise ConfigError(
-                f"memory_fraction: got {self.memory_fraction}, expected above 0 and at most 1"
-            )
-
 
 def pool_for(
     config: TwoTowerConfig,
-    budget: MemoryBudget,
     device: torch.device,
     dtype: torch.dtype,
+    *,
+    max_num_seqs: int,
+    max_context: int | None,
+    memory_fraction: float,
     reserved: int = 0,
 ) -> StatePool:
-    """A pool of `max_num_seqs` slots, with pages for as many rows of `max_context` tokens or for
-    those that fit into the share of the memory that is free beside `reserved` bytes.
+    """A pool of `max_num_seqs` slots, with pages for as many rows of `max_context` tokens (None:
+    the model's limit) or for those that fit into `memory_fraction` of the memory that is free
+    beside `reserved` bytes.
 
     Raises ConfigError if not one row of `max_context` tokens fits.
     """
-    fraction = budget.memory_fraction
-    if fraction is None:
-        fraction = _CUDA_FRACTION if device.type == "cuda" else _CPU_FRACTION
-    free = max(0, free_bytes(device) - reserved)
-    num_pages = affordable_pages(config, budget, int(fraction * free), dtype)
-    return StatePool(config, budget.max_num_seqs, num_pages, device, dtype)
+    limit = int(memory_fraction * max(0, free_bytes(device) - reserved))
+    num_pages = affordable_pages(config, max_num_seqs, max_context, limit, dtype)
+    return StatePool(config, max_num_seqs, num_pages, device, dtype)
 
 
 def affordable_pages(
-    config: TwoTowerConfig, budget: MemoryBudget, limit: int, dtype: torch.dtype
+    config: TwoTowerConfig,
+    max_num_seqs: int,
+    max_context: int | None,
+    limit: int,
+    dtype: torch.dtype,
 ) -> int:
     """Pages of a pool of at most `limit` bytes; raises as `pool_for`."""
-    rows, context = budget.max_num_seqs, budget.max_context or config.max_position_embeddings
-    slots, page = rows * slot_bytes(config, dtype), page_bytes(config, dtype)
+    context = max_context or config.max_position_embeddings
+    slots, page = max_num_seqs * slot_bytes(config, dtype), page_bytes(config, dtype)
     needed = slots + pages_for(context) * page
     if needed > limit:
         raise ConfigError(
             f"memory: got {limit} bytes for states, expected at least {needed}: {slots} for "
-            f"max_num_seqs = {rows} slots and {needed - slots} for the {pages_for(context)} pages "
-            f"of one row of max_context = {context} tokens"
+            f"max_num_seqs = {max_num_seqs} slots and {needed - slots} for the "
+            f"{pages_for(context)} pages of one row of max_context = {context} tokens"
         )
-    wanted = rows * pages_for(context)
+    wanted = max_num_seqs * pages_for(context)
     return min(wanted, (limit - slots) // page) if page else wanted
 
 

@@ -20,7 +20,7 @@ from twotower.towers.decoding.services import Block, Prefilled
 from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
 from twotower.towers.engine.local_link import LocalLink
-from twotower.towers.engine.scheduler import PassLimits
+from twotower.towers.engine.options import EngineOptions
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.request.params import GenerationParams, Mode
@@ -90,17 +90,19 @@ class EnginePair:
     ) -> None:
         self.pool = pool
         self._replay = Replay()
-        limits = PassLimits(max_tokens=max_tokens, prefill_tokens=max_tokens)
+        options = EngineOptions(
+            max_num_batched_tokens=max_tokens, max_prefill_tokens=max_tokens, prefix_cache_mib=0
+        )
         self.denoiser = DenoiserEngine(
             denoiser,
-            limits=limits,
+            options,
             rule=self._replay,
             threaded=False,
             device_steps=device_steps,
         )
         link = LocalLink(context, self.denoiser, shared=True)
         self.context = ContextEngine(
-            context, link, pool=pool, limits=limits, threaded=False, device_steps=device_steps
+            context, link, options, pool=pool, threaded=False, device_steps=device_steps
         )
         # Engines belong to one event loop, runs come one after the other.
         self._runner = asyncio.Runner()

@@ -12,8 +12,8 @@ import torch
 
 from twotower.towers.checkpoint.checkpoint import expert_matrices, scale_name, tensor_shapes
 from twotower.towers.config.model_config import TwoTowerConfig
+from twotower.towers.engine.options import EngineOptions
 from twotower.towers.engine.pass_memory import working_bytes
-from twotower.towers.engine.scheduler import PassLimits
 from twotower.towers.state.pages import pages_for
 from twotower.towers.state.tensors import page_bytes, slot_bytes
 
@@ -88,8 +88,9 @@ def row_bytes(config: TwoTowerConfig, tokens: int) -> int:
 
 def work_bytes(config: TwoTowerConfig, rows: int, block: int, side: Side) -> int:
     """What the service reserves for a tower's passes, with its limits of a pass."""
-    limits, reads_prompts = PassLimits.for_device("cuda"), side == "context"
-    tokens = max(rows * block, limits.max_tokens) + (limits.prefill_tokens if reads_prompts else 0)
+    limits, reads_prompts = EngineOptions().pass_limits("cuda"), side == "context"
+    tokens = max(rows * block, limits.max_num_batched_tokens)
+    tokens += limits.max_prefill_tokens if reads_prompts else 0
     return working_bytes(
         config, torch.bfloat16, tokens, rows, block=block, reads_prompts=reads_prompts
     )

@@ -112,11 +112,11 @@ async def test_a_row_that_can_never_fit_is_refused_at_once() -> None:
 
 async def test_the_queue_has_a_limit() -> None:
     pool = new_pool()
-    admission = Admission(pool, max_waiting=2)
+    admission = Admission(pool, max_queued_requests=2)
     await admission.acquire("a", 4 * PAGE)
     waits = [start(admission, row_id) for row_id in ("b", "c")]
     await settle()
-    with pytest.raises(QueueFullError, match="max_waiting = 2"):
+    with pytest.raises(QueueFullError, match="max_queued_requests = 2"):
         await admission.acquire("d", 1)
     # One place is free again.
     waits[0].cancel()
@@ -130,7 +130,7 @@ async def test_the_queue_has_a_limit() -> None:
 
 
 async def test_without_a_queue_rows_enter_or_are_refused() -> None:
-    admission = Admission(new_pool(), max_waiting=0)
+    admission = Admission(new_pool(), max_queued_requests=0)
     await admission.acquire("a", 4 * PAGE)
     with pytest.raises(QueueFullError):
         await admission.acquire("b", 1)
@@ -281,7 +281,7 @@ class Entries(dict[str, ContextState]):
 @pytest.mark.parametrize("seed", range(4))
 async def test_many_rows_that_end_at_any_moment(seed: int) -> None:
     draw, pool = random.Random(seed), new_pool(slots=5, pages=12)
-    admission = Admission(pool, max_waiting=20)
+    admission = Admission(pool, max_queued_requests=20)
     entered = admission.rows = Entries()
 
     async def row(number: int, pages: int, steps: int) -> None:

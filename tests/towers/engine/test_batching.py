@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from twotower.towers.engine.batching import BatchLoop
-from twotower.towers.engine.scheduler import PassLimits
+from twotower.towers.engine.options import PassLimits
 
 
 class Doubler:
@@ -29,7 +29,7 @@ class Doubler:
 
 async def test_waiting_work_shares_a_pass() -> None:
     doubler = Doubler()
-    loop = BatchLoop(doubler.run, PassLimits(max_tokens=100))
+    loop = BatchLoop(doubler.run, PassLimits(100, 64))
     results = await asyncio.gather(*(loop.submit(work, 1) for work in range(10)))
     assert results == [2 * work for work in range(10)]
     assert doubler.passes == [list(range(10))]
@@ -40,7 +40,7 @@ async def test_waiting_work_shares_a_pass() -> None:
 
 async def test_the_budget_cuts_passes_in_order() -> None:
     doubler = Doubler()
-    loop = BatchLoop(doubler.run, PassLimits(max_tokens=10))
+    loop = BatchLoop(doubler.run, PassLimits(10, 64))
     sizes = [4, 4, 4, 11, 1, 9, 1]
     await asyncio.gather(*(loop.submit(i, size) for i, size in enumerate(sizes)))
     # The third waits though a later one would fit; the oversized one runs alone.
@@ -49,7 +49,7 @@ async def test_the_budget_cuts_passes_in_order() -> None:
 
 async def test_rows_that_submit_again_meet_again() -> None:
     doubler = Doubler()
-    loop = BatchLoop(doubler.run, PassLimits(max_tokens=100))
+    loop = BatchLoop(doubler.run, PassLimits(100, 64))
 
     async def row(start: int) -> int:
         value = start
@@ -62,7 +62,7 @@ async def test_rows_that_submit_again_meet_again() -> None:
 
 
 async def test_an_error_reaches_its_own_submitter_only() -> None:
-    loop = BatchLoop(Doubler().run, PassLimits(max_tokens=100))
+    loop = BatchLoop(Doubler().run, PassLimits(100, 64))
     results = await asyncio.gather(
         *(loop.submit(work, 1) for work in (1, -5, 2)), return_exceptions=True
     )
@@ -72,7 +72,7 @@ async def test_an_error_reaches_its_own_submitter_only() -> None:
 
 
 async def test_a_broken_pass_reaches_all_in_it_and_the_loop_goes_on() -> None:
-    loop = BatchLoop(Doubler().run, PassLimits(max_tokens=100))
+    loop = BatchLoop(Doubler().run, PassLimits(100, 64))
     results = await asyncio.gather(loop.submit(1, 1), loop.submit(666, 1), return_exceptions=True)
     assert [type(result) for result in results] == [RuntimeError, RuntimeError]
     assert [str(result) for result in results] == ["the pass broke"] * 2
@@ -83,7 +83,7 @@ async def test_a_broken_pass_reaches_all_in_it_and_the_loop_goes_on() -> None:
 
 async def test_withdrawn_work_is_never_run() -> None:
     doubler = Doubler()
-    loop = BatchLoop(doubler.run, PassLimits(max_tokens=2))
+    loop = BatchLoop(doubler.run, PassLimits(2, 64))
     tasks = [asyncio.ensure_future(loop.submit(work, 1)) for work in range(6)]
     await asyncio.sleep(0)
     for index in (0, 3, 4):
@@ -104,7 +104,7 @@ async def test_with_a_thread_the_event_loop_stays_responsive(cancelled: bool) ->
         return [2 * work for work in works]
 
     with ThreadPoolExecutor(1) as executor:
-        loop = BatchLoop(run, PassLimits(max_tokens=10), executor)
+        loop = BatchLoop(run, PassLimits(10, 64), executor)
         first = asyncio.ensure_future(loop.submit(1, 1))
         second = asyncio.ensure_future(loop.submit(2, 1))
         await asyncio.sleep(0.01)
@@ -127,7 +127,7 @@ async def test_a_cancelled_submitter_is_withdrawn_while_a_pass_runs() -> None:
         return doubler.run(works)
 
     with ThreadPoolExecutor(1) as executor:
-        loop = BatchLoop(run, PassLimits(max_tokens=1), executor)
+        loop = BatchLoop(run, PassLimits(1, 64), executor)
         tasks = [asyncio.ensure_future(loop.submit(work, 1)) for work in range(3)]
         async with asyncio.timeout(10):
             while loop.waiting != 2:
@@ -150,7 +150,7 @@ async def test_settle_waits_for_the_pass_that_runs() -> None:
         return list(works)
 
     with ThreadPoolExecutor(1) as executor:
-        loop = BatchLoop(run, PassLimits(), executor)
+        loop = BatchLoop(run, PassLimits(512, 64), executor)
         await loop.settle()
         task = asyncio.ensure_future(loop.submit(1, 1))
         assert await asyncio.to_thread(began.wait, 10)
@@ -165,7 +165,7 @@ async def test_settle_waits_for_the_pass_that_runs() -> None:
 
 async def test_kinds_of_work_reach_the_scheduler() -> None:
     doubler = Doubler()
-    loop = BatchLoop(doubler.run, PassLimits(max_tokens=2, prefill_tokens=3))
+    loop = BatchLoop(doubler.run, PassLimits(2, 3))
     await asyncio.gather(
         loop.submit(1, 3, prefill=True),
         loop.submit(2, 1),
@@ -182,7 +182,7 @@ async def test_two_reports_give_the_busy_share_between_them() -> None:
             time.sleep(seconds)
         return list(works)
 
-    loop: BatchLoop[float, float] = BatchLoop(run, PassLimits())
+    loop: BatchLoop[float, float] = BatchLoop(run, PassLimits(512, 64))
     assert loop.stats.report()["busy_share"] == 0.0
     await loop.submit(0.02, 1)
     first = loop.stats.report()
@@ -200,6 +200,6 @@ async def test_two_reports_give_the_busy_share_between_them() -> None:
 
 
 def test_it_outlives_its_event_loop() -> None:
-    loop = BatchLoop(Doubler().run, PassLimits(max_tokens=10))
+    loop = BatchLoop(Doubler().run, PassLimits(10, 64))
     assert asyncio.run(loop.submit(1, 1)) == 2
     assert asyncio.run(loop.submit(2, 1)) == 4

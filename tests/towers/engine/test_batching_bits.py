@@ -9,8 +9,8 @@ import torch
 
 from twotower import GenerationParams, Request, TwoTower
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
-from twotower.towers.engine.engine import EngineOptions
 from twotower.towers.engine.local_link import LocalLink
+from twotower.towers.engine.options import PREFILL_CHUNK, EngineOptions
 from twotower.towers.engine.prefill import prefill_pieces
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -101,8 +101,9 @@ def test_separate_devices_give_what_shared_ones_give(mode: str) -> None:
 
 def test_a_resumed_prompt_is_cut_where_it_was_cut_before() -> None:
     prompt, generated = list(range(150)), list(range(32))
-    diffusion = prefill_pieces(prompt, generated, GenerationParams())
+    diffusion = prefill_pieces(prompt, generated, GenerationParams(), PREFILL_CHUNK)
     assert [len(piece) for piece in diffusion] == [64, 64, 22, 16, 16]
-    mock = prefill_pieces(prompt, generated[:2], GenerationParams(mode="mock_ar"))
+    mock_ar = GenerationParams(mode="mock_ar")
+    mock = prefill_pieces(prompt, generated[:2], mock_ar, PREFILL_CHUNK)
     assert [len(piece) for piece in mock] == [64, 64, 21, 1, 1, 1]
     assert [token for piece in diffusion for token in piece] == prompt + generated

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.towers.rows import Pair, tokens_of
+from tests.towers.rows import OPTIONS, Pair, tokens_of
 from twotower.towers.decoding.services import Block
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.request.params import GenerationParams
-from twotower.towers.state.budget import MemoryBudget
 
-CACHE_BYTES = 8 << 20
+CACHED = replace(OPTIONS, prefix_cache_mib=8)
 PARAMS = GenerationParams(max_tokens=24, block_size=8, temperature=1.0, seed=3)
 MODES = ["mask_diffusion", "ar", "mock_ar", "verified"]
 
@@ -42,7 +41,7 @@ def without_costs(blocks: list[Block]) -> list[Block]:
 def test_a_repeated_prompt_is_not_read_again(
     towers: dict[str, Any], mode: Any, length: int
 ) -> None:
-    pair = Pair.of(**towers, prefix_cache_bytes=CACHE_BYTES)
+    pair = Pair.of(**towers, options=CACHED)
     params, prompt = replace(PARAMS, mode=mode), prompt_of(length)
     miss = asyncio.run(pair.blocks("first", prompt, params))
     hit = asyncio.run(pair.blocks("second", prompt, params))
@@ -56,7 +55,7 @@ def test_a_repeated_prompt_is_not_read_again(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_shared_head_is_not_read_again(towers: dict[str, Any], mode: Any) -> None:
-    pair = Pair.of(**towers, prefix_cache_bytes=CACHE_BYTES)
+    pair = Pair.of(**towers, options=CACHED)
     params, head = replace(PARAMS, mode=mode), prompt_of(280)
     asyncio.run(pair.blocks("first", head, params))
     other = [*head[:260], *prompt_of(70, seed=2)]
@@ -67,7 +66,7 @@ def test_a_shared_head_is_not_read_again(towers: dict[str, Any], mode: Any) -> N
 
 
 def test_a_prompt_that_only_begins_alike_in_another_cut_is_a_miss(towers: dict[str, Any]) -> None:
-    pair = Pair.of(**towers, prefix_cache_bytes=CACHE_BYTES)
+    pair = Pair.of(**towers, options=CACHED)
     prompt = prompt_of(40)
     asyncio.run(pair.blocks("first", prompt, PARAMS))
     longer = asyncio.run(pair.blocks("second", [*prompt, 7], PARAMS))
@@ -75,7 +74,7 @@ def test_a_prompt_that_only_begins_alike_in_another_cut_is_a_miss(towers: dict[s
 
 
 def test_a_resumed_row_starts_from_a_block_end(towers: dict[str, Any]) -> None:
-    pair = Pair.of(**towers, prefix_cache_bytes=CACHE_BYTES)
+    pair = Pair.of(**towers, options=CACHED)
     params = replace(PARAMS, max_tokens=320, confidence_threshold=0.05)
     prompt = prompt_of(30)
     whole = asyncio.run(pair.blocks("first", prompt, params))
@@ -87,7 +86,7 @@ def test_a_resumed_row_starts_from_a_block_end(towers: dict[str, Any]) -> None:
 def test_rows_at_the_same_time_share_pages_without_disturbing_each_other(
     towers: dict[str, Any],
 ) -> None:
-    pair = Pair.of(**towers, prefix_cache_bytes=CACHE_BYTES)
+    pair = Pair.of(**towers, options=CACHED)
     prompt = prompt_of(100)
     asyncio.run(pair.blocks("first", prompt, PARAMS))
 
@@ -106,8 +105,8 @@ def test_rows_at_the_same_time_share_pages_without_disturbing_each_other(
 
 def test_the_cache_gives_way_to_rows(towers: dict[str, Any]) -> None:
     """A pool of two rows' pages: what the cache holds never keeps a row from running."""
-    budget = MemoryBudget(max_num_seqs=2, max_context=192)
-    pair = Pair.of(**towers, budget=budget, prefix_cache_bytes=CACHE_BYTES)
+    options = replace(CACHED, max_num_seqs=2, max_context=192)
+    pair = Pair.of(**towers, options=options)
 
     async def run() -> list[list[Block]]:
         rows = [pair.blocks(f"{s}", prompt_of(150, seed=s), PARAMS) for s in range(9)]

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from tests.towers.rows import Pair, Towers, tokens_of
+from tests.towers.rows import OPTIONS, Pair, Towers, tokens_of
 from twotower.towers.decoding.generation import generate_blocks
 from twotower.towers.engine.local_link import LocalLink
 from twotower.towers.errors import CapacityError
 from twotower.towers.request.params import GenerationParams
-from twotower.towers.state.budget import MemoryBudget
 from twotower.towers.state.context_state import ContextState
 from twotower.towers.state.link import UpdateWriter
 from twotower.towers.state.update import UpdatePlan
@@ -135,8 +135,8 @@ def test_while_an_update_is_on_the_wire(towers: Towers, after: int) -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_in_the_queue(towers: Towers, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
-    budget = MemoryBudget(max_num_seqs=1, max_context=256)
-    pair = Pair.of(*towers, shared=shared, budget=budget, max_waiting=2, threaded=True)
+    options = replace(OPTIONS, max_num_seqs=1, max_context=256, max_queued_requests=2)
+    pair = Pair.of(*towers, shared=shared, options=options, threaded=True)
     # The row that has the only slot stays where it is until the queue has been looked at.
     gate = Gate(pair.context.tower.read, 1)
     monkeypatch.setattr(pair.context.tower, "read", gate)

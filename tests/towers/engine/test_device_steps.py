@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,15 @@ from twotower.towers.engine.cuda_graph import (
 )
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
 from twotower.towers.engine.denoiser_steps import MAX_LENGTH, on_device
-from twotower.towers.engine.engine import EngineOptions
 from twotower.towers.engine.local_link import LocalLink
-from twotower.towers.engine.scheduler import PassLimits
+from twotower.towers.engine.options import EngineOptions
 from twotower.towers.errors import NumericalError
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.request.params import GenerationParams
-from twotower.towers.state.budget import MemoryBudget
 
 CPU = torch.device("cpu")
-OPTIONS = EngineOptions(MemoryBudget(max_num_seqs=160, max_context=256))
+OPTIONS = EngineOptions(max_num_seqs=160, max_context=256, prefix_cache_mib=0)
 Towers = tuple[ContextTower, DenoiserTower]
 Request = tuple[list[int], GenerationParams]
 
@@ -58,19 +56,18 @@ def params_of(mode: Any = "mask_diffusion", **changes: Any) -> GenerationParams:
 
 
 def engines(
-    towers: Towers, device_steps: bool, *, shared: bool = True, **changes: Any
+    towers: Towers,
+    device_steps: bool,
+    *,
+    shared: bool = True,
+    options: EngineOptions = OPTIONS,
+    rule: Callable[[GenerationParams], CommitRule] | None = None,
 ) -> tuple[ContextEngine, DenoiserEngine]:
     context, denoiser = towers
-    pool = None if shared else OPTIONS.pool_for(denoiser)
-    filling = DenoiserEngine(denoiser, pool=pool, device_steps=device_steps, **changes)
-    reading = ContextEngine(
-        context,
-        LocalLink(context, filling, shared),
-        pool=OPTIONS.pool_for(context),
-        limits=changes.get("limits"),
-        device_steps=device_steps,
-    )
-    return reading, filling
+    pool = None if shared else options.pool_for(denoiser)
+    filling = DenoiserEngine(denoiser, options, pool=pool, device_steps=device_steps, rule=rule)
+    link = LocalLink(context, filling, shared)
+    return ContextEngine(context, link, options, device_steps=device_steps), filling
 
 
 def decode(
@@ -155,8 +152,8 @@ def test_more_rows_than_the_largest_bucket(towers: Towers) -> None:
         ([4 + row % 17], params_of(mode, max_tokens=6, block_size=4, seed=row))
         for row, mode in zip(range(count), ["mask_diffusion", "ar"] * count, strict=False)
     ]
-    limits = PassLimits(max_tokens=4096)
-    assert decode(towers, requests, True, limits=limits) == decode(towers, requests, False)
+    wide = replace(OPTIONS, max_num_batched_tokens=4096)
+    assert decode(towers, requests, True, options=wide) == decode(towers, requests, False)
 
 
 @pytest.mark.parametrize("schedule", [(1,) * 16, (16,), (5, 1, 10), (3, 4)])

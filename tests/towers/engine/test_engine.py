@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.towers.decoding.test_sampling import chi_square
 from tests.towers.rows import PROMPT, Pair, Towers, params_of, tokens_of
 from twotower.towers.decoding.services import Block
+from twotower.towers.engine.options import PREFILL_CHUNK
 from twotower.towers.engine.prefill import prefill_pieces
 from twotower.towers.errors import CapacityError
 
@@ -296,7 +297,7 @@ def test_prompts_are_cut_on_a_fixed_grid(
     mode: str, prompt: int, generated: int, lengths: list[int]
 ) -> None:
     tokens, done = list(range(prompt)), list(range(1000, 1000 + generated))
-    pieces = prefill_pieces(tokens, done, params_of(mode, block_size=8))
+    pieces = prefill_pieces(tokens, done, params_of(mode, block_size=8), PREFILL_CHUNK)
     assert [len(piece) for piece in pieces] == lengths
     assert [token for piece in pieces for token in piece] == tokens + done
 

@@ -19,16 +19,15 @@ from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser
 from twotower.towers.decoding.generation import generate_blocks
 from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
-from twotower.towers.engine.engine import EngineOptions
 from twotower.towers.engine.local_link import LocalLink
+from twotower.towers.engine.options import EngineOptions
 from twotower.towers.request.params import GenerationParams
-from twotower.towers.state.budget import MemoryBudget
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-OPTIONS = EngineOptions(MemoryBudget(max_num_seqs=12, max_context=256), prefix_cache_bytes=1 << 24)
+OPTIONS = EngineOptions(max_num_seqs=12, max_context=256, prefix_cache_mib=16)
 Request = tuple[list[int], GenerationParams]
 
 
@@ -45,7 +44,7 @@ def engines(towers: Towers, *, shared: bool = True) -> tuple[ContextEngine, Deno
     context, denoiser = towers
     filling = DenoiserEngine(denoiser, pool=None if shared else OPTIONS.pool_for(denoiser))
     link = LocalLink(context, filling, shared)
-    return ContextEngine.with_options(context, link, OPTIONS, threaded=False), filling
+    return ContextEngine(context, link, OPTIONS), filling
 
 
 def request_of(row: int, mode: Any = "mask_diffusion", **changes: Any) -> Request:

@@ -9,13 +9,9 @@ import torch
 
 from tests.random_model import small_config
 from twotower.planner.shapes import LARGE
-from twotower.towers.engine import engine
-from twotower.towers.engine.engine import EngineOptions
 from twotower.towers.engine.pass_memory import layer_bytes, log_bytes, partial_bytes, working_bytes
-from twotower.towers.engine.scheduler import PassLimits
-from twotower.towers.model.backbone import Tower
 from twotower.towers.state import budget as memory
-from twotower.towers.state.budget import MemoryBudget, affordable_pages
+from twotower.towers.state.budget import affordable_pages
 from twotower.towers.state.pool import StatePool
 
 BF16 = torch.bfloat16
@@ -51,41 +47,7 @@ def test_what_a_pair_reserves_for_the_released_model() -> None:
     assert context > parts + partial_bytes(LARGE, 64, 64) + 4096 * 131072 * 2
     # What a card had free beside both towers in bf16.
     left = int(0.95 * (22.75e9 - context - denoiser))
-    budget = MemoryBudget(max_num_seqs=64, max_context=8192)
-    assert affordable_pages(LARGE, budget, left, BF16) == 64 * 8192 // 64
-
-
-class OnCuda(Tower):
-    """A tower that says it is on a GPU."""
-
-    def __init__(self, reads_prompts: bool) -> None:
-        self.config, self.dtype = LARGE, BF16
-        self.device, self.reads_prompts = torch.device("cuda"), reads_prompts
-
-
-def test_a_pool_leaves_room_for_the_passes_of_all_towers_that_read_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked: list[int] = []
-
-    def pool_for(*arguments: object) -> object:
-        asked.append(int(arguments[-1]))  # type: ignore[call-overload]
-        return None
-
-    monkeypatch.setattr(engine, "pool_for", pool_for)
-    options = EngineOptions(MemoryBudget(max_num_seqs=64), prefix_cache_bytes=1000)
-    context, denoiser = OnCuda(reads_prompts=True), OnCuda(reads_prompts=False)
-    options.pool_for(context)
-    options.pool_for(denoiser)
-    options.pool_for(context, denoiser)
-    first, second, both = asked
-    assert first == 1000 + working_bytes(LARGE, BF16, 5120, 64, reads_prompts=True)
-    assert second == working_bytes(LARGE, BF16, 4096, 64, reads_prompts=False)
-    assert both == first + second
-    asked.clear()
-    small = replace(options, limits=PassLimits(max_tokens=512, prefill_tokens=64))
-    small.pool_for(denoiser)
-    assert asked == [working_bytes(LARGE, BF16, 512, 64, reads_prompts=False)]
+    assert affordable_pages(LARGE, 64, 8192, left, BF16) == 64 * 8192 // 64
 
 
 def test_reserved_memory_is_not_given_to_states(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,9 +55,10 @@ def test_reserved_memory_is_not_given_to_states(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(StatePool, "__init__", lambda _, *own: made.append((own[1], own[2])))
     monkeypatch.setattr(memory, "free_bytes", lambda _: 24_000_000_000)
     cuda = torch.device("cuda")
-    memory.pool_for(LARGE, MemoryBudget(64), cuda, BF16)
-    memory.pool_for(LARGE, MemoryBudget(64), cuda, BF16, 8_000_000_000)
+    asked = {"max_num_seqs": 64, "max_context": None, "memory_fraction": 0.95}
+    memory.pool_for(LARGE, cuda, BF16, **asked)
+    memory.pool_for(LARGE, cuda, BF16, **asked, reserved=8_000_000_000)
     page = 64 * 6144
     assert made[0][1] - made[1][1] == pytest.approx(0.95 * 8e9 / page, abs=1)
     with pytest.raises(Exception, match="memory: got 0 bytes for states"):
-        memory.pool_for(small_config(), MemoryBudget(1, 64), cuda, BF16, 30_000_000_000)
+        memory.pool_for(small_config(), cuda, BF16, **asked, reserved=30_000_000_000)

@@ -13,7 +13,7 @@ import torch
 from tests.random_model import SMALL
 from twotower.towers.errors import CapacityError, ConfigError
 from twotower.towers.state import budget as memory
-from twotower.towers.state.budget import MemoryBudget, affordable_pages, free_bytes, pool_for
+from twotower.towers.state.budget import affordable_pages, free_bytes, pool_for
 from twotower.towers.state.context_state import rows_of
 from twotower.towers.state.pages import PAGE_TOKENS, PageAllocator, SlotAllocator, pages_for
 from twotower.towers.state.pool import StatePool
@@ -246,15 +246,14 @@ def test_a_slot_is_clean_for_the_next_row() -> None:
 )
 def test_pages_within_a_budget(rows: int, context: int | None, spare: int, pages: int) -> None:
     limit = rows * SLOT_BYTES + spare
-    budget = MemoryBudget(rows, context)
-    assert affordable_pages(SMALL, budget, limit, torch.float32) == pages
+    assert affordable_pages(SMALL, rows, context, limit, torch.float32) == pages
 
 
 def test_a_budget_below_one_row_is_refused_with_the_arithmetic() -> None:
     slots, row = 4 * SLOT_BYTES, 3 * PAGE_BYTES
     limit = slots + row - 1
     with pytest.raises(ConfigError) as caught:
-        affordable_pages(SMALL, MemoryBudget(4, 130), limit, torch.float32)
+        affordable_pages(SMALL, 4, 130, limit, torch.float32)
     text = str(caught.value)
     for part in (f"got {limit} ", f"at least {slots + row}: {slots} ", f"{row} for the 3 pages"):
         assert part in text
@@ -265,19 +264,17 @@ def test_a_budget_below_one_row_is_refused_with_the_arithmetic() -> None:
 def test_a_model_without_attention_needs_no_page_bytes() -> None:
     config = replace(SMALL, layer_pattern="M-")
     limit = 2 * slot_bytes(config, torch.float32)
-    assert affordable_pages(config, MemoryBudget(2, 100), limit, torch.float32) == 4
+    assert affordable_pages(config, 2, 100, limit, torch.float32) == 4
     assert StatePool(config, 2, 4, CPU, torch.float32).num_bytes == limit
 
 
-@pytest.mark.parametrize(("fraction", "share"), [(None, 0.25), (0.5, 0.5)])
-def test_a_pool_takes_its_share_of_what_is_free(
-    fraction: float | None, share: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pool_takes_its_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     free = 8 * SLOT_BYTES + 40 * PAGE_BYTES
     monkeypatch.setattr(memory, "free_bytes", lambda _: free)
-    pool = pool_for(SMALL, MemoryBudget(2, 640, fraction), CPU, torch.float32)
+    asked = {"max_num_seqs": 2, "max_context": 640}
+    pool = pool_for(SMALL, CPU, torch.float32, **asked, memory_fraction=0.5)
     assert pool.slots.num_slots == 2
-    assert pool.num_bytes <= share * free < pool.num_bytes + PAGE_BYTES
+    assert pool.num_bytes <= 0.5 * free < pool.num_bytes + PAGE_BYTES
 
 
 def test_free_memory_is_that_of_the_machine_or_its_group(
@@ -288,21 +285,6 @@ def test_free_memory_is_that_of_the_machine_or_its_group(
     assert 0 < free_bytes(CPU) <= total
     monkeypatch.setattr(memory, "group_bytes", lambda: 1234)
     assert free_bytes(CPU) == 1234
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("max_num_seqs", 0),
-        ("max_context", 0),
-        ("memory_fraction", 0.0),
-        ("memory_fraction", 1.5),
-        ("memory_fraction", float("nan")),
-    ],
-)
-def test_a_budget_out_of_its_limits(field: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=f"^{field}: got {value}, expected"):
-        MemoryBudget(**{field: value})  # type: ignore[arg-type]
 
 
 def test_a_large_pool_costs_nothing_until_it_is_used() -> None:
