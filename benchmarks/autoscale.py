@@ -29,7 +29,8 @@ from benchmarks.figures import median, percentile
 from benchmarks.machine import machine
 from benchmarks.pairs import pair_states, pair_stats
 from twotower.client import Client
-from twotower.deployments.config import PairAutoscaling, ServiceConfig
+from twotower.deployments.config import ServiceConfig
+from twotower.deployments.pair.autoscaling import PairAutoscaling
 from twotower.deployments.server.server import LocalService, free_port
 
 SAMPLE_S = 0.1
@@ -118,7 +119,7 @@ def scaling_config(model: str | None, pairs: int, **autoscaling: Any) -> Service
         http_port=free_port(),
         # All pairs share what one would have.
         cpus_per_tower=0.4 / pairs,
-        threads_per_tower=1,
+        num_threads=1,
         max_num_seqs=2 * TARGET_ROWS,
         max_context=1024,
         prefix_cache_mib=0,
@@ -188,7 +189,7 @@ def scenario(
         gone = watch.until(lambda now: now.running == 1 and not now.stopping, timeout_s)
     drained = [sample for sample in watch.samples if sample.stopping and sample.streams]
     return {
-        "machine": machine(service.config.threads_per_tower or 1),
+        "machine": machine(service.config.num_threads or 1),
         "autoscaling": scaling.model_dump(),
         "pairs": levels(watch.samples),
         "idle_at_s": round(idle, 1),

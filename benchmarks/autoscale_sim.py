@@ -31,7 +31,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from twotower.deployments.pair.autoscaling import PairScaling, PairSignals, ScalingOptions, Tick
+from twotower.deployments.pair.autoscaling import PairAutoscaling, PairScaling, PairSignals, Tick
 
 Floats = NDArray[np.float64]
 BLOCK_TOKENS = 16
@@ -61,7 +61,7 @@ class Fixed:
 class TargetOnly:
     """Requests over the target, rounded up, at every tick."""
 
-    def __init__(self, options: ScalingOptions) -> None:
+    def __init__(self, options: PairAutoscaling) -> None:
         self._options = options
 
     def pairs_for(self, tick: Tick) -> int:
@@ -263,7 +263,7 @@ def replay(
     load: Load,
     policy: Policy,
     figures: Figures,
-    options: ScalingOptions,
+    options: PairAutoscaling,
     *,
     seconds: float,
     step_s: float = 0.25,
@@ -312,7 +312,7 @@ def flaps(changes: Sequence[tuple[float, int]]) -> int:
 
 
 def compare(
-    load: Load, figures: Figures, options: ScalingOptions, **run: Any
+    load: Load, figures: Figures, options: PairAutoscaling, **run: Any
 ) -> dict[str, dict[str, Any]]:
     """The service's policy beside simple ones."""
     ours = replay(load, PairScaling(options), figures, options, **run)
@@ -340,19 +340,21 @@ def main() -> None:
     parser.add_argument("--step-s", type=float, default=0.25)
     for name, default in vars(Figures()).items():
         parser.add_argument(_option(name), type=type(default), default=default)
-    given = {**vars(ScalingOptions()), "max_pairs": 40, "target_rows_per_pair": 48.0}
+    given = PairAutoscaling(max_pairs=40, target_rows_per_pair=48.0).model_dump()
+    # The simulator's router keeps whatever comes.
+    del given["cold_start_queue"]
     for name, default in given.items():
         kind = float if default is None else type(default)
         parser.add_argument(_option(name), type=kind, default=default)
     args = parser.parse_args()
     figures = Figures(**{name: getattr(args, name) for name in vars(Figures())})
-    options = ScalingOptions(**{name: getattr(args, name) for name in given})
+    options = PairAutoscaling(**{name: getattr(args, name) for name in given})
     started = time.perf_counter()
     run = {"seconds": args.hours * 3600, "step_s": args.step_s, "seed": args.seed}
     policies = compare(load_from(args), figures, options, **run)
     elapsed = round(time.perf_counter() - started, 1)
     asked = {"load": args.load, "low": args.low, "high": args.high, "period": args.period, **run}
-    shown = {**asked, "figures": vars(figures), "options": vars(options)}
+    shown = {**asked, "figures": vars(figures), "options": options.model_dump()}
     print(json.dumps({**shown, "elapsed_s": elapsed, "policies": policies}, indent=2))
 
 

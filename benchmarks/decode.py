@@ -200,7 +200,7 @@ def decode(
     passes = denoising.stats() if mode != "ar" else reading.stats()
     return {
         "tokens_per_s": round(sum(r[1] for r in done) / seconds, 1),
-        "passes_per_s": round(passes["passes"] / passes["pass_seconds"], 1),
+        "passes_per_s": round(passes.passes / passes.pass_seconds, 1),
         "tokens_per_nfe": round(sum(r[1] for r in done) / max(1, sum(r[2] for r in done)), 3),
     }
 

@@ -25,7 +25,10 @@ class Local:
 
     def stats(self) -> dict[str, dict[str, float]]:
         """Counters of each tower, by tower."""
-        return {"context": self.context.stats(), "denoiser": self.denoiser.stats()}
+        return {
+            "context": self.context.stats().report(),
+            "denoiser": self.denoiser.stats().report(),
+        }
 
 
 def load_local(path: str | None, rows: int, max_context: int, *, threaded: bool = False) -> Local:

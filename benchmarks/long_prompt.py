@@ -41,6 +41,7 @@ from twotower.cluster.placement.start import start_towers
 from twotower.cluster.services.tower_services import PairServices
 from twotower.cluster.topology import PairTopology
 from twotower.towers.decoding.generation import generate_blocks
+from twotower.towers.engine.options import EngineOptions
 from twotower.towers.request.params import GenerationParams
 
 # Attention over the prompt must not make a chunk so long that few of them meet a block.
@@ -101,7 +102,7 @@ class Towers:
     async def state_bytes(self, name: str = "state_bytes") -> int:
         """A count of bytes, of both actors together."""
         stats = await asyncio.gather(self.context.stats(), self.denoiser.stats())
-        return int(sum(one[name] for one in stats))
+        return int(sum(getattr(one, name) for one in stats))
 
 
 async def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -156,11 +157,14 @@ async def actors(folder: Path, args: argparse.Namespace) -> AsyncIterator[PairSe
                 model_path=str(folder),
                 device="cpu",
                 dtype="float32",
-                cpus=0.4,
-                gpus=0.0,
+                engine=EngineOptions(
+                    max_num_seqs=args.rows + 1,
+                    max_context=args.prompt + BLOCK,
+                    prefix_cache_mib=0,
+                ),
+                cpus_per_tower=0.4,
+                gpus_per_tower=0.0,
                 num_threads=1,
-                max_rows=args.rows + 1,
-                max_context=args.prompt + BLOCK,
             )
         )
     finally:
@@ -199,9 +203,9 @@ async def chunk_times(towers: Towers) -> list[float]:
     while not reading.done():
         await asyncio.sleep(0.02)
         now = await towers.context.stats()
-        if now["prefill_tokens"] - last["prefill_tokens"] >= share:
-            passes = now["passes"] - last["passes"]
-            times.append((now["pass_seconds"] - last["pass_seconds"]) / passes)
+        if now.prefill_tokens - last.prefill_tokens >= share:
+            passes = now.passes - last.passes
+            times.append((now.pass_seconds - last.pass_seconds) / passes)
             last = now
     await reading
     assert last is not first

@@ -125,24 +125,24 @@ async def run(
     makespan = time.monotonic() - started
     reading, denoising = context.stats(), denoiser.stats()
     steps = sum(len(block) for blocks in rows for block in blocks)
-    if denoising["pass_rows"] != steps:
-        raise RuntimeError(f"denoiser steps: got {denoising['pass_rows']:.0f}, expected {steps}")
+    if denoising.pass_rows != steps:
+        raise RuntimeError(f"denoiser steps: got {denoising.pass_rows}, expected {steps}")
     ideal = math.ceil(steps / args.width)
-    busier = max(reading["pass_seconds"], denoising["pass_seconds"])
+    busier = max(reading.pass_seconds, denoising.pass_seconds)
     return {
         "steps": steps,
         "ideal_passes": ideal,
-        "passes": denoising["passes"],
-        "passes_over_ideal": round(denoising["passes"] / ideal, 4),
+        "passes": denoising.passes,
+        "passes_over_ideal": round(denoising.passes / ideal, 4),
         "lockstep_over_ideal": round(lockstep_passes(rows, args.width) / ideal, 4),
         "makespan_s": makespan,
         "makespan_over_busier": round(makespan / busier, 4),
-        "denoiser_pass_ms": 1e3 * denoising["pass_seconds"] / denoising["passes"],
-        "denoiser_busy_s": denoising["pass_seconds"],
-        "denoiser_busy_share": denoising["pass_seconds"] / makespan,
-        "context_passes": reading["passes"],
-        "context_busy_s": reading["pass_seconds"],
-        "context_busy_share": reading["pass_seconds"] / makespan,
+        "denoiser_pass_ms": 1e3 * denoising.pass_seconds / denoising.passes,
+        "denoiser_busy_s": denoising.pass_seconds,
+        "denoiser_busy_share": denoising.pass_seconds / makespan,
+        "context_passes": reading.passes,
+        "context_busy_s": reading.pass_seconds,
+        "context_busy_share": reading.pass_seconds / makespan,
     }
 
 

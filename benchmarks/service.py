@@ -53,7 +53,7 @@ def service_config(model: str | None, rows: int) -> ServiceConfig:
         model=model,
         grpc_port=free_port(),
         http_port=free_port(),
-        threads_per_tower=THREADS_PER_TOWER,
+        num_threads=THREADS_PER_TOWER,
         max_num_seqs=rows,
         max_context=MAX_CONTEXT,
         prefix_cache_mib=0,

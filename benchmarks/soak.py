@@ -47,6 +47,7 @@ from twotower.cluster.services.tower_services import (
 from twotower.cluster.topology import PairTopology
 from twotower.deployments.pair.tower_pair import Job, TowerPair
 from twotower.towers.engine.context_engine import ContextEngine
+from twotower.towers.engine.options import EngineOptions
 from twotower.towers.errors import QueueFullError, TwoTowerError
 
 SHAPE = replace(
@@ -201,13 +202,15 @@ def topology(folder: Path, args: argparse.Namespace) -> PairTopology:
         model_path=str(folder),
         device="cpu",
         dtype="float32",
-        cpus=1.0,
-        gpus=0.0,
+        engine=EngineOptions(
+            max_num_seqs=args.rows,
+            max_context=MAX_CONTEXT,
+            max_queued_requests=args.waiting,
+            prefix_cache_mib=CACHE_MIB,
+        ),
+        cpus_per_tower=1.0,
+        gpus_per_tower=0.0,
         num_threads=1,
-        max_rows=args.rows,
-        max_context=MAX_CONTEXT,
-        max_waiting=args.waiting,
-        prefix_cache_mib=CACHE_MIB,
     )
 
 

@@ -22,7 +22,6 @@ from twotower.deployments.pair.metrics import PairMetrics
 from twotower.deployments.pair.tower_pair import TowerPair
 from twotower.deployments.router.router import Router
 from twotower.deployments.router.waiting import WatchedRouter
-from twotower.deployments.routing.retry import RetryPolicy
 from twotower.towers.errors import ConfigError
 from twotower.towers.limits import usable_cpus
 
@@ -71,8 +70,7 @@ def build_app(
         **_watching(config),
     )
     towers = pair.bind(partial(start_towers, topology), PairMetrics, config.dial())
-    retry = RetryPolicy(config.resume_timeout_s, config.max_attempts)
-    return router.bind(config, towers, retry)
+    return router.bind(config, towers)
 
 
 def build_app_from_settings(settings: dict[str, Any]) -> Application:

@@ -7,58 +7,26 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from twotower.cluster.topology import PairTopology, Placement
-from twotower.deployments.pair.autoscaling import ScalingOptions
+from twotower.cluster.topology import PairTopology, Placement, Transport
+from twotower.deployments.pair.autoscaling import PairAutoscaling
 from twotower.deployments.pair.overload import OverloadDial
 from twotower.deployments.settings_file import check_names, read_settings
 from twotower.protos.incoming import MESSAGE_VARIABLE, MOST_MESSAGE_BYTES, longest_request
 from twotower.towers.checkpoint.checkpoint import Checkpoint
 from twotower.towers.checkpoint.weights import resolve_checkpoint
+from twotower.towers.engine.options import EngineOptions
 from twotower.towers.errors import ConfigError, shorten
 from twotower.towers.limits import MOST_THREADS
 from twotower.towers.text.text_limit import longest_token_bytes
 
 APP_NAME = "twotower"
-# Of the rows that a pair may have; the rest is for those that come while another pair starts.
-TARGET_FILL = 0.75
 # Counts are 32 bits wide in Ray and in tensors' shapes. Rows have a call each in a tower's process,
 # twice and with room beside them; processes have a place in Serve's tables.
 MOST_COUNT, MOST_ROWS, MOST_PROCESSES = 2**31 - 1, 2**20, 2**14
 
 
-class PairAutoscaling(BaseModel):
-    """Between how many pairs the service has, and how it gets there; `num_pairs` is not used."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    min_pairs: int = Field(
-        1, ge=0, le=MOST_PROCESSES, description="0 = none after zero_after_s without a request"
-    )
-    max_pairs: int = Field(
-        ge=1, le=MOST_PROCESSES, description="most pairs; the cluster must have room for them"
-    )
-    target_rows_per_pair: float | None = Field(
-        None, ge=1, description="rows that a pair should have; none = 3/4 of max_num_seqs"
-    )
-    max_pass_s: float | None = Field(
-        None, gt=0, description="a pair whose passes take longer should have fewer rows"
-    )
-    smoothing_s: float = Field(10.0, ge=0, description="time over which the load is smoothed")
-    scale_down_after_s: float = Field(
-        300.0, ge=0, description="pairs go when they were not needed for so long"
-    )
-    hysteresis: float = Field(0.2, ge=0, lt=1, description="share of spare room before pairs go")
-    zero_after_s: float = Field(600.0, ge=0, description="calm before the last pair goes")
-    metrics_interval_s: float = Field(
-        2.0, ge=0.5, description="how often pairs report; below 2 only for few pairs"
-    )
-    cold_start_queue: int | None = Field(
-        None,
-        ge=1,
-        le=MOST_COUNT,
-        description="requests that wait in the router for a pair; more are refused; "
-        "none = as many as max_pairs pairs take",
-    )
+# Earlier names of settings, and their names now.
+RENAMED = {"threads_per_tower": "num_threads"}
 
 
 class ServiceConfig(BaseModel):
@@ -78,8 +46,11 @@ class ServiceConfig(BaseModel):
     http_port: int = Field(8000, ge=1, le=65535, description="Serve's HTTP side, loopback only")
     cpus_per_tower: float = Field(0.4, ge=0, description="share of CPUs that a tower reserves")
     gpus_per_tower: float | None = Field(None, ge=0, description="none = 1 on cuda, 0 on cpu")
-    threads_per_tower: int | None = Field(
-        None, ge=1, le=MOST_THREADS, description="none = half of a tower's CPUs"
+    num_threads: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_THREADS,
+        description="threads of a tower's arithmetic; none = half of its CPUs",
     )
     max_context: int = Field(
         8192, ge=2, le=MOST_COUNT, description="most tokens of prompt and output together"
@@ -116,7 +87,7 @@ class ServiceConfig(BaseModel):
         "none = max_num_seqs, or half of the queue if that is less",
     )
     memory_fraction: float | None = Field(
-        None, gt=0, le=1, description="share of free memory for states; none = 0.9, on cpu 0.25"
+        None, gt=0, le=1, description="share of free memory for states; none = 0.95, on cpu 0.25"
     )
     max_num_batched_tokens: int | None = Field(
         None, ge=1, le=MOST_COUNT, description="tokens of a tower's pass; none = 512, on cuda 4096"
@@ -136,11 +107,11 @@ class ServiceConfig(BaseModel):
     prefix_cache_mib: int = Field(
         256, ge=0, le=MOST_COUNT, description="snapshots of the prefix cache; 0 = none"
     )
-    transport: Literal["grpc", "gloo", "nccl"] = Field(
-        "grpc", description="how states travel between the towers"
+    transport: Transport = Field(
+        PairTopology.transport, description="how states travel between the towers"
     )
     placement: Placement = Field(
-        "separate",
+        PairTopology.placement,
         description="separate = a process for each tower, colocated = one for both, "
         "ar_only = the context tower alone",
     )
@@ -154,11 +125,18 @@ class ServiceConfig(BaseModel):
         description="Ray's labels of the nodes that may have pairs, as of a GPU domain; none = any",
     )
     denoisers_per_context: int = Field(
-        1, ge=1, le=MOST_PROCESSES, description="denoiser towers of a pair"
+        PairTopology.denoisers_per_context,
+        ge=1,
+        le=MOST_PROCESSES,
+        description="denoiser towers of a pair",
     )
-    stall_timeout_s: float = Field(60.0, gt=0, description="longest pass of a tower that works")
+    stall_timeout_s: float = Field(
+        PairTopology.stall_timeout_s, gt=0, description="longest pass of a tower that works"
+    )
     repair_timeout_s: float = Field(
-        120.0, gt=0, description="time in which a lost denoiser tower has to be back"
+        PairTopology.repair_timeout_s,
+        gt=0,
+        description="time in which a lost denoiser tower has to be back",
     )
     resume_timeout_s: float = Field(
         60.0, gt=0, description="longest wait of a request for another pair"
@@ -183,16 +161,7 @@ class ServiceConfig(BaseModel):
     graceful_shutdown_timeout_s: float = Field(20.0, ge=0)
 
     @model_validator(mode="after")
-    def _denoisers_where_they_can_be(self) -> ServiceConfig:
-        if self.denoisers_per_context > 1 and self.placement != "separate":
-            raise ValueError(
-                f"denoisers_per_context: got {self.denoisers_per_context}, expected 1 with "
-                f"placement {self.placement!r}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _domain_by_its_labels(self) -> ServiceConfig:
+    def _check_label_selector(self) -> ServiceConfig:
         if self.pack == "domain" and not self.label_selector:
             raise ValueError("pack: got 'domain' without label_selector, which names the domain")
         for label, value in self.label_selector.items():
@@ -204,20 +173,24 @@ class ServiceConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _a_port_for_each(self) -> ServiceConfig:
+    def _check_ports(self) -> ServiceConfig:
         if self.grpc_port == self.http_port:
             raise ValueError(f"grpc_port and http_port: got {self.grpc_port} for both")
         return self
 
     @model_validator(mode="after")
-    def _one_way_to_scale(self) -> ServiceConfig:
+    def _check_scaling(self) -> ServiceConfig:
         if self.autoscaling is not None and self.num_pairs != 1:
             raise ValueError("num_pairs and autoscaling exclude each other")
-        self.scaling()
         return self
 
     @model_validator(mode="after")
-    def _dial_that_turns(self) -> ServiceConfig:
+    def _check_topology(self) -> ServiceConfig:
+        self._topology(self.model or "")
+        return self
+
+    @model_validator(mode="after")
+    def _check_overload_dial(self) -> ServiceConfig:
         self.dial()
         for name in ("ease_from", "ease_full"):
             given = getattr(self, name)
@@ -237,6 +210,9 @@ class ServiceConfig(BaseModel):
     def from_settings(cls, settings: dict[str, Any]) -> ServiceConfig:
         """Checks settings, None meaning the default. Raises ConfigError naming the field."""
         check_names(settings)
+        for old, new in RENAMED.items():
+            if settings.get(old) is not None:
+                raise ConfigError(f"{old}: the name of this setting is {new}")
         try:
             return cls(**_given(settings))
         except ValidationError as error:
@@ -265,41 +241,40 @@ class ServiceConfig(BaseModel):
             full = max(full, (least or 0) + 1)
         return OverloadDial(min(self.max_num_seqs // 4, full - 1) if least is None else least, full)
 
-    def scaling(self) -> ScalingOptions | None:
-        """What the policy of autoscaling is made with; none for a fixed number of pairs."""
-        if self.autoscaling is None:
-            return None
-        given = self.autoscaling.model_dump(exclude={"cold_start_queue"})
-        if given["target_rows_per_pair"] is None:
-            given["target_rows_per_pair"] = max(1.0, TARGET_FILL * self.max_num_seqs)
-        # Older signals than this are of a pair that does not answer.
-        stale_after_s = max(30.0, 5 * self.autoscaling.metrics_interval_s)
-        return ScalingOptions(**given, stale_after_s=stale_after_s)
+    def scaling(self) -> PairAutoscaling | None:
+        """The options of the autoscaling policy; None for a fixed number of pairs."""
+        return None if self.autoscaling is None else self.autoscaling.for_rows(self.max_num_seqs)
 
     def topology(self) -> PairTopology:
-        """The layout of one pair."""
+        """The layout of a pair."""
+        # Actors run in folders of their own: a relative path would lead nowhere there.
+        return self._topology(str(resolve_checkpoint(self.model).resolve()))
+
+    def _topology(self, model_path: str) -> PairTopology:
         gpus = self.gpus_per_tower
+        queued = None if self.max_queued_requests < 0 else self.max_queued_requests
         return PairTopology(
-            # Actors run in folders of their own: a relative path would lead nowhere there.
-            model_path=str(resolve_checkpoint(self.model).resolve()),
+            model_path=model_path,
             device=self.device,
             dtype=self.dtype,
-            cpus=self.cpus_per_tower,
-            gpus=(1.0 if self.device == "cuda" else 0.0) if gpus is None else gpus,
-            num_threads=self.threads_per_tower,
-            max_rows=self.max_num_seqs,
-            max_context=self.max_context,
-            max_waiting=None if self.max_queued_requests < 0 else self.max_queued_requests,
-            memory_fraction=self.memory_fraction,
-            max_pass_tokens=self.max_num_batched_tokens,
-            max_prefill_tokens=self.max_prefill_tokens,
-            prefill_chunk=self.prefill_chunk,
+            engine=EngineOptions(
+                max_num_seqs=self.max_num_seqs,
+                max_context=self.max_context,
+                memory_fraction=self.memory_fraction,
+                max_num_batched_tokens=self.max_num_batched_tokens,
+                max_prefill_tokens=self.max_prefill_tokens,
+                prefill_chunk=self.prefill_chunk,
+                max_queued_requests=queued,
+                prefix_cache_mib=self.prefix_cache_mib,
+            ),
+            cpus_per_tower=self.cpus_per_tower,
+            gpus_per_tower=(1.0 if self.device == "cuda" else 0.0) if gpus is None else gpus,
+            num_threads=self.num_threads,
+            transport=self.transport,
             placement=self.placement,
-            denoisers=self.denoisers_per_context,
+            denoisers_per_context=self.denoisers_per_context,
             stall_timeout_s=self.stall_timeout_s,
             repair_timeout_s=self.repair_timeout_s,
-            prefix_cache_mib=self.prefix_cache_mib,
-            transport=self.transport,
         )
 
 

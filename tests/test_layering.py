@@ -53,8 +53,8 @@ WINGS = {
     "cluster/topology cluster/channel",
     "cluster/placement": "cluster/topology cluster/channel cluster/services",
     "deployments/settings_file": "",
-    "deployments/pair": "towers/decoding cluster/services",
-    "deployments/config": "towers/text towers/checkpoint protos cluster/topology "
+    "deployments/pair": "towers/decoding towers/engine cluster/services",
+    "deployments/config": "towers/text towers/checkpoint towers/engine protos cluster/topology "
     "deployments/settings_file deployments/pair",
     "deployments/routing": "towers/decoding protos cluster/services deployments/pair",
     "deployments/router": "towers/text towers/decoding towers/checkpoint protos cluster/services "

@@ -28,6 +28,8 @@ from twotower.towers.engine.options import EngineOptions
 from twotower.towers.request.params import GenerationParams
 
 Entry = dict[str, Any]
+# Counters of a pool.
+POOL = ("slots", "slots_used", "pages", "pages_used", "state_bytes", "pool_bytes")
 
 
 def main() -> None:
@@ -66,7 +68,7 @@ def main() -> None:
     link = LocalLink(context_tower, denoiser, shared=True)
     pool = EngineOptions().pool_for(context_tower, denoiser_tower)
     context = ContextEngine(context_tower, link, pool=pool)
-    found |= {"pool": context.pool.stats()}
+    found |= {"pool": {name: getattr(context.stats(), name) for name in POOL}}
     note("pool", begun)
 
     begun = time.monotonic()
@@ -76,10 +78,11 @@ def main() -> None:
 
     begun = time.monotonic()
     found["tokens"] = asyncio.run(_load(context, denoiser, args.rows, args.prompt))
-    found["passes"] = [context.stats()["passes"], denoiser.stats()["passes"]]
+    found["passes"] = [context.stats().passes, denoiser.stats().passes]
     note("load", begun)
-    left = {name: context.stats()[name] for name in ("rows", "slots_used")}
-    assert not any(left.values()), left
+    left = context.stats()
+    assert not left.rows, left
+    assert not left.slots_used, left
 
 
 async def _load(context: ContextEngine, denoiser: DenoiserEngine, rows: int, prompt: int) -> int:

@@ -97,8 +97,8 @@ def _profiled(bench: Workbench, mode: Any, rows: int, trace: Path | None) -> Ent
 def _passes(bench: Workbench) -> dict[str, float]:
     pair = bench.pair
     return {
-        "denoise": pair.denoiser.stats()["passes"],
-        "context": pair.context.stats()["passes"],
+        "denoise": pair.denoiser.stats().passes,
+        "context": pair.context.stats().passes,
     }
 
 

@@ -39,7 +39,7 @@ async def start_towers(topology: PairTopology) -> PairServices:
         await context.load()
         return PairServices(context, None)
     keeper = _Keeper(topology, group, context)
-    places = range(topology.denoisers)
+    places = range(topology.denoisers_per_context)
     await asyncio.gather(context.load(), *(keeper.load(index) for index in places))
     denoisers = await asyncio.gather(*(keeper.link(index) for index in places))
     logger.info("the towers are loaded and linked")
@@ -112,8 +112,8 @@ class _Keeper:
 
 def _actor(kind: type, topology: PairTopology, group: PlacementGroup | None, bundle: int) -> Any:
     options: dict[str, Any] = {
-        "num_cpus": topology.cpus,
-        "num_gpus": topology.gpus,
+        "num_cpus": topology.cpus_per_tower,
+        "num_gpus": topology.gpus_per_tower,
         "max_concurrency": topology.max_concurrency(),
         # A tower that died has lost its rows and its links: whoever started it decides.
         "max_restarts": 0,

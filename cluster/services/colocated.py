@@ -52,7 +52,7 @@ class ColocatedActor:
             topology.device,
             topology.device,
             parse_dtype(topology.dtype),
-            options=topology.engine_options(),
+            options=topology.engine,
             threaded=True,
         )
         context.warm_up()

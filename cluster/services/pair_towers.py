@@ -23,6 +23,7 @@ from twotower.cluster.services.tower_services import (
     bound,
 )
 from twotower.cluster.services.watch import ANSWER_TIMEOUT_S
+from twotower.towers.engine.stats import EngineStats
 from twotower.towers.errors import UnavailableError
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class PairTowers:
         self._seat_of: dict[str, _Seat] = {}
         self._repair_timeout = repair_timeout_s
         self._answer_timeout = answer_timeout_s
-        self._last_stats: dict[str, float] = {}
+        self._last_stats: EngineStats | None = None
         self.context: ContextTowerService = _AssignedContext(self)
         self.denoiser: DenoiserTowerService = _AssignedDenoisers(self)
 
@@ -121,22 +122,22 @@ class PairTowers:
             if seat.failures >= MOST_REPAIRS:
                 raise UnavailableError(f"denoiser tower {seat.index} does not come back")
 
-    async def stats(self) -> dict[str, float]:
-        """The denoisers' counters: sums, and means of what is a time or a share; while all are
-        away, the last that were known."""
+    async def stats(self) -> EngineStats:
+        """The counters of all denoisers together; while all are away, the last that were known.
+
+        Raises UnavailableError if none has ever said.
+        """
         ready = [seat.tower for seat in self._seats if seat.ready.is_set()]
         answers = await asyncio.gather(
             *(asyncio.wait_for(tower.stats(), self._answer_timeout) for tower in ready),
             return_exceptions=True,
         )
-        known = [answer for answer in answers if isinstance(answer, dict)]
-        if not known:
-            return self._last_stats
-        summed = {name: sum(one.get(name, 0.0) for one in known) for name in known[0]}
-        for name in ("clock_seconds", "pass_seconds", "busy_share"):
-            summed[name] /= len(known)
-        self._last_stats = summed
-        return summed
+        known = [answer for answer in answers if isinstance(answer, EngineStats)]
+        if known:
+            self._last_stats = EngineStats.merged(known)
+        if self._last_stats is None:
+            raise UnavailableError("no denoiser tower answers; try again")
+        return self._last_stats
 
     async def _look_after(self, seat: _Seat, link_broken: bool) -> None:
         if seat.repair is not None and not seat.repair.done():
@@ -264,7 +265,7 @@ class _AssignedDenoisers(DenoiserTowerService):
         # A tower that is gone has nothing to release.
         await asyncio.gather(tower.release(row_id), return_exceptions=True)
 
-    async def stats(self) -> dict[str, float]:
+    async def stats(self) -> EngineStats:
         """Counters of all towers together."""
         return await self._pair.stats()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
 
@@ -29,6 +29,7 @@ from twotower.towers.decoding.services import Block, Prefilled
 from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
 from twotower.towers.engine.engine import Engine
+from twotower.towers.engine.stats import EngineStats
 from twotower.towers.errors import UnavailableError
 from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.request.params import GenerationParams
@@ -58,7 +59,7 @@ class TowerService(ABC):
         """Frees everything that the row holds, or its place in the queue."""
         await self._call(TowerService.release, row_id)
 
-    async def stats(self) -> dict[str, float]:
+    async def stats(self) -> EngineStats:
         """Counters of the tower's engine."""
         return await self._call(TowerService.stats)
 
@@ -183,7 +184,7 @@ class RemoteContext(_Remote, ContextTowerService):
     async def broken_links(self) -> list[int]:
         return await self._watch.answer(super().broken_links())
 
-    async def stats(self) -> dict[str, float]:
+    async def stats(self) -> EngineStats:
         return await self._watch.answer(super().stats())
 
     async def check(self) -> None:
@@ -223,7 +224,7 @@ class EngineService(TowerService, Generic[E]):
             raise UnavailableError(f"the {self.name} tower is not loaded")
         return self._engine
 
-    async def stats(self) -> dict[str, float]:
+    async def stats(self) -> EngineStats:
         return self.engine.stats()
 
     async def check(self) -> None:
@@ -247,7 +248,7 @@ class ContextTowerActor(EngineService[ContextEngine], ContextTowerService):
     async def load(self) -> None:
         """Loads the tower and starts its engine. Raises CheckpointError, ConfigError."""
         tower = await loaded(load_context_tower, self._topology)
-        options = self._topology.engine_options()
+        options = self._topology.engine
         link = None if self._topology.placement == "ar_only" else self._links
         engine = ContextEngine(tower, link, options, threaded=True)
         await asyncio.to_thread(engine.warm_up)
@@ -305,7 +306,7 @@ class DenoiserTowerActor(EngineService[DenoiserEngine], DenoiserTowerService):
     async def listen(self, token: str) -> str:
         """Starts the engine on the loaded tower and waits for its link; returns `host:port`."""
         assert self._tower is not None, "load comes first"
-        options = self._topology.engine_options()
+        options = self._topology.engine
         pool = options.pool_for(self._tower)
         engine = DenoiserEngine(self._tower, options, pool=pool, threaded=True)
         await asyncio.to_thread(engine.warm_up)
@@ -314,7 +315,7 @@ class DenoiserTowerActor(EngineService[DenoiserEngine], DenoiserTowerService):
             engine.receive,
             engine.follow,
             token,
-            max_update_bytes(self._tower.config, self._topology.max_context),
+            max_update_bytes(self._tower.config, self._topology.engine.max_context),
             transport=transport,
             device=self._tower.device if transport == "nccl" else CPU,
         )
@@ -334,10 +335,10 @@ class DenoiserTowerActor(EngineService[DenoiserEngine], DenoiserTowerService):
             self._receiver.forget(row_id)
         await super().release(row_id)
 
-    async def stats(self) -> dict[str, float]:
-        """The engine's counters, and `mirrors`: rows that the link follows."""
-        mirrors = {} if self._receiver is None else {"mirrors": float(self._receiver.num_rows)}
-        return {**await super().stats(), **mirrors}
+    async def stats(self) -> EngineStats:
+        """The engine's counters, and the number of rows that the link follows."""
+        stats = await super().stats()
+        return stats if self._receiver is None else replace(stats, mirrors=self._receiver.num_rows)
 
     async def close(self) -> None:
         """Stops to listen for the link."""

@@ -11,72 +11,90 @@ its first peak. Each line is monotone in the load and in the present number: mor
 fewer pairs. How busy a tower is says little (one row keeps it as busy as forty); what grows with
 the load are rows, rows that wait, and the time of a pass.
 
-Serve pickles this module by value into its controller: it imports nothing but the library.
+Serve pickles this module by value into its controller: it imports the standard library and
+pydantic, which Serve needs too.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-Stats = Mapping[str, Mapping[str, float]]
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
 UNKNOWN = math.nan
 # Share of the rows that fit into a pair's memory: the next rows find room while a pair starts.
 MEMORY_FILL = 0.75
+# Of the rows that a pair may have; the rest is for those that come while another pair starts.
+TARGET_FILL = 0.75
+# Processes have a place in Serve's tables.
+MOST_PAIRS = 2**14
 # Not worth a pair: what smoothing leaves of a load that has ended, and rounding.
 _REMAINDER = 0.01
 # Serve averages requests over this many intervals; it wants more than one.
 _LOOK_BACK = 3
 
 
-@dataclass(frozen=True)
-class ScalingOptions:
-    """Bounds and manners of the policy; times in seconds. Raises ValueError on construction.
+class PairAutoscaling(BaseModel):
+    """Number of pairs by load, in place of `num_pairs`; times in seconds.
 
     A pair should have `target_rows_per_pair` rows, or fewer where fewer fit or where a pass of
-    either tower takes longer than `max_pass_s` (None: as long as it likes). The demand is smoothed
-    over `smoothing_s`. Pairs go when they were not needed for `scale_down_after_s`, counted with
-    `hysteresis` (a share) of room to spare. With `min_pairs` 0 the last pair goes after
-    `zero_after_s` without a row. Signals older than `stale_after_s` do not count;
-    `metrics_interval_s` is how often pairs report and decisions are made.
+    either tower takes longer than `max_pass_s`. The demand is smoothed over `smoothing_s`. Pairs go
+    when they were not needed for `scale_down_after_s`, counted with `hysteresis` of room to spare.
     """
 
-    min_pairs: int = 1
-    max_pairs: int = 1
-    target_rows_per_pair: float = 24.0
-    smoothing_s: float = 10.0
-    scale_down_after_s: float = 300.0
-    hysteresis: float = 0.2
-    zero_after_s: float = 600.0
-    max_pass_s: float | None = None
-    stale_after_s: float = 30.0
-    metrics_interval_s: float = 2.0
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    def __post_init__(self) -> None:
-        if self.min_pairs < 0:
-            raise ValueError(f"min_pairs: got {self.min_pairs}, expected at least 0")
-        if self.max_pairs < max(1, self.min_pairs):
-            least = max(1, self.min_pairs)
-            raise ValueError(f"max_pairs: got {self.max_pairs}, expected at least {least}")
-        if not 1 <= self.target_rows_per_pair < math.inf:
-            got = self.target_rows_per_pair
-            raise ValueError(f"target_rows_per_pair: got {got}, expected at least 1")
-        if not 0 <= self.hysteresis < 1:
-            raise ValueError(f"hysteresis: got {self.hysteresis}, expected 0 to less than 1")
-        for name in ("smoothing_s", "scale_down_after_s", "zero_after_s"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 0")
-        for name in ("stale_after_s", "metrics_interval_s", "max_pass_s"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}: got {value}, expected above 0")
+    min_pairs: int = Field(
+        1, ge=0, le=MOST_PAIRS, description="0 = none after zero_after_s without a request"
+    )
+    max_pairs: int = Field(
+        ge=1, le=MOST_PAIRS, description="most pairs; the cluster must have room for them"
+    )
+    target_rows_per_pair: float | None = Field(
+        None, ge=1, description="rows that a pair should have; none = 3/4 of max_num_seqs"
+    )
+    max_pass_s: float | None = Field(
+        None, gt=0, description="a pair whose passes take longer should have fewer rows"
+    )
+    smoothing_s: float = Field(10.0, ge=0, description="time over which the load is smoothed")
+    scale_down_after_s: float = Field(
+        300.0, ge=0, description="pairs go when they were not needed for so long"
+    )
+    hysteresis: float = Field(0.2, ge=0, lt=1, description="share of spare room before pairs go")
+    zero_after_s: float = Field(600.0, ge=0, description="calm before the last pair goes")
+    metrics_interval_s: float = Field(
+        2.0, ge=0.5, description="how often pairs report; below 2 only for few pairs"
+    )
+    cold_start_queue: int | None = Field(
+        None,
+        ge=1,
+        le=2**31 - 1,
+        description="requests that wait in the router for a pair; more are refused; "
+        "none = as many as max_pairs pairs take",
+    )
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> PairAutoscaling:
+        if self.max_pairs < self.min_pairs:
+            raise ValueError(f"max_pairs: got {self.max_pairs}, expected at least {self.min_pairs}")
+        return self
+
+    @property
+    def stale_after_s(self) -> float:
+        """Age from which on a pair's signals are those of a pair that does not answer."""
+        return max(30.0, 5 * self.metrics_interval_s)
+
+    def for_rows(self, max_num_seqs: int) -> PairAutoscaling:
+        """The same with a target for pairs of that many rows, if none is set."""
+        target = self.target_rows_per_pair or max(1.0, TARGET_FILL * max_num_seqs)
+        return self.model_copy(update={"target_rows_per_pair": target})
 
 
 class PairSignals(NamedTuple):
-    """What a pair says of itself, NaN where it does not; also the names on their way to Serve.
+    """The load of a pair, NaN where it is not known; Serve carries it under the same names.
 
     Rows in its towers, rows that wait for room, further rows of their size that would fit, mean
     seconds of a pass of each tower, passes of the context tower so far (a row that comes and goes
@@ -84,7 +102,7 @@ class PairSignals(NamedTuple):
     """
 
     rows: float = UNKNOWN
-    waiting: float = UNKNOWN
+    queued_rows: float = UNKNOWN
     free_slots: float = UNKNOWN
     context_pass_s: float = UNKNOWN
     denoiser_pass_s: float = UNKNOWN
@@ -116,8 +134,11 @@ class _Load(NamedTuple):
 class PairScaling:
     """The policy. It has no clock and draws nothing: the same ticks give the same decisions."""
 
-    def __init__(self, options: ScalingOptions) -> None:
+    def __init__(self, options: PairAutoscaling) -> None:
+        if options.target_rows_per_pair is None:
+            raise ValueError("target_rows_per_pair: got none, expected a number of rows")
         self._options = options
+        self._target_rows = options.target_rows_per_pair
         self._demand = UNKNOWN
         self._time = UNKNOWN
         self._passes = 0.0
@@ -155,12 +176,12 @@ class PairScaling:
         fresh = [
             pair
             for pair in tick.signals
-            if pair.read_at >= oldest and _is_count(pair.rows) and _is_count(pair.waiting)
+            if pair.read_at >= oldest and _is_count(pair.rows) and _is_count(pair.queued_rows)
         ]
         requests, queued = _is_count(tick.requests), _is_count(tick.queued)
         if not (fresh or requests or queued):
             return None
-        at_pairs = sum(pair.rows + pair.waiting for pair in fresh)
+        at_pairs = sum(pair.rows + pair.queued_rows for pair in fresh)
         # The router knows of rows in pairs that do not report, pairs of rows whose router is gone.
         rows = max(tick.requests if requests else 0, at_pairs + (tick.queued if queued else 0))
         exact = queued and len(fresh) == len(tick.signals)
@@ -176,11 +197,11 @@ class PairScaling:
     def _room(self, fresh: Sequence[PairSignals]) -> float:
         """Rows that a pair should have, by the mean of the pairs that work."""
         rooms = [self._pair_room(pair) for pair in fresh if pair.rows >= 1]
-        return max(1.0, sum(rooms) / len(rooms) if rooms else self._options.target_rows_per_pair)
+        return max(1.0, sum(rooms) / len(rooms) if rooms else self._target_rows)
 
     def _pair_room(self, pair: PairSignals) -> float:
         options = self._options
-        room = options.target_rows_per_pair
+        room = self._target_rows
         if _is_count(pair.free_slots):
             room = min(room, MEMORY_FILL * (pair.rows + pair.free_slots))
         if options.max_pass_s is not None:
@@ -209,14 +230,14 @@ class PairScaling:
 
 
 class ServePairScaling:
-    """PairScaling as `policy_function` of a Serve deployment; keywords are ScalingOptions' fields.
+    """PairScaling as `policy_function` of a Serve deployment; keywords are PairAutoscaling's fields.
 
     Serve asks ten times a second; a decision is made once per metrics interval. With no pair
     running Serve does not ask at all: it starts one for the first request by itself.
     """
 
     def __init__(self, **options: Any) -> None:
-        self._options = ScalingOptions(**options)
+        self._options = PairAutoscaling(**options)
         self._scaling = PairScaling(self._options)
         self._decided_at = UNKNOWN
 
@@ -237,7 +258,7 @@ class ServePairScaling:
         return self._scaling.pairs_for(tick), {}
 
 
-def serve_settings(options: ScalingOptions) -> dict[str, Any]:
+def serve_settings(options: PairAutoscaling) -> dict[str, Any]:
     """`autoscaling_config` of a deployment of pairs: Serve's own smoothing off, ours in its place.
 
     The first pair starts with the service even if `min_pairs` is 0, so that a service which has
@@ -253,49 +274,9 @@ def serve_settings(options: ScalingOptions) -> dict[str, Any]:
         "look_back_period_s": _LOOK_BACK * options.metrics_interval_s,
         "policy": {
             "policy_function": f"{__name__}:{ServePairScaling.__name__}",
-            "policy_kwargs": asdict(options),
+            "policy_kwargs": options.model_dump(),
         },
     }
-
-
-def report(before: Stats, now: Stats) -> dict[str, float]:
-    """A pair's signals from two readings of its towers' stats, by tower: the context tower and any
-    number of denoiser towers. What is not known is left out."""
-    context = now["context"]
-    denoisers = {name: tower for name, tower in now.items() if name != "context"}
-    waiting = max(context["queued_rows"], sum(one["queued_rows"] for one in denoisers.values()))
-    free = context["slots"] - context["slots_used"]
-    if denoisers:
-        free = min(free, sum(_free_rows(one) for one in denoisers.values()))
-    found = {
-        "rows": max(0.0, context["rows"] - waiting),
-        "waiting": waiting,
-        "free_slots": free,
-        "context_pass_s": _pass_s(before, now, ["context"]),
-        "denoiser_pass_s": _pass_s(before, now, denoisers),
-        "passes": context["passes"],
-    }
-    return {name: float(value) for name, value in found.items() if math.isfinite(value)}
-
-
-def _free_rows(denoiser: Mapping[str, float]) -> float:
-    """Rows that find a slot, and pages: each as many as the present rows have.
-
-    The context tower's pages say less: cached prefixes fill them and give way to rows.
-    """
-    rows, used = denoiser["slots_used"], denoiser["pages_used"]
-    by_pages = (denoiser["pages"] - used) * rows / used if rows and used else math.inf
-    return min(denoiser["slots"] - rows, by_pages)
-
-
-def _pass_s(before: Stats, now: Stats, towers: Iterable[str]) -> float:
-    """Mean seconds of the passes between two readings."""
-
-    def since(counter: str) -> float:
-        return sum(now[name][counter] - before[name][counter] for name in towers)
-
-    passes = since("passes")
-    return since("pass_seconds") / passes if passes > 0 else UNKNOWN
 
 
 def _last_signals(raw: Mapping[str, Mapping[Any, Sequence[Any]]], replica: Any) -> PairSignals:

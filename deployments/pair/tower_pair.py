@@ -8,11 +8,11 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from twotower.cluster.services.tower_services import PairServices
-from twotower.deployments.pair.autoscaling import report
-from twotower.deployments.pair.metrics import PairMetrics
+from twotower.deployments.pair.metrics import PairMetrics, signals
 from twotower.deployments.pair.overload import NO_DIAL, OverloadDial
 from twotower.towers.decoding.generation import generate_blocks
 from twotower.towers.decoding.services import Block
+from twotower.towers.engine.stats import EngineStats
 from twotower.towers.request.params import GenerationParams
 
 
@@ -43,7 +43,7 @@ class TowerPair:
         self._dial = dial
         self._metrics = metrics() if metrics is not None else None
         self._services: PairServices | None = None
-        self._reported: dict[str, dict[str, float]] | None = None
+        self._reported: dict[str, EngineStats] | None = None
 
     async def check_health(self) -> None:
         """Starts the towers or asks both how they are; an exception means replacement."""
@@ -51,8 +51,8 @@ class TowerPair:
             self._services = await self._start()
         await asyncio.gather(*(tower.check() for tower in self._services.by_name().values()))
         if self._metrics is not None:
-            stats = await self.stats()
-            self._metrics.report(stats, self._dial.eased(int(stats["context"]["queued_rows"])))
+            stats = await self._stats()
+            self._metrics.report(stats, self._dial.eased(stats["context"].queued_rows))
 
     async def generate(self, job: Job) -> AsyncGenerator[Block, None]:
         """Yields the row's blocks as they come; the last has a finish reason.
@@ -84,18 +84,21 @@ class TowerPair:
         return True
 
     async def stats(self) -> dict[str, dict[str, float]]:
-        """Counters of each tower, by tower."""
-        towers = (await self._ready()).by_name()
-        stats = await asyncio.gather(*(tower.stats() for tower in towers.values()))
-        return dict(zip(towers, stats, strict=True))
+        """Counters of each tower, by tower and by name: for calls through Serve."""
+        return {tower: stats.report() for tower, stats in (await self._stats()).items()}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """The pair's signals for the number of pairs, since the last call; Serve asks for them."""
         if self._services is None:
             return {}
-        stats = await self.stats()
+        stats = await self._stats()
         before, self._reported = self._reported or stats, stats
-        return report(before, stats)
+        return signals(before, stats)
+
+    async def _stats(self) -> dict[str, EngineStats]:
+        towers = (await self._ready()).by_name()
+        stats = await asyncio.gather(*(tower.stats() for tower in towers.values()))
+        return dict(zip(towers, stats, strict=True))
 
     async def _ready(self) -> PairServices:
         if self._services is None:

@@ -45,7 +45,6 @@ logger = logging.getLogger("ray.serve")
 
 SERVICE_NAME = "twotower.v1.Generation"
 READY_TIMEOUT_S = 5.0
-RETRY = RetryPolicy()
 WATCH_PERIOD_S = 1.0
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -55,11 +54,12 @@ _UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 class Router:
     """Serves `twotower.v1.Generation` and `grpc.health.v1.Health` over a deployment of pairs."""
 
-    def __init__(self, config: ServiceConfig, pairs: Any, retry: RetryPolicy = RETRY) -> None:
+    def __init__(self, config: ServiceConfig, pairs: Any) -> None:
         folder = resolve_checkpoint(config.model)
         self._model = TwoTowerConfig.from_file(folder / "config.json")
         self._tokenizer = load_tokenizer(folder)
         self._pairs = PairClient(pairs)
+        retry = RetryPolicy(config.resume_timeout_s, config.max_attempts)
         room = Room.of(config.max_num_seqs, config.num_routers)
         self._attempts = Attempts(self._pairs, retry, room)
         self._max_message = config.message_bytes()

@@ -37,8 +37,8 @@ class RetryPolicy:
     included, that end without a new block and may have the request itself as their reason.
     """
 
-    resume_timeout_s: float = 60.0
-    max_attempts: int = 8
+    resume_timeout_s: float
+    max_attempts: int
 
 
 class Losses:

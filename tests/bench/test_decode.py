@@ -59,7 +59,7 @@ def test_verified_takes_a_draft_and_a_check_a_block(pair: EnginePair) -> None:
 def test_nothing_is_left_of_a_run(pair: EnginePair, mode: Mode) -> None:
     pair.decode(replace(diffusion(2, in_step=True), mode=mode, blocks=2))
     stats = pair.context.stats()
-    assert stats["slots_used"] == stats["pages_used"] == stats["rows"] == 0
+    assert stats.slots_used == stats.pages_used == stats.rows == 0
     assert pair.denoiser.num_rows == 0
 
 

@@ -44,7 +44,7 @@ def test_both_towers_go_on_from_there(
 def test_rows_are_taken_back_even_if_not_all_fit(pool: FilledPool) -> None:
     with pytest.raises(CapacityError), pool.rows_at(100, ROWS + 1, 16):
         pass
-    assert pool.stats()["slots_used"] == pool.stats()["pages_used"] == 0
+    assert pool.slots_used == pool.pages_used == 0
 
 
 def test_a_context_longer_than_the_row_is_refused(pool: FilledPool) -> None:

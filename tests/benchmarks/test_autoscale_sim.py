@@ -25,12 +25,12 @@ from benchmarks.autoscale_sim import (
     replay,
     spread,
 )
-from twotower.deployments.pair.autoscaling import PairScaling, ScalingOptions, Tick
+from twotower.deployments.pair.autoscaling import PairAutoscaling, PairScaling, Tick
 
 STEP_S = 0.5
 # A row's block takes a second whatever runs beside it.
 PLAIN = Figures(slots=4, queue=100, block_s=1.0, row_block_s=0.0, start_s=10.0)
-OPTIONS = ScalingOptions(max_pairs=20, target_rows_per_pair=3.0)
+OPTIONS = PairAutoscaling(max_pairs=20, target_rows_per_pair=3.0)
 
 
 def given(*requests: tuple[float, float]) -> Load:
@@ -106,7 +106,7 @@ def test_requests_wait_in_the_router_while_there_is_no_pair() -> None:
         cold_start_queue=5,
         cold_start_timeout_s=30.0,
     )
-    options = ScalingOptions(0, 3, metrics_interval_s=1.0)
+    options = PairAutoscaling(0, 3, metrics_interval_s=1.0)
     arrivals = given(*[(20.0, 2)] * 7)
     found = replay(
         arrivals, PairScaling(options), figures, options, seconds=60, step_s=0.5, first_pairs=0
@@ -155,7 +155,7 @@ def test_flaps_are_turns_in_a_short_time() -> None:
 
 
 def test_a_thousand_pairs_for_minutes_take_seconds() -> None:
-    options = ScalingOptions(min_pairs=900, max_pairs=1000, target_rows_per_pair=48.0)
+    options = PairAutoscaling(min_pairs=900, max_pairs=1000, target_rows_per_pair=48.0)
     load = Load(lambda _: 16000.0)
     begin = time.perf_counter()
     found = replay(load, PairScaling(options), Figures(), options, seconds=60, step_s=0.5)

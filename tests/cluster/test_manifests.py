@@ -312,7 +312,7 @@ def small(config: dict[str, Any]) -> dict[str, Any]:
         "device": "cpu",
         "dtype": "float32",
         "transport": "grpc",
-        "threads_per_tower": 1,
+        "num_threads": 1,
         "max_num_seqs": 4,
         "max_context": 512,
         "graceful_shutdown_timeout_s": 1,

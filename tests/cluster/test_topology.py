@@ -15,6 +15,7 @@ from twotower.cluster.topology import (
     max_update_bytes,
 )
 from twotower.towers.config.model_config import TwoTowerConfig
+from twotower.towers.engine.options import EngineOptions
 from twotower.towers.state.update import UpdateBuilder, UpdatePlan
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny_a"
@@ -22,11 +23,10 @@ PAIR = PairTopology(
     model_path="m",
     device="cpu",
     dtype="float32",
-    cpus=0.4,
-    gpus=0.0,
+    engine=EngineOptions(max_num_seqs=4, max_context=64, prefix_cache_mib=0),
+    cpus_per_tower=0.4,
+    gpus_per_tower=0.0,
     num_threads=1,
-    max_rows=4,
-    max_context=64,
 )
 
 
@@ -34,18 +34,17 @@ def test_towers_ask_for_cpu_shares_or_for_gpus() -> None:
     on_cpu = PAIR.bundles()
     assert on_cpu[CONTEXT_BUNDLE] == on_cpu[DENOISER_BUNDLE] == {"CPU": 0.4}
     assert "GPU" not in on_cpu[0]
-    on_gpu = replace(PAIR, device="cuda", gpus=1.0).bundles()
+    on_gpu = replace(PAIR, device="cuda", gpus_per_tower=1.0).bundles()
     assert on_gpu[CONTEXT_BUNDLE] == on_gpu[DENOISER_BUNDLE] == {"CPU": 0.4, "GPU": 1.0}
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"max_rows": 0},
-        {"gpus": -1.0},
         {"device": "cuda"},
-        {"transport": "mpi"},
         {"transport": "nccl"},
+        {"device": "cuda", "gpus_per_tower": 0.5, "transport": "nccl"},
+        {"denoisers_per_context": 2, "placement": "colocated"},
     ],
 )
 def test_impossible_shapes_are_refused(wrong: dict[str, object]) -> None:

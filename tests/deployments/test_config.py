@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from twotower.deployments.config import PairAutoscaling, ServiceConfig
-from twotower.deployments.pair.autoscaling import ScalingOptions
+from twotower.deployments.config import ServiceConfig
+from twotower.deployments.pair.autoscaling import PairAutoscaling
 from twotower.deployments.pair.overload import OverloadDial
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.engine.options import EngineOptions
@@ -40,6 +40,12 @@ def test_file_and_options(tmp_path: Path) -> None:
         ({"prefix_cache_mib": -1}, "prefix_cache_mib"),
         ({"max_num_batched_tokens": 0}, "max_num_batched_tokens"),
         ({"no_such_setting": 1}, "no_such_setting"),
+        ({"threads_per_tower": 2}, "threads_per_tower: the name of this setting is num_threads"),
+        ({"transport": "nccl"}, "transport: got 'nccl' for device 'cpu', expected CUDA"),
+        (
+            {"denoisers_per_context": 2, "placement": "colocated"},
+            "denoisers_per_context: got 2, expected 1 with placement 'colocated'",
+        ),
         ({"num_pairs": 2, "autoscaling": {"max_pairs": 3}}, "num_pairs"),
         ({"autoscaling": {}}, r"autoscaling\.max_pairs"),
         ({"autoscaling": {"max_pairs": 0}}, r"autoscaling\.max_pairs"),
@@ -86,11 +92,10 @@ def test_scaling_follows_the_settings(tmp_path: Path) -> None:
     }
     path.write_text(yaml.safe_dump({"max_num_seqs": 40, "autoscaling": settings}))
     config = ServiceConfig.from_file(path)
-    expected = {name: value for name, value in settings.items() if name != "cold_start_queue"}
     # Three quarters of a pair's rows, and signals count for five intervals.
-    assert config.scaling() == ScalingOptions(
-        **expected, target_rows_per_pair=30.0, stale_after_s=50.0
-    )
+    found = config.scaling()
+    assert found == PairAutoscaling(**settings, target_rows_per_pair=30.0)
+    assert found.stale_after_s == 50.0
     again = tmp_path / "again.yaml"
     again.write_text(yaml.safe_dump(config.model_dump()))
     assert ServiceConfig.from_file(again) == config
@@ -123,11 +128,11 @@ def test_the_dial_follows_rows_and_queue(settings: dict[str, int], dial: tuple[i
 
 def test_topology_follows_the_device() -> None:
     cpu = ServiceConfig(model=str(TINY)).topology()
-    assert (cpu.gpus, cpu.cpus) == (0.0, 0.4)
+    assert (cpu.gpus_per_tower, cpu.cpus_per_tower) == (0.0, 0.4)
     assert Path(cpu.model_path).is_absolute()
-    assert ServiceConfig(model=str(TINY), device="cuda").topology().gpus == 1.0
+    assert ServiceConfig(model=str(TINY), device="cuda").topology().gpus_per_tower == 1.0
     half = ServiceConfig(model=str(TINY), device="cuda", gpus_per_tower=0.5)
-    assert half.topology().gpus == 0.5
+    assert half.topology().gpus_per_tower == 0.5
 
 
 def test_engines_follow_the_settings() -> None:
@@ -140,10 +145,10 @@ def test_engines_follow_the_settings() -> None:
         "max_prefill_tokens": 32,
         "prefix_cache_mib": 3,
     }
-    options = ServiceConfig(model=str(TINY), **settings).topology().engine_options()
+    options = ServiceConfig(model=str(TINY), **settings).topology().engine
     assert options == EngineOptions(**settings)
     unlimited = ServiceConfig(model=str(TINY), max_queued_requests=-1).topology()
-    assert unlimited.engine_options().max_queued_requests is None
+    assert unlimited.engine.max_queued_requests is None
 
 
 def test_a_faulty_checkpoint_is_named_before_anything_starts(tmp_path: Path) -> None:

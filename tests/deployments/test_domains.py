@@ -37,7 +37,7 @@ def test_a_pair_spans_the_hosts_of_its_domain(tiny_text: Path) -> None:
         cpus_per_tower=0.1,
         grpc_port=free_port(),
         http_port=free_port(),
-        threads_per_tower=1,
+        num_threads=1,
         max_num_seqs=4,
     )
     address = f"127.0.0.1:{config.grpc_port}"

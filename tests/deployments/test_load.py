@@ -33,7 +33,7 @@ def config_of(folder: Path, **settings: Any) -> ServiceConfig:
         model=str(folder),
         grpc_port=free_port(),
         http_port=free_port(),
-        threads_per_tower=1,
+        num_threads=1,
         cpus_per_tower=0.1,
         health_check_period_s=1.0,
         **settings,

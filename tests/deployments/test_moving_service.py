@@ -14,7 +14,8 @@ from benchmarks.pairs import held, pair_states
 from tests.deployments.test_service import await_true
 from twotower import TwoTower
 from twotower.client import Client
-from twotower.deployments.config import PairAutoscaling, ServiceConfig
+from twotower.deployments.config import ServiceConfig
+from twotower.deployments.pair.autoscaling import PairAutoscaling
 from twotower.deployments.server.server import LocalService, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
@@ -36,7 +37,7 @@ def test_rows_that_wait_move_to_a_pair_that_comes_up(tiny_text: Path) -> None:
         model=str(tiny_text),
         grpc_port=free_port(),
         http_port=free_port(),
-        threads_per_tower=1,
+        num_threads=1,
         cpus_per_tower=0.1,
         max_num_seqs=PLACES,
         prefix_cache_mib=0,

@@ -46,7 +46,7 @@ def service(folder: Path, **settings: Any) -> Iterator[LocalService]:
         model=str(folder),
         grpc_port=free_port(),
         http_port=free_port(),
-        threads_per_tower=1,
+        num_threads=1,
         max_num_seqs=8,
         health_check_period_s=1.0,
         **settings,

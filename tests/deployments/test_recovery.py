@@ -36,7 +36,7 @@ def service() -> Iterator[LocalService]:
         num_pairs=PAIRS,
         grpc_port=free_port(),
         http_port=free_port(),
-        threads_per_tower=1,
+        num_threads=1,
         max_num_seqs=16,
         cpus_per_tower=0.1,
         health_check_period_s=1.0,

@@ -15,7 +15,8 @@ from benchmarks.autoscale import PROMPTS, scaling_config, scenario
 from benchmarks.pairs import pair_states
 from twotower.client import Client, ServiceError
 from twotower.deployments.app import PAIR_DEPLOYMENT, build_app
-from twotower.deployments.config import PairAutoscaling, ServiceConfig
+from twotower.deployments.config import ServiceConfig
+from twotower.deployments.pair.autoscaling import PairAutoscaling
 from twotower.deployments.server.server import LocalService
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny_a"

@@ -53,7 +53,7 @@ def service(tiny_text: Path) -> Iterator[LocalService]:
         model=str(tiny_text),
         grpc_port=free_port(),
         http_port=free_port(),
-        threads_per_tower=1,
+        num_threads=1,
         max_num_seqs=4,
         max_queued_requests=8,
         health_check_period_s=1.0,

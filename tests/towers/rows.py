@@ -62,10 +62,10 @@ class Pair:
             self.context.cache.clear()
         for engine in (self.context, self.denoiser):
             stats = engine.stats()
-            assert engine.num_rows == stats["rows"] == stats["waiting"] == 0
+            assert engine.num_rows == stats.rows == stats.pending_work == 0
             if engine.pool is not None:
-                assert stats["slots_used"] == stats["pages_used"] == stats["state_bytes"] == 0
-        assert self.context.stats()["queued_rows"] == 0
+                assert stats.slots_used == stats.pages_used == stats.state_bytes == 0
+        assert self.context.stats().queued_rows == 0
 
 
 def tokens_of(blocks: Sequence[Block]) -> list[int]:

@@ -22,40 +22,6 @@ Work = TypeVar("Work")
 Result = TypeVar("Result")
 
 
-@dataclass
-class PassStats:
-    """What a batch loop has done: `passes` run over `rows` pieces of work in `seconds`.
-
-    `prefill_tokens` are among `tokens`. `started` is the time of the first pass on the clock of
-    `time.monotonic`, None before it.
-    """
-
-    passes: int = 0
-    rows: int = 0
-    tokens: int = 0
-    prefill_tokens: int = 0
-    seconds: float = 0.0
-    started: float | None = None
-
-    def report(self) -> dict[str, float]:
-        """All counters and the clock, in seconds, at one moment.
-
-        Between two reports, the difference of `pass_seconds` over that of `clock_seconds` is the
-        busy share; `busy_share` is that since the first pass.
-        """
-        clock = time.monotonic()
-        lifetime = 0.0 if self.started is None else clock - self.started
-        return {
-            "passes": self.passes,
-            "pass_rows": self.rows,
-            "pass_tokens": self.tokens,
-            "prefill_tokens": self.prefill_tokens,
-            "pass_seconds": self.seconds,
-            "clock_seconds": clock,
-            "busy_share": self.seconds / lifetime if lifetime > 0 else 0.0,
-        }
-
-
 @dataclass(frozen=True)
 class _Waiting(Generic[Work, Result]):
     work: Work
@@ -69,6 +35,9 @@ class BatchLoop(Generic[Work, Result]):
 
     A result may be an exception, which only its own submitter sees. With an executor the passes
     leave the event loop responsive.
+
+    `passes` have run over `pass_rows` pieces of work of `pass_tokens` tokens, `prefill_tokens`
+    among them, in `pass_seconds`.
     """
 
     def __init__(
@@ -77,7 +46,9 @@ class BatchLoop(Generic[Work, Result]):
         limits: PassLimits,
         executor: Executor | None = None,
     ) -> None:
-        self.stats = PassStats()
+        self.passes = self.pass_rows = self.pass_tokens = self.prefill_tokens = 0
+        self.pass_seconds = 0.0
+        self._first_pass_at: float | None = None
         self._run = run
         self._executor = executor
         self._scheduler = PassScheduler(limits)
@@ -94,9 +65,14 @@ class BatchLoop(Generic[Work, Result]):
         return 0.0 if began is None else time.monotonic() - began
 
     @property
-    def waiting(self) -> int:
+    def pending_work(self) -> int:
         """Pieces of work that no pass has taken yet."""
         return len(self._waiting)
+
+    def busy_share(self, clock: float) -> float:
+        """Share of the time from the first pass to `clock`, of `time.monotonic`, in passes."""
+        lifetime = 0.0 if self._first_pass_at is None else clock - self._first_pass_at
+        return self.pass_seconds / lifetime if lifetime > 0 else 0.0
 
     async def submit(
         self, work: Work, tokens: int, *, prefill: bool = False, begun: bool = False
@@ -142,9 +118,9 @@ class BatchLoop(Generic[Work, Result]):
 
     async def _pass(self, batch: list[_Waiting[Work, Result]]) -> None:
         works = [entry.work for entry in batch]
-        if self.stats.started is None:
-            self.stats.started = time.monotonic()
         self._pass_began = time.monotonic()
+        if self._first_pass_at is None:
+            self._first_pass_at = self._pass_began
         results: Sequence[Result | BaseException]
         try:
             if self._executor is None:
@@ -157,10 +133,10 @@ class BatchLoop(Generic[Work, Result]):
             results = [_copy_of(error) for _ in batch]
         finally:
             self._running = self._pass_began = None
-        self.stats.passes += 1
-        self.stats.rows += len(batch)
-        self.stats.tokens += sum(entry.tokens for entry in batch)
-        self.stats.prefill_tokens += sum(entry.tokens for entry in batch if entry.prefill)
+        self.passes += 1
+        self.pass_rows += len(batch)
+        self.pass_tokens += sum(entry.tokens for entry in batch)
+        self.prefill_tokens += sum(entry.tokens for entry in batch if entry.prefill)
         for entry, result in zip(batch, results, strict=True):
             if entry.future.done():
                 continue
@@ -175,7 +151,7 @@ class BatchLoop(Generic[Work, Result]):
         try:
             return self._run(works)
         finally:
-            self.stats.seconds += time.monotonic() - started
+            self.pass_seconds += time.monotonic() - started
 
 
 def _copy_of(error: Exception) -> Exception:

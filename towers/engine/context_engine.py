@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -25,6 +25,7 @@ from twotower.towers.engine.prefill import (
     prefill_pieces,
     send_update,
 )
+from twotower.towers.engine.stats import EngineStats
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.request.params import GenerationParams
 from twotower.towers.state.link import StateLink, UpdateWriter
@@ -110,13 +111,19 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         self.cache = cache
         self.prefill_chunk = options.prefill_chunk_on(device.type)
 
-    def stats(self) -> dict[str, float]:
-        """Counters since the start and the present load."""
-        cache = self.cache.stats() if self.cache is not None else {}
-        return {
-            **super().stats(),
-            **{f"cache_{name}": value for name, value in cache.items()},
-        }
+    def stats(self) -> EngineStats:
+        """Counters since the start and the present load, the prefix cache's included."""
+        stats, cache = super().stats(), self.cache
+        if cache is None:
+            return stats
+        return replace(
+            stats,
+            cache_entries=cache.num_entries,
+            cache_bytes=cache.num_bytes,
+            cache_hits=cache.hits,
+            cache_misses=cache.misses,
+            cache_cached_tokens=cache.cached_tokens,
+        )
 
     def warm_up(self, block_size: int = 16, rows: int | None = None) -> None:
         """Captures the graphs of decode steps, and of extensions by blocks of a length, before the

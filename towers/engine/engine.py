@@ -7,6 +7,7 @@ run in that loop, or with `threaded=True` in one worker thread.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,8 +17,10 @@ from typing import Any, Generic, Protocol, TypeVar
 from twotower.towers.engine.admission import Admission
 from twotower.towers.engine.batching import BatchLoop
 from twotower.towers.engine.options import PassLimits
+from twotower.towers.engine.stats import EngineStats
 from twotower.towers.errors import UnavailableError
 from twotower.towers.state.context_state import ContextState
+from twotower.towers.state.pool import StatePool
 
 
 class PassWork(Protocol):
@@ -71,16 +74,22 @@ class Engine(Generic[Row, Work, Result]):
         """Rows that are open or wait for room."""
         return len(self._rows)
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> EngineStats:
         """Counters since the start and the present load."""
-        admission = self._admission
-        return {
-            "rows": len(self._rows),
-            "waiting": self._loop.waiting,
-            "queued_rows": self._num_waiting,
-            **self._loop.stats.report(),
-            **(admission.pool.stats() if admission is not None else {}),
-        }
+        loop, clock = self._loop, time.monotonic()
+        return EngineStats(
+            rows=len(self._rows),
+            queued_rows=self._num_waiting,
+            pending_work=loop.pending_work,
+            passes=loop.passes,
+            pass_rows=loop.pass_rows,
+            pass_tokens=loop.pass_tokens,
+            prefill_tokens=loop.prefill_tokens,
+            pass_seconds=loop.pass_seconds,
+            clock_seconds=clock,
+            busy_share=loop.busy_share(clock),
+            **({} if self._admission is None else _memory(self._admission.pool)),
+        )
 
     @property
     def _num_waiting(self) -> int:
@@ -150,6 +159,18 @@ class Engine(Generic[Row, Work, Result]):
         if row.state is not None:
             await self._loop.settle()
         return True
+
+
+def _memory(pool: StatePool) -> dict[str, int]:
+    """The counters of a pool, by their names in EngineStats."""
+    return {
+        "slots": pool.slots.num_slots,
+        "slots_used": pool.slots_used,
+        "pages": pool.pages.num_pages,
+        "pages_used": pool.pages_used,
+        "state_bytes": pool.state_bytes,
+        "pool_bytes": pool.num_bytes,
+    }
 
 
 def _being_cancelled() -> bool:

@@ -41,15 +41,17 @@ class StatePool(StateTensors):
         """Whether a row of `capacity` tokens fits into the empty pool and the model's context."""
         return self.slots.num_slots > 0 and pages_for(capacity) <= self.most_pages
 
-    def stats(self) -> dict[str, float]:
-        """Slots and pages, those in use, the bytes of those in use and of all."""
-        slots_used = self.slots.num_slots - self.slots.num_free
-        pages_used = self.pages.num_pages - self.pages.num_free
-        return {
-            "slots": self.slots.num_slots,
-            "slots_used": slots_used,
-            "pages": self.pages.num_pages,
-            "pages_used": pages_used,
-            "state_bytes": slots_used * self.slot_bytes + pages_used * self.page_bytes,
-            "pool_bytes": self.num_bytes,
-        }
+    @property
+    def slots_used(self) -> int:
+        """Slots that rows hold."""
+        return self.slots.num_slots - self.slots.num_free
+
+    @property
+    def pages_used(self) -> int:
+        """Pages that rows and the prefix cache hold."""
+        return self.pages.num_pages - self.pages.num_free
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the slots and pages in use."""
+        return self.slots_used * self.slot_bytes + self.pages_used * self.page_bytes

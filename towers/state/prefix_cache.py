@@ -60,24 +60,28 @@ def snapshot_bytes(conv: Tensor, ssm: Tensor, hidden: Tensor | None) -> int:
 
 class PrefixCache:
     """Entries for the rows of one pool, at most `max_bytes` of snapshots; those not used for the
-    longest time leave first. Not for several threads."""
+    longest time leave first. Not for several threads.
+
+    Entries have `num_bytes` of snapshots now. Since the start there were `hits` and `misses`, and
+    hits saved `cached_tokens` tokens.
+    """
 
     def __init__(self, pool: StatePool, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self._pool = pool
         # Least recently used first.
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
-        self._bytes = 0
-        self._hits = 0
-        self._misses = 0
-        self._cached_tokens = 0
+        self.num_bytes = 0
+        self.hits = 0
+        self.misses = 0
+        self.cached_tokens = 0
 
     def longest(self, keys: Sequence[bytes]) -> int:
         """Index of the last key that has an entry; -1, which counts as a miss, if none has."""
         for index in range(len(keys) - 1, -1, -1):
             if keys[index] in self._entries:
                 return index
-        self._misses += 1
+        self.misses += 1
         return -1
 
     def restore(self, key: bytes, state: ContextState) -> Tensor | None:
@@ -91,8 +95,8 @@ class PrefixCache:
             raise ValueError(f"key: got {key.hex()}, expected one that has an entry")
         state.restore(entry.conv, entry.ssm, entry.pages, entry.position)
         self._entries.move_to_end(key)
-        self._hits += 1
-        self._cached_tokens += entry.position
+        self.hits += 1
+        self.cached_tokens += entry.position
         return entry.hidden
 
     def insert(self, key: bytes, state: ContextState, hidden: Tensor | None) -> None:
@@ -108,13 +112,13 @@ class PrefixCache:
         rest = state.position % self._pool.page_tokens
         if size > self.max_bytes or (rest and not self._pool.pages.num_free):
             return
-        while self._bytes + size > self.max_bytes:
+        while self.num_bytes + size > self.max_bytes:
             self._evict()
         held = None if hidden is None else hidden.clone()
         pages = self._hold_pages(state)
         entry = _Entry(state.position, pages, state.conv.clone(), state.ssm.clone(), held)
         self._entries[key] = entry
-        self._bytes += size
+        self.num_bytes += size
 
     def reclaim(self, pages: int) -> bool:
         """Evicts entries until `pages` more pages are free; nothing if all would not be enough."""
@@ -133,15 +137,10 @@ class PrefixCache:
         while self._entries:
             self._evict()
 
-    def stats(self) -> dict[str, float]:
-        """Entries and bytes now; since the start hits, misses, and tokens that hits saved."""
-        return {
-            "entries": len(self._entries),
-            "bytes": self._bytes,
-            "hits": self._hits,
-            "misses": self._misses,
-            "cached_tokens": self._cached_tokens,
-        }
+    @property
+    def num_entries(self) -> int:
+        """Entries now."""
+        return len(self._entries)
 
     def _hold_pages(self, state: ContextState) -> list[int]:
         pages = state.pages[: pages_for(state.position)]
@@ -155,5 +154,5 @@ class PrefixCache:
 
     def _evict(self) -> None:
         _, entry = self._entries.popitem(last=False)
-        self._bytes -= entry.num_bytes
+        self.num_bytes -= entry.num_bytes
         self._pool.pages.free(entry.pages)

@@ -21,15 +21,15 @@ from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
 from twotower.towers.engine.local_link import LocalLink
 from twotower.towers.engine.options import EngineOptions
+from twotower.towers.engine.stats import EngineStats
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.request.params import GenerationParams, Mode
 
 # Where rows end blocks at different times, the fastest must not run dry before the slowest is done.
 SPARE = 2
-_COUNTERS = ("passes", "pass_rows", "pass_seconds")
-# What the denoiser's and the context tower's engine have done so far.
-Counters = tuple[dict[str, float], dict[str, float]]
+# Of the denoiser's and the context tower's engine.
+Counters = tuple[EngineStats, EngineStats]
 
 
 @dataclass(frozen=True)
@@ -226,6 +226,8 @@ class _Race:
         )
 
 
-def _passes(before: dict[str, float], after: dict[str, float]) -> Passes:
-    passes, rows, seconds = (after[name] - before[name] for name in _COUNTERS)
-    return Passes(int(passes), rows / max(1.0, passes), seconds / max(1.0, passes))
+def _passes(before: EngineStats, after: EngineStats) -> Passes:
+    passes = after.passes - before.passes
+    rows = after.pass_rows - before.pass_rows
+    seconds = after.pass_seconds - before.pass_seconds
+    return Passes(passes, rows / max(1, passes), seconds / max(1, passes))

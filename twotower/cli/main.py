@@ -75,7 +75,7 @@ def serve(
         "http_port": http_port,
         "device": device,
         "dtype": dtype,
-        "threads_per_tower": threads,
+        "num_threads": threads,
         "max_context": max_context,
         "max_num_seqs": max_num_seqs,
         "max_queued_requests": max_queued_requests,

@@ -14,8 +14,9 @@ from tests.cluster.harness import NCCL, device_of
 from twotower.cluster.channel.nccl import settle
 from twotower.cluster.channel.process_group import GroupEnd, Rendezvous, join
 from twotower.cluster.topology import PairTopology, Transport
+from twotower.towers.engine.options import EngineOptions
 
-PAIR = PairTopology("model", "cuda", "bfloat16", 0.4, 1.0, 1, 4, 1024, transport="nccl")
+PAIR = PairTopology("model", "cuda", "bfloat16", EngineOptions(), 0.4, 1.0, transport="nccl")
 
 
 class Transfer:
@@ -65,9 +66,11 @@ def test_a_transfer_that_hangs_is_aborted() -> None:
 
 def test_towers_that_share_a_gpu_are_refused() -> None:
     assert PAIR.bundles()[1]["GPU"] == 1.0
-    with pytest.raises(ValueError, match=r"gpus: got 0\.5 for 'nccl', expected a whole GPU"):
-        replace(PAIR, gpus=0.5)
-    assert replace(PAIR, gpus=0.5, transport="grpc").bundles()[1]["GPU"] == 0.5
+    with pytest.raises(
+        ValueError, match=r"gpus_per_tower: got 0\.5 for 'nccl', expected a whole GPU"
+    ):
+        replace(PAIR, gpus_per_tower=0.5)
+    assert replace(PAIR, gpus_per_tower=0.5, transport="grpc").bundles()[1]["GPU"] == 0.5
 
 
 async def both_ends(transport: Transport) -> tuple[GroupEnd, GroupEnd]:

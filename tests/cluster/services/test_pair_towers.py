@@ -25,6 +25,7 @@ from twotower.cluster.services.tower_services import (
 )
 from twotower.cluster.topology import PairTopology
 from twotower.towers.decoding.generation import generate_blocks
+from twotower.towers.engine.options import EngineOptions
 from twotower.towers.errors import UnavailableError
 from twotower.towers.request.params import GenerationParams
 
@@ -33,11 +34,10 @@ TOPOLOGY = PairTopology(
     model_path=str(TINY),
     device="cpu",
     dtype="float32",
-    cpus=0.4,
-    gpus=0.0,
+    engine=EngineOptions(max_num_seqs=16, max_context=256, prefix_cache_mib=0),
+    cpus_per_tower=0.4,
+    gpus_per_tower=0.0,
     num_threads=1,
-    max_rows=16,
-    max_context=256,
 )
 BASE = GenerationParams(max_tokens=40, block_size=8, confidence_threshold=0.3, seed=5)
 MODES = (
@@ -145,8 +145,8 @@ class Service:
             await asyncio.wait_for(seat.ready.wait(), 30)
         for _ in range(500):
             context, denoiser = await self.context.stats(), await self.pair.stats()
-            left = [context["rows"], context["slots_used"]]
-            left += [denoiser[name] for name in ("rows", "mirrors", "slots_used", "pages_used")]
+            left = [context.rows, context.slots_used, denoiser.rows, denoiser.mirrors]
+            left += [denoiser.slots_used, denoiser.pages_used]
             if not any(left):
                 return
             await asyncio.sleep(0.01)
@@ -209,7 +209,7 @@ async def test_rows_are_spread_and_get_what_they_get_in_one_process(
     assert await service.all_rows() == undisturbed
     await service.assert_empty()
     for tower in service.keeper.towers.values():
-        assert (await tower.stats())["passes"] > 0
+        assert (await tower.stats()).passes > 0
 
 
 @pytest.mark.parametrize("disturbance", ["kill", "hang", "cut"])
@@ -278,4 +278,4 @@ async def test_a_denoiser_that_does_not_come_back_ends_the_pair(single: Service)
         await watch()
     row.cancel()
     await asyncio.gather(row, return_exceptions=True)
-    assert (await single.context.stats())["rows"] == 0
+    assert (await single.context.stats()).rows == 0

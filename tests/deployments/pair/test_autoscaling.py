@@ -8,7 +8,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +17,11 @@ import pytest
 from twotower.deployments.pair.autoscaling import (
     MEMORY_FILL,
     UNKNOWN,
+    PairAutoscaling,
     PairScaling,
     PairSignals,
-    ScalingOptions,
     ServePairScaling,
     Tick,
-    report,
     serve_settings,
 )
 
@@ -33,7 +31,7 @@ with warnings.catch_warnings():
     from ray.serve.autoscaling_policy import _apply_autoscaling_config
     from ray.serve.config import AutoscalingConfig
 
-OPTIONS = ScalingOptions(
+OPTIONS = PairAutoscaling(
     max_pairs=50,
     target_rows_per_pair=10.0,
     smoothing_s=5.0,
@@ -46,6 +44,11 @@ STEP_S = 2.0
 Load = Callable[[float], float]
 
 
+def changed(**options: Any) -> PairAutoscaling:
+    """OPTIONS with some others."""
+    return OPTIONS.model_copy(update=options)
+
+
 def tick(time: float, pairs: int, rows: float, *, queued: float = 0.0) -> Tick:
     """Rows spread evenly over the pairs, all of which report at once; no pair: all are queued."""
     if not pairs:
@@ -55,7 +58,7 @@ def tick(time: float, pairs: int, rows: float, *, queued: float = 0.0) -> Tick:
     return Tick(time, pairs, [signal._replace(read_at=time)] * pairs, rows + queued, queued)
 
 
-def followed(load: Load, seconds: float, options: ScalingOptions = OPTIONS) -> list[int]:
+def followed(load: Load, seconds: float, options: PairAutoscaling = OPTIONS) -> list[int]:
     """The number of pairs after each tick, every new pair up at once."""
     scaling, pairs, found = PairScaling(options), max(1, options.min_pairs), []
     for step in range(int(seconds / STEP_S)):
@@ -105,7 +108,7 @@ def test_a_slow_square_wave_moves_each_way_once_in_a_period() -> None:
     # Five peaks, and the calms between them.
     assert turns == 2 * 5 - 2
     # Without smoothing, window and margin the same wave and a noisy load do turn.
-    abrupt = replace(OPTIONS, smoothing_s=0.0, scale_down_after_s=0.0, hysteresis=0.0)
+    abrupt = changed(smoothing_s=0.0, scale_down_after_s=0.0, hysteresis=0.0)
     assert len(changes(followed(square(5, 200, 20), 1200, abrupt))) > 100
 
 
@@ -118,9 +121,7 @@ def test_a_load_that_trembles_around_a_border_moves_nothing() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_more_load_never_gives_fewer_pairs(seed: int) -> None:
     draw = random.Random(seed)
-    options = replace(
-        OPTIONS, min_pairs=draw.choice((0, 1, 3)), smoothing_s=draw.choice((0.0, 5.0, 30.0))
-    )
+    options = changed(min_pairs=draw.choice((0, 1, 3)), smoothing_s=draw.choice((0.0, 5.0, 30.0)))
     less, more = PairScaling(options), PairScaling(options)
     fewer = wanted = draw.randint(1, 6)
     rows = 0.0
@@ -136,7 +137,7 @@ def test_more_load_never_gives_fewer_pairs(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(10))
 def test_bounds_hold_whatever_comes(seed: int) -> None:
     draw = random.Random(seed)
-    options = replace(OPTIONS, min_pairs=2, max_pairs=7)
+    options = changed(min_pairs=2, max_pairs=7)
     odd = (0.0, 1.0, 55.0, 1e12, -4.0, math.inf, -math.inf, UNKNOWN)
     runs = []
     for _ in range(2):
@@ -199,7 +200,7 @@ def test_a_controller_that_starts_anew_keeps_the_pairs_for_a_window() -> None:
 
 
 def test_the_last_pair_goes_after_a_calm_and_comes_with_the_first_row() -> None:
-    options = replace(OPTIONS, min_pairs=0)
+    options = changed(min_pairs=0)
     found = followed(lambda time: 4.0 if time < 100 or time >= 400 else 0.0, 500, options)
     gone = found.index(0) * STEP_S
     assert 98 + options.zero_after_s <= gone <= 100 + options.zero_after_s
@@ -210,7 +211,7 @@ def test_the_last_pair_goes_after_a_calm_and_comes_with_the_first_row() -> None:
 
 
 def test_a_service_without_pairs_stays_without_while_nobody_asks() -> None:
-    scaling = PairScaling(replace(OPTIONS, min_pairs=0))
+    scaling = PairScaling(changed(min_pairs=0))
     assert [scaling.pairs_for(tick(step * STEP_S, 0, 0)) for step in range(100)] == [0] * 100
     assert scaling.pairs_for(tick(300.0, 0, 0, queued=1)) == 1
 
@@ -218,7 +219,7 @@ def test_a_service_without_pairs_stays_without_while_nobody_asks() -> None:
 @pytest.mark.parametrize(("worked", "gone"), [(False, True), (True, False)])
 def test_only_work_keeps_the_last_pair(worked: bool, gone: bool) -> None:
     """Questions after its health count as requests; short rows show in the passes only."""
-    scaling = PairScaling(replace(OPTIONS, min_pairs=0))
+    scaling = PairScaling(changed(min_pairs=0))
     found = []
     for step in range(200):
         time = step * STEP_S
@@ -245,7 +246,7 @@ def test_only_work_keeps_the_last_pair(worked: bool, gone: bool) -> None:
 def test_a_pair_that_holds_less_counts_for_less(
     signals: PairSignals, max_pass_s: float | None, pairs: int
 ) -> None:
-    scaling = PairScaling(replace(OPTIONS, max_pass_s=max_pass_s, smoothing_s=0.0))
+    scaling = PairScaling(changed(max_pass_s=max_pass_s, smoothing_s=0.0))
     assert scaling.pairs_for(Tick(0, 1, [signals._replace(read_at=0)] * 2, 40, 0)) == pairs
 
 
@@ -260,62 +261,12 @@ def test_a_pair_that_holds_less_counts_for_less(
         {"hysteresis": 1.0},
         {"smoothing_s": -1.0},
         {"zero_after_s": math.inf},
-        {"stale_after_s": 0.0},
         {"max_pass_s": math.nan},
     ],
 )
 def test_wrong_options_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"{next(iter(wrong))}|max_pairs"):
-        ScalingOptions(**wrong)
-
-
-def stats(**changed: float) -> dict[str, float]:
-    return {
-        "rows": 5,
-        "queued_rows": 0,
-        "slots": 8,
-        "slots_used": 5,
-        "pages": 100,
-        "pages_used": 20,
-        "passes": 10,
-        "pass_seconds": 1.0,
-        **changed,
-    }
-
-
-def test_a_report_says_what_two_readings_show() -> None:
-    before = {"context": stats(), "denoiser": stats()}
-    now = {
-        "context": stats(rows=7, queued_rows=2, passes=14, pass_seconds=1.2, pages_used=99),
-        "denoiser": stats(pages_used=60, passes=10),
-    }
-    found = report(before, now)
-    assert found == {
-        "rows": 5,
-        "waiting": 2,
-        # 12 pages a row, 40 left: three rows, as many as there are slots.
-        "free_slots": 3,
-        "context_pass_s": pytest.approx(0.05),
-        "passes": 14,
-    }
-    now["denoiser"]["pages_used"] = 90
-    assert report(before, now)["free_slots"] == pytest.approx(10 / 18)
-    assert set(found) <= set(PairSignals._fields)
-
-
-def test_a_report_of_one_context_tower_alone_or_with_several_denoisers() -> None:
-    alone = {"context": stats()}
-    assert report(alone, alone) == {"rows": 5, "waiting": 0, "free_slots": 3, "passes": 10}
-    several = {
-        "context": stats(slots=16, rows=9, slots_used=9),
-        "denoiser": stats(slots_used=4),
-        "denoiser_1": stats(slots_used=6),
-    }
-    later = {name: {**tower, "passes": 12, "pass_seconds": 1.5} for name, tower in several.items()}
-    later["denoiser_1"] |= {"passes": 14, "pass_seconds": 1.3, "queued_rows": 1}
-    found = report(several, later)
-    assert (found["rows"], found["waiting"], found["free_slots"]) == (8, 1, 4 + 2)
-    assert found["denoiser_pass_s"] == pytest.approx((0.5 + 0.3) / (2 + 4))
+        PairAutoscaling(**{"max_pairs": 2, **wrong})
 
 
 class Point:
@@ -329,7 +280,7 @@ class Point:
 def serve_context(time: float, pairs: int, rows: float, reporting: int) -> Any:
     """What Serve hands to a policy, with the fields that ours reads."""
     names = [f"pair-{index}" for index in range(pairs)]
-    values = {"rows": rows, "waiting": 0.0, "free_slots": SLOTS - rows}
+    values = {"rows": rows, "queued_rows": 0.0, "free_slots": SLOTS - rows}
     series = {
         name: {pair: [Point(time - 9, 99.0), Point(time - 1, value)] for pair in names[:reporting]}
         for name, value in values.items()
@@ -346,7 +297,7 @@ def serve_context(time: float, pairs: int, rows: float, reporting: int) -> Any:
 
 @pytest.fixture
 def serve_config() -> AutoscalingConfig:
-    options = replace(OPTIONS, smoothing_s=0.0, metrics_interval_s=10.0)
+    options = changed(smoothing_s=0.0, metrics_interval_s=10.0)
     return AutoscalingConfig(**serve_settings(options))
 
 
@@ -357,7 +308,7 @@ def test_serve_takes_the_settings_and_adds_no_manners_of_its_own(
     assert serve_config.initial_replicas == 1
     assert serve_config.upscale_delay_s == serve_config.downscale_delay_s == 0
     assert serve_config.look_back_period_s > serve_config.metrics_interval_s
-    from_zero = AutoscalingConfig(**serve_settings(ScalingOptions(0, metrics_interval_s=10.0)))
+    from_zero = AutoscalingConfig(**serve_settings(changed(min_pairs=0)))
     assert (from_zero.min_replicas, from_zero.initial_replicas) == (0, 1)
 
 
@@ -392,6 +343,6 @@ def test_serve_gives_the_policy_the_last_word(serve_config: AutoscalingConfig) -
 def test_the_module_that_serve_pickles_is_light() -> None:
     code = (
         "import sys, twotower.deployments.pair.autoscaling; "
-        "assert not {'torch', 'ray', 'grpc', 'numpy', 'pydantic'} & set(sys.modules)"
+        "assert not {'torch', 'ray', 'grpc', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

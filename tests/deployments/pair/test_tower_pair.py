@@ -20,6 +20,7 @@ from twotower.cluster.services.tower_services import (
 from twotower.cluster.topology import PairTopology
 from twotower.deployments.pair.tower_pair import Job, TowerPair
 from twotower.towers.decoding.services import Block
+from twotower.towers.engine.options import EngineOptions
 from twotower.towers.request.params import GenerationParams
 
 TINY = Path(__file__).parents[2] / "golden" / "tiny_a"
@@ -27,11 +28,10 @@ TOPOLOGY = PairTopology(
     model_path=str(TINY),
     device="cpu",
     dtype="float32",
-    cpus=0.4,
-    gpus=0.0,
+    engine=EngineOptions(max_num_seqs=3, max_context=256, prefix_cache_mib=0),
+    cpus_per_tower=0.4,
+    gpus_per_tower=0.0,
     num_threads=1,
-    max_rows=3,
-    max_context=256,
 )
 DIFFUSION = GenerationParams(max_tokens=40, block_size=8, steps_per_block=4, seed=5)
 PROMPTS = ([5, 6, 7, 8], list(range(10, 90)), [3, 4], [9])
@@ -153,14 +153,14 @@ async def test_cancelling_at_any_moment_frees_the_row(pair: TowerPair, delay: fl
 async def test_signals_follow_the_rows(pair: TowerPair) -> None:
     """Three slots: of five rows two wait, and nothing is free until they have ended."""
     idle = await pair.record_autoscaling_stats()
-    assert (idle["rows"], idle["waiting"], idle["free_slots"]) == (0, 0, 3)
+    assert (idle["rows"], idle["queued_rows"], idle["free_slots"]) == (0, 0, 3)
     assert "denoiser_pass_s" not in idle
     long = replace(DIFFUSION, max_tokens=120)
     streams = [pair.generate(job(i, PROMPTS[0], long)) for i in range(5)]
     tasks = [asyncio.create_task(anext(stream)) for stream in streams]
     await asyncio.wait(tasks[:3])
     busy = await pair.record_autoscaling_stats()
-    assert (busy["rows"], busy["waiting"], busy["free_slots"]) == (3, 2, 0)
+    assert (busy["rows"], busy["queued_rows"], busy["free_slots"]) == (3, 2, 0)
     assert busy["passes"] > idle["passes"]
     assert 0 < busy["denoiser_pass_s"] < 10
     assert 0 < busy["context_pass_s"] < 10
@@ -170,7 +170,7 @@ async def test_signals_follow_the_rows(pair: TowerPair) -> None:
         await stream.aclose()
     await settled(pair)
     ended = await pair.record_autoscaling_stats()
-    assert (ended["rows"], ended["waiting"], ended["free_slots"]) == (0, 0, 3)
+    assert (ended["rows"], ended["queued_rows"], ended["free_slots"]) == (0, 0, 3)
 
 
 async def test_a_pair_that_has_not_started_says_nothing() -> None:

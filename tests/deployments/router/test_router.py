@@ -18,7 +18,6 @@ from twotower.deployments.pair.tower_pair import Job
 from twotower.deployments.router import encoding
 from twotower.deployments.router.encoding import Lane
 from twotower.deployments.router.router import SERVICE_NAME, Router
-from twotower.deployments.routing.retry import RetryPolicy
 from twotower.protos.refusals import RequestRefusedError, shown
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.config.model_config import TwoTowerConfig
@@ -139,10 +138,15 @@ Serving = Callable[..., Calls]
 def serving(tiny_text: Path) -> Serving:
     def start(*script: Sequence[int] | Exception, model: Path = tiny_text) -> Calls:
         # Room for what fields have limits of their own for.
-        config = ServiceConfig(model=str(model), max_context=80, max_message_bytes=4 << 20)
+        config = ServiceConfig(
+            model=str(model),
+            max_context=80,
+            max_message_bytes=4 << 20,
+            # What is lost stays lost here: what follows a loss has tests of its own.
+            resume_timeout_s=1e-9,
+        )
         pair = serve.deployment(FakePair).bind(script)
-        # What is lost stays lost here: what follows a loss has tests of its own.
-        app = serve.deployment(Router).bind(config, pair, RetryPolicy(resume_timeout_s=0.0))
+        app = serve.deployment(Router).bind(config, pair)
         return Calls(serve.run(app, _local_testing_mode=True))
 
     return start

@@ -104,7 +104,7 @@ def test_ray_may_be_away(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.cluster
 @pytest.mark.filterwarnings("default")
 def test_a_cluster_without_room_and_one_that_is_taken() -> None:
-    settings = {"model": str(TINY), "threads_per_tower": 1, "max_num_seqs": 4}
+    settings = {"model": str(TINY), "num_threads": 1, "max_num_seqs": 4}
     ports = {"grpc_port": free_port(), "http_port": free_port()}
     with local_cluster():
         with pytest.raises(ConfigError, match=r"^no room for num_pairs = 2: .*has 1 CPU$"):

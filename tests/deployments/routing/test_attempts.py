@@ -166,7 +166,7 @@ async def run(handle: Handle, job: Job = JOB, policy: RetryPolicy | None = None)
 
 
 async def fill(log: CommitLog, handle: Handle, job: Job, policy: RetryPolicy | None) -> None:
-    attempts = Attempts(PairClient(handle), policy or RetryPolicy(resume_timeout_s=20), Room(4, 4))
+    attempts = Attempts(PairClient(handle), policy or RetryPolicy(20, max_attempts=8), Room(4, 4))
     async for block in attempts.blocks(job, log):
         assert block.start == log.end
         log.append(block)
@@ -271,7 +271,7 @@ async def test_what_is_no_loss_ends_the_request(error: Exception) -> None:
 @pytest.mark.parametrize("error", [QueueFullError("queue: 3 rows"), BUSY], ids=["pair", "serve"])
 async def test_a_request_that_lost_its_pair_waits_for_its_place(error: Exception) -> None:
     handle = Handle(dying(DEATHS[0], 1), *[dying(error)] * 20)
-    policy = RetryPolicy(resume_timeout_s=20, max_attempts=3)
+    policy = RetryPolicy(20, max_attempts=3)
     assert (await run(handle, policy=policy)).token_ids == OUTPUT
     assert len(handle.jobs) == 22
 
@@ -279,14 +279,14 @@ async def test_a_request_that_lost_its_pair_waits_for_its_place(error: Exception
 async def test_a_place_that_does_not_come_free_is_no_refusal() -> None:
     handle = Handle(dying(DEATHS[0], 1), *[dying(QueueFullError("queue: 3 rows"))] * 10_000)
     with pytest.raises(UnavailableError, match="no pair of towers has room"):
-        await run(handle, policy=RetryPolicy(resume_timeout_s=0.1))
+        await run(handle, policy=RetryPolicy(0.1, max_attempts=8))
 
 
 async def test_a_request_that_is_lost_with_every_pair_is_given_up() -> None:
     handle = Handle(dying(DEATHS[0], 2), *[dying(DEATHS[0])] * 20)
     log = CommitLog(3, ())
     with pytest.raises(LostTooOftenError, match="lost with 4 pairs in a row"):
-        await fill(log, handle, JOB, RetryPolicy(resume_timeout_s=20, max_attempts=4))
+        await fill(log, handle, JOB, RetryPolicy(20, max_attempts=4))
     # A block is progress: the one that brought two does not count.
     assert len(handle.jobs) == 4
     assert log.token_ids == OUTPUT[:8]
@@ -303,14 +303,14 @@ async def test_what_a_broken_pair_loses_does_not_count(monkeypatch: pytest.Monke
             return super()._generate(job)
 
     handle = Only(*[dying(DEATHS[0])] * 20)
-    log = await run(handle, policy=RetryPolicy(resume_timeout_s=20, max_attempts=3))
+    log = await run(handle, policy=RetryPolicy(20, max_attempts=3))
     assert log.token_ids == OUTPUT
     assert len(handle.jobs) == 21
 
 
 async def test_progress_forgets_earlier_losses() -> None:
     handle = Handle(*[dying(DEATHS[0]), dying(DEATHS[0]), dying(DEATHS[0], 1)] * 3)
-    log = await run(handle, policy=RetryPolicy(resume_timeout_s=20, max_attempts=4))
+    log = await run(handle, policy=RetryPolicy(20, max_attempts=4))
     assert log.token_ids == OUTPUT
 
 
@@ -321,7 +321,7 @@ async def test_with_no_pair_up_the_wait_has_an_end(monkeypatch: pytest.MonkeyPat
         handle.up = False
         begin = time.monotonic()
         with pytest.raises(UnavailableError, match="no pair of towers is up"):
-            await run(handle, policy=RetryPolicy(resume_timeout_s=0.2))
+            await run(handle, policy=RetryPolicy(0.2, max_attempts=8))
         assert 0.2 <= time.monotonic() - begin < 5
         assert handle.streams[-1].cancelled
 
@@ -331,7 +331,7 @@ async def test_losses_without_an_end_are_given_up_in_time(monkeypatch: pytest.Mo
     handle = Handle(*[dying(UnavailableError("gone"))] * 1000)
     begin = time.monotonic()
     with pytest.raises(UnavailableError, match="gone"):
-        await run(handle, policy=RetryPolicy(resume_timeout_s=0.3, max_attempts=1000))
+        await run(handle, policy=RetryPolicy(0.3, max_attempts=1000))
     assert 0.2 < time.monotonic() - begin < 5
     assert len(handle.jobs) > 2
 
@@ -355,7 +355,7 @@ async def test_a_long_queue_is_no_loss() -> None:
             yield block
 
     handle = Handle(queued)
-    assert (await run(handle, policy=RetryPolicy(resume_timeout_s=0.1))).token_ids == OUTPUT
+    assert (await run(handle, policy=RetryPolicy(0.1, max_attempts=8))).token_ids == OUTPUT
     assert len(handle.jobs) == 1
 
 
@@ -369,7 +369,7 @@ async def test_a_long_queue_between_two_losses_is_no_wait_for_a_pair() -> None:
         yield block_at(0)
 
     handle = Handle(dying(DEATHS[0]), queued_and_lost, queued_and_lost)
-    assert (await run(handle, policy=RetryPolicy(resume_timeout_s=0.2))).token_ids == OUTPUT
+    assert (await run(handle, policy=RetryPolicy(0.2, max_attempts=8))).token_ids == OUTPUT
     assert len(handle.jobs) == 4
 
 
@@ -395,7 +395,7 @@ async def test_a_cancel_wins(plan: list[Pair], monkeypatch: pytest.MonkeyPatch) 
 async def test_a_score_is_repeated_too() -> None:
     handle = Handle()
     handle.scores = [ActorDiedError(), UnavailableError("gone")]
-    attempts = Attempts(PairClient(handle), RetryPolicy(resume_timeout_s=20), Room(4, 4))
+    attempts = Attempts(PairClient(handle), RetryPolicy(20, max_attempts=8), Room(4, 4))
     assert await attempts.score([4, 5, 6]) == [-5.0, -6.0]
     handle.scores = [NumericalError("nan")]
     with pytest.raises(NumericalError):

@@ -142,7 +142,7 @@ async def test_a_row_in_its_prefill_or_later_is_not_moved(pairs: Pairs) -> None:
 async def test_a_move_has_a_name_of_its_own_and_is_no_loss(pairs: Pairs) -> None:
     """One loss would end a request here, and a resume timeout that had begun would have passed."""
     service = Service(pairs, "old", "new")
-    requests = start(service, 2 * ROOM, RetryPolicy(resume_timeout_s=0.0, max_attempts=1))
+    requests = start(service, 2 * ROOM, RetryPolicy(0.0, max_attempts=1))
     assert await asyncio.gather(*requests) == [OUTPUT] * 2 * ROOM
     assert len({job.row_id for job in service.jobs}) == len(service.jobs) == 3 * ROOM
     assert {job.generated for job in service.jobs} == {()}
@@ -152,10 +152,10 @@ async def test_a_move_has_a_name_of_its_own_and_is_no_loss(pairs: Pairs) -> None
 async def test_a_moved_row_is_lost_like_any_other(pairs: Pairs) -> None:
     service = Service(pairs, "old", "new")
     service.places["new"].failures = [UnavailableError("a tower is gone")]
-    requests = start(service, 2 * ROOM, RetryPolicy(resume_timeout_s=20, max_attempts=2))
+    requests = start(service, 2 * ROOM, RetryPolicy(20, max_attempts=2))
     assert await asyncio.gather(*requests) == [OUTPUT] * 2 * ROOM
     service.places["new"].failures = [UnavailableError("a tower is gone")] * 10
-    requests = start(service, ROOM + 1, RetryPolicy(resume_timeout_s=20, max_attempts=1))
+    requests = start(service, ROOM + 1, RetryPolicy(20, max_attempts=1))
     found = await asyncio.gather(*requests, return_exceptions=True)
     assert found[:ROOM] == [OUTPUT] * ROOM
     assert type(found[ROOM]) is retry.LostTooOftenError
@@ -175,7 +175,7 @@ async def test_a_moved_row_is_not_refused(pairs: Pairs) -> None:
 async def test_a_moved_row_that_finds_no_place_in_time_is_told_so(pairs: Pairs) -> None:
     service = Service(pairs, "old", "full")
     service.places["full"].failures = [QueueFullError("queue: 3 rows wait")] * 10
-    requests = start(service, ROOM + 1, RetryPolicy(resume_timeout_s=0.0))
+    requests = start(service, ROOM + 1, RetryPolicy(0.0, max_attempts=8))
     found = await asyncio.gather(*requests, return_exceptions=True)
     assert isinstance(found[ROOM], UnavailableError)
     assert "no pair of towers has room" in str(found[ROOM])

@@ -53,7 +53,7 @@ def test_ray_that_does_not_start_is_one_line_and_leaves_no_folder(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     # Nothing gets so far as to listen, and a test beside this one may have any port by now.
     monkeypatch.setattr(server, "_check_free", lambda _: None)
-    config = ServiceConfig(model=str(tiny_text), threads_per_tower=1)
+    config = ServiceConfig(model=str(tiny_text), num_threads=1)
     service = LocalService(config)
     with pytest.raises(UnavailableError) as caught:
         service.__enter__()

@@ -41,7 +41,7 @@ async def settle() -> None:
 def assert_empty(admission: Admission, pool: StatePool) -> None:
     assert admission.rows == {}
     assert admission.num_waiting == 0
-    assert pool.stats()["slots_used"] == pool.stats()["pages_used"] == 0
+    assert pool.slots_used == pool.pages_used == 0
 
 
 async def test_rows_enter_while_there_is_room() -> None:
@@ -305,8 +305,8 @@ async def test_many_rows_that_end_at_any_moment(seed: int) -> None:
         for _ in range(draw.randint(0, 4)):
             await asyncio.sleep(0)
         held = sum(pages_for(state.capacity) for state in admission.rows.values())
-        assert pool.stats()["pages_used"] == held <= 12
-        assert pool.stats()["slots_used"] == len(admission.rows) <= 5
+        assert pool.pages_used == held <= 12
+        assert pool.slots_used == len(admission.rows) <= 5
     async with asyncio.timeout(60):
         await asyncio.gather(*rows, return_exceptions=True)
     assert len(entered.order) > 50

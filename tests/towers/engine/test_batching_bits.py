@@ -80,7 +80,7 @@ def test_the_batch_really_shared_passes() -> None:
     model = TwoTower.from_pretrained(GOLDEN / "tiny_a")
     model.generate_requests(mixed_requests(model.config.vocab_size))
     stats = model._denoiser.stats()
-    assert stats["pass_rows"] > 1.5 * stats["passes"]
+    assert stats.pass_rows > 1.5 * stats.passes
 
 
 @pytest.mark.parametrize("mode", ["mask_diffusion", "ar", "mock_ar", "verified"])

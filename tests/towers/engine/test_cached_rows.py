@@ -115,5 +115,5 @@ def test_the_cache_gives_way_to_rows(towers: dict[str, Any]) -> None:
     blocks = asyncio.run(asyncio.wait_for(run(), 120))
     assert all(len(tokens_of(row)) == 24 for row in blocks)
     stats = pair.context.stats()
-    assert stats["pages_used"] <= stats["pages"] == 6
+    assert stats.pages_used <= stats.pages == 6
     pair.assert_empty()

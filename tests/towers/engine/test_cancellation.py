@@ -105,7 +105,7 @@ def test_in_a_pass(
         await asyncio.sleep(0.01)
         # The pass still reads and writes the row's state: nothing may be given back yet.
         owner = pair.denoiser if tower == "denoiser" and not shared else pair.context
-        assert owner.stats()["slots_used"] == 1
+        assert owner.stats().slots_used == 1
         gate.opened.set()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -146,11 +146,11 @@ def test_in_the_queue(towers: Towers, monkeypatch: pytest.MonkeyPatch, shared: b
             asyncio.ensure_future(pair.blocks(name, PROMPT, PARAMS)) for name in ("a", "b", "c")
         )
         await reached(gate.reached)
-        assert pair.context.stats()["queued_rows"] == 2
+        assert pair.context.stats().queued_rows == 2
         with pytest.raises(CapacityError, match="2"):
             await pair.blocks("d", PROMPT, PARAMS)
         await cancel(second)
-        assert pair.context.stats()["queued_rows"] == 1
+        assert pair.context.stats().queued_rows == 1
         gate.opened.set()
         rows = await asyncio.gather(first, third)
         assert tokens_of(rows[0]) == tokens_of(rows[1])

@@ -272,11 +272,11 @@ def test_padding_beside_blocks_of_another_length(towers: Towers) -> None:
 
     async def beside_a_cancelled_one() -> list[list[Block]]:
         first = asyncio.ensure_future(row("long", long))
-        while filling.stats()["passes"] < 2:
+        while filling.stats().passes < 2:
             await asyncio.sleep(0)
         # Its slot stays as it was left while the others hold the next three.
         others = [asyncio.ensure_future(row(f"{index}", own)) for index, own in enumerate(short)]
-        while reading.stats()["slots_used"] < 4:
+        while reading.stats().slots_used < 4:
             await asyncio.sleep(0)
         first.cancel()
         return list(await asyncio.gather(*others))

@@ -244,9 +244,9 @@ def test_passes_are_counted(pair: Pair) -> None:
     prompt = [*range(24)] * 3
     blocks = asyncio.run(pair.blocks("row", prompt, params_of(max_tokens=48)))
     assert [block.context_passes for block in blocks] == [2, 1, 1]
-    assert pair.context.stats()["passes"] == 4
-    assert pair.denoiser.stats()["passes"] == sum(block.nfe for block in blocks)
-    assert pair.context.stats()["pass_tokens"] == 72 + 32
+    assert pair.context.stats().passes == 4
+    assert pair.denoiser.stats().passes == sum(block.nfe for block in blocks)
+    assert pair.context.stats().pass_tokens == 72 + 32
     blocks = asyncio.run(pair.blocks("row", prompt, params_of("ar", max_tokens=20)))
     # The last token is drawn but never read.
     assert sum(block.context_passes for block in blocks) == 2 + 19
@@ -262,7 +262,7 @@ def test_a_row_is_open_once_and_a_release_is_forgiving(towers: Towers) -> None:
             await engine.open("row", 10)
             with pytest.raises(ValueError, match="row_id: row is open already"):
                 await engine.open("row", 10)
-            assert engine.stats()["state_bytes"] > 0
+            assert engine.stats().state_bytes > 0
             await engine.release("row")
             await engine.release("row")
         pair.assert_empty()

@@ -147,20 +147,14 @@ def test_rows_of_a_pool() -> None:
         pool.open(65)
     second = pool.open(1)
     assert not pool.room_for(0)
-    assert pool.stats() == {
-        "slots": 2,
-        "slots_used": 2,
-        "pages": 4,
-        "pages_used": 4,
-        "state_bytes": 2 * SLOT_BYTES + 4 * PAGE_BYTES,
-        "pool_bytes": 2 * SLOT_BYTES + 4 * PAGE_BYTES,
-    }
+    assert (pool.slots_used, pool.pages_used) == (2, 4)
+    assert pool.state_bytes == pool.num_bytes == 2 * SLOT_BYTES + 4 * PAGE_BYTES
     pool.close(first)
     pool.close(first)
     first.release()
-    assert pool.stats()["pages_used"] == 1
+    assert pool.pages_used == 1
     second.release()
-    assert pool.stats()["state_bytes"] == pool.stats()["slots_used"] == 0
+    assert pool.state_bytes == pool.slots_used == 0
 
 
 def test_the_page_table_says_where_each_slots_tokens_are() -> None:

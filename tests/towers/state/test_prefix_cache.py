@@ -106,7 +106,7 @@ def test_a_restored_row_holds_what_was_inserted(tokens: int) -> None:
     for state in (other, restored, fresh):
         state.release()
     cache.clear()
-    assert pool.stats()["pages_used"] == pool.stats()["slots_used"] == 0
+    assert pool.pages_used == pool.slots_used == 0
 
 
 def test_full_pages_are_shared_and_the_reserved_ones_returned() -> None:
@@ -115,11 +115,11 @@ def test_full_pages_are_shared_and_the_reserved_ones_returned() -> None:
     row = row_of(pool, 150)
     cache.insert(b"key", row, None)
     # Two full pages are the row's, the third is a copy.
-    assert pool.stats()["pages_used"] == 4 + 1
+    assert pool.pages_used == 4 + 1
     restored = pool.open(256)
-    assert pool.stats()["pages_used"] == 4 + 1 + 4
+    assert pool.pages_used == 4 + 1 + 4
     assert cache.restore(b"key", restored) is None
-    assert pool.stats()["pages_used"] == 4 + 1 + 2
+    assert pool.pages_used == 4 + 1 + 2
     assert restored.pages[:2] == row.pages[:2]
     assert not set(restored.pages[2:]) & set(row.pages)
     assert len(restored.pages) == 4
@@ -132,16 +132,16 @@ def test_release_and_eviction_free_only_their_own_hold() -> None:
     want = contents(row)
     cache.insert(b"key", row, None)
     row.release()
-    assert pool.stats()["pages_used"] == 2
+    assert pool.pages_used == 2
     restored = pool.open(192)
     cache.restore(b"key", restored)
     cache.clear()
-    assert pool.stats()["pages_used"] == 3
+    assert pool.pages_used == 3
     taker = row_of(pool, 64 * 28, capacity=64 * 29, seed=50)
     assert_same_contents(restored, want)
     taker.release()
     restored.release()
-    assert pool.stats()["pages_used"] == 0
+    assert pool.pages_used == 0
 
 
 def test_the_longest_prefix_is_found() -> None:
@@ -155,13 +155,8 @@ def test_the_longest_prefix_is_found() -> None:
     cache.insert(keys[2], row, None)
     assert [cache.longest(keys[:count]) for count in range(1, 5)] == [0, 0, 2, 2]
     cache.restore(keys[2], pool.open(64))
-    assert cache.stats() == {
-        "entries": 2,
-        "bytes": 2 * SNAPSHOT_BYTES,
-        "hits": 1,
-        "misses": 2,
-        "cached_tokens": 64,
-    }
+    assert (cache.num_entries, cache.num_bytes) == (2, 2 * SNAPSHOT_BYTES)
+    assert (cache.hits, cache.misses, cache.cached_tokens) == (1, 2, 64)
 
 
 def test_those_not_used_for_the_longest_time_leave_first() -> None:
@@ -176,7 +171,7 @@ def test_those_not_used_for_the_longest_time_leave_first() -> None:
     assert [cache.longest([key]) for key in (b"a", b"b", b"c", b"d")] == [0, 0, -1, 0]
     cache.insert(b"e", row, HIDDEN)
     assert [cache.longest([key]) for key in (b"a", b"b", b"d", b"e")] == [-1, 0, 0, 0]
-    assert cache.stats()["bytes"] == 3 * ENTRY_BYTES
+    assert cache.num_bytes == 3 * ENTRY_BYTES
 
 
 def test_an_entry_above_the_budget_is_not_kept_and_drives_none_out() -> None:
@@ -184,11 +179,11 @@ def test_an_entry_above_the_budget_is_not_kept_and_drives_none_out() -> None:
     cache = PrefixCache(pool, SNAPSHOT_BYTES)
     row = row_of(pool, 70)
     cache.insert(b"a", row, None)
-    used = pool.stats()["pages_used"]
+    used = pool.pages_used
     cache.insert(b"b", row, HIDDEN)
     assert cache.longest([b"b"]) == -1
     assert cache.longest([b"a"]) == 0
-    assert pool.stats()["pages_used"] == used
+    assert pool.pages_used == used
 
 
 def test_without_a_page_for_the_last_tokens_nothing_is_kept() -> None:
@@ -198,8 +193,8 @@ def test_without_a_page_for_the_last_tokens_nothing_is_kept() -> None:
     cache.insert(b"whole pages need none", row, None)
     write(row, 5, seed=9)
     cache.insert(b"key", row, None)
-    assert cache.stats()["entries"] == 1
-    assert pool.stats()["pages_used"] == 4
+    assert cache.num_entries == 1
+    assert pool.pages_used == 4
 
 
 def test_restoring_what_does_not_fit_changes_nothing() -> None:
@@ -207,15 +202,15 @@ def test_restoring_what_does_not_fit_changes_nothing() -> None:
     cache = PrefixCache(pool, 10 * ENTRY_BYTES)
     cache.insert(b"key", row_of(pool, 130), None)
     small, begun = pool.open(129), row_of(pool, 3, seed=20)
-    before = pool.stats()
+    before = pool.slots_used, pool.pages_used
     for state in (small, begun):
         with pytest.raises(ValueError, match="position: got 130, expected at most the capacity"):
             cache.restore(b"key", state)
     with pytest.raises(ValueError, match=r"^key: got "):
         cache.restore(b"other", small)
-    assert pool.stats() == before
+    assert (pool.slots_used, pool.pages_used) == before
     assert small.position == 0
-    assert cache.stats()["hits"] == 0
+    assert cache.hits == 0
 
 
 def test_pages_are_reclaimed_from_the_least_recently_used() -> None:
@@ -230,7 +225,7 @@ def test_pages_are_reclaimed_from_the_least_recently_used() -> None:
     assert pool.pages.num_free == 2
     # Of a's pages none comes free: a row reads them. b's and c's are four.
     assert not cache.reclaim(5)
-    assert cache.stats()["entries"] == 3
+    assert cache.num_entries == 3
     assert cache.reclaim(1)
     assert pool.pages.num_free == 4
     assert [cache.longest([key]) for key in (b"a", b"b", b"c")] == [0, -1, 0]
@@ -248,7 +243,7 @@ def test_reclaim_counts_pages_that_several_entries_hold() -> None:
     cache.insert(b"b", row, None)
     row.release()
     assert cache.reclaim(2)
-    assert cache.stats()["entries"] == 0
+    assert cache.num_entries == 0
     assert pool.pages.num_free == 4
 
 
@@ -284,9 +279,9 @@ def test_any_order_of_events_keeps_counts_and_contents(seed: int) -> None:
     for live in rows:
         live.state.release()
     cache.clear()
-    assert pool.stats()["pages_used"] == pool.stats()["slots_used"] == 0
-    assert cache.stats()["hits"] > 0
-    assert cache.stats()["bytes"] == 0
+    assert pool.pages_used == pool.slots_used == 0
+    assert cache.hits > 0
+    assert cache.num_bytes == 0
 
 
 def act(
@@ -324,10 +319,9 @@ def check(pool: StatePool, cache: PrefixCache, rows: list[Live]) -> None:
         assert_same_contents(live.state, live.want)
     held = {page for live in rows for page in live.state.pages}
     held |= {page for entry in cache._entries.values() for page in entry.pages}
-    assert pool.stats()["pages_used"] == len(held)
-    assert pool.stats()["slots_used"] == len(rows)
-    stats = cache.stats()
-    assert stats["bytes"] == stats["entries"] * SNAPSHOT_BYTES <= cache.max_bytes
+    assert pool.pages_used == len(held)
+    assert pool.slots_used == len(rows)
+    assert cache.num_bytes == cache.num_entries * SNAPSHOT_BYTES <= cache.max_bytes
 
 
 @pytest.fixture(scope="module")
