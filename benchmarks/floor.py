@@ -17,7 +17,7 @@ from twotower.kernels import dispatch
 from twotower.kernels.linear import linear, pack
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower
-from twotower.towers.model.layers import AttentionWeights, MambaWeights, MlpWeights, MoeWeights
+from twotower.towers.model.weights import AttentionWeights, MambaWeights, MlpWeights, MoeWeights
 
 Product = tuple[Tensor, Tensor]
 

@@ -33,8 +33,9 @@ from twotower.towers.checkpoint.weights import (
     resolve_checkpoint,
 )
 from twotower.towers.config.model_config import MOE, TwoTowerConfig
+from twotower.towers.model.backbone import moe
 from twotower.towers.model.denoiser_tower import DenoiserTower
-from twotower.towers.model.layers import MoeWeights, moe
+from twotower.towers.model.weights import MoeWeights
 from twotower.towers.request.params import GenerationParams
 from twotower.towers.text.tokenizer import load_tokenizer
 from twotower.towers.training.corpus import read_corpus, standard_library

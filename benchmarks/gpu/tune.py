@@ -32,7 +32,8 @@ from twotower.kernels.rows import Rows
 from twotower.planner.floors import expected_unique
 from twotower.planner.schedules import BLOCK
 from twotower.planner.shapes import PRESETS
-from twotower.towers.model.layers import MambaWeights
+from twotower.towers.model.backbone import scan_weights
+from twotower.towers.model.weights import MambaWeights
 from twotower.towers.state.context_state import rows_of
 from twotower.towers.state.pages import pages_for
 
@@ -190,7 +191,7 @@ class _Mixers:
         config = self.config
         width = config.d_inner + config.conv_dim + config.mamba_num_heads
         projected = torch.randn(rows * length, width, device=self.device).to(self.dtype)
-        weights = self.mamba.for_scan(config)
+        weights = scan_weights(self.mamba, config)
 
         def work() -> Tensor:
             conv, ssm = pool.conv[:, 0], pool.ssm[:, 0]

@@ -19,7 +19,7 @@ from twotower.planner.shapes import TINY
 from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower
-from twotower.towers.model.layers import MoeWeights
+from twotower.towers.model.weights import MoeWeights
 
 
 def described(part: object, name: str = "") -> Iterator[tuple[str, tuple[int, ...], str]]:

@@ -24,16 +24,17 @@ from twotower.towers.checkpoint.checkpoint import (
 )
 from twotower.towers.config.model_config import ATTENTION, MAMBA, MOE, TwoTowerConfig
 from twotower.towers.errors import CheckpointError, ConfigError, InvalidRequestError, shorten
-from twotower.towers.model.backbone import TowerWeights
 from twotower.towers.model.context_tower import ContextTower
-from twotower.towers.model.denoiser_tower import DenoiserTower, TimestepWeights
-from twotower.towers.model.layers import (
+from twotower.towers.model.denoiser_tower import DenoiserTower
+from twotower.towers.model.weights import (
     AttentionWeights,
     LayerWeights,
     MambaWeights,
     Mixer,
     MlpWeights,
     MoeWeights,
+    TimestepWeights,
+    TowerWeights,
 )
 from twotower.towers.state.budget import free_bytes
 

@@ -34,8 +34,9 @@ from twotower.towers.engine.staged_draws import (
 from twotower.towers.errors import NumericalError
 from twotower.towers.model.backbone import MixerInputs
 from twotower.towers.model.context_tower import ContextTower
-from twotower.towers.state.context_state import ContextState, PassLog
+from twotower.towers.state.context_state import ContextState
 from twotower.towers.state.link import LayerSink
+from twotower.towers.state.pass_log import PassLog
 from twotower.towers.state.tensors import StateTensors
 
 MAX_LENGTH = 64
@@ -187,10 +188,10 @@ class _Program(Program):
 
     def _extend(self) -> None:
         rows, _ = self._forward()
-        weights, log, pool = self._tower.replay_weights, self._log, self._pool
+        weights, log = self._tower.replay_weights, self._log
         if log is not None and weights is not None:
             counts = torch.full_like(self._slots, self._length)
-            dispatch.replay(pool.ssm, pool.conv, log.xbc, log.dt, weights, rows, counts)
+            log.replay(self._pool, weights, rows, counts)
 
     def _verify(self) -> None:
         _, hidden = self._forward()

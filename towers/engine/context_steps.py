@@ -119,7 +119,6 @@ class _Program(Program):
         self._hidden.copy_(hidden)
         drawn = dispatch.predict(tower.logits(hidden), staged_sampling(staging))
         if self._log is not None and tower.replay_weights is not None:
-            one = torch.ones_like(self._slots)
-            xbc, dt = self._log.xbc, self._log.dt
-            dispatch.replay(pool.ssm, pool.conv, xbc, dt, tower.replay_weights, rows, one)
+            counts = torch.ones_like(self._slots)
+            self._log.replay(pool, tower.replay_weights, rows, counts)
         self._results.put(torch.stack([part.double() for part in drawn]))

@@ -11,26 +11,17 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from twotower.towers.engine.admission import Admission
-from twotower.towers.engine.batching import BatchLoop
 from twotower.towers.engine.options import PassLimits
+from twotower.towers.engine.scheduler import BatchLoop
 from twotower.towers.engine.stats import EngineStats
 from twotower.towers.errors import UnavailableError
 from twotower.towers.state.context_state import ContextState
 from twotower.towers.state.pool import StatePool
 
-
-class PassWork(Protocol):
-    """What a row asks of a pass, over at least these tokens."""
-
-    @property
-    def tokens(self) -> Sequence[int]: ...
-
-
-Work = TypeVar("Work", bound=PassWork)
+Work = TypeVar("Work")
 Result = TypeVar("Result")
 Row = TypeVar("Row", bound="EngineRow")
 T = TypeVar("T")
@@ -65,9 +56,7 @@ class Engine(Generic[Row, Work, Result]):
         self._rows: dict[str, Row] = {}
         self._admission = admission
         executor = ThreadPoolExecutor(1, name) if threaded else None
-        self._loop: BatchLoop[Work, Result] = BatchLoop(
-            partial(_run_short_first, run), limits, executor
-        )
+        self._loop: BatchLoop[Work, Result] = BatchLoop(run, limits, executor)
 
     @property
     def num_rows(self) -> int:
@@ -176,15 +165,6 @@ def _memory(pool: StatePool) -> dict[str, int]:
 def _being_cancelled() -> bool:
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-def _run_short_first(
-    run: Callable[[Sequence[Work]], Sequence[Result | BaseException]], works: Sequence[Work]
-) -> list[Result | BaseException]:
-    """Results in the order of `works`, which run sorted by length."""
-    order = sorted(range(len(works)), key=lambda i: len(works[i].tokens))
-    results = dict(zip(order, run([works[i] for i in order]), strict=True))
-    return [results[i] for i in range(len(works))]
 
 
 def state_of(state: ContextState | None) -> ContextState:

@@ -12,10 +12,11 @@ from twotower.kernels import dispatch
 from twotower.kernels.replay import ReplayWeights
 from twotower.kernels.rows import Rows
 from twotower.towers.config.model_config import MAMBA, TwoTowerConfig
-from twotower.towers.model.backbone import MixerInputs, Tower, TowerWeights
-from twotower.towers.model.layers import MambaWeights
-from twotower.towers.state.context_state import ContextState, PassLog, rows_of
+from twotower.towers.model.backbone import MixerInputs, Tower
+from twotower.towers.model.weights import MambaWeights, TowerWeights
+from twotower.towers.state.context_state import ContextState, rows_of
 from twotower.towers.state.link import LayerSink
+from twotower.towers.state.pass_log import PassLog
 
 
 def replay_shapes(config: TwoTowerConfig) -> dict[str, tuple[int, ...]]:
@@ -100,9 +101,8 @@ class ContextTower(Tower):
         eps = self.config.layer_norm_epsilon
         for index, layer in enumerate(self.weights.layers):
             hidden, x = dispatch.add_norm(hidden, out, None, layer.norm, eps, None, False)
-            mixed = self._mix(index, x, inputs, self._projected(index, log))
-            self._keep(self._places[index], mixed.added, inputs, log, sinks)
-            out = mixed.output
+            out, added = self._mix(index, x, inputs, self._projected(index, log))
+            self._keep(self._state_index[index], added, inputs, log, sinks)
         final = self.weights.final_norm
         return dispatch.add_norm(hidden, out, None, final, eps, None, False)[1]
 
@@ -145,22 +145,14 @@ class ContextTower(Tower):
         if log is not None and weights is not None and any(counts):
             moved = torch.tensor(counts, dtype=torch.int32, device=self.device)
             listening = _listening(sinks)
-            # In one go where nobody waits for a layer.
-            whole = [slice(0, len(weights))] if not any(listening) else []
-            for own in whole or [slice(layer, layer + 1) for layer in range(len(weights))]:
-                dispatch.replay(
-                    pool.ssm[:, own],
-                    pool.conv[:, own],
-                    log.xbc[own],
-                    log.dt[own],
-                    weights if whole else weights.layers(own),
-                    passed.rows,
-                    moved,
-                )
+            # All layers in one go where no sink waits for a layer.
+            each = [slice(layer, layer + 1) for layer in range(len(weights))]
+            for layers in each if listening else [slice(None)]:
+                log.replay(pool, weights, passed.rows, moved, layers)
                 for state, sink in zip(states, listening, strict=False):
                     if sink is not None:
-                        sink.put("conv", own.start, state.conv[own.start])
-                        sink.put("ssm", own.start, state.ssm[own.start])
+                        sink.put("conv", layers.start, state.conv[layers.start])
+                        sink.put("ssm", layers.start, state.ssm[layers.start])
         for state, count, sink in zip(states, counts, sinks, strict=True):
             state.advanced(count, exported=sink is not None)
 
@@ -168,7 +160,7 @@ class ContextTower(Tower):
         """Where a layer's projection goes, if the log is made of them."""
         if log is None or log.projected is None or self.config.layer_pattern[index] != MAMBA:
             return None
-        return log.projected[self._places[index]]
+        return log.projected[self._state_index[index]]
 
     def _keep(
         self,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,27 +13,14 @@ from twotower.kernels import dispatch
 from twotower.kernels.elementwise import silu
 from twotower.kernels.norm import Modulation
 from twotower.towers.config.model_config import ATTENTION, MAMBA, TIMESTEP_FEATURES, TwoTowerConfig
-from twotower.towers.model.backbone import MixerInputs, Tower, TowerWeights
+from twotower.towers.model.backbone import MixerInputs, Tower
+from twotower.towers.model.weights import TimestepWeights, TowerWeights
 from twotower.towers.state.context_state import ContextState, rows_of
 
 _TIMESTEP_SCALE = 1000.0
 _TIMESTEP_BASE = 10000.0
 # A block of L tokens has L timesteps; 256 entries serve every usual mix of block sizes.
 _CACHED_TIMESTEPS = 256
-
-
-@dataclass(frozen=True)
-class TimestepWeights:
-    """Timestep MLP ([H, 256], [H, H]), its projection [3 H, H], and a table [layers, 3, H] whose
-    rows are shift, scale and gate."""
-
-    first: Tensor
-    first_bias: Tensor
-    second: Tensor
-    second_bias: Tensor
-    projection: Tensor
-    projection_bias: Tensor
-    table: Tensor
 
 
 class DenoiserTower(Tower):
@@ -89,13 +75,13 @@ class DenoiserTower(Tower):
         hidden, out, gate = self.weights.embedding[tokens], None, None
         eps = self.config.layer_norm_epsilon
         for layer_index, layer in enumerate(self.weights.layers):
-            own = Modulation(table[:, layer_index], index)
+            modulation = Modulation(table[:, layer_index], index)
             first = layer.kind in (MAMBA, ATTENTION)
-            hidden, x = dispatch.add_norm(hidden, out, gate, layer.norm, eps, own, first)
+            hidden, x = dispatch.add_norm(hidden, out, gate, layer.norm, eps, modulation, first)
             if observe is not None:
                 observe(f"hidden_in.{layer_index}", hidden)
                 observe(f"mixer_in.{layer_index}", x)
-            out, gate = self._mix(layer_index, x, inputs).output, own
+            (out, _), gate = self._mix(layer_index, x, inputs), modulation
         hidden, x = dispatch.add_norm(hidden, out, gate, self.weights.final_norm, eps, None, False)
         if observe is not None:
             observe("hidden_out", hidden)
@@ -124,11 +110,11 @@ class DenoiserTower(Tower):
 
     @torch.inference_mode()
     def represent_timestep(self, timestep: float) -> Tensor:
-        """t_repr of one timestep, what its MLP makes of the features, [1, H]."""
-        own = self.timestep
+        """t_repr of one timestep, its features through the timestep MLP, [1, H]."""
+        weights = self.timestep
         features = timestep_features(timestep, self.dtype, self.device)
-        hidden = silu(dispatch.linear(features, own.first, own.first_bias))
-        return dispatch.linear(hidden, own.second, own.second_bias)
+        hidden = silu(dispatch.linear(features, weights.first, weights.first_bias))
+        return dispatch.linear(hidden, weights.second, weights.second_bias)
 
 
 def timestep_features(timestep: float, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -10,36 +10,15 @@ ahead of its snapshot while a prompt is still being read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from twotower.kernels import dispatch
 from twotower.kernels.replay import ReplayWeights
 from twotower.kernels.rows import Rows
+from twotower.towers.state.pass_log import PassLog
 from twotower.towers.state.tensors import StateTensors
 from twotower.towers.state.update import StateUpdate, UpdateKind, UpdatePlan, plan_update
-
-
-@dataclass(frozen=True)
-class PassLog:
-    """Raw projections of all M Mamba layers over T tokens: xbc [M, T, Cd] before the conv, dt
-    [M, T, H] before softplus. Where they are views of whole projections, z before them, these are
-    `projected` [M, T, Di + Cd + H], into which a pass may write."""
-
-    xbc: Tensor
-    dt: Tensor
-    projected: Tensor | None = None
-
-    def part(self, start: int, stop: int) -> PassLog:
-        """Tokens start..stop-1, views."""
-        whole = None if self.projected is None else self.projected[:, start:stop]
-        return PassLog(self.xbc[:, start:stop], self.dt[:, start:stop], whole)
-
-    def copy(self) -> PassLog:
-        """A copy: views would keep the whole pass's projections alive."""
-        return PassLog(self.xbc.clone(), self.dt.clone())
 
 
 class ContextState:
@@ -106,11 +85,8 @@ class ContextState:
     def advance(self, weights: ReplayWeights | None, count: int) -> None:
         """Replays the first `count` tokens of the log into the snapshot."""
         assert 0 <= count <= self.length - self.position
-        log = self._log
-        if log is not None and weights is not None and count:
-            rows = rows_of([self], [log.xbc.shape[1]], [0])
-            counts = torch.tensor([count], dtype=torch.int32, device=log.xbc.device)
-            dispatch.replay(self.pool.ssm, self.pool.conv, log.xbc, log.dt, weights, rows, counts)
+        if self._log is not None and weights is not None and count:
+            self._replay(self._log, weights, count)
         self.advanced(count)
 
     def advanced(self, count: int, *, exported: bool = False) -> None:
@@ -182,7 +158,8 @@ class ContextState:
             self.write_kv(layer, k, v)
         if delta:
             assert weights is not None
-            self._replay_update(tensors["xbc"], tensors["dt"], weights)
+            log = PassLog(torch.stack(list(tensors["xbc"])), torch.stack(list(tensors["dt"])))
+            self._replay(log, weights, update.plan.count)
         elif "ssm" in tensors:
             for layer in range(len(self.ssm)):
                 self.conv[layer].copy_(tensors["conv"][layer])
@@ -225,35 +202,18 @@ class ContextState:
         self.pool.slots.free(self.slot)
         self.pool.pages.free(self.pages)
 
+    def _replay(self, log: PassLog, weights: ReplayWeights, count: int) -> None:
+        """Moves the snapshot over the first `count` tokens of a log of this row alone."""
+        rows = rows_of([self], [log.xbc.shape[1]], [0])
+        counts = torch.tensor([count], dtype=torch.int32, device=self.conv.device)
+        log.replay(self.pool, weights, rows, counts)
+
     def _moved(self, shares: Sequence[Tensor]) -> Sequence[Tensor]:
         """Layers' shares on the state's device."""
         if all(share.device == self.conv.device for share in shares):
             return shares
         # One transfer: each layer's own would cost more in launches than in bytes.
         return list(torch.stack(list(shares)).to(self.conv.device))
-
-    def _replay_update(
-        self, xbc: Sequence[Tensor], dt: Sequence[Tensor], weights: ReplayWeights
-    ) -> None:
-        """Replays a delta layer by layer where its shares stand, or in one go on a GPU."""
-        rows = rows_of([self], [len(xbc[0])], [0])
-        counts = torch.tensor([len(xbc[0])], dtype=torch.int32, device=self.conv.device)
-        pool = self.pool
-        if self.conv.is_cuda:
-            logs = torch.stack(list(xbc)), torch.stack(list(dt))
-            dispatch.replay(pool.ssm, pool.conv, *logs, weights, rows, counts)
-            return
-        for layer in range(len(weights)):
-            own = slice(layer, layer + 1)
-            dispatch.replay(
-                pool.ssm[:, own],
-                pool.conv[:, own],
-                xbc[layer].unsqueeze(0),
-                dt[layer].unsqueeze(0),
-                weights.layers(own),
-                rows,
-                counts,
-            )
 
     def _check_order(self, plan: UpdatePlan) -> None:
         if plan.start != self.length or not plan.start <= plan.position <= self.capacity:

@@ -20,7 +20,7 @@ from twotower.bench.timing import Stopwatch, synchronize
 from twotower.kernels import dispatch
 from twotower.kernels.dispatch import Operator
 from twotower.planner.floors import Ceilings, Work
-from twotower.towers.model.backbone import TowerWeights
+from twotower.towers.model.weights import TowerWeights
 
 _SCAN_AND_REPLAY = "mamba_scan and replay"
 # The operators of the floor that each measured one does. The shared expert belongs to `experts`

@@ -24,7 +24,7 @@ from twotower.kernels.quantized import QuantizedExperts
 from twotower.towers.config.model_config import ATTENTION, MAMBA, TwoTowerConfig
 from twotower.towers.model.backbone import Tower
 from twotower.towers.model.denoiser_tower import DenoiserTower
-from twotower.towers.model.layers import AttentionWeights, MambaWeights, MlpWeights, MoeWeights
+from twotower.towers.model.weights import AttentionWeights, MambaWeights, MlpWeights, MoeWeights
 from twotower.towers.state.context_state import ContextState
 
 P = ParamSpec("P")

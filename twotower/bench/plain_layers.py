@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.towers.config.model_config import TwoTowerConfig
-from twotower.towers.model.layers import AttentionWeights, MambaWeights, MlpWeights, MoeWeights
+from twotower.towers.model.weights import AttentionWeights, MambaWeights, MlpWeights, MoeWeights
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,17 @@ from twotower.towers.config.model_config import (
     TIMESTEP_FEATURES,
     TwoTowerConfig,
 )
-from twotower.towers.model.backbone import TowerWeights
 from twotower.towers.model.context_tower import ContextTower
-from twotower.towers.model.denoiser_tower import DenoiserTower, TimestepWeights
-from twotower.towers.model.layers import (
+from twotower.towers.model.denoiser_tower import DenoiserTower
+from twotower.towers.model.weights import (
     AttentionWeights,
     LayerWeights,
     MambaWeights,
     Mixer,
     MlpWeights,
     MoeWeights,
+    TimestepWeights,
+    TowerWeights,
 )
 
 EXPERT_FORMATS = ("full", "fp8")

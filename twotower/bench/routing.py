@@ -16,7 +16,7 @@ from twotower.bench.probes import measured_unique
 from twotower.planner.floors import expected_unique
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.model.denoiser_tower import DenoiserTower
-from twotower.towers.model.layers import MoeWeights
+from twotower.towers.model.weights import MoeWeights
 
 # Scores lie between 0 and 1.
 _BARRED = -4.0

@@ -15,7 +15,7 @@ from twotower.bench.filled import FilledPool, pages_of_rows
 from twotower.bench.random_towers import TowerMaker
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.model.denoiser_tower import DenoiserTower
-from twotower.towers.model.layers import MambaWeights
+from twotower.towers.model.weights import MambaWeights
 from twotower.towers.state.context_state import ContextState
 
 _PATTERN = "MMMM"

@@ -29,7 +29,7 @@ class Recorded:
 
 
 def stats(**changed: float) -> EngineStats:
-    """Readings of a tower with five rows in eight slots, after ten passes of a tenth of a second."""
+    """STATS with some others."""
     return replace(STATS, **changed)  # type: ignore[arg-type]
 
 

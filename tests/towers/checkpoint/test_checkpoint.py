@@ -33,7 +33,7 @@ from twotower.towers.checkpoint.weights import (
     resolve_checkpoint,
 )
 from twotower.towers.errors import CheckpointError, ConfigError
-from twotower.towers.model.layers import AttentionWeights, MambaWeights, MlpWeights, MoeWeights
+from twotower.towers.model.weights import AttentionWeights, MambaWeights, MlpWeights, MoeWeights
 
 SHARD = "model-00001-of-00002.safetensors"
 SOME_TENSORS = [

@@ -34,7 +34,7 @@ from twotower.towers.checkpoint.weights import (
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.config.quantization_config import FP8_EXPERTS
 from twotower.towers.errors import CheckpointError
-from twotower.towers.model.layers import MoeWeights
+from twotower.towers.model.weights import MoeWeights
 
 EXPERT = re.compile(
     r"(context|denoiser)_tower\.layers\.2\.mixer\.experts\.\d\.(up|down)_proj\.weight"

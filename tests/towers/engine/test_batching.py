@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from twotower.towers.engine.batching import BatchLoop
 from twotower.towers.engine.options import PassLimits
+from twotower.towers.engine.scheduler import BatchLoop
 
 
 class Doubler:
@@ -45,6 +45,15 @@ async def test_the_budget_cuts_passes_in_order() -> None:
     await asyncio.gather(*(loop.submit(i, size) for i, size in enumerate(sizes)))
     # The third waits though a later one would fit; the oversized one runs alone.
     assert doubler.passes == [[0, 1], [2], [3], [4, 5], [6]]
+
+
+async def test_the_short_run_first_and_every_submitter_has_its_result() -> None:
+    doubler = Doubler()
+    loop = BatchLoop(doubler.run, PassLimits(100, 64))
+    sizes = [16, 1, 16, 2, 1]
+    results = await asyncio.gather(*(loop.submit(i, size) for i, size in enumerate(sizes)))
+    assert doubler.passes == [[1, 4, 3, 0, 2]]
+    assert results == [0, 2, 4, 6, 8]
 
 
 async def test_rows_that_submit_again_meet_again() -> None:

@@ -14,7 +14,8 @@ from twotower.kernels.attention import attention, store_kv
 from twotower.kernels.replay import ReplayWeights, replay
 from twotower.kernels.rows import Rows
 from twotower.towers.config.model_config import TwoTowerConfig
-from twotower.towers.state.context_state import ContextState, PassLog, rows_of
+from twotower.towers.state.context_state import ContextState, rows_of
+from twotower.towers.state.pass_log import PassLog
 from twotower.towers.state.pool import StatePool
 from twotower.towers.state.update import StateUpdate, UpdateKind, UpdatePlan
 

@@ -17,7 +17,8 @@ from tests.random_model import SMALL, small_config, write_checkpoint
 from twotower.towers.checkpoint.weights import load_context_tower
 from twotower.towers.errors import CapacityError
 from twotower.towers.model.context_tower import ContextTower
-from twotower.towers.state.context_state import ContextState, PassLog
+from twotower.towers.state.context_state import ContextState
+from twotower.towers.state.pass_log import PassLog
 from twotower.towers.state.pool import StatePool
 from twotower.towers.state.prefix_cache import PrefixCache, chain_keys, next_key
 
