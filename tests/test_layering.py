@@ -60,7 +60,7 @@ WINGS = {
     "deployments/router": "towers/text towers/decoding towers/checkpoint protos cluster/services "
     "cluster/placement deployments/config deployments/pair deployments/routing",
     "deployments/app": "cluster/topology cluster/placement deployments/config deployments/pair "
-    "deployments/routing deployments/router",
+    "deployments/router",
     "deployments/server": "protos cluster/placement deployments/config deployments/router "
     "deployments/app",
     "client": "protos",

@@ -230,7 +230,7 @@ class PairScaling:
 
 
 class ServePairScaling:
-    """PairScaling as `policy_function` of a Serve deployment; keywords are PairAutoscaling's fields.
+    """PairScaling as `policy_function` of a Serve deployment; keywords are PairAutoscaling fields.
 
     Serve asks ten times a second; a decision is made once per metrics interval. With no pair
     running Serve does not ask at all: it starts one for the first request by itself.

@@ -57,7 +57,7 @@ def signals(before: PairStats, now: PairStats) -> dict[str, float]:
     context = now["context"]
     denoisers = {name: tower for name, tower in now.items() if name != "context"}
     queued = max(context.queued_rows, sum(tower.queued_rows for tower in denoisers.values()))
-    free = (context.slots or 0) - (context.slots_used or 0)
+    free: float = (context.slots or 0) - (context.slots_used or 0)
     if denoisers:
         free = min(free, sum(_free_rows(tower) for tower in denoisers.values()))
     found = {

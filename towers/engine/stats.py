@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 # Of several engines these have a mean, all others a sum.
 _MEANS = ("pass_seconds", "clock_seconds", "busy_share")
@@ -50,11 +51,15 @@ class EngineStats:
     @classmethod
     def merged(cls, engines: Sequence[EngineStats]) -> EngineStats:
         """Sums over at least one engine, and means of times and shares; None where any is None."""
-        values = {}
+        values: dict[str, Any] = {}
         for field in fields(cls):
             each = [getattr(stats, field.name) for stats in engines]
-            total = None if None in each else sum(each)
-            values[field.name] = total / len(each) if field.name in _MEANS else total
+            if None in each:
+                values[field.name] = None
+            elif field.name in _MEANS:
+                values[field.name] = sum(each) / len(each)
+            else:
+                values[field.name] = sum(each)
         return cls(**values)
 
     def report(self) -> dict[str, float]:
