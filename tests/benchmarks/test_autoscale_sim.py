@@ -106,7 +106,9 @@ def test_requests_wait_in_the_router_while_there_is_no_pair() -> None:
         cold_start_queue=5,
         cold_start_timeout_s=30.0,
     )
-    options = PairAutoscaling(0, 3, metrics_interval_s=1.0)
+    options = PairAutoscaling(
+        min_pairs=0, max_pairs=3, target_rows_per_pair=24.0, metrics_interval_s=1.0
+    )
     arrivals = given(*[(20.0, 2)] * 7)
     found = replay(
         arrivals, PairScaling(options), figures, options, seconds=60, step_s=0.5, first_pairs=0

@@ -308,7 +308,7 @@ def test_serve_takes_the_settings_and_adds_no_manners_of_its_own(
     assert serve_config.initial_replicas == 1
     assert serve_config.upscale_delay_s == serve_config.downscale_delay_s == 0
     assert serve_config.look_back_period_s > serve_config.metrics_interval_s
-    from_zero = AutoscalingConfig(**serve_settings(changed(min_pairs=0)))
+    from_zero = AutoscalingConfig(**serve_settings(changed(min_pairs=0, metrics_interval_s=10.0)))
     assert (from_zero.min_replicas, from_zero.initial_replicas) == (0, 1)
 
 

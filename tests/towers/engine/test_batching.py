@@ -35,7 +35,7 @@ async def test_waiting_work_shares_a_pass() -> None:
     assert doubler.passes == [list(range(10))]
     assert (loop.passes, loop.pass_rows, loop.pass_tokens) == (1, 10, 10)
     assert loop.pass_seconds > 0
-    assert loop.waiting == 0
+    assert loop.pending_work == 0
 
 
 async def test_the_budget_cuts_passes_in_order() -> None:
@@ -100,7 +100,7 @@ async def test_withdrawn_work_is_never_run() -> None:
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert [r for r in results if isinstance(r, int)] == [2, 4, 10]
     assert [work for works in doubler.passes for work in works] == [1, 2, 5]
-    assert loop.waiting == 0
+    assert loop.pending_work == 0
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
@@ -124,7 +124,7 @@ async def test_with_a_thread_the_event_loop_stays_responsive(cancelled: bool) ->
         assert await second == 4
         if not cancelled:
             assert await first == 2
-    assert loop.waiting == 0
+    assert loop.pending_work == 0
 
 
 async def test_a_cancelled_submitter_is_withdrawn_while_a_pass_runs() -> None:
@@ -139,11 +139,11 @@ async def test_a_cancelled_submitter_is_withdrawn_while_a_pass_runs() -> None:
         loop = BatchLoop(run, PassLimits(1, 64), executor)
         tasks = [asyncio.ensure_future(loop.submit(work, 1)) for work in range(3)]
         async with asyncio.timeout(10):
-            while loop.waiting != 2:
+            while loop.pending_work != 2:
                 await asyncio.sleep(0)
         tasks[1].cancel()
         await asyncio.gather(tasks[1], return_exceptions=True)
-        assert loop.waiting == 1
+        assert loop.pending_work == 1
         may_end.set()
         assert await tasks[0] == 0
         assert await tasks[2] == 4
