@@ -98,11 +98,6 @@ class GrpcStateLink:
         self._tasks: list[asyncio.Task[None]] = []
         self._broken: str | None = None
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the updates that have begun and have no receipt."""
-        return sum(one.num_bytes for one in self._on_the_way.values())
-
     def open(self, row_id: str) -> None:
         """Starts to carry a row."""
         self._next_index[row_id] = 0

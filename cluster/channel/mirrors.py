@@ -34,11 +34,6 @@ class Mirrors:
     def __len__(self) -> int:
         return len(self._rows)
 
-    @property
-    def num_assemblies(self) -> int:
-        """Rows with an unfinished update."""
-        return sum(mirror.assembly is not None for mirror in self._rows.values())
-
     def open(self, row_id: str) -> None:
         """Starts to follow a row."""
         self.forget(row_id)

@@ -70,11 +70,6 @@ class StateReceiver:
         """Rows that are followed."""
         return len(self._mirrors)
 
-    @property
-    def num_unfinished(self) -> int:
-        """Rows of whose next update a part is held."""
-        return self._mirrors.num_assemblies
-
     def open(self, row_id: str) -> None:
         """Starts to follow a row."""
         self._mirrors.open(row_id)

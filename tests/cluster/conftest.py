@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.cluster.harness import LIVE, WatchedAssembly
+
 LIMIT_S = 60
 
 
@@ -23,3 +25,10 @@ def bounded() -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(autouse=True)
+def watched_assemblies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets `num_unfinished` see what receivers of this process hold."""
+    LIVE.clear()
+    monkeypatch.setattr("twotower.cluster.channel.receiver.Assembly", WatchedAssembly)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
+from weakref import ReferenceType, WeakSet, ref
 
 import grpc
 import pytest
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.random_model import small_config
+from twotower.cluster.channel.assembly import Assembly
 from twotower.cluster.channel.grpc import METHOD, TOKEN_KEY, TRANSPORT_KEY, GrpcStateLink, LinkSpec
 from twotower.cluster.channel.receiver import StateReceiver
 from twotower.protos.v1 import state_pb2
@@ -67,6 +70,22 @@ class Recorder:
 
     def of(self, row_id: str) -> list[StateUpdate]:
         return [update for row, update in self.updates if row == row_id]
+
+
+class WatchedAssembly(Assembly):
+    """An assembly that `num_unfinished` counts for as long as anything holds it."""
+
+    def __init__(self, header: state_pb2.StateHeader, *, keep: bool) -> None:
+        super().__init__(header, keep=keep)
+        LIVE.add(self)
+
+
+LIVE: WeakSet[WatchedAssembly] = WeakSet()
+
+
+def num_unfinished() -> int:
+    """Updates of rows of which a receiver holds a part."""
+    return sum(one.keep and bool(one.header.row_id) for one in LIVE)
 
 
 class Channel:
@@ -156,6 +175,17 @@ def shares_of(plan: UpdatePlan, seed: int) -> list[tuple[str, int, Tensor]]:
         for layer in range(2)
         for name, shape in shapes.items()
     ]
+
+
+def references(shares: Sequence[tuple[str, int, Tensor]]) -> list[ReferenceType[Tensor]]:
+    """Weak references to the tensors of shares; see `is_let_go`."""
+    return [ref(tensor) for _, _, tensor in shares]
+
+
+def is_let_go(references: Sequence[ReferenceType[Tensor]]) -> bool:
+    """True once nothing holds any of the tensors."""
+    gc.collect()
+    return all(reference() is None for reference in references)
 
 
 def assert_holds(update: StateUpdate, shares: Sequence[tuple[str, int, Tensor]]) -> None:

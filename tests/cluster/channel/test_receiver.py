@@ -9,7 +9,7 @@ import grpc
 import pytest
 import torch
 
-from tests.cluster.harness import CONFIG, DTYPE, Channel, Recorder, send
+from tests.cluster.harness import CONFIG, DTYPE, Channel, Recorder, num_unfinished, send
 from twotower.cluster.channel import framing
 from twotower.protos.v1 import state_pb2
 from twotower.towers.state.update import UpdatePlan
@@ -127,7 +127,7 @@ async def test_broken_frames_end_their_stream_only(
         await channel.raw(*(one.SerializeToString() for one in frames))
     assert caught.value.code() == code
     assert named in (caught.value.details() or "")
-    assert channel.receiver.num_unfinished == 0
+    assert num_unfinished() == 0
     await send(link, "b", NEXT)
     assert channel.recorder.positions == {"b": 8}
 
