@@ -13,7 +13,7 @@ Placement = Literal["separate", "colocated", "ar_only"]
 REPLICA_BUNDLE, CONTEXT_BUNDLE, DENOISER_BUNDLE = range(3)
 # The replica only passes messages on; its share keeps Ray from packing too many on a core.
 REPLICA_CPUS = 0.1
-# Without a queue limit of its own a pair still has the router's.
+# A pair without a limit of queued rows still has that of the router.
 MOST_QUEUED = 4096
 _WIDEST_DTYPE_BYTES = 4
 # max_context counts tokens, a row's capacity whole blocks.
@@ -85,7 +85,7 @@ class PairTopology:
 
     @property
     def actors(self) -> int:
-        """Processes that hold towers."""
+        """Number of processes that hold towers."""
         return 1 + self.denoisers_per_context if self.placement == "separate" else 1
 
     def bundles(self) -> list[dict[str, float]]:

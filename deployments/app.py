@@ -1,4 +1,4 @@
-"""From a config to a Serve application: the one file that names replicas and resources."""
+"""The Serve application of a config; no other file names replicas and resources."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def build_app(
     topology: PairTopology | None = None,
     router_class: type[Router] = Router,
 ) -> Application:
-    """The application of a config; `topology` replaces the config's own.
+    """The application of a config; `topology` replaces that of the config.
 
     Raises CheckpointError if the checkpoint cannot be served, ConfigError for labels that Ray does
     not take.
@@ -76,7 +76,7 @@ def build_app(
 def build_app_from_settings(settings: dict[str, Any]) -> Application:
     """Entry for Serve's own config files: `args` of the application are ServiceConfig's fields.
 
-    Raises ConfigError for wrong ones, and for pairs that the cluster can never have room for.
+    Raises ConfigError for wrong fields, and for pairs that the cluster can never have room for.
     """
     config = ServiceConfig.from_settings(settings)
     app = build_app(config, router_class=WatchedRouter)
@@ -105,14 +105,14 @@ def check_room(
 
 
 def this_machine() -> Host:
-    """What a service in processes of its own has here."""
+    """This machine's CPUs and GPUs, for a service in processes started here."""
     resources = {"CPU": max(usable_cpus(), _LEAST_CPUS), "GPU": torch.cuda.device_count()}
     return Host("this machine", resources)
 
 
 def _need(config: ServiceConfig) -> Need:
     scaling = config.autoscaling
-    # With none at first there is one as soon as somebody asks.
+    # With no pair at first there is one as soon as a request comes.
     pairs = config.num_pairs if scaling is None else max(1, scaling.min_pairs)
     return Need(
         setting="num_pairs" if scaling is None else "autoscaling.min_pairs",
@@ -126,7 +126,7 @@ def _need(config: ServiceConfig) -> Need:
 
 
 def _placed(pair: Deployment, config: ServiceConfig, topology: PairTopology) -> Deployment:
-    """Where a pair's replica and towers go."""
+    """The deployment with the placement of a pair's replica and towers."""
     bundles = topology.bundles()
     try:
         return pair.options(
@@ -141,7 +141,7 @@ def _placed(pair: Deployment, config: ServiceConfig, topology: PairTopology) -> 
 
 
 def _watching(config: ServiceConfig) -> dict[str, float]:
-    """How often Serve asks whether a replica works, and how long it lets one end its streams."""
+    """Serve's periods of health checks, and the time for a replica to end its streams."""
     return {
         "health_check_period_s": config.health_check_period_s,
         "health_check_timeout_s": config.health_check_timeout_s,

@@ -30,7 +30,7 @@ RENAMED = {"threads_per_tower": "num_threads"}
 
 
 class ServiceConfig(BaseModel):
-    """What is served, on what, and within which limits.
+    """Model, hardware and limits of a service.
 
     Every field can be set in a YAML file of the same names (`ServiceConfig.from_file`) or by the
     options of `twotower serve`.
@@ -247,7 +247,7 @@ class ServiceConfig(BaseModel):
 
     def topology(self) -> PairTopology:
         """The layout of a pair."""
-        # Actors run in folders of their own: a relative path would lead nowhere there.
+        # Actors run in other folders: a relative path would lead nowhere there.
         return self._topology(str(resolve_checkpoint(self.model).resolve()))
 
     def _topology(self, model_path: str) -> PairTopology:

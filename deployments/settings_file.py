@@ -1,4 +1,4 @@
-"""Settings as a YAML file has them: names and values, before anybody knows what they mean."""
+"""Names and values of a YAML file of settings, before they are checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from twotower.towers.errors import ConfigError
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """What a settings file holds. Raises ConfigError, with the line where one is known."""
+    """The mapping in a settings file. Raises ConfigError, with the line if it is known."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -36,7 +36,7 @@ def check_names(settings: Mapping[Any, Any], above: str = "") -> None:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with a file and where, as far as is known, in one line."""
+    """The reason why a file cannot be read and the line, as far as known, in one line."""
     reason = type(error).__name__
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         reason += f" in line {error.problem_mark.line + 1}: {error.problem}"

@@ -1,4 +1,4 @@
-"""What comes in over the wire, before anybody works on it: how long it is, whether it is a message.
+"""Checks of incoming bytes before they are parsed: their length, and whether they are a message.
 
 gRPC answers a message that it cannot parse with UNKNOWN and the name of a Python class. Here the
 parser gives a refusal in place of a message instead, and the handler answers with that.
@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from twotower.protos.refusals import too_long
 
 # gRPC's own default, which Serve's proxies replace by 2 GiB unless this variable says otherwise. A
-# message is in memory before anybody here can look at it.
+# message is in memory before it can be looked at here.
 MAX_MESSAGE_BYTES = 4 << 20
 MESSAGE_VARIABLE = "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
 # What gRPC counts with 31 bits.
@@ -46,7 +46,7 @@ def message_limit(environment: Mapping[str, str]) -> int:
 def longest_request(max_context: int, token_bytes: int | None) -> int:
     """Bytes of the longest message that a request of so many tokens can be.
 
-    `token_bytes` is the most text that a token can stand for, None if nobody knows: then gRPC's
+    `token_bytes` is the most text that a token can stand for, None if it is not known: then gRPC's
     default, or what ids need if that is more.
     """
     ids = _ID_BYTES * max_context

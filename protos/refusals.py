@@ -61,7 +61,7 @@ def retry_after_of(details: str) -> float | None:
 
 
 def too_long(size: int, limit: int) -> InvalidRequestError:
-    """What is said of a message that is too long, wherever that is found out."""
+    """The refusal of a message that is too long."""
     return InvalidRequestError("message", size, f"at most {limit} bytes")
 
 
@@ -71,10 +71,10 @@ def marked(details: str) -> str:
 
 
 def shown(code: grpc.StatusCode, details: str) -> tuple[grpc.StatusCode, str]:
-    """What a client reads of a status: a marked text as it was made, of all others none.
+    """Code and text of a status for a client: a marked text as it was made, of all others none.
 
-    Serve's proxy fills in an exception's text where nobody else has set one; of a replica that has
-    died it names class, actor, process, namespace and address.
+    Serve's proxy fills in an exception's text where none was set; of a replica that has died it
+    names class, actor, process, namespace and address.
     """
     if details.startswith(OWN):
         return code, details.removeprefix(OWN)
@@ -82,7 +82,7 @@ def shown(code: grpc.StatusCode, details: str) -> tuple[grpc.StatusCode, str]:
 
 
 def client_status(code: grpc.StatusCode, details: str) -> tuple[grpc.StatusCode, str]:
-    """What a client makes of a status that it has received.
+    """Code and text that a client shows for a status that it has received.
 
     A service that is not behind this package's own proxies may name its processes, and gRPC calls a
     message that is too long a lack of resources, which waiting would cure.
@@ -91,20 +91,20 @@ def client_status(code: grpc.StatusCode, details: str) -> tuple[grpc.StatusCode,
     if found is not None and code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         size, limit = map(int, found.groups())
         return grpc.StatusCode.INVALID_ARGUMENT, str(too_long(size, limit))
-    # What this package has written may name a request, and that anything.
-    own = code == grpc.StatusCode.INVALID_ARGUMENT or is_own_internal(details)
-    if not own and _PLATFORM.search(details):
+    # A text of this package may name a request, whose name may be anything.
+    ours = code == grpc.StatusCode.INVALID_ARGUMENT or is_own_internal(details)
+    if not ours and _PLATFORM.search(details):
         return grpc.StatusCode.UNAVAILABLE, LOST_TEXT
     return code, details
 
 
 def is_lost(details: str) -> bool:
-    """Whether a server process has gone while it held the request, as far as the service knows."""
+    """True if a status says that a server process has gone while it held the request."""
     return details == LOST_TEXT
 
 
 def is_own_internal(details: str) -> bool:
-    """Whether the service itself has failed a request as INTERNAL.
+    """True if the service itself has failed a request as INTERNAL.
 
     Otherwise the process that held it has gone: Serve's proxy reports that with the same code.
     """

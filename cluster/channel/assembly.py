@@ -1,4 +1,4 @@
-"""The receiver's side of one update: what its pieces become, and when it is complete."""
+"""The receiver's side of an update: its pieces put together to shares of layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Assembly:
 
     A layer's share that comes in one piece stays where it arrived; others are put together. With
     `keep` false, or once discarded, the bytes are only counted: a stream has to be read past
-    updates that nobody wants.
+    updates that are not kept.
     """
 
     def __init__(self, header: state_pb2.StateHeader, *, keep: bool) -> None:
@@ -50,7 +50,7 @@ class Assembly:
     def fill(self, pieces: Iterable[state_pb2.Piece], data: Tensor) -> None:
         """Takes the bytes of announced pieces, uint8 [n], one after the other.
 
-        Shares become views of `data`, which nobody may change from now on.
+        Shares become views of `data`, which may not change from now on.
         """
         if not self.keep:
             return
@@ -74,7 +74,7 @@ class Assembly:
         return {part.name: part.all_shares() for part in self._parts}
 
     def weights(self) -> dict[str, Tensor]:
-        """Complete replay weights; they own their memory."""
+        """Complete replay weights, copied out of the frames."""
         return {name: whole.clone() for name, (whole,) in self.tensors().items()}
 
     def update(self) -> StateUpdate:
@@ -138,7 +138,7 @@ class _Part:
             self._add(data, 1)
 
     def _add(self, data: Tensor, count: int) -> None:
-        """Takes whole shares."""
+        """Appends `count` whole shares, whose bytes are `data`."""
         width = self._dtype.itemsize
         if data.data_ptr() % width or data.storage_offset() % width:
             data = data.clone()

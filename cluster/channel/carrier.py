@@ -1,4 +1,4 @@
-"""How the bytes of a frame's pieces travel: inside the frame, or beside it through a group."""
+"""Carriers of the bytes of a frame's pieces: inside the frame, or beside it through a group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from twotower.cluster.channel.framing import CHUNK_BYTES, FrameError, Memory
 from twotower.cluster.channel.process_group import GROUP_FRAME_BYTES, GroupEnd
 
 with warnings.catch_warnings():
-    # torch warns once that frombuffer's memory is not to be written; nobody writes to an update.
+    # torch warns once that frombuffer's memory is not to be written; updates are only read.
     warnings.simplefilter("ignore")
     torch.frombuffer(bytes(1), dtype=torch.uint8)
 
@@ -25,7 +25,7 @@ class CarrierError(RuntimeError):
 
 
 class Carrier(Protocol):
-    """One end of a link's way for bytes.
+    """One end of the transport of a link's bytes.
 
     A frame has at most `frame_bytes` of them; they lie on `device` at both ends.
     """
@@ -34,7 +34,7 @@ class Carrier(Protocol):
     device: torch.device
 
     def payload(self, slices: Sequence[Tensor]) -> list[Memory]:
-        """What of the bytes goes into the frame itself; read while the tensors live."""
+        """The bytes that go into the frame itself; read while the tensors live."""
 
     async def send(self, slices: Sequence[Tensor]) -> None:
         """Called when the frame is written: sends what did not go into it.
@@ -61,17 +61,17 @@ class InFrame:
 
     def payload(self, slices: Sequence[Tensor]) -> list[Memory]:
         # Through the address: views and arrays of small shares cost more than their bytes.
-        return [(ctypes.c_char * one.nbytes).from_address(one.data_ptr()) for one in slices]
+        return [(ctypes.c_char * part.nbytes).from_address(part.data_ptr()) for part in slices]
 
     async def send(self, slices: Sequence[Tensor]) -> None:
-        """Nothing is left to send."""
+        """Does nothing: the frame had all bytes."""
 
     async def receive(self, size: int, payload: memoryview) -> Tensor:
         check_size(size, len(payload), self.frame_bytes)
         return torch.frombuffer(payload, dtype=torch.uint8) if size else torch.empty(0)
 
     def close(self) -> None:
-        """Nothing is on the way."""
+        """Does nothing: no bytes travel beside the frames."""
 
 
 class BesideFrame:
@@ -93,7 +93,7 @@ class BesideFrame:
             return
         # One transfer a frame: what the peers agree on for each costs more than a copy. The next
         # frame is announced while these bytes go: the receiver never waits for news.
-        flat = [one.view(-1).view(torch.uint8) for one in slices]
+        flat = [part.view(-1).view(torch.uint8) for part in slices]
         whole = flat[0] if len(flat) == 1 else torch.cat(flat)
         before, self._last = self._last, self._end.send(whole)
         self._last.add_done_callback(self._look_at)

@@ -1,4 +1,4 @@
-"""Faults put into a link on purpose, to see what becomes of its rows: for tests and chaos runs."""
+"""Faults put into a link on purpose, for tests and chaos runs of its rows."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class FaultyLink:
         self._link.check()
 
     async def close(self) -> None:
-        """Ends the link."""
+        """Closes the link below."""
         await self._link.close()
 
     async def disturb(self) -> None:
-        """What befalls an update that is about to end."""
+        """Delays the update, and cuts the link at the update `cut_at`."""
         if self._faults.delay_s:
             await asyncio.sleep(self._faults.delay_s)
         self._updates += 1

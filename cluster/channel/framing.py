@@ -70,7 +70,7 @@ class Piece:
 def make_header(
     plan: UpdatePlan, tensors: Mapping[str, Tensor], *, row_id: str, epoch: int, block_index: int
 ) -> state_pb2.StateHeader:
-    """The header of an update. Raises ValueError for a dtype that the wire does not know."""
+    """The header of an update. Raises ValueError for a dtype that frames do not carry."""
     return state_pb2.StateHeader(
         epoch=epoch,
         row_id=row_id,
@@ -89,7 +89,7 @@ def make_weights_header(tensors: Mapping[str, Tensor], epoch: int) -> state_pb2.
 
 
 def plan_of(header: state_pb2.StateHeader) -> UpdatePlan:
-    """What a checked header of a row says about its update."""
+    """Kind, start and position of a row's update, from its checked header."""
     return UpdatePlan(_KIND_NAMES[header.kind], header.start, header.position)
 
 

@@ -3,7 +3,7 @@
 One bidirectional gRPC stream per link carries frames of many rows' updates, written by one task in
 turn, some frames of each at a time. A row has at most one update on the way and HTTP/2 flow control
 holds the writer back, which bounds what a slow receiver makes the sender hold. A stream that broke
-stays broken: whoever owns the pair replaces the link whole.
+stays broken: the pair replaces the link whole.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _Broken = (grpc.aio.AioRpcError, asyncio.InvalidStateError, CarrierError, Unavai
 
 @dataclass(frozen=True)
 class LinkSpec:
-    """Where a link leads: `host:port`, the pair's secret, the link's incarnation, and what carries
+    """The peer of a link (`host:port`), the pair's secret, the link's epoch, and the transport of
     the bytes. The port of a process group's store comes with the receiver's admission."""
 
     address: str
@@ -63,7 +63,7 @@ class LinkSpec:
 class GrpcStateLink:
     """The sending side; fulfils `StateLink`. Use it from one event loop only.
 
-    Updates leave from `device` (the tower's own for NCCL, otherwise the CPU) as `dtype`, the
+    Updates leave from `device` (that of the tower for NCCL, otherwise the CPU) as `dtype`, the
     tower's; shares that are there already are read where they stand. `replay_tensors` are the
     context tower's, sent when the stream opens: with them the receiver replays deltas.
     """
@@ -114,7 +114,7 @@ class GrpcStateLink:
             raise UnavailableError(f"the state link is broken: {self._broken}")
 
     def begin(self, row_id: str, state: ContextState, plan: UpdatePlan) -> UpdateWriter:  # noqa: ARG002
-        """Starts the row's next update; one of a row that is not open is passed over.
+        """Starts the row's next update; that of a row that is not open is dropped.
 
         Raises ValueError if the one before it has not finished, UnavailableError on a broken link.
         """
@@ -130,36 +130,36 @@ class GrpcStateLink:
             epoch=self._spec.epoch,
             block_index=self._next_index.get(row_id, 0),
         )
-        one = Outgoing(self._sequence, header, builder, self._wake_from_thread)
+        update = Outgoing(self._sequence, header, builder, self._wake_from_thread)
         if row_id in self._next_index:
-            self._on_the_way[row_id] = self._unsent[one.sequence] = one
-            self._unanswered[one.sequence] = one
+            self._on_the_way[row_id] = self._unsent[update.sequence] = update
+            self._unanswered[update.sequence] = update
             self._start()
         else:
-            one.drop()
-        return _Writer(self, one)
+            update.drop()
+        return _Writer(self, update)
 
-    def abort(self, one: Outgoing) -> None:
+    def abort(self, update: Outgoing) -> None:
         """Gives an update up unless it has finished."""
-        if one.finished:
+        if update.finished:
             return
-        one.drop()
-        if not one.begun:
-            self._unsent.pop(one.sequence, None)
-        self._settled(one)
+        update.drop()
+        if not update.begun:
+            self._unsent.pop(update.sequence, None)
+        self._settled(update)
         self._wake.set()
 
-    async def finish(self, one: Outgoing) -> None:
+    async def finish(self, update: Outgoing) -> None:
         """Sends the rest of an update and waits for its receipt. Raises UnavailableError."""
         self.check()
-        if one.dropped:
+        if update.dropped:
             return
-        if not one.complete:
-            raise ValueError(f"row {one.header.row_id!r}: got an update that lacks shares")
-        one.finished = True
+        if not update.complete:
+            raise ValueError(f"row {update.header.row_id!r}: got an update that lacks shares")
+        update.finished = True
         self._wake.set()
-        # Shielded: the update goes on to the mirror although nobody waits for it any more.
-        task = asyncio.ensure_future(self._receipt(one))
+        # Shielded: the update goes on to the mirror even if its waiter was cancelled.
+        task = asyncio.ensure_future(self._receipt(update))
         task.add_done_callback(_retrieve)
         outcome = await asyncio.shield(task)
         if outcome == state_pb2.StateReceipt.OUTCOME_STALE:
@@ -178,27 +178,27 @@ class GrpcStateLink:
         if self._channel is not None:
             await self._channel.close(grace=None)
 
-    async def _receipt(self, one: Outgoing) -> int:
+    async def _receipt(self, update: Outgoing) -> int:
         try:
             # Without a limit as a whole: the writer gives up when nothing moves any more.
-            await one.written
+            await update.written
             async with asyncio.timeout(self._timeout):
-                outcome = await one.receipt
+                outcome = await update.receipt
         except TimeoutError:
             self._break(f"no receipt within {self._timeout:g} s")
             raise UnavailableError("the denoiser tower does not answer") from None
         finally:
-            self._settled(one)
+            self._settled(update)
         if outcome != state_pb2.StateReceipt.OUTCOME_REFUSED:
-            row_id = one.header.row_id
+            row_id = update.header.row_id
             if row_id in self._next_index:
-                self._next_index[row_id] = one.header.block_index + 1
+                self._next_index[row_id] = update.header.block_index + 1
         return outcome
 
-    def _settled(self, one: Outgoing) -> None:
-        self._unanswered.pop(one.sequence, None)
-        if self._on_the_way.get(one.header.row_id) is one:
-            del self._on_the_way[one.header.row_id]
+    def _settled(self, update: Outgoing) -> None:
+        self._unanswered.pop(update.sequence, None)
+        if self._on_the_way.get(update.header.row_id) is update:
+            del self._on_the_way[update.header.row_id]
 
     def _wake_from_thread(self) -> None:
         # A busy sender looks again by itself.
@@ -223,41 +223,41 @@ class GrpcStateLink:
             while True:
                 # Idle before the last look: a share put in between still wakes.
                 self._idle = True
-                if not (ready := [one for one in self._unsent.values() if one.ready]):
+                if not (ready := [update for update in self._unsent.values() if update.ready]):
                     await self._wake.wait()
                 self._wake.clear()
                 self._idle = False
-                for one in ready:
-                    await self._send_turn(one)
+                for update in ready:
+                    await self._send_turn(update)
         except TimeoutError:
             self._break(f"nothing moved within {self._timeout:g} s")
         except _Broken as error:
             self._break(await self._reason(error))
 
-    async def _send_turn(self, one: Outgoing) -> None:
+    async def _send_turn(self, update: Outgoing) -> None:
         # Several frames at once: a block's delta arrives before the next begins, and the receiver
         # holds one rather than a part of each. A long update still lets the others in between.
         sent = 0
-        while sent < TURN_BYTES and one.ready and one.sequence in self._unsent:
-            before = one.sent_bytes
-            await self._send_frame(one)
-            sent += one.sent_bytes - before
+        while sent < TURN_BYTES and update.ready and update.sequence in self._unsent:
+            before = update.sent_bytes
+            await self._send_frame(update)
+            sent += update.sent_bytes - before
 
-    async def _send_frame(self, one: Outgoing) -> None:
-        if one.dropped:
-            if self._unsent.pop(one.sequence, None) and one.begun:
-                await self._write(framing.encode(one.sequence, aborted=True))
+    async def _send_frame(self, update: Outgoing) -> None:
+        if update.dropped:
+            if self._unsent.pop(update.sequence, None) and update.begun:
+                await self._write(framing.encode(update.sequence, aborted=True))
             return
-        pieces, slices = one.take(self._carrier.frame_bytes)
-        header = None if one.begun else one.header
-        one.begun, last = True, one.sent
+        pieces, slices = update.take(self._carrier.frame_bytes)
+        header = None if update.begun else update.header
+        update.begun, last = True, update.sent
         if last:
-            del self._unsent[one.sequence]
+            del self._unsent[update.sequence]
         payload = self._carrier.payload(slices)
-        await self._write(framing.encode(one.sequence, pieces, payload, header, finished=last))
+        await self._write(framing.encode(update.sequence, pieces, payload, header, finished=last))
         await self._carrier.send(slices)
-        if last and not one.written.done():
-            one.written.set_result(None)
+        if last and not update.written.done():
+            update.written.set_result(None)
 
     async def _send_weights(self) -> None:
         if not self._replay_tensors:
@@ -338,9 +338,9 @@ class GrpcStateLink:
         if self._broken is not None:
             return
         self._broken = reason
-        for one in self._unanswered.values():
-            one.drop()
-            one.fail(UnavailableError(f"the state link is broken: {reason}"))
+        for update in self._unanswered.values():
+            update.drop()
+            update.fail(UnavailableError(f"the state link is broken: {reason}"))
         self._unsent.clear()
         if self._call is not None:
             self._call.cancel()
@@ -348,7 +348,7 @@ class GrpcStateLink:
 
 
 class _Writer:
-    """What an engine holds of an update; fulfils `UpdateWriter`."""
+    """The engine's end of an update; fulfils `UpdateWriter`."""
 
     takes_shares = True
 
@@ -367,6 +367,6 @@ class _Writer:
 
 
 def _retrieve(task: asyncio.Task[int]) -> None:
-    """Marks a failure as seen: whoever was waiting may have been cancelled."""
+    """Marks a failure as seen: the waiter may have been cancelled."""
     if not task.cancelled():
         task.exception()

@@ -40,15 +40,17 @@ class LinkFan:
         last = self._links.get(index)
         self._links[index] = link
         if last is not None:
-            self._lost |= {row_id for row_id, own in self._index.items() if own == index}
+            self._lost |= {
+                row_id for row_id, link_index in self._index.items() if link_index == index
+            }
             await last.close()
 
     def broken(self) -> list[int]:
-        """Links that do not work any more."""
+        """Indices of the links that do not work any more."""
         return [index for index, link in self._links.items() if _is_broken(link)]
 
     def assign(self, row_id: str, index: int) -> None:
-        """Which link a row that is about to be opened will take."""
+        """Sets the link of a row that is about to be opened."""
         self._index[row_id] = index
 
     def open(self, row_id: str) -> None:
@@ -57,7 +59,7 @@ class LinkFan:
         self._links[index].open(row_id)
 
     def move(self, row_id: str, index: int) -> None:
-        """Carries a row over another link from now on, or over its own as if it were new."""
+        """Carries a row over another link from now on, or over the same one as if it were new."""
         self._links[self._index[row_id]].forget(row_id)
         self._index[row_id] = index
         self._links[index].open(row_id)
@@ -71,20 +73,20 @@ class LinkFan:
             self._links[index].forget(row_id)
 
     def begin(self, row_id: str, state: ContextState, plan: UpdatePlan) -> UpdateWriter:
-        """Starts the row's next update; a lost row's goes nowhere."""
+        """Starts the row's next update; that of a lost row is dropped."""
         link = self._links[self._index.get(row_id, 0)]
         if row_id in self._lost or _is_broken(link):
             self.lose(row_id)
-            return _Nowhere()
-        return _Forgiving(self, row_id, link.begin(row_id, state, plan))
+            return _DroppingWriter()
+        return _ForgivingWriter(self, row_id, link.begin(row_id, state, plan))
 
     def lose(self, row_id: str) -> None:
-        """Takes note that the row's mirror has missed an update."""
+        """Notes that the row's mirror has missed an update."""
         if row_id in self._index:
             self._lost.add(row_id)
 
     async def close(self) -> None:
-        """Ends all links."""
+        """Closes every link."""
         for link in self._links.values():
             await link.close()
 
@@ -97,23 +99,23 @@ def _is_broken(link: Link) -> bool:
     return False
 
 
-class _Nowhere:
-    """An update that nobody will get."""
+class _DroppingWriter:
+    """A no-op writer, for the update of a lost row."""
 
     takes_shares = False
 
     def put(self, name: str, layer: int, tensor: Tensor) -> None:
-        """Dropped."""
+        """Drops the share."""
 
     async def finish(self) -> None:
-        """At once."""
+        """Returns at once."""
 
     def abort(self) -> None:
-        """Nothing to give up."""
+        """Does nothing."""
 
 
-class _Forgiving:
-    """An update whose failure loses the mirror and not the row."""
+class _ForgivingWriter:
+    """A writer whose failure loses the row's mirror and not the row."""
 
     def __init__(self, fan: LinkFan, row_id: str, writer: UpdateWriter) -> None:
         self.takes_shares = writer.takes_shares

@@ -1,4 +1,4 @@
-"""What a receiver remembers of the rows that it follows: epochs, order, and unfinished updates."""
+"""Rows that a receiver follows: epochs, order of updates, and unfinished updates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Outcome = state_pb2.StateReceipt.Outcome
 
 @dataclass
 class _Mirror:
-    """How far one row has been followed, and what has arrived of its next update."""
+    """Epoch and index of a row's next update, and the part of it that has arrived."""
 
     epoch: int = 0
     next_index: int = 0
@@ -46,7 +46,7 @@ class Mirrors:
             mirror.assembly.discard()
 
     def admit(self, header: state_pb2.StateHeader) -> bool:
-        """Whether what a header announces is worth keeping; ends older epochs.
+        """True if the update that a header announces is to be kept; ends older epochs.
 
         Raises FrameError if the row has an unfinished update already.
         """
@@ -76,7 +76,7 @@ class Mirrors:
             mirror.assembly = assembly
 
     def drop(self, assembly: Assembly) -> None:
-        """Forgets an unfinished update."""
+        """Drops an unfinished update."""
         mirror = self._rows.get(assembly.header.row_id)
         if mirror is not None and mirror.assembly is assembly:
             mirror.assembly = None

@@ -1,6 +1,6 @@
-"""NCCL's member of a link's group: bytes from GPU to GPU, on a stream of their own.
+"""NCCL's member of a link's group: bytes from GPU to GPU, on a separate stream.
 
-What differs from gloo: a transfer is a kernel that spins until the peer's runs, so one whose peer
+Differences from gloo: a transfer is a kernel that spins until the peer's runs, so one whose peer
 has gone ends only when the communicator is aborted; messages have no tags and pair by their order;
 the first message between two GPUs sets up their connection and waits for the peer without a limit.
 Two members on one GPU are refused by NCCL.
@@ -40,7 +40,7 @@ class Work(Protocol):
     """A transfer that has begun."""
 
     def is_completed(self) -> bool:
-        """Whether it has ended, well or not."""
+        """True once it has ended, well or not."""
 
     def wait(self) -> bool:
         """Raises RuntimeError if it has failed."""
@@ -59,7 +59,7 @@ class NcclMember:
         self._peer = SENDER if rank == RECEIVER else RECEIVER
         self._timeout = timeout_s
         self._left = False
-        # Before anything of NCCL, which would wait for ever.
+        # Before anything of NCCL, which would wait without end.
         store.set(_PRESENT.format(rank), "1")
         store.wait([_PRESENT.format(self._peer)], timedelta(seconds=timeout_s))
         store.set_timeout(timedelta(seconds=PATIENCE_S))
@@ -78,8 +78,8 @@ class NcclMember:
     def mark(self) -> Any:
         """This point in the caller's stream.
 
-        Before it the bytes to send are computed, and whoever had the memory to receive into before
-        has done with it.
+        Before it the bytes to send are computed, and the memory to receive into is no
+        longer in use.
         """
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._stream.device))

@@ -1,4 +1,4 @@
-"""The sender's side of one update, between the thread that computes it and the stream."""
+"""The sender's side of an update, between the thread that computes it and the stream."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ShareQueue:
     def take(self, limit: int) -> tuple[list[Piece], list[Tensor]]:
         """The next frame's pieces, at most `limit` bytes, and their contiguous tensors.
 
-        Only a share above the limit is cut: the receiver need not copy one that arrives whole.
+        Only a share above the limit is cut: the receiver need not copy a share that arrives whole.
         Shares of one tensor are put together, so that a frame has few pieces.
         """
         chosen, room = list[tuple[int, int, int, Tensor]](), limit
@@ -49,7 +49,7 @@ class ShareQueue:
         return _merged(chosen), [share for _, _, _, share in chosen]
 
     def clear(self) -> None:
-        """Lets go of everything."""
+        """Drops all shares."""
         self._waiting.clear()
 
 
@@ -114,17 +114,17 @@ class Outgoing:
 
     @property
     def complete(self) -> bool:
-        """Whether every share has been put."""
+        """True once every share has been put."""
         return self._builder.complete
 
     @property
     def ready(self) -> bool:
-        """Whether a frame is worth writing now."""
+        """True if there is enough for a frame."""
         return self.finished or self.dropped or self._put - self.sent_bytes >= CHUNK_BYTES
 
     @property
     def sent(self) -> bool:
-        """Whether what was taken is all that there will be."""
+        """True once all bytes of a finished update were taken."""
         return self.finished and self.sent_bytes == self.num_bytes
 
     def take(self, limit: int) -> tuple[list[Piece], list[Tensor]]:
@@ -134,7 +134,7 @@ class Outgoing:
         return pieces, slices
 
     def fail(self, error: Exception) -> None:
-        """Tells whoever waits for the update."""
+        """Raises an error in the task that waits for the update."""
         for waiting in (self.written, self.receipt):
             if not waiting.done():
                 waiting.set_exception(error)

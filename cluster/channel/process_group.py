@@ -1,4 +1,4 @@
-"""The bytes of one link through a two-rank `torch.distributed` group of its own.
+"""The bytes of one link through a two-rank `torch.distributed` group.
 
 The group is made directly, not by `init_process_group`, so that one process may hold many links.
 Its two members meet at a store that the receiver opens for this link alone.
@@ -32,7 +32,7 @@ class Member(Protocol):
     group: Any
 
     def mark(self) -> Any:
-        """What has to come before a transfer that the caller starts now; for `exchange`."""
+        """A mark of the work that must end before a transfer that starts now; for `exchange`."""
 
     def exchange(self, verb: Verb, tensor: Tensor, mark: Any) -> None:
         """Sends or fills a uint8 tensor and returns when that is done. Raises RuntimeError."""
@@ -83,7 +83,7 @@ class GlooMember:
         self.group: Any = _dist.ProcessGroupGloo(store, rank, 2, options)
 
     def mark(self) -> Any:
-        """Nothing: bytes in the host's memory are there."""
+        """None: bytes in the host's memory are there."""
         return None
 
     def exchange(self, verb: Verb, tensor: Tensor, mark: Any) -> None:  # noqa: ARG002
@@ -103,7 +103,7 @@ class Rendezvous:
     def __init__(self, host: str) -> None:
         self._host = host.strip("[]")
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
-        # A socket of our own: by itself the store would listen on every interface.
+        # Given a socket, as the store itself would listen on every interface.
         with socket.create_server((self._host, 0), family=family) as listener:
             self.port: int = listener.getsockname()[1]
             self._store: Any = _dist.TCPStore(

@@ -67,7 +67,7 @@ class StateReceiver:
 
     @property
     def num_rows(self) -> int:
-        """Rows that are followed."""
+        """Number of rows that are followed."""
         return len(self._mirrors)
 
     def open(self, row_id: str) -> None:
@@ -107,7 +107,7 @@ class StateReceiver:
         carrier = await self._admit(context)
         stream = _Stream(self._mirrors, self._follow, self._max_update_bytes, carrier)
         try:
-            # What is unfinished goes first: once the sender knows, nothing of it is left.
+            # Unfinished updates are dropped first: nothing is left when the sender sees the end.
             try:
                 async for raw in frames:
                     receipt = await stream.take(raw)
@@ -154,7 +154,7 @@ class StateReceiver:
 
 
 class _Stream:
-    """The updates that one link has begun."""
+    """The unfinished updates of a link."""
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class _Stream:
         return self._finish(frame.sequence, assembly) if frame.finished else None
 
     def end(self) -> None:
-        """Drops what is unfinished."""
+        """Drops every unfinished update."""
         for assembly in self._assemblies.values():
             self._mirrors.drop(assembly)
         self._assemblies.clear()

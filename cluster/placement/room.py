@@ -1,6 +1,6 @@
-"""Whether a service's pairs have room: what they need beside what the hosts have, as arithmetic.
+"""Room for a service's pairs: the resources that they need, compared with those of the hosts.
 
-Ray waits for resources that do not exist, silently and for ever. So the two are compared first.
+Ray waits for resources that do not exist, silently and without end. So both are compared first.
 Only what can never fit is refused: totals count and not what is free now, and where placement is a
 matter of luck the luck is assumed.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 # Ray counts in steps of this much.
 _STEP = 1e-4
-# Hosts that an error names one by one.
+# Hosts that an error names.
 _NAMED_HOSTS = 4
 Resources = Mapping[str, float]
 
@@ -29,7 +29,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Need:
-    """What a service asks for: `pairs` pairs, of which `setting` says how many, and `routers`.
+    """Resources that a service asks for: `pairs` pairs, by the setting `setting`, and `routers`.
 
     `bundles` are a pair's parts as of `PairTopology.bundles`, all on one host if `one_host`, and on
     hosts that `labels` admit.
@@ -50,7 +50,7 @@ class Need:
 
 
 def lack_of_room(need: Need, hosts: Sequence[Host], where: str = "the cluster") -> str | None:
-    """Why the pairs can never all be there, in one line with the arithmetic; None if they may."""
+    """The reason why the pairs can never all fit, with the arithmetic; None if they may."""
     admitted = [host for host in hosts if _admits(need.labels, host)]
     reason = _lack_in_all(need, hosts, admitted, where) or _lack_on_hosts(need, admitted)
     return None if reason is None else f"no room for {need.setting} = {need.pairs}: {reason}"
@@ -76,8 +76,8 @@ def _lack_in_all(
 ) -> str | None:
     """The first resource of which all hosts together have too little."""
     pairs = f"{need.pairs} {'pair' if need.pairs == 1 else 'pairs'}"
-    for name, one in need.pair.items():
-        asked, has, terms = need.pairs * one, _total(admitted, name), f"{pairs} x {one:g} {name}"
+    for name, each in need.pair.items():
+        asked, has, terms = need.pairs * each, _total(admitted, name), f"{pairs} x {each:g} {name}"
         if name == "CPU" and not need.labels:
             # Routers go anywhere, so next to labels they say nothing about the pairs' hosts.
             asked += need.routers * need.router_cpus
@@ -93,7 +93,7 @@ def _lack_in_all(
 
 
 def _lack_on_hosts(need: Need, hosts: Sequence[Host]) -> str | None:
-    """Whether a pair, or a tower, is too large for the hosts one by one."""
+    """The reason why a pair or a tower is too large for each host; None if it is not."""
     parts = [need.pair] if need.one_host else list(need.bundles)
     for part in parts:
         if not any(_times(part, host) for host in hosts):
@@ -107,8 +107,10 @@ def _lack_on_hosts(need: Need, hosts: Sequence[Host]) -> str | None:
 
 
 def _times(part: Resources, host: Host) -> int:
-    """How often a part fits on a host."""
-    ratios = [(host.resources.get(name, 0.0) + _STEP) / one for name, one in part.items() if one]
+    """Number of times that a part fits on a host."""
+    ratios = [
+        (host.resources.get(name, 0.0) + _STEP) / share for name, share in part.items() if share
+    ]
     return int(min(ratios, default=1 << 30))
 
 
@@ -120,8 +122,8 @@ def _named(hosts: Sequence[Host]) -> str:
 
 
 def _admits(labels: Mapping[str, str], host: Host) -> bool:
-    """Whether a host's labels are those asked for. Ray's operators (`!`, `in(...)`) count as met:
-    here only what is certain is refused."""
+    """True if a host has the labels. Ray's operators (`!`, `in(...)`) count as met: here only what
+    is certain is refused."""
     return all(
         value.startswith(("!", "in(")) or host.labels.get(key) == value
         for key, value in labels.items()

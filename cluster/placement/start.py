@@ -95,7 +95,7 @@ class _Keeper:
         await self._towers[index].load()
 
     async def link(self, index: int) -> RemoteDenoiser:
-        """Links a loaded tower to the context tower."""
+        """Links the loaded tower in place `index` to the context tower."""
         token = secrets.token_hex(16)
         address = await self._towers[index].listen(token)
         self._links[index] = LinkSpec(address, token, 0, self._topology.transport)
@@ -115,7 +115,7 @@ def _actor(kind: type, topology: PairTopology, group: PlacementGroup | None, bun
         "num_cpus": topology.cpus_per_tower,
         "num_gpus": topology.gpus_per_tower,
         "max_concurrency": topology.max_concurrency(),
-        # A tower that died has lost its rows and its links: whoever started it decides.
+        # A tower that died has lost its rows and its links: the pair starts another.
         "max_restarts": 0,
     }
     if group is not None:

@@ -23,7 +23,7 @@ _RANDOM_BYTES = 8
 _SHARED_MEMORY = Path("/dev/shm")
 # Where a folder can be instead if TMPDIR is too long or not writable.
 _OTHER_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
-# They name a cluster, a job or a hook that a cluster of one's own has nothing to do with.
+# They name a cluster, a job or a hook that has nothing to do with a cluster started here.
 _OTHER_CLUSTER = (
     "RAY_ADDRESS",
     "RAY_CLIENT_MODE",
@@ -41,7 +41,7 @@ _READ_BY_RAY = ("RAY_", "GRPC_")
 
 @contextmanager
 def runtime_folder(environ: MutableMapping[str, str]) -> Iterator[Path]:
-    """A folder for a cluster of one's own, with the environment prepared for it; removed again."""
+    """A folder for a new cluster, with the environment prepared for it; removed again."""
     folder = make_folder()
     try:
         prepare(environ, folder)
@@ -66,7 +66,7 @@ def make_folder() -> Path:
 
 
 def shared_memory(folder: Path) -> str | None:
-    """Where Ray's object store goes: None is Ray's own choice, `folder` where that cannot be."""
+    """The folder of Ray's object store: None for Ray's default, `folder` where that cannot be."""
     return None if _writable(_SHARED_MEMORY) else str(folder)
 
 
@@ -101,14 +101,14 @@ def read_by_ray(environ: Mapping[str, str]) -> list[str]:
 
 
 def _show_no_deprecations() -> None:
-    """Python's own choice: a library's deprecation is no reason not to serve."""
+    """Restores Python's default: a library's deprecation is no reason not to serve."""
     warnings.resetwarnings()
     for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
         warnings.simplefilter("ignore", kind)
 
 
 def _stand_somewhere() -> None:
-    """Ray asks for the working folder, which somebody may have removed."""
+    """Ray asks for the working folder, which may have been removed."""
     try:
         os.getcwd()
     except OSError:

@@ -1,4 +1,4 @@
-"""How a tower's process prepares itself and loads."""
+"""Threads of a tower's process, and loading beside its event loop."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ T = TypeVar("T")
 
 
 def prepare_process(topology: PairTopology) -> None:
-    """Threads of the arithmetic, and of the interpreter."""
+    """Sets torch's threads and Python's switch interval."""
     # Here and not where the service is described: hosts differ, and so do their limits.
     torch.set_num_threads(topology.num_threads or max(1, usable_cpus() // 2))
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
 
 async def loaded(load: Callable[[Path, str, torch.dtype], T], topology: PairTopology) -> T:
-    """A tower, loaded beside the event loop. Raises CheckpointError, ConfigError."""
+    """A tower by `load(folder, device, dtype)` in a thread. Raises CheckpointError, ConfigError."""
     prepare_process(topology)
     dtype = parse_dtype(topology.dtype)
     return await asyncio.to_thread(load, Path(topology.model_path), topology.device, dtype)

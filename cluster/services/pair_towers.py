@@ -1,5 +1,4 @@
-"""The towers of one pair as the two services of a block loop: which denoiser has which row, and
-what happens when one is lost.
+"""The towers of a pair as the two services of a block loop, with repair of lost denoisers.
 
 A denoiser tower holds nothing that the context tower does not have. So a denoiser that died or
 hangs is started anew in its place, or a broken link is joined again; its rows are opened again,
@@ -29,7 +28,7 @@ from twotower.towers.errors import UnavailableError
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-# A row is moved so often within one call before its request has to find another pair.
+# Moves of a row within a call, after which its request has to find another pair.
 MOST_MOVES = 3
 # Repairs of one denoiser in a row that failed, after which the pair is replaced.
 MOST_REPAIRS = 3
@@ -79,20 +78,20 @@ class PairTowers:
         self.denoiser: DenoiserTowerService = _AssignedDenoisers(self)
 
     def assign(self, row_id: str, capacity: int) -> int:
-        """Chooses a denoiser for a row: one that works, with the fewest rows."""
+        """Chooses a denoiser for a row: of those that work the one with the fewest rows."""
         seat = self._best_seat()
         seat.rows[row_id] = capacity
         self._seat_of[row_id] = seat
         return seat.index
 
     def drop(self, row_id: str) -> None:
-        """Forgets a row."""
+        """Takes a row off its denoiser."""
         seat = self._seat_of.pop(row_id, None)
         if seat is not None:
             seat.rows.pop(row_id, None)
 
     def tower_of(self, row_id: str) -> DenoiserTowerService:
-        """The denoiser that has a row. Raises UnavailableError for an unknown one."""
+        """The denoiser that has a row. Raises UnavailableError for an unknown row."""
         return self._seat(row_id).tower
 
     async def on_denoiser(
@@ -180,10 +179,10 @@ class PairTowers:
         seat.ready.set()
 
     async def _move(self, row_id: str) -> None:
-        """Opens a row anew on a denoiser that works, its own if need be once that is back."""
+        """Opens a row anew on a denoiser that works, if need be the same one once that is back."""
         seat = self._seat(row_id)
         if seat.ready.is_set():
-            # Nobody has noticed yet, or only this row was concerned.
+            # The loss was not noticed yet, or only this row is concerned.
             await self._look_after(seat, seat.index in await self.tower.broken_links())
         seat = await self._working_seat()
         # A tower that is gone has nothing to release.

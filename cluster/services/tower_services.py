@@ -203,7 +203,7 @@ class RemoteDenoiser(_Remote, DenoiserTowerService):
 class EngineService(TowerService, Generic[E]):
     """A tower with an engine in this process; `start_towers` makes it a Ray actor.
 
-    Loading is a call of its own, so that a faulty checkpoint reaches the pair as the error that it
+    Loading is a separate call, so that a faulty checkpoint reaches the pair as the error that it
     is and not as a dead actor.
     """
 
@@ -285,7 +285,7 @@ class ContextTowerActor(EngineService[ContextEngine], ContextTowerService):
         return self._links.broken()
 
     async def close(self) -> None:
-        """Ends the links."""
+        """Closes every link."""
         await self._links.close()
 
 
@@ -319,7 +319,7 @@ class DenoiserTowerActor(EngineService[DenoiserEngine], DenoiserTowerService):
             transport=transport,
             device=self._tower.device if transport == "nccl" else CPU,
         )
-        # The node's own address: on one machine that is still not open to every interface.
+        # The address of the node: on one machine that is still not open to every interface.
         address = await receiver.start(ray.util.get_node_ip_address())
         self._receiver = receiver
         self.run(engine)

@@ -1,4 +1,4 @@
-"""Questions to a process that have to be answered in time."""
+"""Calls of a process that have to return in time, or the process is ended."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from twotower.towers.errors import UnavailableError
 
 logger = logging.getLogger(__name__)
 
-# A tower that does not say within this time how it is, hangs.
+# A tower that does not answer within this time hangs.
 ANSWER_TIMEOUT_S = 5.0
-# One that has a pair's rows gets a second chance: a busy machine may stop a process for a while.
+# A busy machine may stop a process for a while.
 CHANCES = 2
 T = TypeVar("T")
 
@@ -22,8 +22,8 @@ T = TypeVar("T")
 class Watch:
     """Ends a process that has answered nothing for `CHANCES` answers' time.
 
-    Whoever waits for a process that hangs would wait as long as it does: once it has ended, its
-    rows are lost at once and go on elsewhere.
+    Calls of a process that hangs would wait as long as it does: once it has ended, its rows are
+    lost at once and go on elsewhere.
     """
 
     def __init__(self, end: Callable[[], None], answer_timeout_s: float = ANSWER_TIMEOUT_S) -> None:
@@ -32,7 +32,7 @@ class Watch:
         self._silent_since: float | None = None
 
     async def answer(self, asked: Awaitable[T]) -> T:
-        """The answer to a question. Raises UnavailableError if it does not come in time."""
+        """The result of a call. Raises UnavailableError if it does not come in time."""
         asked_at = time.monotonic()
         try:
             async with asyncio.timeout(self._answer_timeout):

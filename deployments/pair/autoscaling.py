@@ -1,4 +1,4 @@
-"""How many pairs of towers there should be: a policy over signals, and its place in Ray Serve.
+"""The number of pairs of towers: settings, the policy over signals, and its adapter for Ray Serve.
 
     demand = rows anywhere / rows that a pair should have, smoothed               [pairs]
     least  = demand, rounded up
@@ -33,7 +33,7 @@ TARGET_FILL = 0.75
 MOST_PAIRS = 2**14
 # Not worth a pair: what smoothing leaves of a load that has ended, and rounding.
 _REMAINDER = 0.01
-# Serve averages requests over this many intervals; it wants more than one.
+# Serve averages requests over this many intervals, which have to be more than one.
 _LOOK_BACK = 3
 
 
@@ -123,7 +123,7 @@ class Tick(NamedTuple):
 
 class _Load(NamedTuple):
     """Rows anywhere, rows that a pair should have, whether there can be no more rows than these,
-    and whether nobody has asked for anything since the last tick."""
+    and whether nothing was asked for since the last tick."""
 
     rows: float
     room: float
@@ -171,7 +171,7 @@ class PairScaling:
         return self._bounded(pairs, at_least=1 if tick.pairs or load.rows > 0 else 0)
 
     def _load(self, tick: Tick) -> _Load | None:
-        """What is known of the load; None if nothing is."""
+        """The load as far as it is known; None if nothing is."""
         oldest = tick.time - self._options.stale_after_s
         fresh = [
             pair
@@ -190,7 +190,7 @@ class PairScaling:
         return _Load(rows, self._room(fresh), exact or requests, calm)
 
     def _passed(self, fresh: Sequence[PairSignals]) -> bool:
-        """Whether towers have worked since the last call."""
+        """True if towers have worked since the last call."""
         before, self._passes = self._passes, sum(p.passes for p in fresh if _is_count(p.passes))
         return self._passes != before
 
@@ -259,7 +259,7 @@ class ServePairScaling:
 
 
 def serve_settings(options: PairAutoscaling) -> dict[str, Any]:
-    """`autoscaling_config` of a deployment of pairs: Serve's own smoothing off, ours in its place.
+    """`autoscaling_config` of a deployment of pairs: the policy smooths, Serve does not.
 
     The first pair starts with the service even if `min_pairs` is 0, so that a service which has
     come up has shown that its towers load.

@@ -17,8 +17,8 @@ NOTCHES = 4
 
 @dataclass(frozen=True)
 class OverloadDial:
-    """As asked up to `ease_from` waiting rows, nearer to the floors with more, the floors from
-    `ease_full` on."""
+    """Rows are served as asked up to `ease_from` waiting rows, nearer to their floors with more,
+    and at their floors from `ease_full` on."""
 
     ease_from: int
     ease_full: int

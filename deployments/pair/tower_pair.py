@@ -1,4 +1,4 @@
-"""One pair of towers: its life, and the block loops of the rows that it works on."""
+"""A pair of towers as a Serve replica: start, health, counters, and its rows' block loops."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from twotower.towers.request.params import GenerationParams
 
 @dataclass(frozen=True)
 class Job:
-    """One row to generate; `row_id` is drawn anew for every attempt."""
+    """A row to generate; `row_id` is drawn anew for every attempt."""
 
     row_id: str
     prompt: tuple[int, ...]
@@ -27,7 +27,7 @@ class Job:
 
 
 class TowerPair:
-    """A context tower and a denoiser tower; one Serve replica.
+    """A context tower and its denoiser towers; a Serve replica.
 
     `start` brings both towers up. It runs with the first health check, which Serve awaits before
     it sends any request. `dial` eases rows that begin while others wait.

@@ -34,7 +34,7 @@ class Lane:
         self._limit = limit
 
     async def run(self, work: Callable[[], T]) -> T:
-        """What `work` gives or raises; cancelled, it is not begun. Raises QueueFullError."""
+        """The result of `work`; cancelled in time, it is not begun. Raises QueueFullError."""
         if not self._places.acquire(blocking=False):
             raise QueueFullError(
                 f"{self._limit} {self._name} texts wait to be read, expected fewer"
@@ -48,7 +48,7 @@ class Lane:
 class TextReader:
     """A tokenizer behind two lanes, for texts of up to `max_tokens` tokens.
 
-    `token_bytes` is the most that one token can stand for, None if nobody knows.
+    `token_bytes` is the most that one token can stand for, None if that is not known.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, token_bytes: int | None, max_tokens: int):

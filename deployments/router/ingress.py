@@ -1,7 +1,7 @@
-"""Our services inside Serve's gRPC proxy, with a few repairs.
+"""The gRPC services inside Serve's proxy, with a few repairs.
 
 The proxy notices that a client has gone only while it waits for the next message of a stream. If
-the client goes while a message is being sent, the request runs on to its end for nobody. Here
+the client goes while a message is being sent, the request runs on to its end unread. Here
 each stream is read by a task of its own, which always waits for the next message, and which ends
 with the call, however that ends. And what a client leaves unread is bounded: Serve would keep it
 all, here the request of a client that does not read is cancelled.
@@ -73,7 +73,7 @@ class CallContext:
         return self._peer_identities
 
     def auth_context(self) -> Any:
-        """What the transport knows of the client."""
+        """The transport's properties of the client."""
         return self._auth_context
 
     def set_details(self, details: str) -> None:
@@ -146,14 +146,14 @@ def watched(handler: StreamHandler) -> Callable[[Any, Any], AsyncGenerator[bytes
 async def _read(
     source: AsyncIterator[bytes], messages: asyncio.Queue[Any], call: CallContext
 ) -> None:
-    own = asyncio.current_task()
-    assert own is not None
+    task = asyncio.current_task()
+    assert task is not None
     try:
         async for message in source:
             messages.put_nowait(message)
-            if messages.qsize() > MAX_UNREAD and not own.cancelling():
+            if messages.qsize() > MAX_UNREAD and not task.cancelling():
                 call.end(grpc.StatusCode.RESOURCE_EXHAUSTED, _UNREAD_TEXT)
-                own.cancel()
+                task.cancel()
     finally:
         messages.put_nowait(_END)
 

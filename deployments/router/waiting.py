@@ -86,7 +86,7 @@ def waiting_groups(table: Mapping[str, Mapping[str, Any]]) -> dict[str, list[dic
 def waiting_line(
     waiting: Iterable[list[dict[str, float]]], free: Mapping[str, float]
 ) -> str | None:
-    """What to say; None if no pair waits."""
+    """The line for the log; None if no pair waits."""
     pairs = list(waiting)
     if not pairs:
         return None

@@ -3,8 +3,8 @@
 Attempts makes one attempt after another, PairClient makes the calls of one, and Serve asks
 PairChooser which pair gets it.
 
-An attempt is the request's prompt with the tokens committed so far, under a name of its own, on
-whichever pair Serve chooses. When it is lost, what it may still send goes with its stream, and the
+An attempt is the request's prompt with the tokens committed so far, under a new name, on
+the pair that Serve chooses. When it is lost, what it may still send goes with its stream, and the
 next attempt goes on from the log's end: random numbers belong to seed and position, so the tokens
 are those of the undisturbed request.
 
@@ -120,7 +120,7 @@ class Attempts:
             pairs.PAIRS.ended(next_id)
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
-        """As TowerPair.score."""
+        """Log-probabilities of tokens 1..n-1 of a text; see TowerPair.score."""
         losses = Losses(self._retry)
         while True:
             try:
@@ -252,10 +252,10 @@ class PairChooser(RequestRouter):  # type: ignore[misc]
         probe = row_id is not None and target is None
         ranks = pairs.PAIRS.ranked(list(named), probe=probe)
         chosen = [random.sample(rank, min(CHOICES, len(rank))) for rank in ranks]
-        own = policy.preferred_pair(prompt, ranks[-1], pairs.PAIRS.rows())
-        if own is not None:
+        preferred = policy.preferred_pair(prompt, ranks[-1], pairs.PAIRS.rows())
+        if preferred is not None:
             # Behind a pair that is being probed, before the others.
-            chosen.insert(len(chosen) - 1, [own])
+            chosen.insert(len(chosen) - 1, [preferred])
         if target is not None and target in ranks[-1]:
             chosen.insert(0, [target])
         return [[named[pair] for pair in rank] for rank in chosen]

@@ -1,4 +1,4 @@
-"""What this router knows of the pairs: which there are, which work, and which has which attempt."""
+"""This router's table of pairs: those that are up, those to avoid, and the attempts on each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Attempt:
 class Pairs:
     """The attempts that are under way, by name and by pair, and the breaker of all pairs.
 
-    Serve asks in a thread of its own, hence the lock.
+    Serve asks in another thread, hence the lock.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -116,7 +116,7 @@ class Pairs:
             return self._counts()
 
     def ranked(self, pairs: Sequence[str], *, probe: bool) -> list[list[str]]:
-        """As Breaker.ranked."""
+        """Ranks of pairs to choose from; see Breaker.ranked."""
         with self._lock:
             return self._breaker.ranked(pairs, probe=probe)
 

@@ -1,4 +1,4 @@
-"""Which pair gets a row: by what its prompt begins with, by what pairs have lost, by free places.
+"""The choice of a row's pair: by the beginning of its prompt, losses of pairs, and free places.
 
 Affinity: prompts that begin alike go to one pair, whose prefix cache then has their beginning. The
 pair is found by rendezvous hashing (Thaler and Ravishankar 1998, "Using name-based mappings to

@@ -1,4 +1,4 @@
-"""When a request that was lost with its pair is tried again, and when not any more."""
+"""Retries of a request that was lost with its pair, and their limits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LostTooOftenError(TwoTowerError):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long a request waits for a pair, and how often it is given to another.
+    """Limits of a request's waits for a pair, and of its attempts.
 
     `resume_timeout_s` counts from a loss to the next committed block, or to the moment at which a
     pair is up that has the request in its queue. `max_attempts` are those in a row, the first
@@ -42,7 +42,7 @@ class RetryPolicy:
 
 
 class Losses:
-    """The losses of one request since its last committed block."""
+    """The losses of a request since its last committed block."""
 
     def __init__(self, policy: RetryPolicy) -> None:
         self._policy = policy

@@ -1,4 +1,4 @@
-"""What Ray prints by itself in the process that has started it."""
+"""Filters the lines that Ray prints in the process that has started it."""
 
 from __future__ import annotations
 

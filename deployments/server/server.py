@@ -43,10 +43,10 @@ ENVIRONMENT = {
 
 
 class LocalService:
-    """A service in processes of its own on this machine.
+    """A service in new processes on this machine.
 
     `address` is its gRPC target. Ray's files go to `folder`, an existing one in a prepared
-    environment, or to one of the service's own. Entering raises CheckpointError or ConfigError
+    environment, or to a new one. Entering raises CheckpointError or ConfigError
     before anything is started, UnavailableError if the towers do not come up.
     """
 
@@ -91,7 +91,7 @@ class LocalService:
     def stop(self) -> None:
         """Ends the application and every process of it; safe to call again."""
         if ray.is_initialized():
-            # Drains the streams; the rest of Serve ends with Ray, which is this service's own.
+            # Drains the streams; the rest of Serve ends with Ray, which was started for it.
             serve.delete(APP_NAME)
             ray.shutdown()
         self._made.close()
@@ -134,7 +134,7 @@ def await_proxy(address: str) -> None:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on right now."""
+    """A TCP port that is free right now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -142,7 +142,7 @@ def free_port() -> int:
 
 
 def _check_free(port: int) -> None:
-    """Serve shares a port with whoever has it, silently; here that is an error."""
+    """Serve shares a port that is in use, silently; here that is an error."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -161,8 +161,8 @@ def _reason() -> str:
         return ""
     deployments = application.deployments.values() if application is not None else ()
     lines = [line for deployment in deployments for line in deployment.message.splitlines()]
-    own = [line.strip() for line in lines if line.strip().startswith(_OWN_ERRORS)]
-    return own[-1].partition(": ")[2] if own else ""
+    found = [line.strip() for line in lines if line.strip().startswith(_OWN_ERRORS)]
+    return found[-1].partition(": ")[2] if found else ""
 
 
 def _first_line(error: BaseException) -> str:

@@ -38,7 +38,7 @@ _FAILED = 1
 _READY = b"."
 # Errors that a user can mend. All others keep the traceback that they have in the child.
 _PASSED_ON = (TwoTowerError, ValueError, OSError)
-# What a pipe takes while nobody reads.
+# Bytes that a pipe takes while it is not read.
 _PIPE_BYTES = 1 << 16
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -74,7 +74,7 @@ def supervise(work: Work, grace_s: float, held: HeldSignals) -> int:
     a signal ends everything at once, with 128 and the signal's number. 1 if the child or Ray died.
     Raises what `work` raised if it is for the user.
     """
-    # Whoever started this process may ignore it, and then nobody could wait for a child.
+    # The parent of this process may have it ignored, and then no child could be waited for.
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     reader, writer = os.pipe()
@@ -91,7 +91,7 @@ def supervise(work: Work, grace_s: float, held: HeldSignals) -> int:
     finally:
         _end_descendants()
         os.close(reader)
-        # Orphans that come later would wait for a parent that nobody is any more.
+        # Orphans that come later would wait for a parent that is gone.
         _prctl(_PR_SET_CHILD_SUBREAPER, 0)
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
@@ -129,7 +129,7 @@ class _Supervisor:
             self._watch()
             if time.monotonic() >= self._deadline:
                 if self._lost is not None and self._signal is not None:
-                    # Whoever wants it to end has ended Ray as well, as systemd does by default.
+                    # Ray was ended as well, as systemd does by default.
                     return 128 + self._signal
                 return self._failed(f"the service has not stopped within {self._stop_s:g} s")
 
@@ -154,7 +154,7 @@ class _Supervisor:
     def _outcome(self, code: int) -> int:
         self._is_ready()
         if error := self._told.removeprefix(_READY):
-            # From this very program, through a pipe that nobody else has.
+            # From this very program, through a pipe that no other process has.
             raise pickle.loads(error)
         if code >= 0 and (code != 0 or self._lost is None or self._signal is not None):
             return code
