@@ -17,40 +17,14 @@ import torch
 from torch import Tensor
 
 from twotower.kernels.rows import Rows
+from twotower.towers.engine.buckets import ROW_BUCKETS
 from twotower.towers.state.tensors import StateTensors
 
-# Sizes of passes that have graphs of their own; a pass of another size is padded to the next.
-ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-# Tokens of a pass that is a graph, 128 rows of 16: larger ones are bound by their arithmetic, and
-# run part by part.
-GRAPH_TOKENS = 2048
 # Clients choose block lengths. A pass of a length and size that nobody has warmed up runs without
 # graphs until it comes often, and the least recently used of too many gives its graphs up. One
 # length needs a program a bucket, and another where drafts are checked.
 CAPTURE_AFTER = 8
 MAX_PROGRAMS = 6 * len(ROW_BUCKETS)
-
-
-def bucket_for(rows: int, buckets: Sequence[int] = ROW_BUCKETS) -> int:
-    """The smallest bucket that holds so many rows. Raises ValueError above the largest."""
-    for bucket in buckets:
-        if rows <= bucket:
-            return bucket
-    raise ValueError(f"rows: got {rows}, expected at most {buckets[-1]}")
-
-
-def rows_at_once(length: int) -> int:
-    """The most rows of blocks of `length` tokens in one graph."""
-    fitting = [bucket for bucket in ROW_BUCKETS if bucket * length <= GRAPH_TOKENS]
-    return fitting[-1] if fitting else ROW_BUCKETS[0]
-
-
-def buckets_up_to(rows: int, length: int = 1) -> list[int]:
-    """The buckets that passes of up to so many rows need, the largest first: the others' graphs
-    then fit into the memory that it takes."""
-    largest = bucket_for(min(rows, rows_at_once(length)))
-    return [bucket for bucket in reversed(ROW_BUCKETS) if bucket <= largest]
-
 
 # One thread of a process captures at a time, as all do so on one stream of a device.
 _capturing = threading.Lock()

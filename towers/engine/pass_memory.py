@@ -11,7 +11,7 @@ import torch
 from twotower.kernels.attention import MAX_SPLITS, SHORT_TOKENS
 from twotower.kernels.replay import SCRATCH_BYTES
 from twotower.towers.config.model_config import ATTENTION, MAMBA, MLP, MOE, TwoTowerConfig
-from twotower.towers.engine.cuda_graph import rows_at_once
+from twotower.towers.engine.buckets import rows_at_once
 
 # Workspaces of libraries, 32 MiB a stream, and small tensors of a step.
 _FIXED_BYTES = 256 << 20

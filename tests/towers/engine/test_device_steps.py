@@ -21,16 +21,11 @@ from twotower.towers.decoding.services import Block
 from twotower.towers.decoding.unmasking import CommitRule, ReplayRule, ThresholdRule
 from twotower.towers.engine import context_blocks, denoiser_steps
 from twotower.towers.engine import cuda_graph as captured
+from twotower.towers.engine.buckets import GRAPH_TOKENS, MAX_LENGTH, ROW_BUCKETS, bucket_for
 from twotower.towers.engine.context_engine import ContextEngine
-from twotower.towers.engine.cuda_graph import (
-    ROW_BUCKETS,
-    CapturedGraph,
-    GraphMemory,
-    Staging,
-    bucket_for,
-)
+from twotower.towers.engine.cuda_graph import CapturedGraph, GraphMemory, Staging
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
-from twotower.towers.engine.denoiser_steps import MAX_LENGTH, on_device
+from twotower.towers.engine.device_drafts import on_device
 from twotower.towers.engine.local_link import LocalLink
 from twotower.towers.engine.options import EngineOptions
 from twotower.towers.errors import NumericalError
@@ -347,7 +342,7 @@ def test_logs_of_blocks_grow_a_few_times_only(towers: Towers) -> None:
     finally:
         del context.new_log
     assert made == [128, 256, 512, 1024, 2048]
-    assert made[-1] == captured.GRAPH_TOKENS
+    assert made[-1] == GRAPH_TOKENS
 
 
 def test_a_capture_without_room_costs_the_graph_and_nothing_else(
