@@ -103,7 +103,7 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
             self._steps.warm_up(pool, block_size, rows or pool.slots.num_slots)
 
     def follow(self, replay_tensors: Mapping[str, torch.Tensor]) -> None:
-        """Takes the context tower's replay weights, without which deltas cannot be applied.
+        """Takes the context tower's replay weights, which deltas need.
 
         Raises ValueError if they are not those of this model.
         """
@@ -116,7 +116,7 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
         self._replay_weights = ReplayWeights.from_tensors(moved, config.n_groups) if moved else None
 
     def receive(self, row_id: str, update: StateUpdate) -> None:
-        """Applies an update to a row's mirror; a released row's is ignored.
+        """Applies an update to a row's mirror; an update of a released row is ignored.
 
         Raises ValueError if the update does not start where the mirror stands.
         """
@@ -127,7 +127,7 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
             row.arrived.set()
 
     def adopt(self, row_id: str, state: ContextState) -> None:
-        """Lets an open row read the context tower's own state, for towers on one device."""
+        """Lets an open row read the context tower's state itself, for towers on one device."""
         row = self._rows.get(row_id)
         if row is not None:
             row.state = state
@@ -147,7 +147,7 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
     async def next_token(
         self, row_id: str, position: int, last_token: int, params: GenerationParams
     ) -> Block:
-        """One plain pass over `last_token` from the state before it."""
+        """Draws a token by a plain pass over `last_token` from the state before it."""
         row = self._row(row_id)
         return await self._owned(row, self._next_token(row, position, last_token, params))
 
