@@ -1,4 +1,4 @@
-"""Who gets a slot and pages of a pool, and who waits: first come, first served."""
+"""Admission of rows to a pool's slots and pages: first come, first served."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Waiter:
 
 
 class Admission:
-    """The rows that hold a part of a pool, and a queue of those that wait for theirs.
+    """Rows that hold a slot and pages of a pool, and a queue of rows that wait for them.
 
     The head of the queue is never overtaken: a row that needs little does not starve one that
     needs much. `reclaim` is asked to free pages before a row is left waiting for them;
@@ -70,11 +70,11 @@ class Admission:
         return await self._turn_of(waiter)
 
     def release(self, row_id: str) -> None:
-        """Frees the row's state, or takes it out of the queue; an unknown row is fine."""
+        """Frees the row's state, or takes the row out of the queue; an unknown row is fine."""
         state = self.rows.pop(row_id, None)
         if state is not None:
             self.pool.close(state)
-        for waiter in [own for own in self._queue if own.row_id == row_id]:
+        for waiter in [each for each in self._queue if each.row_id == row_id]:
             self._queue.remove(waiter)
             if not waiter.admitted.done():
                 waiter.admitted.set_exception(_released())
@@ -100,7 +100,7 @@ class Admission:
         return state
 
     def _withdraw(self, waiter: _Waiter) -> None:
-        """Ends a cancelled wait, whether or not its turn had come."""
+        """Ends a cancelled wait, also if its turn had come."""
         if waiter in self._queue:
             self._queue.remove(waiter)
             self.admit()

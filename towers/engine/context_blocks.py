@@ -8,52 +8,33 @@ a few microseconds, which took longer than the device's own work for any number 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from twotower.kernels import dispatch
 from twotower.kernels.rows import Rows
-from twotower.towers.decoding.sampling import Draw, Drawn
-from twotower.towers.engine.cuda_graph import (
-    GraphMemory,
-    Program,
-    Programs,
-    Results,
+from twotower.towers.engine.buckets import (
     bucket_for,
     buckets_up_to,
     rows_at_once,
+    run_in_parts,
 )
+from twotower.towers.engine.context_work import ContextResult, ContextWork, result_of
+from twotower.towers.engine.cuda_graph import GraphMemory, Program, Programs, Results
 from twotower.towers.engine.staged_draws import (
     DRAW_INPUTS,
     DRAW_PADDING,
     draw_inputs,
+    drawn_of,
     staged_sampling,
 )
 from twotower.towers.errors import NumericalError
 from twotower.towers.model.backbone import MixerInputs
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.state.context_state import ContextState
-from twotower.towers.state.link import LayerSink
 from twotower.towers.state.pass_log import PassLog
 from twotower.towers.state.tensors import StateTensors
-
-MAX_LENGTH = 64
-
-
-@dataclass(frozen=True)
-class BlockWork:
-    """A row's block: without a draw an extension, whose shares go to `sink` if it takes any;
-    with one, of as many positions, a verification."""
-
-    state: ContextState
-    tokens: Sequence[int]
-    draw: Draw | None
-    sink: LayerSink | None
-
-
-BlockResult = tuple[Tensor, Drawn | NumericalError | None]
 
 
 class ContextBlocks:
@@ -69,29 +50,19 @@ class ContextBlocks:
         self._log_tokens = 0
         self._programs: Programs[tuple[int, int, bool], _Program] = Programs(self._new_program)
 
-    def run(self, works: Sequence[BlockWork]) -> list[BlockResult]:
-        """Each row's last hidden state [H], and what was drawn of it; blocks of one length and
-        kind together. Draws without filters only."""
-        results: dict[int, BlockResult] = {}
-        for length, draws in {(len(work.tokens), work.draw is not None) for work in works}:
-            same = [
-                index
-                for index, work in enumerate(works)
-                if (len(work.tokens), work.draw is not None) == (length, draws)
-            ]
-            for first in range(0, len(same), rows_at_once(length)):
-                own = same[first : first + rows_at_once(length)]
-                program = self._program(
-                    works[own[0]].state.pool, bucket_for(len(own)), length, draws
-                )
-                results |= zip(own, program.run([works[index] for index in own]), strict=True)
-        return [results[index] for index in range(len(works))]
+    def run(self, works: Sequence[ContextWork]) -> list[ContextResult | NumericalError]:
+        """Each row's last hidden state, and the tokens drawn after those of a draft. Only for works
+        that are blocks, see `ContextWork.is_block`."""
+        return run_in_parts(works, _shape_of, self._run_part)
 
     def warm_up(self, pool: StateTensors, length: int, rows: int) -> None:
-        """Captures the extensions of up to `rows` blocks of `length` tokens; blocks of more than
-        MAX_LENGTH have no graphs."""
-        for bucket in buckets_up_to(rows, length) if length <= MAX_LENGTH else ():
+        """Captures the extensions of up to `rows` blocks of `length` tokens."""
+        for bucket in buckets_up_to(rows, length):
             self._program(pool, bucket, length, False).capture()
+
+    def _run_part(self, works: Sequence[ContextWork]) -> list[ContextResult | NumericalError]:
+        pool, (length, draws) = works[0].state.pool, _shape_of(works[0])
+        return self._program(pool, bucket_for(len(works)), length, draws).run(works)
 
     def _program(self, pool: StateTensors, rows: int, length: int, draws: bool) -> _Program:
         if self._pool is not pool:
@@ -110,8 +81,13 @@ class ContextBlocks:
         return _Program(self._tower, self._pool, log, *shape, self._memory)
 
 
+def _shape_of(work: ContextWork) -> tuple[int, bool]:
+    """Tokens of the block, and whether it is a draft to be checked."""
+    return len(work.tokens), work.draw is not None
+
+
 class _Program(Program):
-    """The blocks of up to B rows, L tokens each, over buffers of its own."""
+    """The blocks of up to B rows, L tokens each, over fixed buffers."""
 
     def __init__(
         self,
@@ -132,8 +108,8 @@ class _Program(Program):
         self._results = Results((4, total if draws else 1), tower.device)
         self._work = self._add(self._verify if draws else self._extend)
 
-    def run(self, works: Sequence[BlockWork]) -> list[BlockResult]:
-        """See `ContextBlocks.run`; at most B rows of one kind."""
+    def run(self, works: Sequence[ContextWork]) -> list[ContextResult | NumericalError]:
+        """See `ContextBlocks.run`; at most B rows of one shape."""
         draws = [work.draw for work in works if work.draw is not None]
         self._begin(
             token=[token for work in works for token in work.tokens],
@@ -142,28 +118,29 @@ class _Program(Program):
             **(draw_inputs(draws) if draws else {}),
         )
         self._work()
-        drawn = self._results.receive().tolist()
-        ends = self._ends[: len(works)].clone()
-        if draws:
-            return [(ends[row], self._drawn(work, row, drawn)) for row, work in enumerate(works)]
-        self._hand_out(works)
-        return [(ends[row], None) for row in range(len(works))]
+        lines = self._results.receive().tolist()
+        hidden = self._ends[: len(works)].clone()
+        if not draws:
+            self._hand_out(works)
+            return [ContextResult(hidden[row]) for row in range(len(works))]
+        results: list[ContextResult | NumericalError] = []
+        for row, (work, draw) in enumerate(zip(works, draws, strict=True)):
+            work.state.append(self._log_of(row), self._length)
+            drawn = drawn_of(lines, self._span(row), draw)
+            results.append(result_of(hidden[row], drawn))
+        return results
 
-    def _drawn(self, work: BlockWork, row: int, drawn: list[list[float]]) -> Drawn | NumericalError:
-        """Takes the draft into a row's log; what was drawn after each of its tokens."""
-        span = slice(row * self._length, (row + 1) * self._length)
-        log = self._log
-        own = None if log is None else log.part(span.start, span.stop).copy()
-        work.state.append(own, self._length)
-        tokens, confidences, log_probs, finite = (line[span] for line in drawn)
-        if all(finite):
-            return Drawn([int(token) for token in tokens], confidences, log_probs)
-        assert work.draw is not None
-        return NumericalError(f"non-finite logits at position {work.draw.positions[0]}")
+    def _span(self, row: int) -> slice:
+        """The row's tokens among those of the pass."""
+        return slice(row * self._length, (row + 1) * self._length)
 
-    def _hand_out(self, works: Sequence[BlockWork]) -> None:
-        """Moves the rows' states on, and gives sinks their shares; the log's as a copy, since the
-        next block overwrites it while they may still be on their way."""
+    def _log_of(self, row: int) -> PassLog | None:
+        """A copy of a row's part of the log, which the next pass overwrites."""
+        span = self._span(row)
+        return None if self._log is None else self._log.part(span.start, span.stop).copy()
+
+    def _hand_out(self, works: Sequence[ContextWork]) -> None:
+        """Moves the rows' states on, and gives the sinks their shares."""
         for row, work in enumerate(works):
             work.state.stepped(self._length)
             if work.sink is None or not work.sink.takes_shares:
@@ -172,13 +149,12 @@ class _Program(Program):
                 work.sink.put(name, layer, share)
 
     def _shares(self, state: ContextState, row: int) -> Iterator[tuple[str, int, Tensor]]:
-        """What a mirror may need of the row's last block, layer by layer."""
-        if self._log is not None:
-            first = row * self._length
-            own = self._log.part(first, first + self._length).copy()
-            for layer in range(len(own.xbc)):
-                yield "xbc", layer, own.xbc[layer]
-                yield "dt", layer, own.dt[layer]
+        """Shares of all updates that a mirror may get of the row's last block, layer by layer."""
+        log = self._log_of(row)
+        if log is not None:
+            for layer in range(len(log.xbc)):
+                yield "xbc", layer, log.xbc[layer]
+                yield "dt", layer, log.dt[layer]
                 yield "conv", layer, state.conv[layer]
                 yield "ssm", layer, state.ssm[layer]
         k, v = state.kv_layers(state.position - self._length, state.position)

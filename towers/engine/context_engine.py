@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field, replace
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
-from twotower.towers.decoding.sampling import Draw, Drawn, Sampler
+from twotower.towers.decoding.sampling import Draw, Sampler
 from twotower.towers.decoding.services import Block, Prefilled
 from twotower.towers.engine.admission import Admission
 from twotower.towers.engine.context_blocks import ContextBlocks
-from twotower.towers.engine.context_pass import ContextPass, ContextResult, ContextWork
+from twotower.towers.engine.context_pass import ContextPass
+from twotower.towers.engine.context_row import ContextRow, Token, block_of, in_turn
 from twotower.towers.engine.context_steps import ContextSteps
+from twotower.towers.engine.context_work import ContextResult, ContextWork
 from twotower.towers.engine.cuda_graph import GraphMemory
-from twotower.towers.engine.engine import Engine, EngineRow, state_of
+from twotower.towers.engine.engine import Engine, state_of
 from twotower.towers.engine.options import EngineOptions
-from twotower.towers.engine.prefill import (
-    KvFeed,
-    prefill_pieces,
-    send_update,
-)
+from twotower.towers.engine.prefill import KvFeed, prefill_pieces, send_update
 from twotower.towers.engine.stats import EngineStats
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.request.params import GenerationParams
@@ -33,47 +28,11 @@ from twotower.towers.state.pool import StatePool
 from twotower.towers.state.prefix_cache import PrefixCache, chain_keys, next_key
 from twotower.towers.state.update import UpdatePlan, plan_update
 
-# A snapshot of a hybrid's state is large: block ends enter the prefix cache this far apart.
+# Tokens between the block ends that enter the prefix cache: snapshots of a hybrid are large.
 CACHE_INTERVAL = 256
 
 
-@dataclass(frozen=True)
-class _Token:
-    token_id: int
-    confidence: float
-    log_prob: float
-
-
-@dataclass(eq=False)
-class _Row(EngineRow):
-    """`own` is the tower's token at the state's position, once drawn; `committed` tells whether
-    the output has it already. `key` names what was read, for the prefix cache. `turn` is held by
-    the call that works on the state."""
-
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    own: _Token | None = None
-    committed: bool = False
-    key: bytes = b""
-    cached_to: int = 0
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-_Call = Callable[Concatenate["ContextEngine", _Row, P], Coroutine[Any, Any, R]]
-
-
-def _in_turn(call: _Call[P, R]) -> _Call[P, R]:
-    """Makes a row's call wait until no other works on the row's state."""
-
-    @wraps(call)
-    async def alone(engine: ContextEngine, row: _Row, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        async with row.turn:
-            return await call(engine, row, *args, **kwargs)
-
-    return alone
-
-
-class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
+class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
     """Rows in a context tower. `link` carries their states to a denoiser, if there is one.
 
     Their states live in `pool` (None: a pool that `options` make for this tower alone).
@@ -136,7 +95,7 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
 
     async def open(self, row_id: str, capacity: int) -> int:
         """Waits for the row's slot and pages; returns how many rows still wait for theirs."""
-        await self._open(_Row(row_id), capacity)
+        await self._open(ContextRow(row_id), capacity)
         if self.link is not None:
             self.link.open(row_id)
         return self._num_waiting
@@ -159,7 +118,7 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         return await self._owned(row, self._decode(row, count, params))
 
     async def verify(self, row_id: str, draft: Sequence[int], params: GenerationParams) -> Block:
-        """Reads a draft, keeps what equals the tower's own tokens, and publishes that much."""
+        """Reads a draft, keeps the tokens that the tower draws as well, and publishes the state."""
         row = self._row(row_id)
         return await self._owned(row, self._verify(row, draft, params))
 
@@ -170,8 +129,8 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         await self._owned(row, self._reseed(row, prepare))
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
-        """Natural-log probabilities of tokens 1..n-1; holds a row as long as the call."""
-        row = self._add(_Row(f"score-{secrets.token_hex(8)}"))
+        """Natural logarithms of the probabilities of tokens 1..n-1; holds a row during the call."""
+        row = self._add(ContextRow(f"score-{secrets.token_hex(8)}"))
         try:
             return await self._owned(row, self._score(row, token_ids))
         finally:
@@ -183,10 +142,10 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
             self.link.forget(row_id)
         await super().release(row_id)
 
-    @_in_turn
+    @in_turn
     async def _prefill(
         self,
-        row: _Row,
+        row: ContextRow,
         prompt: Sequence[int],
         generated: Sequence[int],
         params: GenerationParams,
@@ -195,9 +154,6 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         pieces = prefill_pieces(prompt, generated, params, self.prefill_chunk)
         # mock_ar reads the context as it was before its last token: that one stays in the log.
         held = [pieces.pop()] if params.mode == "mock_ar" else []
-        own = Draw(Sampler.from_params(params), [len(prompt) + len(generated)])
-        fresh = params.mode == "verified" and not generated
-        draw = own if params.mode == "ar" or fresh else None
         feed = None
         if self.link is not None and params.mode != "ar":
             feed = KvFeed(self.link, row.row_id, state)
@@ -213,17 +169,18 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
                 await feed.close()
         for piece in held:
             await self._submit(ContextWork(state, piece, advance=False, prefill=True))
-        if draw is not None:
-            assert hidden is not None
-            row.own = self._first_token(draw, hidden)
         if params.mode == "verified" and generated:
-            row.own, row.committed = _Token(generated[-1], 1.0, 0.0), True
+            row.token, row.committed = Token(generated[-1], 1.0, 0.0), True
+        elif params.mode in ("ar", "verified"):
+            assert hidden is not None
+            row.token = self._first_token(hidden, state.position, params)
         return Prefilled(len(pieces) - saved + len(held), cached)
 
     async def _read(
-        self, row: _Row, pieces: Sequence[Sequence[int]], first: int, feed: KvFeed | None
+        self, row: ContextRow, pieces: Sequence[Sequence[int]], first: int, feed: KvFeed | None
     ) -> Tensor:
-        """Reads pieces from `first` on; the last pass brings the snapshot with it."""
+        """Reads pieces from `first` on; the update of the last pass is a snapshot. Returns the last
+        hidden state [H]."""
         state = state_of(row.state)
         for piece in pieces[first:-1]:
             if feed is not None and state.position:
@@ -240,8 +197,11 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         self._note(row, piece, result.hidden, end=True)
         return result.hidden
 
-    def _restore(self, row: _Row, pieces: Sequence[Sequence[int]]) -> tuple[Tensor | None, int]:
-        """Takes what the prefix cache has; the last hidden state and the pieces that it saves."""
+    def _restore(
+        self, row: ContextRow, pieces: Sequence[Sequence[int]]
+    ) -> tuple[Tensor | None, int]:
+        """Starts the row from its longest cached prefix. Returns the last hidden state [H] of that
+        and the number of pieces that need not be read."""
         if self.cache is None:
             return None, 0
         keys = chain_keys(pieces)
@@ -250,13 +210,16 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
             return None, 0
         state = state_of(row.state)
         hidden = self.cache.restore(keys[best], state)
-        # Pages that the row had reserved are free again: somebody may wait for them.
+        # Pages that the row had reserved are free again: another row may wait for them.
         self._admission.admit()
         row.key, row.cached_to = keys[best], state.position
         return hidden, best + 1
 
-    def _note(self, row: _Row, piece: Sequence[int], hidden: Tensor, *, end: bool = False) -> None:
-        """Names what has been read by now, and lets the prefix cache have it now and then."""
+    def _note(
+        self, row: ContextRow, piece: Sequence[int], hidden: Tensor, *, end: bool = False
+    ) -> None:
+        """Moves the row's key over a piece that was read, and puts the state into the prefix cache
+        every CACHE_INTERVAL tokens, or at the `end` of a prompt."""
         if self.cache is None:
             return
         state = state_of(row.state)
@@ -265,13 +228,14 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
             self.cache.insert(row.key, state, hidden)
             row.cached_to = state.position
 
-    def _first_token(self, draw: Draw, hidden: Tensor) -> _Token:
+    def _first_token(self, hidden: Tensor, position: int, params: GenerationParams) -> Token:
+        draw = Draw(Sampler.from_params(params), [position])
         logits = self.tower.logits(hidden.unsqueeze(0))
         drawn = draw.sampler.draw(logits, draw.positions, draw.step, draw.domain)
-        return _token(drawn, 0)
+        return Token.of(drawn, 0)
 
-    @_in_turn
-    async def _extend(self, row: _Row, token_ids: Sequence[int]) -> int:
+    @in_turn
+    async def _extend(self, row: ContextRow, token_ids: Sequence[int]) -> int:
         state = state_of(row.state)
         start = state.position
         if state.length > state.position:
@@ -286,22 +250,22 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         self._note(row, token_ids, result.hidden)
         return 1
 
-    @_in_turn
-    async def _reseed(self, row: _Row, prepare: Callable[[], None]) -> None:
+    @in_turn
+    async def _reseed(self, row: ContextRow, prepare: Callable[[], None]) -> None:
         prepare()
         if row.state is not None and row.state.position:
             await self._publish(row, 0)
 
-    @_in_turn
-    async def _decode(self, row: _Row, count: int, params: GenerationParams) -> Block:
+    @in_turn
+    async def _decode(self, row: ContextRow, count: int, params: GenerationParams) -> Block:
         state = state_of(row.state)
         sampler = Sampler.from_params(params)
         start = state.position
-        taken: list[_Token] = []
+        taken: list[Token] = []
         passes = 0
         while len(taken) < count:
-            assert row.own is not None, "prefill comes first"
-            token = row.own
+            assert row.token is not None, "prefill comes first"
+            token = row.token
             taken.append(token)
             if token.token_id == params.eos_token_id or state.position + 1 >= state.capacity:
                 break
@@ -309,40 +273,41 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
             result = await self._submit(ContextWork(state, [token.token_id], draw=draw))
             passes += 1
             assert result.drawn is not None
-            row.own = _token(result.drawn, 0)
+            row.token = Token.of(result.drawn, 0)
             self._note(row, [token.token_id], result.hidden)
         steps = tuple(range(len(taken)))
-        return _block(start, taken, steps, context_passes=passes)
+        return block_of(start, taken, steps, context_passes=passes)
 
-    @_in_turn
-    async def _verify(self, row: _Row, draft: Sequence[int], params: GenerationParams) -> Block:
+    @in_turn
+    async def _verify(
+        self, row: ContextRow, draft: Sequence[int], params: GenerationParams
+    ) -> Block:
         state = state_of(row.state)
-        assert row.own is not None, "prefill comes first"
+        assert row.token is not None, "prefill comes first"
         start, known = state.position, int(row.committed)
-        draw = Draw(
-            Sampler.from_params(params), [start + 1 + offset for offset in range(len(draft))]
-        )
+        positions = range(start + 1, start + 1 + len(draft))
+        draw = Draw(Sampler.from_params(params), positions)
         result = await self._submit(ContextWork(state, draft, advance=False, draw=draw))
         assert result.drawn is not None
-        own = [row.own, *(_token(result.drawn, index) for index in range(len(draft)))]
+        tokens = [row.token, *(Token.of(result.drawn, index) for index in range(len(draft)))]
         accepted = 0
-        while accepted < len(draft) and draft[accepted] == own[accepted].token_id:
+        while accepted < len(draft) and draft[accepted] == tokens[accepted].token_id:
             accepted += 1
         self.tower.advance(state, accepted)
         state.truncate()
-        row.own, row.committed = own[accepted], True
+        row.token, row.committed = tokens[accepted], True
         if accepted:
             await self._publish(row, start)
-        return _block(
+        return block_of(
             start + known,
-            own[known : accepted + 1],
+            tokens[known : accepted + 1],
             (0,) * (accepted + 1 - known),
             context_passes=1,
             accepted=accepted - known,
             drafted=len(draft) - known,
         )
 
-    async def _score(self, row: _Row, token_ids: Sequence[int]) -> list[float]:
+    async def _score(self, row: ContextRow, token_ids: Sequence[int]) -> list[float]:
         state = row.state = await self._admission.acquire(row.row_id, len(token_ids))
         logprobs: list[float] = []
         read = token_ids[:-1]
@@ -358,7 +323,7 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         return await self._loop.submit(work, len(work.tokens), prefill=work.prefill)
 
     async def _write_through(self, work: ContextWork, writer: UpdateWriter | None) -> ContextResult:
-        """A pass whose update travels while it computes."""
+        """A pass whose update is sent while it computes."""
         try:
             result = await self._submit(work)
             if writer is not None:
@@ -368,41 +333,15 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
                 writer.abort()
         return result
 
-    def _writer(self, row: _Row, plan: UpdatePlan) -> UpdateWriter | None:
+    def _writer(self, row: ContextRow, plan: UpdatePlan) -> UpdateWriter | None:
         if self.link is None:
             return None
         return self.link.begin(row.row_id, state_of(row.state), plan)
 
-    async def _publish(self, row: _Row, start: int) -> None:
-        """Sends what has come to the state since `start`, for passes that could not do it."""
+    async def _publish(self, row: ContextRow, start: int) -> None:
+        """Sends an update from `start` to the state's position, for passes without a writer."""
         if self.link is None:
             return
         state = state_of(row.state)
         update = state.export(start)
         await send_update(self.link.begin(row.row_id, state, update.plan), update)
-
-
-def _token(drawn: Drawn, index: int) -> _Token:
-    return _Token(drawn.token_ids[index], drawn.confidences[index], drawn.log_probs[index])
-
-
-def _block(
-    start: int,
-    tokens: Sequence[_Token],
-    steps: tuple[int, ...],
-    *,
-    context_passes: int,
-    accepted: int = 0,
-    drafted: int = 0,
-) -> Block:
-    return Block(
-        start,
-        tuple(token.token_id for token in tokens),
-        steps,
-        tuple(token.confidence for token in tokens),
-        nfe=0,
-        context_passes=context_passes,
-        log_probs=tuple(token.log_prob for token in tokens),
-        accepted_tokens=accepted,
-        drafted_tokens=drafted,
-    )

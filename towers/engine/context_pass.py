@@ -1,71 +1,21 @@
-"""One pass of the context tower over works of many rows, and what each asked to know of it."""
+"""A pass of the context tower over works of many rows, and what is drawn and scored of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from twotower.towers.decoding.sampling import Draw, Drawn, draw_tokens
-from twotower.towers.engine.context_blocks import MAX_LENGTH, BlockWork, ContextBlocks
+from twotower.towers.decoding.sampling import Drawn, draw_tokens
+from twotower.towers.engine.context_blocks import ContextBlocks
 from twotower.towers.engine.context_steps import ContextSteps
+from twotower.towers.engine.context_work import ContextResult, ContextWork
 from twotower.towers.errors import NumericalError
 from twotower.towers.model.context_tower import ContextTower
-from twotower.towers.state.context_state import ContextState
-from twotower.towers.state.link import LayerSink
 
 _SCORED_LINES = 128
-
-
-@dataclass(frozen=True)
-class ContextWork:
-    """Tokens of a row to read. `advance` moves the snapshot over them, otherwise they stay in the
-    log; `draw` draws at the last of them, `targets` asks for these tokens' log-probabilities,
-    `sink` takes the update's shares. `prefill` is a piece of a prompt."""
-
-    state: ContextState
-    tokens: Sequence[int]
-    advance: bool = True
-    draw: Draw | None = None
-    targets: Sequence[int] | None = None
-    sink: LayerSink | None = None
-    prefill: bool = False
-
-    @property
-    def is_step(self) -> bool:
-        """Whether it reads one token into the state, draws the next and no more."""
-        plain = self.advance and self.targets is None and self.sink is None
-        return plain and len(self.tokens) == 1 and _draws(self.draw, 1)
-
-    @property
-    def is_block(self) -> bool:
-        """Whether it extends a row by a committed block, or checks a whole draft."""
-        if self.prefill or self.targets is not None or len(self.tokens) > MAX_LENGTH:
-            return False
-        if self.advance:
-            return self.draw is None
-        return self.sink is None and _draws(self.draw, len(self.tokens))
-
-
-def _draws(draw: Draw | None, count: int) -> bool:
-    """Whether it draws so many tokens, without filters."""
-    return draw is not None and len(draw.positions) == count and not draw.sampler.filtered
-
-
-@dataclass(frozen=True)
-class ContextResult:
-    """What a pass gave a row: its last hidden state [H] and what was asked for besides."""
-
-    hidden: Tensor
-    drawn: Drawn | None = None
-    logprobs: tuple[float, ...] = ()
-
-
-def _given(hidden: Tensor, drawn: Drawn | NumericalError | None) -> ContextResult | NumericalError:
-    return drawn if isinstance(drawn, NumericalError) else ContextResult(hidden, drawn)
 
 
 class ContextPass:
@@ -90,12 +40,10 @@ class ContextPass:
         kinds = [self._kind(work) for work in works]
         if "packed" in kinds:
             kinds = ["packed" if kind == "block" else kind for kind in kinds]
-        runs = {"step": self._step, "block": self._block, "packed": self._pass}
-        results = {
-            kind: iter(run([work for work, own in zip(works, kinds, strict=True) if own == kind]))
-            for kind, run in runs.items()
-            if kind in kinds
-        }
+        results: dict[str, Iterator[ContextResult | BaseException]] = {}
+        for kind in dict.fromkeys(kinds):
+            same = [work for work, other in zip(works, kinds, strict=True) if other == kind]
+            results[kind] = iter(self._run_kind(kind, same))
         return [next(results[kind]) for kind in kinds]
 
     def _kind(self, work: ContextWork) -> str:
@@ -103,15 +51,14 @@ class ContextPass:
             return "step"
         return "block" if self._blocks is not None and work.is_block else "packed"
 
-    def _step(self, works: Sequence[ContextWork]) -> list[ContextResult | BaseException]:
-        assert self._steps is not None
-        steps = [(work.state, work.tokens[0], work.draw) for work in works if work.draw is not None]
-        return [_given(hidden, drawn) for hidden, drawn in self._steps.run(steps)]
-
-    def _block(self, works: Sequence[ContextWork]) -> list[ContextResult | BaseException]:
-        assert self._blocks is not None
-        blocks = [BlockWork(work.state, work.tokens, work.draw, work.sink) for work in works]
-        return [_given(hidden, drawn) for hidden, drawn in self._blocks.run(blocks)]
+    def _run_kind(
+        self, kind: str, works: Sequence[ContextWork]
+    ) -> Sequence[ContextResult | BaseException]:
+        if kind == "step" and self._steps is not None:
+            return self._steps.run(works)
+        if kind == "block" and self._blocks is not None:
+            return self._blocks.run(works)
+        return self._pass(works)
 
     def _pass(self, works: Sequence[ContextWork]) -> list[ContextResult | BaseException]:
         states, sinks = [work.state for work in works], [work.sink for work in works]
@@ -127,7 +74,7 @@ class ContextPass:
     def _read_heads(
         self, works: Sequence[ContextWork], hidden: Tensor
     ) -> list[ContextResult | BaseException]:
-        """What each row asked to know of its hidden states; one product serves all draws."""
+        """Each row's result from the pass's hidden states [T, H]; one product serves all draws."""
         ends = list(accumulate(len(work.tokens) for work in works))
         drawing = [
             (index, work.draw, end)
@@ -138,17 +85,17 @@ class ContextPass:
         tokens: dict[int, Drawn | NumericalError] = {}
         if lines:
             drawn = draw_tokens(self._tower.logits(hidden[lines]), [draw for _, draw, _ in drawing])
-            tokens = {index: own for (index, _, _), own in zip(drawing, drawn, strict=True)}
+            tokens = {index: each for (index, _, _), each in zip(drawing, drawn, strict=True)}
         results: list[ContextResult | BaseException] = []
         for index, (work, end) in enumerate(zip(works, ends, strict=True)):
-            last, own = hidden[end - 1].clone(), tokens.get(index)
-            if isinstance(own, NumericalError):
-                results.append(own)
+            last, picked = hidden[end - 1].clone(), tokens.get(index)
+            if isinstance(picked, NumericalError):
+                results.append(picked)
             elif work.targets is not None:
                 span = slice(end - len(work.tokens), end)
                 results.append(self._score(hidden[span], work.targets, last))
             else:
-                results.append(ContextResult(last, own))
+                results.append(ContextResult(last, picked))
         return results
 
     def _score(
@@ -158,12 +105,11 @@ class ContextPass:
         the logits of a whole piece of a prompt would be gigabytes."""
         chosen = torch.tensor(list(targets), device=hidden.device).unsqueeze(1)
         found: list[float] = []
-        for lines, own in zip(
-            hidden.split(_SCORED_LINES), chosen.split(_SCORED_LINES), strict=True
-        ):
+        parts = zip(hidden.split(_SCORED_LINES), chosen.split(_SCORED_LINES), strict=True)
+        for lines, targets_of_lines in parts:
             logits = self._tower.logits(lines)
             if not bool(torch.isfinite(logits).all()):
                 return NumericalError("non-finite logits while scoring")
             logprobs = torch.log_softmax(logits.float(), dim=-1)
-            found += logprobs.gather(1, own).squeeze(1).tolist()
+            found += logprobs.gather(1, targets_of_lines).squeeze(1).tolist()
         return ContextResult(last, logprobs=tuple(found))

@@ -9,32 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from twotower.kernels import dispatch
-from twotower.towers.decoding.sampling import Draw, Drawn
-from twotower.towers.engine.cuda_graph import (
-    ROW_BUCKETS,
-    GraphMemory,
-    Program,
-    Programs,
-    Results,
-    bucket_for,
-    buckets_up_to,
-)
+from twotower.towers.engine.buckets import bucket_for, buckets_up_to, run_in_parts
+from twotower.towers.engine.context_work import ContextResult, ContextWork, result_of
+from twotower.towers.engine.cuda_graph import GraphMemory, Program, Programs, Results
 from twotower.towers.engine.staged_draws import (
     DRAW_INPUTS,
     DRAW_PADDING,
     draw_inputs,
+    drawn_of,
     staged_sampling,
 )
 from twotower.towers.errors import NumericalError
 from twotower.towers.model.backbone import MixerInputs
 from twotower.towers.model.context_tower import ContextTower
-from twotower.towers.state.context_state import ContextState
 from twotower.towers.state.tensors import StateTensors
-
-Step = tuple[ContextState, int, Draw]
 
 
 class ContextSteps:
@@ -46,22 +36,18 @@ class ContextSteps:
         self._pool: StateTensors | None = None
         self._programs: Programs[int, _Program] = Programs(self._new_program)
 
-    def run(self, steps: Sequence[Step]) -> list[tuple[Tensor, Drawn | NumericalError]]:
-        """Each row's state takes its token; what it drew after it, and its last hidden state [H].
-
-        Only for draws without filters.
-        """
-        results: list[tuple[Tensor, Drawn | NumericalError]] = []
-        for first in range(0, len(steps), ROW_BUCKETS[-1]):
-            own = steps[first : first + ROW_BUCKETS[-1]]
-            program = self._program(own[0][0].pool, bucket_for(len(own)))
-            results += program.step(own)
-        return results
+    def run(self, works: Sequence[ContextWork]) -> list[ContextResult | NumericalError]:
+        """Each row's state takes its token; the token drawn after it, and the row's last hidden
+        state. Only for works that are steps, see `ContextWork.is_step`."""
+        return run_in_parts(works, lambda _: (1,), self._run_part)
 
     def warm_up(self, pool: StateTensors, rows: int) -> None:
         """Captures the graphs of all steps of up to `rows` rows."""
         for bucket in buckets_up_to(rows):
             self._program(pool, bucket).capture()
+
+    def _run_part(self, works: Sequence[ContextWork]) -> list[ContextResult | NumericalError]:
+        return self._program(works[0].state.pool, bucket_for(len(works))).run(works)
 
     def _program(self, pool: StateTensors, rows: int) -> _Program:
         if self._pool is not pool:
@@ -75,7 +61,7 @@ class ContextSteps:
 
 
 class _Program(Program):
-    """The step of up to B rows, over buffers of its own."""
+    """The step of up to B rows over fixed buffers."""
 
     def __init__(
         self, tower: ContextTower, pool: StateTensors, rows: int, memory: GraphMemory
@@ -89,27 +75,23 @@ class _Program(Program):
         self._results = Results((4, rows), tower.device)
         self._work = self._add(self._forward)
 
-    def step(self, steps: Sequence[Step]) -> list[tuple[Tensor, Drawn | NumericalError]]:
+    def run(self, works: Sequence[ContextWork]) -> list[ContextResult | NumericalError]:
         """See `ContextSteps.run`; at most B rows."""
-        draws = [draw for _, _, draw in steps]
+        draws = [work.draw for work in works if work.draw is not None]
         self._begin(
-            token=[token for _, token, _ in steps],
-            slot=[state.slot for state, _, _ in steps],
-            context_lens=[state.length for state, _, _ in steps],
+            token=[work.tokens[0] for work in works],
+            slot=[work.state.slot for work in works],
+            context_lens=[work.state.length for work in works],
             **draw_inputs(draws),
         )
         self._work()
-        tokens, confidences, log_probs, finite = self._results.receive().tolist()
-        hidden = self._hidden[: len(steps)].clone()
-        results: list[tuple[Tensor, Drawn | NumericalError]] = []
-        for row, (state, _, draw) in enumerate(steps):
-            state.stepped()
-            drawn: Drawn | NumericalError
-            if finite[row]:
-                drawn = Drawn([int(tokens[row])], [confidences[row]], [log_probs[row]])
-            else:
-                drawn = NumericalError(f"non-finite logits at position {draw.positions[0]}")
-            results.append((hidden[row], drawn))
+        lines = self._results.receive().tolist()
+        hidden = self._hidden[: len(works)].clone()
+        results: list[ContextResult | NumericalError] = []
+        for row, (work, draw) in enumerate(zip(works, draws, strict=True)):
+            work.state.stepped()
+            drawn = drawn_of(lines, slice(row, row + 1), draw)
+            results.append(result_of(hidden[row], drawn))
         return results
 
     def _forward(self) -> None:

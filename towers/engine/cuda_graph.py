@@ -17,40 +17,14 @@ import torch
 from torch import Tensor
 
 from twotower.kernels.rows import Rows
+from twotower.towers.engine.buckets import ROW_BUCKETS
 from twotower.towers.state.tensors import StateTensors
 
-# Sizes of passes that have graphs of their own; a pass of another size is padded to the next.
-ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-# Tokens of a pass that is a graph, 128 rows of 16: larger ones are bound by their arithmetic, and
-# run part by part.
-GRAPH_TOKENS = 2048
 # Clients choose block lengths. A pass of a length and size that nobody has warmed up runs without
 # graphs until it comes often, and the least recently used of too many gives its graphs up. One
 # length needs a program a bucket, and another where drafts are checked.
 CAPTURE_AFTER = 8
 MAX_PROGRAMS = 6 * len(ROW_BUCKETS)
-
-
-def bucket_for(rows: int, buckets: Sequence[int] = ROW_BUCKETS) -> int:
-    """The smallest bucket that holds so many rows. Raises ValueError above the largest."""
-    for bucket in buckets:
-        if rows <= bucket:
-            return bucket
-    raise ValueError(f"rows: got {rows}, expected at most {buckets[-1]}")
-
-
-def rows_at_once(length: int) -> int:
-    """The most rows of blocks of `length` tokens in one graph."""
-    fitting = [bucket for bucket in ROW_BUCKETS if bucket * length <= GRAPH_TOKENS]
-    return fitting[-1] if fitting else ROW_BUCKETS[0]
-
-
-def buckets_up_to(rows: int, length: int = 1) -> list[int]:
-    """The buckets that passes of up to so many rows need, the largest first: the others' graphs
-    then fit into the memory that it takes."""
-    largest = bucket_for(min(rows, rows_at_once(length)))
-    return [bucket for bucket in reversed(ROW_BUCKETS) if bucket <= largest]
-
 
 # One thread of a process captures at a time, as all do so on one stream of a device.
 _capturing = threading.Lock()
@@ -96,7 +70,7 @@ class CapturedGraph:
 
     @property
     def ready(self) -> bool:
-        """Whether a call costs a replay only."""
+        """True if a call costs a replay only."""
         return self._memory.device.type != "cuda" or self._graph is not None
 
     @torch.inference_mode()
@@ -129,7 +103,7 @@ class CapturedGraph:
         self._graph = graph
 
     def close(self) -> None:
-        """Gives graph and work up, for good: the work holds the program that holds this."""
+        """Drops graph and work for good: the work holds the program that holds this graph."""
         if self._graph is not None:
             self._graph.reset()
             self._graph = None
@@ -159,29 +133,29 @@ class Staging:
         pinned = device.type == "cuda"
         self._host = torch.zeros(len(names), rows, dtype=torch.int64, pin_memory=pinned)
         self._inputs = torch.zeros(len(names), rows, dtype=torch.int64, device=device)
-        self._place = {name: index for index, name in enumerate(names)}
+        self._lines = {name: index for index, name in enumerate(names)}
 
     def __getitem__(self, name: str) -> Tensor:
         """One named input on the device, [B] int64."""
-        return self._inputs[self._place[name]]
+        return self._inputs[self._lines[name]]
 
     def send(self, padding: Mapping[str, int], **values: Sequence[int]) -> None:
-        """Puts each name's first numbers in place, and its padding (0 if not given) behind them."""
+        """Sends each name's numbers, and its padding (0 if not given) behind them."""
         # One tensor of what is given: a call for each name would take longer than a small pass's
         # launch, and so would padding in lists for a large one.
-        most = max((len(own) for own in values.values()), default=0)
-        pad = [padding.get(name, 0) for name in self._place]
-        lines = [
-            [*(own := values.get(name, ())), *[pad[place] for _ in range(most - len(own))]]
-            for name, place in self._place.items()
-        ]
+        most = max(map(len, values.values()), default=0)
+        pad = [padding.get(name, 0) for name in self._lines]
+        lines = []
+        for name, index in self._lines.items():
+            given = values.get(name, ())
+            lines.append([*given, *[pad[index]] * (most - len(given))])
         self._host[:, most:] = torch.tensor(pad).unsqueeze(1)
         self._host[:, :most] = torch.tensor(lines, dtype=torch.int64).view(len(lines), most)
         self._inputs.copy_(self._host, non_blocking=True)
 
 
 class Results:
-    """What a call leaves for the host; fp64, which holds ids and fp32 values exactly."""
+    """Results of a call for the host, in fp64, which holds ids and fp32 values exactly."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         host = torch.zeros(shape, dtype=torch.float64)
@@ -189,11 +163,11 @@ class Results:
         self._host = host.pin_memory() if device.type == "cuda" else host
 
     def put(self, values: Tensor) -> None:
-        """Part of the work: the values of this call."""
+        """Part of the work: stores the values of this call."""
         self._device.copy_(values)
 
     def receive(self) -> Tensor:
-        """Waits for the device, the one moment of a call at which the host does, and reads."""
+        """Waits for the device, the only time in a call, and returns the values on the host."""
         self._host.copy_(self._device, non_blocking=True)
         if self._device.is_cuda:
             torch.cuda.current_stream(self._device.device).synchronize()
@@ -201,10 +175,10 @@ class Results:
 
 
 class Program:
-    """The graphs of passes over up to B rows of L tokens each, over buffers of its own.
+    """The graphs of passes over up to B rows of L tokens each, over fixed buffers.
 
-    Beside every row's `slot` and `context_lens`, -1 and 0 for padding, a call sends `inputs` of up
-    to `width` numbers each.
+    A call sends every row's `slot` and `context_lens`, -1 and 0 for padding, and `inputs` of up to
+    `width` numbers each.
     """
 
     def __init__(
@@ -238,17 +212,17 @@ class Program:
             graph.capture()
 
     def close(self) -> None:
-        """Gives the graphs up."""
+        """Drops the graphs."""
         for graph in self._graphs:
             graph.close()
 
     def _add(self, work: Callable[[], None]) -> CapturedGraph:
-        """One more part of the work."""
+        """Adds a part of the work, with a graph for it."""
         self._graphs.append(CapturedGraph(work, self._memory))
         return self._graphs[-1]
 
     def _read_rows(self) -> Rows:
-        """Part of the work: what operators are told of the rows that were sent."""
+        """Part of the work: the rows that were sent, as operators take them."""
         count = len(self._slots)
         self._slots.copy_(self._staging["slot"][:count])
         self._context_lens.copy_(self._staging["context_lens"][:count])
@@ -295,7 +269,7 @@ class Programs(Generic[Key, Shape]):
         return self._programs[key]
 
     def clear(self) -> None:
-        """Closes all."""
+        """Closes all programs."""
         self._drop(0)
 
     def _drop(self, kept: int) -> None:

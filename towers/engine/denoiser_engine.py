@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 
@@ -15,18 +16,13 @@ from twotower.towers.decoding.sampling import (
     Draw,
     Drawn,
     Sampler,
+    draw_tokens,
 )
 from twotower.towers.decoding.services import Block
 from twotower.towers.decoding.unmasking import BlockDraft, CommitRule, ReplayRule, ThresholdRule
 from twotower.towers.engine.admission import Admission
-from twotower.towers.engine.denoiser_pass import (
-    DenoiserPass,
-    DenoiserResult,
-    DenoiserWork,
-    DrawWork,
-    StepWork,
-)
-from twotower.towers.engine.denoiser_steps import DenoiserSteps, DeviceDraft, StepResult, on_device
+from twotower.towers.engine.denoiser_steps import DenoiserSteps, StepWork
+from twotower.towers.engine.device_drafts import DeviceDraft, StepResult, on_device
 from twotower.towers.engine.engine import Engine, EngineRow, state_of
 from twotower.towers.engine.options import EngineOptions
 from twotower.towers.errors import UnavailableError
@@ -40,9 +36,25 @@ from twotower.towers.state.update import StateUpdate
 MIRROR_TIMEOUT_S = 60.0
 
 
+@dataclass(frozen=True)
+class DrawWork:
+    """A pass over a block of a row at `timestep`, which draws its `wanted` positions with `draw`.
+    Drafts kept on the device are `StepWork`."""
+
+    state: ContextState
+    tokens: Sequence[int]
+    timestep: float | None
+    wanted: Sequence[int]
+    draw: Draw
+
+
+DenoiserWork = DrawWork | StepWork
+DenoiserResult = Drawn | StepResult
+
+
 @dataclass(eq=False)
 class _Row(EngineRow):
-    """`arrived` is set whenever the mirror has moved."""
+    """`arrived` is set whenever the row's mirror has moved."""
 
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -69,9 +81,8 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
         admission = Admission(pool) if pool is not None else None
         wanted = tower.device.type == "cuda" if device_steps is None else device_steps
         self._steps = DenoiserSteps(tower) if wanted else None
-        run = DenoiserPass(tower, self._steps).run
         limits = (options or EngineOptions()).pass_limits(tower.device.type)
-        super().__init__("denoiser", run, admission, limits, threaded)
+        super().__init__("denoiser", self._run, admission, limits, threaded)
         self.tower = tower
         self.pool = pool
         self._rule = rule or commit_rule
@@ -92,7 +103,7 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
             self._steps.warm_up(pool, block_size, rows or pool.slots.num_slots)
 
     def follow(self, replay_tensors: Mapping[str, torch.Tensor]) -> None:
-        """Takes the context tower's replay weights, without which deltas cannot be applied.
+        """Takes the context tower's replay weights, which deltas need.
 
         Raises ValueError if they are not those of this model.
         """
@@ -105,7 +116,7 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
         self._replay_weights = ReplayWeights.from_tensors(moved, config.n_groups) if moved else None
 
     def receive(self, row_id: str, update: StateUpdate) -> None:
-        """Applies an update to a row's mirror; a released row's is ignored.
+        """Applies an update to a row's mirror; an update of a released row is ignored.
 
         Raises ValueError if the update does not start where the mirror stands.
         """
@@ -116,7 +127,7 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
             row.arrived.set()
 
     def adopt(self, row_id: str, state: ContextState) -> None:
-        """Lets an open row read the context tower's own state, for towers on one device."""
+        """Lets an open row read the context tower's state itself, for towers on one device."""
         row = self._rows.get(row_id)
         if row is not None:
             row.state = state
@@ -136,7 +147,7 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
     async def next_token(
         self, row_id: str, position: int, last_token: int, params: GenerationParams
     ) -> Block:
-        """One plain pass over `last_token` from the state before it."""
+        """Draws a token by a plain pass over `last_token` from the state before it."""
         row = self._row(row_id)
         return await self._owned(row, self._next_token(row, position, last_token, params))
 
@@ -157,8 +168,7 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
 
     async def _denoise_on_device(self, state: ContextState, draft: DeviceDraft) -> Block:
         while True:
-            work = StepWork(state, draft)
-            result = await self._loop.submit(work, draft.length, begun=draft.begun)
+            result = await self._loop.submit((state, draft), draft.length, begun=draft.begun)
             assert isinstance(result, StepResult)
             if not result.remaining:
                 return _block(draft.start, draft.step, result)
@@ -220,9 +230,38 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
             ) from None
         return state_of(row.state)
 
+    def _run(self, works: Sequence[DenoiserWork]) -> list[DenoiserResult | BaseException]:
+        """A pass: draws as one packed batch, steps by their block's length. One result per work; an
+        error there concerns its row alone."""
+        drawn = iter(self._draw([work for work in works if isinstance(work, DrawWork)]))
+        stepped = iter(self._step([work for work in works if not isinstance(work, DrawWork)]))
+        return [next(drawn if isinstance(work, DrawWork) else stepped) for work in works]
+
+    def _draw(self, works: Sequence[DrawWork]) -> Sequence[DenoiserResult | BaseException]:
+        if not works:
+            return ()
+        hidden = self.tower.forward(
+            [work.tokens for work in works],
+            [work.timestep for work in works],
+            [work.state for work in works],
+        )
+        ends = accumulate(len(work.tokens) for work in works)
+        wanted = [
+            end - len(work.tokens) + offset
+            for end, work in zip(ends, works, strict=True)
+            for offset in work.wanted
+        ]
+        return draw_tokens(self.tower.logits(hidden[wanted]), [work.draw for work in works])
+
+    def _step(self, works: Sequence[StepWork]) -> Sequence[DenoiserResult | BaseException]:
+        if not works:
+            return ()
+        assert self._steps is not None
+        return self._steps.run(works)
+
 
 def _block(start: int, nfe: int, draft: BlockDraft | StepResult) -> Block:
-    """A block that is done."""
+    """The block of a draft that is done."""
     return Block(
         start,
         tuple(draft.token_ids),
@@ -234,6 +273,6 @@ def _block(start: int, nfe: int, draft: BlockDraft | StepResult) -> Block:
 
 
 def commit_rule(params: GenerationParams) -> CommitRule:
-    """The rule that a request's own parameters ask for."""
+    """The commit rule of a request's parameters."""
     steps = params.draft_steps if params.mode == "verified" else params.steps_per_block
     return ThresholdRule(params.confidence_threshold, steps)

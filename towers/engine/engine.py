@@ -1,7 +1,7 @@
-"""What both engines share: rows that own tasks, memory that outlives no row, the pass loop.
+"""Base of both engines: open rows with their calls and memory, and the loop of passes.
 
-An engine fulfils its side of `protocols.py`. All its coroutines belong to one event loop. Passes
-run in that loop, or with `threaded=True` in one worker thread.
+All coroutines of an engine belong to one event loop. Passes run in that loop, or with
+`threaded=True` in one worker thread.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class EngineRow:
 class Engine(Generic[Row, Work, Result]):
     """Rows of many requests in one tower, batched pass by pass.
 
-    `run` is given a pass's works with the short ones first, so that neighbours of one length share
-    their products. Rows wait in `admission` for their memory, if the engine has any of its own.
+    `run` runs the works of a pass. Rows wait in `admission` for their memory; None in an engine
+    that reads the states of another.
     """
 
     def __init__(

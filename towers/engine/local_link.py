@@ -22,7 +22,7 @@ class LocalLink:
         self._tower = context
         self._denoiser = denoiser
         self._shared = shared
-        self._rows: dict[str, _Copy | _Adoption | None] = {}
+        self._rows: dict[str, _LocalWriter | None] = {}
         if not shared:
             denoiser.follow(context.replay_tensors())
 
@@ -37,18 +37,15 @@ class LocalLink:
             writer.abort()
 
     def begin(self, row_id: str, state: ContextState, plan: UpdatePlan) -> UpdateWriter:
-        """Starts the row's next update; one of a row that is not open is passed over.
+        """Starts the row's next update; the update of a row that is not open goes nowhere.
 
-        Raises ValueError if the one before it has not finished.
+        Raises ValueError if the update before it has not finished.
         """
         last = self._rows.get(row_id)
         if last is not None and not last.ended:
             raise ValueError(f"row {row_id!r}: got a new update before the last one has finished")
-        writer = (
-            _Adoption(self._denoiser, row_id, state)
-            if self._shared
-            else _Copy(self._denoiser, row_id, self._builder(plan))
-        )
+        builder = None if self._shared else self._builder(plan)
+        writer = _LocalWriter(self._denoiser, row_id, state, builder)
         if row_id in self._rows:
             self._rows[row_id] = writer
         else:
@@ -60,50 +57,37 @@ class LocalLink:
         return UpdateBuilder(tower.config, plan, device, tower.dtype)
 
 
-class _Adoption:
-    """Lets the denoiser read the state itself once it has the update's tokens."""
+class _LocalWriter:
+    """An update of a row: with a builder its shares are gathered on the denoiser's device, without
+    the denoiser reads the state itself once it has the update's tokens."""
 
-    takes_shares = False
-
-    def __init__(self, denoiser: DenoiserEngine, row_id: str, state: ContextState) -> None:
+    def __init__(
+        self,
+        denoiser: DenoiserEngine,
+        row_id: str,
+        state: ContextState,
+        builder: UpdateBuilder | None,
+    ) -> None:
+        self.takes_shares = builder is not None
+        self.ended = False
         self._denoiser = denoiser
         self._row_id = row_id
         self._state = state
-        self.ended = False
-
-    def put(self, name: str, layer: int, tensor: Tensor) -> None:
-        """The state has it already."""
-
-    async def finish(self) -> None:
-        if not self.ended:
-            self.ended = True
-            self._denoiser.adopt(self._row_id, self._state)
-
-    def abort(self) -> None:
-        self.ended = True
-
-
-class _Copy:
-    """Gathers an update on the denoiser's device."""
-
-    takes_shares = True
-
-    def __init__(self, denoiser: DenoiserEngine, row_id: str, builder: UpdateBuilder) -> None:
-        self._denoiser = denoiser
-        self._row_id = row_id
         self._builder = builder
-        self.ended = False
 
     def put(self, name: str, layer: int, tensor: Tensor) -> None:
-        if not self.ended:
+        if self._builder is not None and not self.ended:
             self._builder.put(name, layer, tensor)
 
     async def finish(self) -> None:
         if self.ended:
             return
-        if not self._builder.complete:
+        if self._builder is not None and not self._builder.complete:
             raise ValueError(f"row {self._row_id!r}: got an update that lacks shares")
         self.ended = True
+        if self._builder is None:
+            self._denoiser.adopt(self._row_id, self._state)
+            return
         try:
             self._denoiser.receive(self._row_id, self._builder.update())
         except ValueError as error:

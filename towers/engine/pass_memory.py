@@ -1,7 +1,7 @@
 """Memory that a GPU's passes take beside weights and states, by formula.
 
-States get what is left of a device. What a pass allocates follows from its shape, so it is reserved
-before: a pool that takes too much would fail at the first long prompt, under load.
+States get the rest of a device. The memory of a pass follows from its shape and is reserved before:
+a pool that takes too much would fail at the first long prompt, under load.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from twotower.kernels.attention import MAX_SPLITS, SHORT_TOKENS
 from twotower.kernels.replay import SCRATCH_BYTES
 from twotower.towers.config.model_config import ATTENTION, MAMBA, MLP, MOE, TwoTowerConfig
-from twotower.towers.engine.cuda_graph import rows_at_once
+from twotower.towers.engine.buckets import rows_at_once
 
 # Workspaces of libraries, 32 MiB a stream, and small tensors of a step.
 _FIXED_BYTES = 256 << 20
@@ -53,8 +53,8 @@ def layer_bytes(config: TwoTowerConfig, dtype: torch.dtype, tokens: int) -> int:
 
 
 def partial_bytes(config: TwoTowerConfig, rows: int, block: int) -> int:
-    """What attention's splits leave for their merge, for rows of at most `block` new tokens; longer
-    ones are not split."""
+    """Partial results of attention's splits, for rows of at most `block` new tokens; rows with more
+    than SHORT_TOKENS are not split."""
     if not config.layers_of(ATTENTION):
         return 0
     lines = MAX_SPLITS * rows * min(block, SHORT_TOKENS) * config.num_attention_heads

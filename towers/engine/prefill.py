@@ -1,4 +1,4 @@
-"""How a row is read: the passes, and the K/V that travels while later passes compute."""
+"""The passes that read a row, and the K/V that is sent while later passes compute."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def prefill_pieces(
     """The passes that read a row: its prompt on a grid of `chunk`, then what was generated in the
     units in which it was committed.
 
-    The last token of a mock_ar row is a pass of its own. The last generated token of a verified
+    The last token of a mock_ar row is a pass by itself. The last generated token of a verified
     row is not read: it is the head of the next draft.
     """
     tokens = list(prompt)
@@ -62,7 +62,7 @@ class KvFeed:
             self._sending = asyncio.ensure_future(self._send(self._state.position))
 
     async def flush(self) -> None:
-        """Waits until everything read is sent."""
+        """Waits until K/V of all tokens read so far are sent."""
         if self._sending is not None:
             await self._sending
         if self.sent < self._state.position:

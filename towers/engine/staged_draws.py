@@ -1,4 +1,4 @@
-"""How tokens are drawn inside a graph of the context tower: numbers on their way to the device."""
+"""Draws inside a graph of the context tower: their inputs on the way in, tokens on the way out."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from twotower.kernels.unmask import SamplingBatch
-from twotower.towers.decoding.sampling import Draw, signed
+from twotower.towers.decoding.sampling import Draw, Drawn, signed
 from twotower.towers.engine.cuda_graph import Staging
+from twotower.towers.errors import NumericalError
 
 DRAW_INPUTS = ("key", "position", "step", "domain", "barred", "temperature")
 DRAW_PADDING = {"barred": -1}
 
 
 def draw_inputs(draws: Sequence[Draw]) -> dict[str, list[int]]:
-    """Of every position that is drawn, in order, what `staged_sampling` reads; unfiltered draws."""
+    """The inputs DRAW_INPUTS of every position that is drawn, in order; for unfiltered draws."""
 
     def spread(values: Sequence[int]) -> list[int]:
         return [v for v, draw in zip(values, draws, strict=True) for _ in draw.positions]
@@ -32,7 +33,7 @@ def draw_inputs(draws: Sequence[Draw]) -> dict[str, list[int]]:
 
 
 def staged_sampling(staging: Staging) -> SamplingBatch:
-    """The same on the device, for as many lines as the staging has."""
+    """The same inputs on the device, for as many lines as the staging has."""
     key = staging["key"]
     return SamplingBatch(
         _from_bits(staging["temperature"]),
@@ -45,12 +46,21 @@ def staged_sampling(staging: Staging) -> SamplingBatch:
     )
 
 
+def drawn_of(lines: Sequence[Sequence[float]], span: slice, draw: Draw) -> Drawn | NumericalError:
+    """The tokens of a draw: its `span` of the lines id, confidence, log-probability and whether all
+    logits were finite."""
+    tokens, confidences, log_probs, finite = (list(line[span]) for line in lines)
+    if not all(finite):
+        return NumericalError(f"non-finite logits at position {draw.positions[0]}")
+    return Drawn([int(token) for token in tokens], confidences, log_probs)
+
+
 def _as_bits(values: Sequence[float]) -> list[int]:
-    """fp32 values as whole numbers, in which they travel among others with every bit."""
+    """Bit patterns of fp32 values, to be sent among whole numbers without rounding."""
     bits: list[int] = torch.tensor(values, dtype=torch.float32).view(torch.int32).tolist()
     return bits
 
 
 def _from_bits(bits: Tensor) -> Tensor:
-    """The opposite of `_as_bits`, of int64 [n]."""
+    """fp32 values of the bit patterns int64 [n]."""
     return bits.to(torch.int32).view(torch.float32)

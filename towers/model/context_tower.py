@@ -34,8 +34,8 @@ def replay_shapes(config: TwoTowerConfig) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class ContextOutput:
-    """What a pass over rows' next tokens gave: final hidden states [T, H], where the rows' tokens
-    are, and the log of all Mamba layers (None if there are none)."""
+    """Output of a pass over rows' next tokens: final hidden states [T, H], the rows, and the log of
+    all Mamba layers (None if there are none)."""
 
     hidden: Tensor
     rows: Rows
@@ -54,23 +54,17 @@ class ContextTower(Tower):
         self.replay_weights = _stacked(mixers, config.n_groups) if mixers else None
 
     def replay_tensors(self) -> dict[str, Tensor]:
-        """What a mirror needs to replay deltas of this tower; shapes as `replay_shapes`."""
+        """Weights by name with which a mirror replays deltas of this tower; shapes as
+        `replay_shapes`."""
         return self.replay_weights.tensors() if self.replay_weights is not None else {}
 
     @torch.inference_mode()
-    def forward(
-        self,
-        tokens: Sequence[Sequence[int]],
-        states: Sequence[ContextState],
-        sinks: Sequence[LayerSink | None] = (),
-    ) -> Tensor:
-        """One pass over each row's next tokens -> final hidden states, packed, [T, H].
+    def forward(self, tokens: Sequence[Sequence[int]], states: Sequence[ContextState]) -> Tensor:
+        """A pass over each row's next tokens -> final hidden states, packed, [T, H].
 
-        Afterwards each state's log and K/V hold the new tokens; its snapshot has not moved. Each
-        row's sink, if it has one, takes every layer's share of what is new before the next layer
-        is computed: `xbc` and `dt`, or `k` and `v`.
+        Afterwards each state's log and K/V hold the new tokens; its snapshot has not moved.
         """
-        return self.read(tokens, states, sinks).hidden
+        return self.read(tokens, states).hidden
 
     @torch.inference_mode()
     def read(
@@ -79,7 +73,9 @@ class ContextTower(Tower):
         states: Sequence[ContextState],
         sinks: Sequence[LayerSink | None] = (),
     ) -> ContextOutput:
-        """As `forward`, with what `advance_rows` needs."""
+        """As `forward`, with what `advance_rows` needs. Each row's sink, if it has one, takes every
+        layer's share of the update before the next layer is computed: `xbc` and `dt`, or `k` and
+        `v`."""
         pool, lengths = states[0].pool, list(map(len, tokens))
         rows = rows_of(states, lengths, [state.length for state in states])
         log = self.new_log(rows.host.total)
@@ -96,7 +92,8 @@ class ContextTower(Tower):
         log: PassLog | None,
         sinks: Sequence[LayerSink | None] = (),
     ) -> Tensor:
-        """The pass over tensors alone: tokens [T] -> [T, H]. Writes the rows' K/V, and `log`."""
+        """The pass over tensors alone: tokens [T] -> final hidden states [T, H]. Writes the rows'
+        K/V and `log`, and hands shares to `sinks`."""
         hidden, out = self.weights.embedding[tokens], None
         eps = self.config.layer_norm_epsilon
         for index, layer in enumerate(self.weights.layers):
@@ -107,9 +104,9 @@ class ContextTower(Tower):
         return dispatch.add_norm(hidden, out, None, final, eps, None, False)[1]
 
     def new_log(self, tokens: int, *, whole: bool = False) -> PassLog | None:
-        """Room for the log of a pass over so many tokens; None without Mamba layers.
+        """An empty log for a pass over `tokens` tokens; None without Mamba layers.
 
-        A `whole` one holds all that the layers project, so that nothing is copied into it.
+        A `whole` log holds all that the layers project, so that nothing is copied into it.
         """
         config, layers = self.config, len(self.config.layers_of(MAMBA))
         if not layers:
@@ -157,46 +154,50 @@ class ContextTower(Tower):
             state.advanced(count, exported=sink is not None)
 
     def _projected(self, index: int, log: PassLog | None) -> Tensor | None:
-        """Where a layer's projection goes, if the log is made of them."""
+        """The part of a `whole` log into which a Mamba layer projects; None for another log."""
         if log is None or log.projected is None or self.config.layer_pattern[index] != MAMBA:
             return None
         return log.projected[self._state_index[index]]
 
     def _keep(
         self,
-        place: int,
+        layer: int,
         added: Mapping[str, Tensor],
         inputs: MixerInputs,
         log: PassLog | None,
         sinks: Sequence[LayerSink | None],
     ) -> None:
-        """Puts a layer's share of a pass into the log or the rows' K/V, and hands it to sinks."""
+        """Puts a layer's new projections into the log, or its new K/V into the pages, and hands
+        each row's share to its sink. `layer` counts layers of one kind."""
         if "xbc" in added:
             assert log is not None
             if log.projected is None:
-                log.xbc[place].copy_(added["xbc"])
-                log.dt[place].copy_(added["dt"])
-            added = {"xbc": log.xbc[place], "dt": log.dt[place]}
+                log.xbc[layer].copy_(added["xbc"])
+                log.dt[layer].copy_(added["dt"])
+            added = {"xbc": log.xbc[layer], "dt": log.dt[layer]}
         if "k" in added:
-            context = inputs.pool.layer_kv(place)
+            context = inputs.pool.layer_kv(layer)
             dispatch.store_kv(added["k"], added["v"], context, inputs.rows)
         for row, sink in enumerate(sinks):
             if sink is None:
                 continue
             span = inputs.rows.host.slice_of(row)
             for name, tensor in added.items():
-                own = tensor[span]
-                # K/V travel by head, as they stand in the pages.
-                sink.put(name, place, own.transpose(0, 1).contiguous() if name in "kv" else own)
+                share = tensor[span]
+                # K/V are sent by head, as they lie in the pages.
+                if name in ("k", "v"):
+                    share = share.transpose(0, 1).contiguous()
+                sink.put(name, layer, share)
 
 
 def _listening(sinks: Sequence[LayerSink | None]) -> list[LayerSink | None]:
-    """Each row's sink, None for one that takes no shares; empty if none does."""
-    own = [sink if sink is not None and sink.takes_shares else None for sink in sinks]
-    return own if any(sink is not None for sink in own) else []
+    """Each row's sink, None for a sink that takes no shares; empty if no sink does."""
+    taking = [sink if sink is not None and sink.takes_shares else None for sink in sinks]
+    return taking if any(sink is not None for sink in taking) else []
 
 
 def _stacked(mixers: Sequence[MambaWeights], groups: int) -> ReplayWeights:
+    """The replay weights of all Mamba layers."""
     biases = [mixer.conv_bias for mixer in mixers if mixer.conv_bias is not None]
     tensors = {
         "conv_weight": torch.stack([mixer.conv_weight for mixer in mixers]),

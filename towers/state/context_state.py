@@ -1,4 +1,4 @@
-"""A row's context state: one snapshot per Mamba layer, a short log after it, and K/V.
+"""A row's context state: a snapshot per Mamba layer, a short log after it, and K/V.
 
 The snapshot stands at `position`: SSM states and conv histories after that many tokens. The log
 holds the Mamba layers' raw projections of the tokens after it, K/V covers snapshot and log. A
@@ -22,7 +22,7 @@ from twotower.towers.state.update import StateUpdate, UpdateKind, UpdatePlan, pl
 
 
 class ContextState:
-    """State of one row in a pool: a slot, `conv` [M, K-1, Cd] and `ssm` [M, H, P, N] fp32, and
+    """State of a row in a pool: a slot, `conv` [M, K-1, Cd] and `ssm` [M, H, P, N] fp32, and
     pages of K/V for `capacity` tokens. `length` tokens are covered by K/V: those of the snapshot
     and those of the log. Made by `StatePool.open`, given back by `release`."""
 
@@ -57,7 +57,7 @@ class ContextState:
         return k[layer], v[layer]
 
     def kv_layers(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The same of all A attention layers, [A, nkv, n, hd] each."""
+        """K and V of all A attention layers, [A, nkv, n, hd] each; views where `kv` gives views."""
         runs = self.pool.runs(self.pages, start, stop) or [slice(0, 0)]
         k, v = ([held[:, :, run] for run in runs] for held in (self.pool.k, self.pool.v))
         return (k[0], v[0]) if len(runs) == 1 else (torch.cat(k, dim=2), torch.cat(v, dim=2))
@@ -90,10 +90,10 @@ class ContextState:
         self.advanced(count)
 
     def advanced(self, count: int, *, exported: bool = False) -> None:
-        """Takes note that the snapshot has been moved over the first `count` tokens of the log.
+        """Moves `position` after a replay of the first `count` tokens of the log.
 
-        With `exported` a link has them already; otherwise they are kept where they may become a
-        delta.
+        With `exported` a link has these tokens already; otherwise their log is kept where it may
+        become a delta.
         """
         assert not self._released
         if not count:
@@ -108,7 +108,7 @@ class ContextState:
         self._log = log.part(count, count + rest).copy() if log is not None and rest else None
 
     def stepped(self, count: int = 1) -> None:
-        """Takes note that a pass has read `count` tokens into K/V and snapshot alike."""
+        """Moves `position` and `length` after a pass read `count` tokens into K/V and snapshot."""
         assert not self._released
         assert self.length == self.position
         assert self.length + count <= self.capacity
@@ -126,7 +126,7 @@ class ContextState:
         self.length = self.position
 
     def export(self, start: int) -> StateUpdate:
-        """What a mirror at `start` needs, partly as views: send or copy it before the next pass.
+        """The update for a mirror at `start`, partly views: send or copy it before the next pass.
 
         A delta if the last `advance` began at `start` and its log is smaller than the snapshot.
         """
@@ -171,8 +171,8 @@ class ContextState:
     def restore(self, conv: Tensor, ssm: Tensor, pages: Sequence[int], position: int) -> None:
         """Starts an empty state from a snapshot at `position`, whose K/V stand in `pages`.
 
-        Full pages become shared, and the state's own in their places go back to the pool; a partly
-        filled one is copied. Raises ValueError if the state is not empty or too small.
+        Full pages become shared, and the state's pages in their place go back to the pool; a partly
+        filled page is copied. Raises ValueError if the state is not empty or too small.
         """
         if self.length or position > self.capacity:
             raise ValueError(
@@ -212,7 +212,7 @@ class ContextState:
         """Layers' shares on the state's device."""
         if all(share.device == self.conv.device for share in shares):
             return shares
-        # One transfer: each layer's own would cost more in launches than in bytes.
+        # One transfer: a transfer for each layer would cost more in launches than in bytes.
         return list(torch.stack(list(shares)).to(self.conv.device))
 
     def _check_order(self, plan: UpdatePlan) -> None:

@@ -1,4 +1,4 @@
-"""How a context tower's states reach a denoiser tower: what every link promises."""
+"""The interface of a link, which carries a context tower's states to a denoiser tower."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from twotower.towers.state.update import UpdatePlan
 class LayerSink(Protocol):
     """Takes shares of a row's update while a pass computes them, from the pass's own thread.
 
-    `takes_shares` is False where the mirror reads the state itself: a pass then has no work for
-    this row beside its own.
+    `takes_shares` is False where the mirror reads the state itself: a pass then puts nothing.
     """
 
     takes_shares: bool
@@ -28,7 +27,7 @@ class LayerSink(Protocol):
 
 
 class UpdateWriter(LayerSink, Protocol):
-    """One update of a row on its way to the other tower."""
+    """An update of a row on its way to the other tower."""
 
     async def finish(self) -> None:
         """Called after the last `put`; returns once the mirror has the update.
@@ -41,13 +40,13 @@ class UpdateWriter(LayerSink, Protocol):
 
 
 class StateLink(Protocol):
-    """The way of context states from a context tower to a denoiser tower, in order per row."""
+    """Carries updates of rows from a context tower to a denoiser tower, in order per row."""
 
     def open(self, row_id: str) -> None:
         """Starts to carry a row."""
 
     def begin(self, row_id: str, state: ContextState, plan: UpdatePlan) -> UpdateWriter:
-        """Starts the row's next update; the one before it has finished."""
+        """Starts the row's next update; the update before it has finished."""
 
     def forget(self, row_id: str) -> None:
         """Stops to carry a row; an unknown row is fine."""

@@ -1,6 +1,6 @@
-"""Which slots and pages of a pool are free.
+"""Allocators of a pool's slots and pages.
 
-Pages are counted by those who hold them: a row and the prefix cache may share one.
+Holders of a page are counted: a row and the prefix cache may share a page.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def pages_for(tokens: int) -> int:
 
 
 class PageAllocator:
-    """Which of `num_pages` pages are free, and how many holders each of the others has."""
+    """Keeps which of `num_pages` pages are free, and the number of holders of each other page."""
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
@@ -47,13 +47,13 @@ class PageAllocator:
         return pages
 
     def share(self, pages: Sequence[int]) -> None:
-        """One holder more for each page. Raises ValueError for a free page."""
+        """Adds a holder to each page. Raises ValueError for a free page."""
         self._check_held(pages)
         for page in pages:
             self._holders[page] += 1
 
     def free(self, pages: Sequence[int]) -> None:
-        """One holder less for each page; a page without holders is free again.
+        """Takes a holder from each page; a page without holders is free again.
 
         Raises ValueError, and changes nothing, for a page that is free or named twice.
         """
@@ -65,24 +65,24 @@ class PageAllocator:
                 self._give_back(page)
 
     def holders(self, page: int) -> int:
-        """How many hold a page; 0 if it is free."""
+        """Number of holders of a page; 0 if it is free."""
         return self._holders.get(page, 0)
 
     def _take(self, run: tuple[int, int], count: int) -> range:
         start, stop = run
         taken = range(start, min(stop, start + count))
-        place = bisect_left(self._runs, run)
-        self._runs[place : place + 1] = [(taken.stop, stop)] if taken.stop < stop else []
+        index = bisect_left(self._runs, run)
+        self._runs[index : index + 1] = [(taken.stop, stop)] if taken.stop < stop else []
         return taken
 
     def _give_back(self, page: int) -> None:
         start, stop = page, page + 1
-        place = bisect_left(self._runs, (page, page))
-        after = before = place
-        if place < len(self._runs) and self._runs[place][0] == stop:
-            stop, after = self._runs[place][1], place + 1
-        if place and self._runs[place - 1][1] == start:
-            start, before = self._runs[place - 1][0], place - 1
+        index = bisect_left(self._runs, (page, page))
+        after = before = index
+        if index < len(self._runs) and self._runs[index][0] == stop:
+            stop, after = self._runs[index][1], index + 1
+        if index and self._runs[index - 1][1] == start:
+            start, before = self._runs[index - 1][0], index - 1
         self._runs[before:after] = [(start, stop)]
         self.num_free += 1
 
@@ -95,7 +95,7 @@ class PageAllocator:
 
 
 class SlotAllocator:
-    """Which of `num_slots` slots are free."""
+    """Keeps which of `num_slots` slots are free."""
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots

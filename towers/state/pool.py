@@ -33,12 +33,12 @@ class StatePool(StateTensors):
         state.release()
 
     def room_for(self, capacity: int) -> bool:
-        """Whether `open` would succeed."""
+        """True if `open` would succeed."""
         free = min(self.pages.num_free, self.most_pages)
         return self.slots.num_free > 0 and pages_for(capacity) <= free
 
     def could_ever_hold(self, capacity: int) -> bool:
-        """Whether a row of `capacity` tokens fits into the empty pool and the model's context."""
+        """True if a row of `capacity` tokens fits into the empty pool and the model's context."""
         return self.slots.num_slots > 0 and pages_for(capacity) <= self.most_pages
 
     @property

@@ -1,10 +1,10 @@
-"""What rows have read, kept for rows that begin the same way.
+"""Snapshots of rows, kept for rows that begin with the same tokens.
 
 A hybrid's state cannot be cut: a row goes on from a token only where a snapshot of the Mamba
 layers was kept. An entry is such a snapshot with a hold on the K/V pages of the tokens before it.
 Its key fixes tokens and the borders of the passes that read them, so that a row that starts from
-an entry has the bits that it would have had alone. Snapshots have a budget of their own; pages are
-the pool's, and entries give theirs up when a row needs them.
+an entry has the bits that it would have had alone. Snapshots have a budget in bytes; pages are
+the pool's, and entries give them up when a row needs them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KEY_BYTES = 32
 
 
 def next_key(key: bytes, piece: Sequence[int]) -> bytes:
-    """The key of what was read under `key` (empty: nothing) and then `piece` in one pass."""
+    """The key of the tokens read under `key` (empty: none) and then `piece` in one pass."""
     digest = hashlib.blake2b(key, digest_size=_KEY_BYTES)
     digest.update(len(piece).to_bytes(8, "little"))
     digest.update(array("q", piece).tobytes())
@@ -34,7 +34,7 @@ def next_key(key: bytes, piece: Sequence[int]) -> bytes:
 
 
 def chain_keys(pieces: Sequence[Sequence[int]]) -> list[bytes]:
-    """For each piece the key of everything up to its end."""
+    """For each piece the key of all tokens up to its end."""
     return list(accumulate(pieces, next_key, initial=b""))[1:]
 
 
@@ -46,16 +46,16 @@ class _Entry:
     pages: list[int]
     conv: Tensor
     ssm: Tensor
-    hidden: Tensor | None
+    hidden: Tensor
 
     @property
     def num_bytes(self) -> int:
         return snapshot_bytes(self.conv, self.ssm, self.hidden)
 
 
-def snapshot_bytes(conv: Tensor, ssm: Tensor, hidden: Tensor | None) -> int:
+def snapshot_bytes(conv: Tensor, ssm: Tensor, hidden: Tensor) -> int:
     """Bytes that an entry takes from the budget."""
-    return conv.nbytes + ssm.nbytes + (0 if hidden is None else hidden.nbytes)
+    return conv.nbytes + ssm.nbytes + hidden.nbytes
 
 
 class PrefixCache:
@@ -84,8 +84,8 @@ class PrefixCache:
         self.misses += 1
         return -1
 
-    def restore(self, key: bytes, state: ContextState) -> Tensor | None:
-        """Fills an empty state from an entry; returns its last hidden state [H], if it has one.
+    def restore(self, key: bytes, state: ContextState) -> Tensor:
+        """Fills an empty state from an entry; returns the last hidden state [H] of the entry.
 
         Pages of the state that the entry's replace go back to the pool. Raises ValueError for a
         key without an entry and for a state that is not empty or too small.
@@ -99,11 +99,11 @@ class PrefixCache:
         self.cached_tokens += entry.position
         return entry.hidden
 
-    def insert(self, key: bytes, state: ContextState, hidden: Tensor | None) -> None:
+    def insert(self, key: bytes, state: ContextState, hidden: Tensor) -> None:
         """Keeps a state as it stands at its position; a key that has an entry is marked as used.
 
         Nothing is kept if the snapshot is above the budget, or if the last page is partly filled
-        and no page is free to copy it to: the row goes on writing into its own.
+        and no page is free to copy it to: the row goes on writing into that page.
         """
         if key in self._entries:
             self._entries.move_to_end(key)
@@ -114,9 +114,9 @@ class PrefixCache:
             return
         while self.num_bytes + size > self.max_bytes:
             self._evict()
-        held = None if hidden is None else hidden.clone()
         pages = self._hold_pages(state)
-        entry = _Entry(state.position, pages, state.conv.clone(), state.ssm.clone(), held)
+        copies = state.conv.clone(), state.ssm.clone(), hidden.clone()
+        entry = _Entry(state.position, pages, *copies)
         self._entries[key] = entry
         self.num_bytes += size
 
@@ -125,8 +125,8 @@ class PrefixCache:
         allocator = self._pool.pages
         wanted = allocator.num_free + pages
         holds = Counter(page for entry in self._entries.values() for page in entry.pages)
-        ours = sum(allocator.holders(page) == count for page, count in holds.items())
-        if ours < pages:
+        releasable = sum(allocator.holders(page) == count for page, count in holds.items())
+        if releasable < pages:
             return False
         while allocator.num_free < wanted:
             self._evict()
@@ -143,14 +143,15 @@ class PrefixCache:
         return len(self._entries)
 
     def _hold_pages(self, state: ContextState) -> list[int]:
+        """Pages of the state's tokens: full pages are shared, a partly filled page is copied."""
         pages = state.pages[: pages_for(state.position)]
         full, rest = divmod(state.position, self._pool.page_tokens)
         self._pool.pages.share(pages[:full])
         if not rest:
             return pages
-        own = self._pool.pages.allocate(1)
-        self._pool.copy_page(pages[full], own[0], rest)
-        return pages[:full] + own
+        copied = self._pool.pages.allocate(1)
+        self._pool.copy_page(pages[full], copied[0], rest)
+        return pages[:full] + copied
 
     def _evict(self) -> None:
         _, entry = self._entries.popitem(last=False)

@@ -48,11 +48,11 @@ class StateTensors:
 
     @property
     def most_pages(self) -> int:
-        """Pages that one row may have: what the pool or the model's context holds."""
+        """Most pages of a row: those of the pool, or of the model's context if that is less."""
         return self.page_table.shape[1]
 
     def runs(self, pages: Sequence[int], start: int, stop: int) -> list[slice]:
-        """Where tokens start..stop-1 of a row with these pages stand in `k` and `v`."""
+        """Slices of `k` and `v` that hold tokens start..stop-1 of a row with these pages."""
         return page_runs(pages, PAGE_TOKENS, start, stop)
 
     def layer_kv(self, layer: int) -> PagedKeyValues:
@@ -61,8 +61,8 @@ class StateTensors:
 
     def write_pages(self, slot: int, pages: Sequence[int]) -> None:
         """Enters a row's pages into the table that the attention operators read."""
-        own = torch.tensor(pages, dtype=torch.int32)
-        self.page_table[slot, : len(pages)] = own.to(self.page_table.device)
+        entries = torch.tensor(pages, dtype=torch.int32)
+        self.page_table[slot, : len(pages)] = entries.to(self.page_table.device)
 
     def copy_page(self, source: int, target: int, count: int) -> None:
         """Copies the K/V of a page's first `count` tokens into another page."""

@@ -1,4 +1,4 @@
-"""What moves a mirror of a row's context state: the parts of an update, gathered layer by layer."""
+"""Updates that move a mirror of a row's context state, gathered layer by layer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ UpdateKind = Literal["snapshot", "delta", "kv"]
 
 @dataclass(frozen=True)
 class UpdatePlan:
-    """What an update will hold, known before the pass that computes it.
+    """Kind and tokens of an update, known before the pass that computes it.
 
     All kinds have K/V of the tokens start..position-1. A snapshot has the Mamba layers' states at
     `position`; a delta has the raw projections of the tokens, which the receiver replays; "kv" has
-    nothing more and leaves the mirror's state where it is.
+    K/V alone and leaves the mirror's snapshot where it is.
     """
 
     kind: UpdateKind
@@ -93,7 +93,7 @@ class UpdateBuilder:
 
     The layers of one name come in order. `dtype` is that of everything but `ssm`, which is fp32.
     With `copy` false a share that is contiguous, on `device` and of the right dtype is kept as it
-    is: whoever puts it must leave it unchanged for as long as the update is read.
+    is, and must stay unchanged for as long as the update is read.
     """
 
     def __init__(

@@ -11,7 +11,8 @@ from torch import Tensor
 from twotower.bench.filled import FilledPool
 from twotower.bench.plain import PlainPass, copy_states
 from twotower.planner.floors import MASKED, PassKind
-from twotower.towers.engine.context_pass import ContextPass, ContextWork
+from twotower.towers.engine.context_pass import ContextPass
+from twotower.towers.engine.context_work import ContextWork
 from twotower.towers.model.backbone import Tower
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower

@@ -21,16 +21,11 @@ from twotower.towers.decoding.services import Block
 from twotower.towers.decoding.unmasking import CommitRule, ReplayRule, ThresholdRule
 from twotower.towers.engine import context_blocks, denoiser_steps
 from twotower.towers.engine import cuda_graph as captured
+from twotower.towers.engine.buckets import GRAPH_TOKENS, MAX_LENGTH, ROW_BUCKETS
 from twotower.towers.engine.context_engine import ContextEngine
-from twotower.towers.engine.cuda_graph import (
-    ROW_BUCKETS,
-    CapturedGraph,
-    GraphMemory,
-    Staging,
-    bucket_for,
-)
+from twotower.towers.engine.cuda_graph import CapturedGraph, GraphMemory
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
-from twotower.towers.engine.denoiser_steps import MAX_LENGTH, on_device
+from twotower.towers.engine.device_drafts import on_device
 from twotower.towers.engine.local_link import LocalLink
 from twotower.towers.engine.options import EngineOptions
 from twotower.towers.errors import NumericalError
@@ -222,41 +217,6 @@ def test_what_the_device_can_decide(
     assert on_device(rule, sampler, length) is wanted
 
 
-def test_buckets() -> None:
-    assert [bucket_for(rows) for rows in (1, 2, 3, 5, 9, 17, 65, 128)] == [
-        1,
-        2,
-        4,
-        8,
-        12,
-        24,
-        96,
-        128,
-    ]
-    with pytest.raises(ValueError, match="rows: got 129, expected at most 128"):
-        bucket_for(129)
-
-
-def test_without_cuda_work_is_called_and_never_run_to_be_captured() -> None:
-    calls: list[int] = []
-    work = CapturedGraph(lambda: calls.append(1), GraphMemory(CPU))
-    assert work.ready
-    work.capture()
-    assert calls == []
-    work()
-    work()
-    assert calls == [1, 1]
-
-
-def test_staging_pads_what_is_not_sent() -> None:
-    staging = Staging(("slot", "key", "token"), 4, CPU)
-    staging.send({"slot": -1}, slot=[3, 1], key=[2**62, -5, 7], token=[1, 2, 3, 4])
-    assert staging["slot"].tolist() == [3, 1, -1, -1]
-    assert staging["key"].tolist() == [2**62, -5, 7, 0]
-    staging.send({"slot": -1}, slot=[2])
-    assert [staging[name].tolist() for name in ("slot", "token")] == [[2, -1, -1, -1], [0] * 4]
-
-
 def test_padding_beside_blocks_of_another_length(towers: Towers) -> None:
     """Three rows fill a bucket of four: its padding must not read the timestep of slot 0, whose
     block is longer than theirs, nor that of a longer block that was cancelled there."""
@@ -347,7 +307,7 @@ def test_logs_of_blocks_grow_a_few_times_only(towers: Towers) -> None:
     finally:
         del context.new_log
     assert made == [128, 256, 512, 1024, 2048]
-    assert made[-1] == captured.GRAPH_TOKENS
+    assert made[-1] == GRAPH_TOKENS
 
 
 def test_a_capture_without_room_costs_the_graph_and_nothing_else(

@@ -24,6 +24,7 @@ from twotower.towers.state.prefix_cache import PrefixCache, chain_keys, next_key
 
 CHUNK = 64
 HIDDEN = torch.arange(16.0)
+NO_HIDDEN = torch.empty(0)
 SNAPSHOT_BYTES = 4 * (3 * 32 + 4 * 4 * 4)
 ENTRY_BYTES = SNAPSHOT_BYTES + 4 * 16
 
@@ -114,12 +115,12 @@ def test_full_pages_are_shared_and_the_reserved_ones_returned() -> None:
     pool = new_pool()
     cache = PrefixCache(pool, 10 * ENTRY_BYTES)
     row = row_of(pool, 150)
-    cache.insert(b"key", row, None)
+    cache.insert(b"key", row, NO_HIDDEN)
     # Two full pages are the row's, the third is a copy.
     assert pool.pages_used == 4 + 1
     restored = pool.open(256)
     assert pool.pages_used == 4 + 1 + 4
-    assert cache.restore(b"key", restored) is None
+    assert cache.restore(b"key", restored).numel() == 0
     assert pool.pages_used == 4 + 1 + 2
     assert restored.pages[:2] == row.pages[:2]
     assert not set(restored.pages[2:]) & set(row.pages)
@@ -131,7 +132,7 @@ def test_release_and_eviction_free_only_their_own_hold() -> None:
     cache = PrefixCache(pool, 10 * ENTRY_BYTES)
     row = row_of(pool, 128)
     want = contents(row)
-    cache.insert(b"key", row, None)
+    cache.insert(b"key", row, NO_HIDDEN)
     row.release()
     assert pool.pages_used == 2
     restored = pool.open(192)
@@ -152,8 +153,8 @@ def test_the_longest_prefix_is_found() -> None:
     keys = chain_keys([[1], [2], [3], [4]])
     assert cache.longest(keys) == -1
     assert cache.longest([]) == -1
-    cache.insert(keys[0], row, None)
-    cache.insert(keys[2], row, None)
+    cache.insert(keys[0], row, NO_HIDDEN)
+    cache.insert(keys[2], row, NO_HIDDEN)
     assert [cache.longest(keys[:count]) for count in range(1, 5)] == [0, 0, 2, 2]
     cache.restore(keys[2], pool.open(64))
     assert (cache.num_entries, cache.num_bytes) == (2, 2 * SNAPSHOT_BYTES)
@@ -179,7 +180,7 @@ def test_an_entry_above_the_budget_is_not_kept_and_drives_none_out() -> None:
     pool = new_pool()
     cache = PrefixCache(pool, SNAPSHOT_BYTES)
     row = row_of(pool, 70)
-    cache.insert(b"a", row, None)
+    cache.insert(b"a", row, NO_HIDDEN)
     used = pool.pages_used
     cache.insert(b"b", row, HIDDEN)
     assert cache.longest([b"b"]) == -1
@@ -191,9 +192,9 @@ def test_without_a_page_for_the_last_tokens_nothing_is_kept() -> None:
     pool = new_pool(pages=4)
     cache = PrefixCache(pool, 10 * ENTRY_BYTES)
     row = row_of(pool, 128)
-    cache.insert(b"whole pages need none", row, None)
+    cache.insert(b"whole pages need none", row, NO_HIDDEN)
     write(row, 5, seed=9)
-    cache.insert(b"key", row, None)
+    cache.insert(b"key", row, NO_HIDDEN)
     assert cache.num_entries == 1
     assert pool.pages_used == 4
 
@@ -201,7 +202,7 @@ def test_without_a_page_for_the_last_tokens_nothing_is_kept() -> None:
 def test_restoring_what_does_not_fit_changes_nothing() -> None:
     pool = new_pool()
     cache = PrefixCache(pool, 10 * ENTRY_BYTES)
-    cache.insert(b"key", row_of(pool, 130), None)
+    cache.insert(b"key", row_of(pool, 130), NO_HIDDEN)
     small, begun = pool.open(129), row_of(pool, 3, seed=20)
     before = pool.slots_used, pool.pages_used
     for state in (small, begun):
@@ -219,7 +220,7 @@ def test_pages_are_reclaimed_from_the_least_recently_used() -> None:
     cache = PrefixCache(pool, 10 * ENTRY_BYTES)
     for number, key in enumerate((b"a", b"b", b"c")):
         row = row_of(pool, 128, capacity=128, seed=10 * number)
-        cache.insert(key, row, None)
+        cache.insert(key, row, NO_HIDDEN)
         row.release()
     reader = pool.open(128)
     cache.restore(b"a", reader)
@@ -239,9 +240,9 @@ def test_reclaim_counts_pages_that_several_entries_hold() -> None:
     pool = new_pool(pages=4)
     cache = PrefixCache(pool, 10 * ENTRY_BYTES)
     row = row_of(pool, 64, capacity=128)
-    cache.insert(b"a", row, None)
+    cache.insert(b"a", row, NO_HIDDEN)
     write(row, 64, seed=30)
-    cache.insert(b"b", row, None)
+    cache.insert(b"b", row, NO_HIDDEN)
     row.release()
     assert cache.reclaim(2)
     assert cache.num_entries == 0
@@ -301,7 +302,7 @@ def act(
         live.want = contents(state)
     elif event == "insert" and state.position:
         key = step.to_bytes(4, "little")
-        cache.insert(key, state, None)
+        cache.insert(key, state, NO_HIDDEN)
         kept[key] = live.want
     elif event == "restore" and not state.position:
         there = [key for key in kept if cache.longest([key]) == 0]

@@ -1,0 +1,84 @@
+"""A row of the context engine, the tokens drawn for it, and the blocks they make."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from twotower.towers.decoding.sampling import Drawn
+from twotower.towers.decoding.services import Block
+from twotower.towers.engine.engine import EngineRow
+
+T = TypeVar("T")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token that the context tower drew, with its confidence and log-probability."""
+
+    token_id: int
+    confidence: float
+    log_prob: float
+
+    @classmethod
+    def of(cls, drawn: Drawn, index: int) -> Token:
+        """The token at an index of a draw."""
+        return cls(drawn.token_ids[index], drawn.confidences[index], drawn.log_probs[index])
+
+
+@dataclass(eq=False)
+class ContextRow(EngineRow):
+    """A row of the context engine.
+
+    `token` is what the tower drew for the state's position, None before; `committed` tells whether
+    the output has it already. `key` is the prefix cache's key of what was read, `cached_to` the
+    tokens of the last entry. `turn` is held by the call that works on the state.
+    """
+
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    token: Token | None = None
+    committed: bool = False
+    key: bytes = b""
+    cached_to: int = 0
+
+
+_Call = Callable[Concatenate[T, ContextRow, P], Coroutine[Any, Any, R]]
+
+
+def in_turn(call: _Call[T, P, R]) -> _Call[T, P, R]:
+    """Makes a row's call wait until no other call works on the row's state."""
+
+    @wraps(call)
+    async def alone(engine: T, row: ContextRow, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        async with row.turn:
+            return await call(engine, row, *args, **kwargs)
+
+    return alone
+
+
+def block_of(
+    start: int,
+    tokens: Sequence[Token],
+    steps: tuple[int, ...],
+    *,
+    context_passes: int,
+    accepted: int = 0,
+    drafted: int = 0,
+) -> Block:
+    """A block of tokens of the context tower, which took no denoiser passes here."""
+    return Block(
+        start,
+        tuple(token.token_id for token in tokens),
+        steps,
+        tuple(token.confidence for token in tokens),
+        nfe=0,
+        context_passes=context_passes,
+        log_probs=tuple(token.log_prob for token in tokens),
+        accepted_tokens=accepted,
+        drafted_tokens=drafted,
+    )

@@ -1,0 +1,64 @@
+"""Work of a row for a pass of the context tower, and its result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from twotower.towers.decoding.sampling import Draw, Drawn
+from twotower.towers.engine.buckets import MAX_LENGTH
+from twotower.towers.errors import NumericalError
+from twotower.towers.state.context_state import ContextState
+from twotower.towers.state.link import LayerSink
+
+
+@dataclass(frozen=True)
+class ContextWork:
+    """Tokens of a row to read. `advance` moves the snapshot over them, otherwise they stay in the
+    log; `draw` draws at the last of them, `targets` asks for these tokens' log-probabilities,
+    `sink` takes the update's shares. `prefill` is a piece of a prompt."""
+
+    state: ContextState
+    tokens: Sequence[int]
+    advance: bool = True
+    draw: Draw | None = None
+    targets: Sequence[int] | None = None
+    sink: LayerSink | None = None
+    prefill: bool = False
+
+    @property
+    def is_step(self) -> bool:
+        """True if it reads one token into the state, draws the next and no more."""
+        plain = self.advance and self.targets is None and self.sink is None
+        return plain and len(self.tokens) == 1 and _draws(self.draw, 1)
+
+    @property
+    def is_block(self) -> bool:
+        """True if it extends a row by a committed block, or checks a whole draft."""
+        if self.prefill or self.targets is not None or len(self.tokens) > MAX_LENGTH:
+            return False
+        if self.advance:
+            return self.draw is None
+        return self.sink is None and _draws(self.draw, len(self.tokens))
+
+
+def _draws(draw: Draw | None, count: int) -> bool:
+    """True for a draw of so many tokens without filters."""
+    return draw is not None and len(draw.positions) == count and not draw.sampler.filtered
+
+
+@dataclass(frozen=True)
+class ContextResult:
+    """A row's last hidden state [H], the tokens that were drawn, and the log-probabilities of the
+    work's targets."""
+
+    hidden: Tensor
+    drawn: Drawn | None = None
+    logprobs: tuple[float, ...] = ()
+
+
+def result_of(hidden: Tensor, drawn: Drawn | NumericalError) -> ContextResult | NumericalError:
+    """The result of a row whose last hidden state is `hidden`, or the error of its draw."""
+    return drawn if isinstance(drawn, NumericalError) else ContextResult(hidden, drawn)
