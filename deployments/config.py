@@ -63,9 +63,8 @@ class ServiceConfig(BaseModel):
         "tokens can have, as far as the tokenizer tells, otherwise 4 MiB. Proxies that were not "
         f"started here take it from their environment: {MESSAGE_VARIABLE}, 4 MiB if it is not set",
     )
-    max_num_seqs: int = Field(
-        32, ge=1, le=MOST_ROWS, description="rows that a pair works on at once"
-    )
+    # Fields of the engines have their least values in EngineOptions.
+    max_num_seqs: int = Field(32, le=MOST_ROWS, description="rows that a pair works on at once")
     max_queued_requests: int = Field(
         256,
         ge=-1,
@@ -87,25 +86,23 @@ class ServiceConfig(BaseModel):
         "none = max_num_seqs, or half of the queue if that is less",
     )
     memory_fraction: float | None = Field(
-        None, gt=0, le=1, description="share of free memory for states; none = 0.95, on cpu 0.25"
+        None, description="share of free memory for states; none = 0.95, on cpu 0.25"
     )
     max_num_batched_tokens: int | None = Field(
-        None, ge=1, le=MOST_COUNT, description="tokens of a tower's pass; none = 512, on cuda 4096"
+        None, le=MOST_COUNT, description="tokens of a tower's pass; none = 512, on cuda 4096"
     )
     max_prefill_tokens: int | None = Field(
         None,
-        ge=1,
         le=MOST_COUNT,
         description="prompt tokens in a pass that other rows share; none = 64, on cuda 1024",
     )
     prefill_chunk: int | None = Field(
         None,
-        ge=1,
         le=MOST_COUNT,
         description="grid on which prompts are read; none = 64, on cuda 1024",
     )
     prefix_cache_mib: int = Field(
-        256, ge=0, le=MOST_COUNT, description="snapshots of the prefix cache; 0 = none"
+        256, le=MOST_COUNT, description="MiB of snapshots of the prefix cache; 0 = none"
     )
     transport: Transport = Field(
         PairTopology.transport, description="how states travel between the towers"

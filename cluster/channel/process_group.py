@@ -26,7 +26,7 @@ GROUP_FRAME_BYTES = 8 << 20
 _dist: Any = torch.distributed
 
 
-class Member(Protocol):
+class _Member(Protocol):
     """One member of a link's group. `exchange` runs in one thread, the others in the loop's."""
 
     group: Any
@@ -44,7 +44,7 @@ class Member(Protocol):
 class GroupEnd:
     """One end of a link's group: sends or receives in the order of the calls, in one thread."""
 
-    def __init__(self, member: Member, executor: ThreadPoolExecutor, device: torch.device) -> None:
+    def __init__(self, member: _Member, executor: ThreadPoolExecutor, device: torch.device) -> None:
         self.member = member
         self._executor = executor
         self.device = device
@@ -68,7 +68,7 @@ class GroupEnd:
         return loop.run_in_executor(self._executor, member.exchange, verb, tensor, member.mark())
 
 
-class GlooMember:
+class _GlooMember:
     """Gloo's member: bytes in the host's memory, over TCP from `own_address`.
 
     Raises RuntimeError if the peer is not there within `timeout_s`; so does a transfer that takes
@@ -120,7 +120,7 @@ class Rendezvous:
         """Waits for the sender. Raises RuntimeError if it does not come in time."""
         store, host = self._store, self._host
 
-        def make() -> Member:
+        def make() -> _Member:
             return _member(transport, store, RECEIVER, host, device, timeout_s)
 
         return await _joined(make, device)
@@ -136,7 +136,7 @@ async def join(
     """The sender's way into the group. Raises RuntimeError if the receiver is not there in time."""
     host = host.strip("[]")
 
-    def make() -> Member:
+    def make() -> _Member:
         limit = timedelta(seconds=timeout_s)
         store = _dist.TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
         address = _own_address(host, port)
@@ -145,7 +145,7 @@ async def join(
     return await _joined(make, device)
 
 
-async def _joined(make: Callable[[], Member], device: torch.device) -> GroupEnd:
+async def _joined(make: Callable[[], _Member], device: torch.device) -> GroupEnd:
     executor = ThreadPoolExecutor(1, "state-link")
     try:
         member = await asyncio.get_running_loop().run_in_executor(executor, make)
@@ -162,10 +162,10 @@ def _member(
     own_address: str,
     device: torch.device,
     timeout_s: float,
-) -> Member:
+) -> _Member:
     if transport == "nccl":
         return NcclMember(store, rank, device, timeout_s)
-    return GlooMember(store, rank, own_address, timeout_s)
+    return _GlooMember(store, rank, own_address, timeout_s)
 
 
 def _own_address(host: str, port: int) -> str:

@@ -52,7 +52,7 @@ def add_health(servicer: Any, server: Any) -> None:
     _add(health_pb2_grpc.add_HealthServicer_to_server, servicer, server)
 
 
-class CallContext:
+class _CallContext:
     """A call's context that outlives the call: the peer's names are read while there is one.
 
     Its status says what was made for clients and nothing else.
@@ -107,7 +107,7 @@ def guarded(handler: UnaryHandler) -> Callable[[Any, Any], Awaitable[bytes]]:
     """A unary handler that gives nothing away, and is not reached by what is no message."""
 
     async def answer(request: Any, context: Any) -> bytes:
-        call = CallContext(context)
+        call = _CallContext(context)
         if isinstance(request, Refusal):
             call.refuse(request)
             return b""
@@ -126,7 +126,7 @@ def watched(handler: StreamHandler) -> Callable[[Any, Any], AsyncGenerator[bytes
 
     async def stream(request: Any, context: Any) -> AsyncGenerator[bytes, None]:
         messages: asyncio.Queue[Any] = asyncio.Queue()
-        call = CallContext(context)
+        call = _CallContext(context)
         if isinstance(request, Refusal):
             call.refuse(request)
             return
@@ -144,7 +144,7 @@ def watched(handler: StreamHandler) -> Callable[[Any, Any], AsyncGenerator[bytes
 
 
 async def _read(
-    source: AsyncIterator[bytes], messages: asyncio.Queue[Any], call: CallContext
+    source: AsyncIterator[bytes], messages: asyncio.Queue[Any], call: _CallContext
 ) -> None:
     task = asyncio.current_task()
     assert task is not None

@@ -47,7 +47,7 @@ Work = Callable[[Callable[[], None]], int]
 
 
 @dataclass(frozen=True)
-class HeldSignals:
+class _HeldSignals:
     """Signals that end the service, held back until `supervise` takes them."""
 
     kinds: frozenset[signal.Signals]
@@ -55,19 +55,19 @@ class HeldSignals:
 
 
 @contextmanager
-def held_signals() -> Iterator[HeldSignals]:
+def held_signals() -> Iterator[_HeldSignals]:
     """Holds the signals back, so that none ends this process between two steps of its start."""
     kinds = {signal.SIGINT, signal.SIGTERM}
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         kinds.add(signal.SIGHUP)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*kinds, signal.SIGCHLD})
     try:
-        yield HeldSignals(frozenset(kinds), set(mask))
+        yield _HeldSignals(frozenset(kinds), set(mask))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def supervise(work: Work, grace_s: float, held: HeldSignals) -> int:
+def supervise(work: Work, grace_s: float, held: _HeldSignals) -> int:
     """Runs `work(ready)` in a child process and returns the exit code for this one.
 
     `work` calls `ready` once SIGTERM ends it gracefully, within `grace_s` and a margin. Before that
