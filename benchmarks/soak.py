@@ -78,7 +78,7 @@ SETTLE_S = 5.0
 MAX_OBJECT_GROWTH = 1.01
 RETRY_S = 0.1
 # What must be zero on a side once all requests have ended.
-GONE = ("rows", "waiting", "slots_used", "pages_used", "queued_rows", "mirrors")
+GONE = ("rows", "pending_work", "slots_used", "pages_used", "queued_rows", "mirrors")
 CACHED = ("context", "pages_used")
 
 
