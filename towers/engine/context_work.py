@@ -11,7 +11,7 @@ from twotower.towers.decoding.sampling import Draw, Drawn
 from twotower.towers.engine.buckets import MAX_LENGTH
 from twotower.towers.errors import NumericalError
 from twotower.towers.state.context_state import ContextState
-from twotower.towers.state.link import LayerSink
+from twotower.towers.state.link import UpdateWriter
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ContextWork:
     advance: bool = True
     draw: Draw | None = None
     targets: Sequence[int] | None = None
-    sink: LayerSink | None = None
+    sink: UpdateWriter | None = None
     prefill: bool = False
 
     @property

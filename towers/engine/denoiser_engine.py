@@ -37,7 +37,7 @@ MIRROR_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
-class DrawWork:
+class _DrawWork:
     """A pass over a block of a row at `timestep`, which draws its `wanted` positions with `draw`.
     Drafts kept on the device are `StepWork`."""
 
@@ -48,7 +48,7 @@ class DrawWork:
     draw: Draw
 
 
-DenoiserWork = DrawWork | StepWork
+DenoiserWork = _DrawWork | StepWork
 DenoiserResult = Drawn | StepResult
 
 
@@ -188,7 +188,7 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
             # A draft is drawn with the noise of the check: the closer the two towers'
             # distributions, the more often both then take the same token.
             step = 0 if verified else draft.step
-            work = DrawWork(
+            work = _DrawWork(
                 state,
                 list(draft.token_ids),
                 draft.timestep,
@@ -206,7 +206,7 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
     ) -> Block:
         state = await self._at(row, position - 1)
         draw = Draw(Sampler.from_params(params), [position])
-        drawn = await self._loop.submit(DrawWork(state, [last_token], None, [0], draw), 1)
+        drawn = await self._loop.submit(_DrawWork(state, [last_token], None, [0], draw), 1)
         assert isinstance(drawn, Drawn)
         return Block(
             position,
@@ -233,11 +233,11 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
     def _run(self, works: Sequence[DenoiserWork]) -> list[DenoiserResult | BaseException]:
         """A pass: draws as one packed batch, steps by their block's length. One result per work; an
         error there concerns its row alone."""
-        drawn = iter(self._draw([work for work in works if isinstance(work, DrawWork)]))
-        stepped = iter(self._step([work for work in works if not isinstance(work, DrawWork)]))
-        return [next(drawn if isinstance(work, DrawWork) else stepped) for work in works]
+        drawn = iter(self._draw([work for work in works if isinstance(work, _DrawWork)]))
+        stepped = iter(self._step([work for work in works if not isinstance(work, _DrawWork)]))
+        return [next(drawn if isinstance(work, _DrawWork) else stepped) for work in works]
 
-    def _draw(self, works: Sequence[DrawWork]) -> Sequence[DenoiserResult | BaseException]:
+    def _draw(self, works: Sequence[_DrawWork]) -> Sequence[DenoiserResult | BaseException]:
         if not works:
             return ()
         hidden = self.tower.forward(

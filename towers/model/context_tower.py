@@ -15,7 +15,7 @@ from twotower.towers.config.model_config import MAMBA, TwoTowerConfig
 from twotower.towers.model.backbone import MixerInputs, Tower
 from twotower.towers.model.weights import MambaWeights, TowerWeights
 from twotower.towers.state.context_state import ContextState, rows_of
-from twotower.towers.state.link import LayerSink
+from twotower.towers.state.link import UpdateWriter
 from twotower.towers.state.pass_log import PassLog
 
 
@@ -71,7 +71,7 @@ class ContextTower(Tower):
         self,
         tokens: Sequence[Sequence[int]],
         states: Sequence[ContextState],
-        sinks: Sequence[LayerSink | None] = (),
+        sinks: Sequence[UpdateWriter | None] = (),
     ) -> ContextOutput:
         """As `forward`, with what `advance_rows` needs. Each row's sink, if it has one, takes every
         layer's share of the update before the next layer is computed: `xbc` and `dt`, or `k` and
@@ -90,7 +90,7 @@ class ContextTower(Tower):
         tokens: Tensor,
         inputs: MixerInputs,
         log: PassLog | None,
-        sinks: Sequence[LayerSink | None] = (),
+        sinks: Sequence[UpdateWriter | None] = (),
     ) -> Tensor:
         """The pass over tensors alone: tokens [T] -> final hidden states [T, H]. Writes the rows'
         K/V and `log`, and hands shares to `sinks`."""
@@ -134,7 +134,7 @@ class ContextTower(Tower):
         passed: ContextOutput,
         states: Sequence[ContextState],
         counts: Sequence[int],
-        sinks: Sequence[LayerSink | None],
+        sinks: Sequence[UpdateWriter | None],
     ) -> None:
         """Moves the snapshots of a pass's rows over their first `counts` new tokens; each sink
         takes every layer's new `conv` and `ssm` before the next layer is replayed."""
@@ -165,7 +165,7 @@ class ContextTower(Tower):
         added: Mapping[str, Tensor],
         inputs: MixerInputs,
         log: PassLog | None,
-        sinks: Sequence[LayerSink | None],
+        sinks: Sequence[UpdateWriter | None],
     ) -> None:
         """Puts a layer's new projections into the log, or its new K/V into the pages, and hands
         each row's share to its sink. `layer` counts layers of one kind."""
@@ -190,7 +190,7 @@ class ContextTower(Tower):
                 sink.put(name, layer, share)
 
 
-def _listening(sinks: Sequence[LayerSink | None]) -> list[LayerSink | None]:
+def _listening(sinks: Sequence[UpdateWriter | None]) -> list[UpdateWriter | None]:
     """Each row's sink, None for a sink that takes no shares; empty if no sink does."""
     taking = [sink if sink is not None and sink.takes_shares else None for sink in sinks]
     return taking if any(sink is not None for sink in taking) else []

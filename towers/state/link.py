@@ -10,24 +10,21 @@ from twotower.towers.state.context_state import ContextState
 from twotower.towers.state.update import UpdatePlan
 
 
-class LayerSink(Protocol):
-    """Takes shares of a row's update while a pass computes them, from the pass's own thread.
+class UpdateWriter(Protocol):
+    """An update of a row on its way to the other tower.
 
-    `takes_shares` is False where the mirror reads the state itself: a pass then puts nothing.
+    A pass puts shares from its own thread while it computes. `takes_shares` is False where the
+    mirror reads the state itself: a pass then puts nothing.
     """
 
     takes_shares: bool
 
     def put(self, name: str, layer: int, tensor: Tensor) -> None:
-        """One layer's share, named and shaped as `UpdatePlan.shapes` without its first dimension.
+        """Takes a layer's share, named and shaped as in `UpdatePlan.shapes` without the first axis.
 
         It is not copied: it stays unchanged until `finish` has returned or the row is given up.
         Names that the plan does not hold are passed over.
         """
-
-
-class UpdateWriter(LayerSink, Protocol):
-    """An update of a row on its way to the other tower."""
 
     async def finish(self) -> None:
         """Called after the last `put`; returns once the mirror has the update.
