@@ -79,7 +79,6 @@ def force(backend: Backend) -> Iterator[None]:
 
 
 linear = Operator(_linear.linear)
-rms_norm = Operator(_norm.rms_norm, "norm_triton")
 add_norm = Operator(_norm.add_norm, "norm_triton")
 gated_group_norm = Operator(_norm.gated_group_norm, "norm_triton")
 mamba_scan = Operator(_mamba_scan.mamba_scan, "mamba_scan_triton")

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.kernels.external_scan import Scan, ScanShape, load_verified
+from twotower.kernels.external_scan import Scan, load_verified
 from twotower.kernels.mamba_scan import MambaScanWeights
 from twotower.kernels.mamba_triton import conv_tile, prepare, softplus
 from twotower.kernels.rows import Rows
@@ -404,4 +404,4 @@ def _foreign_scan(
     if not (alone and projected.is_cuda and projected.dtype == torch.bfloat16):
         return None
     heads, width, n = ssm_state.shape[1:]
-    return load_verified(projected.device, ScanShape(heads, width, weights.groups, n))
+    return load_verified(projected.device, heads, width, weights.groups, n)

@@ -94,12 +94,6 @@ def _group_norm_kernel(
     tl.store(out + token * out_stride + columns, u.to(out.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See `norm.rms_norm`."""
-    rows = x.reshape(-1, x.shape[-1])
-    return _add_norm(rows, None, None, weight, eps, None, False)[1].view(x.shape)
-
-
 def add_norm(
     hidden: Tensor,
     delta: Tensor | None,
@@ -111,37 +105,6 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """See `norm.add_norm`; rounds at its two outputs only. Without `delta` the stream is `hidden`
     itself."""
-    return _add_norm(hidden, delta, gate, weight, eps, modulation, modulate_first)
-
-
-def gated_group_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    """See `norm.gated_group_norm`; rounds at the output only."""
-    tokens, total = y.shape
-    width = total // groups
-    assert z.shape == y.shape
-    assert weight.shape == (width * groups,)
-    for tensor in (y, z, weight):
-        assert tensor.stride(-1) == 1
-    out = torch.empty((tokens, total), dtype=z.dtype, device=z.device)
-    if tokens:
-        block = triton.next_power_of_2(width)
-        warps = min(8, max(1, block // _PER_WARP))
-        _group_norm_kernel[tokens, groups](
-            *(y, z, weight, out, y.stride(0), z.stride(0), total, width, eps, block),
-            num_warps=warps,
-        )
-    return out
-
-
-def _add_norm(
-    hidden: Tensor,
-    delta: Tensor | None,
-    gate: Modulation | None,
-    weight: Tensor,
-    eps: float,
-    modulation: Modulation | None,
-    modulate_first: bool,
-) -> tuple[Tensor, Tensor]:
     tokens, width = hidden.shape
     assert weight.shape == (width,)
     assert gate is None or delta is not None
@@ -175,6 +138,25 @@ def _add_norm(
             num_warps=8 if block >= _WIDE else 4,
         )
     return total, out
+
+
+def gated_group_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+    """See `norm.gated_group_norm`; rounds at the output only."""
+    tokens, total = y.shape
+    width = total // groups
+    assert z.shape == y.shape
+    assert weight.shape == (width * groups,)
+    for tensor in (y, z, weight):
+        assert tensor.stride(-1) == 1
+    out = torch.empty((tokens, total), dtype=z.dtype, device=z.device)
+    if tokens:
+        block = triton.next_power_of_2(width)
+        warps = min(8, max(1, block // _PER_WARP))
+        _group_norm_kernel[tokens, groups](
+            *(y, z, weight, out, y.stride(0), z.stride(0), total, width, eps, block),
+            num_warps=warps,
+        )
+    return out
 
 
 def _pointers(modulation: Modulation | None, unread: Tensor) -> tuple[Tensor, Tensor]:
