@@ -79,6 +79,7 @@ def _scan(
     d: Tensor,
     state: Tensor,
 ) -> Tensor:
+    """Calls `combined` with chunks of `chunk` tokens; arguments and result as `load_verified`."""
     # The same dtypes at every call: others would run kernels that were not checked. With bf16
     # operands it would also round the state to bf16.
     x, dt, b, c = (tensor.float().contiguous() for tensor in (x, dt, b, c))

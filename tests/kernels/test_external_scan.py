@@ -1,4 +1,4 @@
-"""A foreign scan is used only if it is right; here it is a stand-in under mamba-ssm's name."""
+"""mamba-ssm's scan is used only if it is right; here by stand-ins under its name."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_a_package_without_the_function_is_as_none(
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_on_a_gpu_it_is_right_or_refused() -> None:
-    """Where mamba-ssm is installed: at the 30B shape, against fp64."""
+    """At the 30B shape against fp64; skipped where mamba-ssm is not installed."""
     device = torch.device("cuda")
     scan = load_verified(device, 64, 64, 8, 128)
     if scan is None:

@@ -29,7 +29,7 @@ NAN = float("nan")
 
 @pytest.fixture(autouse=True)
 def _nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel does not write is seen."""
+    """Fills new memory with NaN, so that an element that no kernel wrote shows."""
     for name in ("empty", "empty_like"):
         allocate = getattr(torch, name)
 
