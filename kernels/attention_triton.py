@@ -11,7 +11,7 @@ run of whole pages. The number of splits depends on the row's context length, bu
 SHORT_TOKENS new tokens have a single split: they fill a GPU with query tiles. The grid is as large
 as the page table's width allows, and programs without work return at once.
 
-The last bits of a row's result depend on two things beside the row: whether `rows.max_seqlen` times
+Besides the row, the last bits of its result depend on two things: whether `rows.max_seqlen` times
 the query heads of a KV head is at most FEW_ROWS (a pass of single tokens), at most BLOCK_ROWS or
 above, and the number of rows, as splits are longer where rows alone fill the device
 (`longer_splits`).

@@ -1,6 +1,6 @@
 """Chooses between an operator's reference and its Triton kernel; nothing else in the project does.
 
-Both have the same name and signature; the kernel stands in `<file>_triton.py` beside the reference
+Both have the same name and signature; the kernel is in `<file>_triton.py` next to the reference
 and is imported when it is first needed. Tensors on a CUDA device take the kernel where there is
 one, all others the reference; `force` overrides this for a test or a comparison.
 """

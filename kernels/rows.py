@@ -1,6 +1,6 @@
 """Rows of different lengths packed without padding, as ragged operators read them.
 
-Tokens of all rows of a pass stand in one [T, ...] tensor. Operators that mix tokens of a row (conv,
+Tokens of all rows of a pass are in one [T, ...] tensor. Operators that mix tokens of a row (conv,
 scan, attention) read from `Rows` which tokens are a row's, which slot and pages of the pools it
 has, and how many tokens of its context it sees. Kernels read the tensors; references on a CPU read
 `host`.
@@ -25,8 +25,8 @@ class Rows:
     int32: its slot in the pools; -1 marks padding, a row that is neither computed nor written.
     `context_lens` [B] int32: tokens of its context that attention sees, and the position of its
     first new K/V. `pages` [S, P] int32: context token i of slot s is in page
-    pages[s, i // page_tokens]. `max_seqlen` bounds the rows' lengths and is the only number that a
-    launch may depend on, beside shapes. `real` [T] bool marks the tokens that are not padding, None
+    pages[s, i // page_tokens]. `max_seqlen` bounds the rows' lengths and is the only number besides
+    shapes that a launch may depend on. `real` [T] bool marks the tokens that are not padding, None
     if there can be no padding. `known` are the same numbers on the host where they are at hand.
     """
 
@@ -52,8 +52,8 @@ class Rows:
         known = HostRows(tuple(accumulate(lengths, initial=0)), tuple(slots), tuple(context_lens))
         flat = torch.tensor([*known.cu_seqlens, *slots, *context_lens], dtype=torch.int32)
         count = len(lengths)
-        parts = flat.to(pages.device).split((count + 1, count, count))
-        return cls(*parts, pages, page_tokens, max(lengths), known=known)
+        cu_seqlens, slot_ids, lens = flat.to(pages.device).split((count + 1, count, count))
+        return cls(cu_seqlens, slot_ids, lens, pages, page_tokens, max(lengths), known=known)
 
     @property
     def count(self) -> int:

@@ -64,7 +64,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty files of code-like text, and one in each place that must not be read."""
+    """A folder of forty files of code-like text, and a file in each folder that is left out."""
     root = tmp_path_factory.mktemp("corpus")
     for number in range(40):
         body = f"def function_{number}(value):\n    return value + {number}\n\n\n" * 12

@@ -121,7 +121,7 @@ def quantize_checkpoint(source: Path, target: Path) -> QuantizationReport:
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that takes its name at the end, or is removed after an error."""
+    """A folder next to `target`, renamed to it at the end, or removed after an error."""
     target = target.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: exists already, expected a new or an empty folder")

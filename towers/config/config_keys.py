@@ -1,4 +1,4 @@
-"""Keys of a config.json beside the model's shapes, and other spellings of the shapes.
+"""Keys of a config.json other than the model's shapes, and other spellings of the shapes.
 
 The released file and those that transformers 4.4x to 5.x write of it differ: version 5 tags numbers
 that JSON lacks, spells the layers out, and adds further keys.

@@ -207,7 +207,7 @@ def _train_denoiser(
     context: Parameters,
     report: Report,
 ) -> Phase:
-    """Trains the denoiser beside the frozen context tower, on the corpus and then also on
+    """Trains the denoiser with the frozen context tower, on the corpus and then also on
     `own_text`."""
     generator = Generator().manual_seed(options.seed + 2)
     shape = options.shape

@@ -1,4 +1,4 @@
-"""Quantized checkpoints: what changes, what does not, what is refused, and that they load."""
+"""Quantized checkpoints: only routed experts change, wrong sources are refused, towers load."""
 
 from __future__ import annotations
 
