@@ -15,10 +15,8 @@ from twotower.kernels.elementwise import silu
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor) -> Tensor:
-    """x [B, L, C], weight [C, K], bias [C], history [B, K-1, C] -> silu of the conv, [B, L, C].
-
-    Sums run in fp32 in the order of the taps; the result has x's dtype.
-    """
+    """x [B, L, C], weight [C, K], bias [C] or None, history [B, K-1, C] -> silu of the convolution,
+    [B, L, C] in x's dtype. Sums run in fp32 in the order of the taps."""
     length, taps = x.shape[1], weight.shape[1]
     padded = torch.cat((history.to(x.dtype), x), dim=1).float()
     columns = weight.float().unbind(1)
@@ -31,13 +29,13 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tenso
 
 
 def tap_major(weight: Tensor) -> Tensor:
-    """The same weight [C, K] with each tap's channels next to one another in memory, which is how
+    """The same weight [C, K], laid out in memory with each tap's channels as neighbours, as
     `causal_conv1d` reads it."""
     return weight.t().contiguous().t()
 
 
 def advance_history(history: Tensor, x: Tensor) -> None:
-    """Shifts inputs x [n, C] into history [K-1, C] in place."""
+    """Appends inputs x [n, C] to history [K-1, C] in place and drops the oldest."""
     kept = history.shape[0]
     if kept:
         history.copy_(torch.cat((history, x.to(history.dtype)))[-kept:])

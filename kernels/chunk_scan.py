@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Differences of cumulative sums lose digits as they grow; short chunks are the accurate ones.
+# Differences of cumulative sums lose digits as the sums grow: short chunks are more accurate.
 _CHUNK = 32
-# Rows that are not whole vectors: MKL sums some by their place in memory (seen on Zen 4).
+# Rows that are not whole vectors are padded: MKL sums some by their alignment (seen on Zen 4).
 _VECTOR = 8
 
 
@@ -29,12 +29,12 @@ def chunk_scan(
 ) -> Tensor:
     """x [B, L, H, P], dt [B, L, H] after softplus, a_log and d [H], b and c [B, L, G, N],
     state [B, H, P, N], all fp32 -> y [B, L, H, P] fp32. Head h uses group h // (H / G)."""
-    width, n = state.shape[-2:]
-    if width % _VECTOR or n % _VECTOR:
-        more, further = -width % _VECTOR, -n % _VECTOR
+    head_dim, state_dim = state.shape[-2:]
+    if head_dim % _VECTOR or state_dim % _VECTOR:
+        more, further = -head_dim % _VECTOR, -state_dim % _VECTOR
         x, state = F.pad(x, (0, more)), F.pad(state, (0, further, 0, more))
         b, c = F.pad(b, (0, further)), F.pad(c, (0, further))
-        return chunk_scan(x, dt, a_log, b, c, d, state)[..., :width]
+        return chunk_scan(x, dt, a_log, b, c, d, state)[..., :head_dim]
     a = -torch.exp(a_log)
     outputs = []
     length = x.shape[1]
@@ -51,7 +51,7 @@ def chunk_scan(
 def chunk_scan_recurrent(
     x: Tensor, dt: Tensor, a_log: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor
 ) -> Tensor:
-    """The same, one token at a time, in the dtype of the arguments."""
+    """`chunk_scan` by its recurrence, token by token, in the dtype of the arguments."""
     per_group = x.shape[2] // b.shape[2]
     outputs = []
     for t in range(x.shape[1]):
@@ -67,34 +67,36 @@ def chunk_scan_recurrent(
 def _scan_chunk(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, need_state: bool
 ) -> tuple[Tensor, Tensor]:
-    rows, length, heads, width = x.shape
+    """One chunk [B, L, ...] from `state` [B, H, P, N] -> y [B, L, H, P] without the D x term, and
+    the state after it, or `state` itself unless `need_state`."""
+    rows, length, heads, head_dim = x.shape
     per_group = heads // b.shape[2]
     log_decay = torch.cumsum(dt * a, dim=1).transpose(1, 2)  # [B, H, L], never above 0
     queries = _per_head(c, per_group)  # [B * H, L, N]
     keys = _per_head(b, per_group)
-    values = (dt[..., None] * x).transpose(1, 2).reshape(rows * heads, length, width)
-    grown = state.reshape(rows * heads, width, -1)
+    values = (dt[..., None] * x).transpose(1, 2).reshape(rows * heads, length, head_dim)
+    grown = state.reshape(rows * heads, head_dim, -1)
 
     flat = log_decay.reshape(rows * heads, length, 1)
     from_state = torch.bmm(queries, grown.transpose(1, 2)) * torch.exp(flat)
     if length == 1 and not need_state:
         scores = (queries * keys).sum(-1, keepdim=True)
-        return (from_state + scores * values).view(rows, 1, heads, width), state
+        return (from_state + scores * values).view(rows, 1, heads, head_dim), state
     # The exponent is masked, not its result: above the diagonal it could overflow.
     future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu_(1)
     decay = torch.exp((flat - flat.transpose(1, 2)).masked_fill_(future, float("-inf")))
     scores = torch.bmm(queries, keys.transpose(1, 2)) * decay
-    y = (from_state + torch.bmm(scores, values)).view(rows, heads, length, width).transpose(1, 2)
+    y = (from_state + torch.bmm(scores, values)).view(rows, heads, length, head_dim).transpose(1, 2)
     if not need_state:
         return y, state
     to_end = torch.exp(flat[:, -1:] - flat)
     added = torch.bmm((values * to_end).transpose(1, 2), keys)
     carried = grown * torch.exp(flat[:, -1:]) + added
-    return y, carried.view(rows, heads, width, -1)
+    return y, carried.view(rows, heads, head_dim, -1)
 
 
 def _per_head(shared: Tensor, per_group: int) -> Tensor:
     """[B, L, G, N] -> [B * G * per_group, L, N]."""
-    rows, length, groups, n = shared.shape
-    by_group = shared.transpose(1, 2).unsqueeze(2)
-    return by_group.expand(rows, groups, per_group, length, n).reshape(-1, length, n)
+    rows, length, groups, state_dim = shared.shape
+    by_group = shared.transpose(1, 2).unsqueeze(2).expand(-1, -1, per_group, -1, -1)
+    return by_group.reshape(rows * groups * per_group, length, state_dim)

@@ -1,11 +1,11 @@
-"""The unmasking of many blocks on their device: which positions a step commits.
+"""Commits the most confident masked positions of many blocks, on their device.
 
     confident = positions whose confidence is strictly above the threshold
     n = min(masked, max(confident, 1, ceil(masked / steps left)));  all masked at the last step
 
 The n most confident of a row's masked positions are committed, of equals the leftmost; a recorded
-quota takes the place of n. A committed token never changes. This is the rule of one block on the
-host, in tensors, so that a step needs nothing from the host.
+quota replaces n. A committed token never changes. `ThresholdRule` of towers/decoding is the same
+rule for a single block on the host; here it is in tensors, so that a step needs no host.
 Source: the decoding loop released with Nemotron-Labs-TwoTower; fast-dLLM's threshold rule, Wu et
 al. 2025, section 3.3.
 """
@@ -23,12 +23,13 @@ from torch import Tensor
 class Drafts:
     """The blocks being denoised, by slot: S slots, W positions of the widest block, all contiguous.
 
-    `tokens` [S, W] int64 hold the mask id where masked; `commit_steps` [S, W] int32 are -1 there,
-    and 0 from the start beyond a shorter block's end. `confidences` and `log_probs` [S, W] fp32 are
-    those of committed tokens. `step` [S] int32 is the next step's number, `steps` [S] int32 the
-    most that a block takes, `threshold` [S] fp32 as `threshold_below` gives it. `quota` [S, Q]
-    int32: how many to commit at each step, -1 or no entry for the rule. `remaining` [S] int32
-    counts masked positions; -1 once a logit was not finite, and then it stays.
+    `tokens` [S, W] int64 hold the mask id where masked. `commit_steps` [S, W] int32: the step at
+    which a position was committed, -1 where masked, 0 beyond the end of a shorter block.
+    `confidences` and `log_probs` [S, W] fp32 are those of committed tokens. `step` [S] int32 is the
+    next step's number, `steps` [S] int32 the most that a block takes, `threshold` [S] fp32 as
+    `threshold_below` gives it. `quota` [S, Q] int32: the number to commit at each step, -1 or no
+    entry for the rule. `remaining` [S] int32 counts masked positions; -1 once a logit was not
+    finite, and then it stays.
     """
 
     tokens: Tensor
@@ -43,8 +44,8 @@ class Drafts:
 
 
 def threshold_below(threshold: float) -> float:
-    """The largest fp32 number that is not above `threshold`: the same fp32 confidences are above
-    either."""
+    """The largest fp32 number that is not above `threshold`, an fp64 number: the same fp32
+    confidences are above both."""
     nearest = torch.tensor(threshold, dtype=torch.float32)
     if float(nearest) > threshold:
         nearest = torch.nextafter(nearest, torch.tensor(-math.inf))
@@ -62,8 +63,8 @@ def commit(
     """One step of the drafts in `slots` [B] int32 (-1 is padding), whose blocks are all L long.
 
     Predictions are `token` int64, `confidence` and `log_prob` fp32 and `finite` bool, each [B, L];
-    what they say of committed positions is ignored. A row with a prediction that is not finite
-    commits nothing and has -1 `remaining`; it and rows that are done are left alone.
+    those at committed positions are ignored. A row with a masked position that is not `finite`
+    commits nothing and gets -1 `remaining`. Such rows, and rows that are done, stay unchanged.
     """
     length = token.shape[1]
     masked = drafts.commit_steps[slots.clamp_min(0).long(), :length] < 0
@@ -71,22 +72,22 @@ def commit(
     failed = busy & (masked & ~finite).any(1)
     drafts.remaining[slots[failed].long()] = -1
     rows = (busy & ~failed).nonzero().squeeze(1)
-    own, masked, confidence = slots[rows].long(), masked[rows], confidence[rows]
-    count = _count(drafts, own, masked, confidence)
+    row_slots, masked, confidence = slots[rows].long(), masked[rows], confidence[rows]
+    count = _count(drafts, row_slots, masked, confidence)
     chosen = masked & (_rank(masked, confidence) < count[:, None])
     row, position = chosen.nonzero(as_tuple=True)
-    places = own[row], position
-    drafts.tokens[places] = token[rows][chosen]
-    drafts.commit_steps[places] = drafts.step[own[row]]
-    drafts.confidences[places] = confidence[chosen]
-    drafts.log_probs[places] = log_prob[rows][chosen]
-    drafts.remaining[own] = (masked.sum(1) - count).int()
-    drafts.step[own] += 1
+    index = row_slots[row], position
+    drafts.tokens[index] = token[rows][chosen]
+    drafts.commit_steps[index] = drafts.step[row_slots[row]]
+    drafts.confidences[index] = confidence[chosen]
+    drafts.log_probs[index] = log_prob[rows][chosen]
+    drafts.remaining[row_slots] = (masked.sum(1) - count).int()
+    drafts.step[row_slots] += 1
 
 
 def select_masked(drafts: Drafts, slots: Tensor, length: int) -> Tensor:
-    """Where in a pass over the blocks of `slots` [B] int32, `length` tokens each, logits are
-    wanted: the index of every masked token in order, then -1; [B * length] int32."""
+    """Indices of the masked tokens in a pass over the blocks of `slots` [B] int32 (-1 is padding),
+    `length` tokens each: in ascending order, then -1; [B * length] int32. Only they need logits."""
     masked = drafts.commit_steps[slots.clamp_min(0).long(), :length] < 0
     wanted = (masked & (slots >= 0)[:, None]).flatten().nonzero().squeeze(1)
     lines = torch.full((slots.shape[0] * length,), -1, dtype=torch.int32, device=slots.device)
@@ -95,7 +96,7 @@ def select_masked(drafts: Drafts, slots: Tensor, length: int) -> Tensor:
 
 
 def _count(drafts: Drafts, slots: Tensor, masked: Tensor, confidence: Tensor) -> Tensor:
-    """How many positions each row commits, [R] int64; masked and confidence [R, L]."""
+    """Number of positions to commit in each row, [R] int64; masked and confidence [R, L]."""
     total = masked.sum(1)
     left = (drafts.steps[slots] - drafts.step[slots]).clamp_min(1)
     confident = (masked & (confidence > drafts.threshold[slots, None])).sum(1)
@@ -109,8 +110,9 @@ def _count(drafts: Drafts, slots: Tensor, masked: Tensor, confidence: Tensor) ->
 
 
 def _rank(masked: Tensor, confidence: Tensor) -> Tensor:
-    """How many masked positions come before each, [R, L]: the more confident, then the leftmost."""
-    theirs, own = confidence[:, None, :], confidence[:, :, None]
+    """Rank of each position, [R, L]: the number of masked positions in its row that are more
+    confident, or as confident and further left."""
+    other, this = confidence[:, None, :], confidence[:, :, None]
     index = torch.arange(confidence.shape[1], device=confidence.device)
-    ahead = (theirs > own) | ((theirs == own) & (index < index[:, None]))
+    ahead = (other > this) | ((other == this) & (index < index[:, None]))
     return (ahead & masked[:, None, :]).sum(2)

@@ -1,6 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""`commit` and `select_masked` of commit.py as Triton kernels: a program per row, which owns its
-slot, and one program for the list of masked tokens."""
+"""`commit` and `select_masked` of commit.py as Triton kernels: a program per row, which alone
+writes the row's slot, and a single program for the list of masked tokens.
+
+Sources as in commit.py.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from torch import Tensor
 
 from twotower.kernels.commit import Drafts
 
-# Pairs of positions that are compared at a time; all of a block up to 64 wide.
+# Pairs of positions compared at a time: all pairs of a block of up to 64 positions.
 _PAIRS = 4096
-# Tokens that the list of masked ones takes at a time.
+# Tokens that `select_masked` reads at a time.
 _CHUNK = 1024
 
 
@@ -43,64 +46,66 @@ def _commit_kernel(
     block: tl.constexpr,
     chunk: tl.constexpr,
 ):
-    """One row."""
+    """A program per row: the whole step of the draft in its slot."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row).to(tl.int64)
     if slot < 0:
         return
     index = tl.arange(0, block)
     inside = index < length
-    places = slot * width + index
-    masked = tl.load(commit_steps + places, mask=inside, other=0) < 0
-    own = tl.load(confidence + row * confidence_stride + index, mask=masked, other=0.0)
-    good = tl.load(finite + row * finite_stride + index, mask=masked, other=1)
+    offsets = slot * width + index
+    masked = tl.load(commit_steps + offsets, mask=inside, other=0) < 0
+    row_confidence = confidence + row * confidence_stride
+    masked_confidence = tl.load(row_confidence + index, mask=masked, other=0.0)
+    masked_finite = tl.load(finite + row * finite_stride + index, mask=masked, other=1)
     total = tl.sum(masked.to(tl.int32), axis=0)
-    flaws = tl.sum((masked & (good == 0)).to(tl.int32), axis=0)
+    nonfinite = tl.sum((masked & (masked_finite == 0)).to(tl.int32), axis=0)
     busy = (total > 0) & (tl.load(remaining + slot) >= 0)
 
-    number = tl.load(step + slot)
-    left = tl.maximum(tl.load(steps + slot) - number, 1)
-    confident = tl.sum((masked & (own > tl.load(threshold + slot))).to(tl.int32), axis=0)
+    step_number = tl.load(step + slot)
+    left = tl.maximum(tl.load(steps + slot) - step_number, 1)
+    is_confident = masked & (masked_confidence > tl.load(threshold + slot))
+    confident = tl.sum(is_confident.to(tl.int32), axis=0)
     count = tl.maximum(confident, (total + left - 1) // left)
-    fixed = tl.load(quota + slot * quotas + number, mask=number < quotas, other=-1)
-    count = tl.minimum(tl.where(fixed >= 0, fixed, count), total)
-    count = tl.where(busy & (flaws == 0), count, 0)
+    fixed_count = tl.load(quota + slot * quotas + step_number, mask=step_number < quotas, other=-1)
+    count = tl.minimum(tl.where(fixed_count >= 0, fixed_count, count), total)
+    count = tl.where(busy & (nonfinite == 0), count, 0)
 
     rank = tl.zeros([block], tl.int32)
     for first in range(0, block, chunk):
         other = first + tl.arange(0, chunk)
-        known = tl.load(commit_steps + slot * width + other, mask=other < length, other=0)
-        theirs = tl.load(
-            confidence + row * confidence_stride + other, mask=other < length, other=0.0
-        )
-        equal = (theirs[None, :] == own[:, None]) & (other[None, :] < index[:, None])
-        ahead = (theirs[None, :] > own[:, None]) | equal
-        rank += tl.sum((ahead & (known < 0)[None, :]).to(tl.int32), axis=1)
+        other_steps = tl.load(commit_steps + slot * width + other, mask=other < length, other=0)
+        other_confidence = tl.load(row_confidence + other, mask=other < length, other=0.0)
+        equal = other_confidence[None, :] == masked_confidence[:, None]
+        leftmost = equal & (other[None, :] < index[:, None])
+        ahead = (other_confidence[None, :] > masked_confidence[:, None]) | leftmost
+        rank += tl.sum((ahead & (other_steps < 0)[None, :]).to(tl.int32), axis=1)
     chosen = masked & (rank < count)
-    taken = tl.load(token + row * token_stride + index, mask=chosen, other=0)
-    log = tl.load(log_prob + row * log_prob_stride + index, mask=chosen, other=0.0)
+    chosen_token = tl.load(token + row * token_stride + index, mask=chosen, other=0)
+    chosen_log_prob = tl.load(log_prob + row * log_prob_stride + index, mask=chosen, other=0.0)
 
-    # Every thread has read the row's state before one writes it.
+    # Every thread has to have read the row's state before any writes it.
     tl.debug_barrier()
-    tl.store(tokens + places, taken, mask=chosen)
-    tl.store(commit_steps + places, tl.zeros([block], tl.int32) + number, mask=chosen)
-    tl.store(confidences + places, own, mask=chosen)
-    tl.store(log_probs + places, log, mask=chosen)
-    tl.store(remaining + slot, tl.where(flaws > 0, -1, total - count), mask=busy)
-    tl.store(step + slot, number + 1, mask=busy & (flaws == 0))
+    tl.store(tokens + offsets, chosen_token, mask=chosen)
+    tl.store(commit_steps + offsets, tl.zeros([block], tl.int32) + step_number, mask=chosen)
+    tl.store(confidences + offsets, masked_confidence, mask=chosen)
+    tl.store(log_probs + offsets, chosen_log_prob, mask=chosen)
+    tl.store(remaining + slot, tl.where(nonfinite > 0, -1, total - count), mask=busy)
+    tl.store(step + slot, step_number + 1, mask=busy & (nonfinite == 0))
 
 
 @triton.jit
 def _select_kernel(commit_steps, slots, lines, width, length, total, chunk: tl.constexpr):
-    """All tokens: the masked fill `lines` from its beginning, the others leave -1 from its end."""
+    """A single program over all tokens: indices of masked tokens fill `lines` from its beginning,
+    every other token writes -1 from its end."""
     found = tl.full([], 0, tl.int32)
     for first in range(0, total, chunk):
         index = first + tl.arange(0, chunk)
         inside = index < total
         slot = tl.load(slots + index // length, mask=inside, other=-1)
         live = inside & (slot >= 0)
-        places = slot.to(tl.int64) * width + index % length
-        masked = tl.load(commit_steps + places, mask=live, other=0) < 0
+        offsets = slot.to(tl.int64) * width + index % length
+        masked = tl.load(commit_steps + offsets, mask=live, other=0) < 0
         before = found + tl.cumsum(masked.to(tl.int32), axis=0)
         tl.store(lines + before - 1, index, mask=masked)
         # Of the tokens up to `index`, those not masked, counted back from the end.
@@ -116,7 +121,8 @@ def commit(
     log_prob: Tensor,
     finite: Tensor,
 ) -> None:
-    """See `commit.commit`."""
+    """One step of the drafts in `slots` [B] int32, in place, as `commit.commit`; predictions [B, L]
+    with adjacent positions of a row."""
     count, length = token.shape
     width = drafts.tokens.shape[1]
     assert slots.shape == (count,)
@@ -153,7 +159,7 @@ def commit(
 
 
 def select_masked(drafts: Drafts, slots: Tensor, length: int) -> Tensor:
-    """See `commit.select_masked`."""
+    """slots [B] int32 -> indices of masked tokens [B * length] int32, as `commit.select_masked`."""
     total, width = slots.shape[0] * length, drafts.commit_steps.shape[1]
     assert length <= width
     for tensor in (drafts.commit_steps, slots):

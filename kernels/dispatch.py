@@ -1,8 +1,8 @@
-"""The only place that chooses between an operator's reference and its Triton kernel.
+"""Chooses between an operator's reference and its Triton kernel; nothing else in the project does.
 
-Both have one name and one signature; the kernel stands in `<file>_triton.py` beside the reference
-and is imported when it is first needed. Tensors on a CUDA device take it where there is one, all
-others the reference; `force` overrides this for a test or a comparison.
+Both have the same name and signature; the kernel is in `<file>_triton.py` next to the reference
+and is imported when it is first needed. Tensors on a CUDA device take the kernel where there is
+one, all others the reference; `force` overrides this for a test or a comparison.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _forced: ContextVar[Backend | None] = ContextVar("twotower_backend", default=Non
 
 
 class Operator(Generic[P, R]):
-    """A callable that runs the reference or the Triton kernel of one operator.
+    """Runs the reference or the Triton kernel of an operator, by the device of its first tensor.
 
-    `triton` is the module of the kernel; None where a library's product is the best there is on
-    every device, so that the reference is all that there is to run.
+    `triton` is the name of the kernel's module; None where a library's product is the fastest on
+    every device, so that the reference always runs.
     """
 
     def __init__(self, reference: Callable[P, R], triton: str | None = None) -> None:
@@ -70,7 +70,7 @@ class Operator(Generic[P, R]):
 
 @contextmanager
 def force(backend: Backend) -> Iterator[None]:
-    """Inside, every operator that has a choice runs `backend`."""
+    """Inside, every operator with a Triton kernel runs `backend`, whatever the device."""
     token = _forced.set(backend)
     try:
         yield
@@ -79,7 +79,6 @@ def force(backend: Backend) -> Iterator[None]:
 
 
 linear = Operator(_linear.linear)
-rms_norm = Operator(_norm.rms_norm, "norm_triton")
 add_norm = Operator(_norm.add_norm, "norm_triton")
 gated_group_norm = Operator(_norm.gated_group_norm, "norm_triton")
 mamba_scan = Operator(_mamba_scan.mamba_scan, "mamba_scan_triton")

@@ -1,4 +1,4 @@
-"""Pointwise functions that give an element the same bits wherever it stands in a tensor.
+"""Pointwise functions that give an element the same bits at any index of a tensor.
 
 On a CPU torch's silu, sigmoid, softplus, log1p and rsqrt use a vector routine for the body of a
 tensor and a scalar one for its tail, which differ in the last bit; exp, log and sqrt do not.
@@ -23,12 +23,12 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)) as fp32; the sum is taken in fp64, where it keeps the small terms."""
+    """log(1 + exp(x)) as fp32; computed in fp64, where the sum keeps the digits of a small exp."""
     wide = x.double()
     return torch.where(wide > 20.0, wide, torch.log(1.0 + torch.exp(wide))).float()
 
 
 def relu_squared(x: Tensor) -> Tensor:
-    """relu(x)^2 in x's dtype; the activation of every MLP and expert. Reuses x's memory."""
+    """relu(x)^2 in x's dtype, in place: the activation of every MLP and expert."""
     x = x.clamp_min_(0.0)
     return x.mul_(x)

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""The experts of moe.py on a GPU: two products over all experts in one launch each, and a sum.
+"""The experts of moe.py on a GPU: two products over all experts, a launch each, and a sum.
 
     sort      pairs (token, slot) by expert, cut into tiles of rows   expert_tiles_triton.py
     multiply  up with relu^2, then down                               programs walk the tiles
@@ -33,7 +33,8 @@ _COMBINE_BLOCK = 1024
 
 @dataclass(frozen=True)
 class Tiling:
-    """Rows, output channels and inner length of a tile; warps, stages and programs per SM."""
+    """Rows, output channels and inner length of a tile; warps and pipeline stages of a program, and
+    programs per multiprocessor."""
 
     rows: int
     channels: int
@@ -43,7 +44,7 @@ class Tiling:
     resident: int
 
 
-# By tokens of the pass: one tile should hold all rows of most experts, or weights are read twice.
+# By tokens of the pass: a tile should hold all rows of most experts, or weights are read twice.
 _TILINGS = (
     (8, Tiling(16, 128, 64, num_warps=4, num_stages=5, resident=2)),
     (128, Tiling(16, 64, 128, num_warps=4, num_stages=3, resident=3)),
@@ -56,7 +57,8 @@ _TILING_OF_FP32 = Tiling(16, 32, 32, num_warps=4, num_stages=2, resident=4)
 
 
 def tiling_of(tokens: int, dtype: torch.dtype) -> Tiling:
-    """The tiling for a pass of `tokens` tokens in `dtype`; rows keep their bits within one."""
+    """The tiling for a pass of `tokens` tokens in `dtype`. Passes of the same tiling give a row the
+    same bits."""
     if dtype == torch.float32:
         return _TILING_OF_FP32
     for most, tiling in _TILINGS:
@@ -67,10 +69,8 @@ def tiling_of(tokens: int, dtype: torch.dtype) -> Tiling:
 
 @dataclass(frozen=True)
 class _Matrices:
-    """Experts' matrices [E, N, K], the scale [E, N] of 8-bit ones, and the shared MLP's matrix.
-
-    Rows n of the shared matrix's part p start at element p * `part_step` + n * its row stride.
-    """
+    """Matrices [E, N, K] of the routed experts, their scale [E, N] if in 8 bits, and the shared
+    MLP's matrix: row n of its part p starts at element p * `part_step` + n * its row stride."""
 
     routed: Tensor
     scale: Tensor | None
@@ -88,11 +88,11 @@ def experts(
     shared_down: Tensor,
 ) -> Tensor:
     """x [T, H], ids and scores [T, k], up [E, F, H], down [E, H, F], shared MLP [Fs, H] and
-    [H, Fs] -> [T, H] in x's dtype: the chosen experts by their scores, plus the shared one.
+    [H, Fs] -> [T, H] in x's dtype: the chosen experts, weighted by `scores`, plus the shared MLP.
 
     `up` and `down` are stacked tensors of x's dtype, or in 8 bits; id -1 is no expert. Every
-    product is rounded to x's dtype; a token's are summed in fp32 in the order of its slots, the
-    shared MLP's last. Tiles are chosen by T (`tiling_of`): within one tiling a token gets the
+    product is rounded to x's dtype; a token's results are summed in fp32 in the order of its slots,
+    the shared MLP's last. Tiles are chosen by T (`tiling_of`): within one tiling a token gets the
     same bits in any batch, except where Fs is no multiple of F and torch multiplies the shared
     MLP. Raises ValueError for weights of another form.
     """
@@ -113,10 +113,10 @@ def experts(
     by_slot = _empty(x, tokens, slots + parts, hidden)
     second = _Matrices(routed_down, down_scale, shared_down, width)
     _multiply(inner, by_slot, second, tiles, tiling, (tokens, slots, parts), first=False)
-    alone = None
+    shared_out = None
     if parts == 0:
-        alone = F.linear(relu_squared(F.linear(x, shared_up)), shared_down)
-    return _combine(by_slot, ids, scores, alone)
+        shared_out = F.linear(relu_squared(F.linear(x, shared_up)), shared_down)
+    return _combine(by_slot, ids, scores, shared_out)
 
 
 def _empty(x: Tensor, *shape: int) -> Tensor:
@@ -126,6 +126,8 @@ def _empty(x: Tensor, *shape: int) -> Tensor:
 def _values_and_scale(
     name: str, weights: ExpertWeights, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
+    """Matrices [E, N, K] and the scale [E, N] of 8-bit weights; raises ValueError otherwise than
+    for a stacked tensor of `dtype` or 8 bits."""
     if isinstance(weights, QuantizedExperts):
         return weights.values, weights.scale
     if not isinstance(weights, Tensor) or weights.dtype != dtype:
@@ -143,11 +145,11 @@ def _multiply(
     size: tuple[int, int, int],
     first: bool,
 ) -> None:
-    """target = products of the rows of `source` with their experts' and shared matrices.
+    """Multiplies the rows of `source` with their experts' and the shared matrices into `target`.
 
-    `size`: tokens, slots and shared parts. The first product reads rows by token and leaves relu^2
-    of them sorted by expert, the shared parts' behind; the second reads these and leaves its rows
-    by token and slot.
+    `size`: tokens, slots and shared parts. The first product reads rows by token and writes relu^2
+    of its results sorted by expert, those of the shared parts last; the second reads these and
+    writes its rows by token and slot.
     """
     routed, scale, shared = matrices.routed, matrices.scale, matrices.shared
     assert source.stride(-1) == routed.stride(-1) == shared.stride(-1) == 1
@@ -187,7 +189,7 @@ def _multiply(
 
 @cache
 def _processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; two where programs are interpreted, so that each walks tiles."""
+    """Multiprocessors of a GPU; 2 under Triton's interpreter, so that programs walk many tiles."""
     if device.type != "cuda":
         return 2
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -204,7 +206,7 @@ def _product(
 ):
     """weight [channels] and source [rows], pointers to the rows' starts -> [channels, rows] fp32.
 
-    The sum runs along `length` in order; the first operand's type becomes that of the source.
+    The sum runs along `length` in order; weights are converted to the source's dtype.
     """
     lanes = tl.arange(0, tile_inner)
     left = weight[:, None] + lanes[None, :]
@@ -250,6 +252,7 @@ def _multiply_kernel(
     tile_channels: tl.constexpr,
     tile_inner: tl.constexpr,
 ):
+    """Programs walk the tiles: those of the shared parts, then those of the table."""
     column_tiles = tl.cdiv(channels, tile_channels)
     token_tiles = tl.cdiv(tokens, tile_rows)
     shared_tiles = parts * token_tiles
@@ -257,12 +260,12 @@ def _multiply_kernel(
     lanes = tl.arange(0, tile_rows)
     work = tl.program_id(0)
     while work < count:
-        # Channels go fastest: programs at work read one expert's weights and rows together.
+        # Channels are the fastest index: concurrent programs read the same expert's rows.
         tile = work // column_tiles
         channel = (work % column_tiles) * tile_channels + tl.arange(0, tile_channels)
         inside = channel < channels
-        # Rows and channels over the edge repeat the last one and are not stored.
-        held = tl.minimum(channel, channels - 1).to(tl.int64)
+        # Rows and channels past the end repeat the last row or channel and are not stored.
+        channel_index = tl.minimum(channel, channels - 1).to(tl.int64)
         is_shared = tile < shared_tiles
         if is_shared:
             index = (tile // token_tiles).to(tl.int64)
@@ -282,8 +285,8 @@ def _multiply_kernel(
             slot = (pair % slots).to(tl.int64)
         read = token if first else row
         start = source + read.to(tl.int64) * source_stride
-        shared_weight = shared + index * part_step + held * shared_stride
-        routed_weight = routed + index * expert_stride + held * channel_stride
+        shared_weight = shared + index * part_step + channel_index * shared_stride
+        routed_weight = routed + index * expert_stride + channel_index * channel_stride
         if not quantized:
             if is_shared:
                 routed_weight = shared_weight
@@ -292,21 +295,22 @@ def _multiply_kernel(
             total = _product(shared_weight, start, length, tile_channels, tile_rows, tile_inner)
         else:
             total = _product(routed_weight, start, length, tile_channels, tile_rows, tile_inner)
-            total *= tl.load(scale + index * scale_stride + held)[:, None]
+            total *= tl.load(scale + index * scale_stride + channel_index)[:, None]
         if first:
-            # Not maximum(), which turns NaN into 0.
+            # maximum() would turn NaN into 0.
             total = tl.where(total < 0.0, 0.0, total)
             total *= total
             left = row
         else:
             left = token.to(tl.int64) * (slots + parts) + slot
-        place = target + left[None, :] * channels + channel[:, None]
-        tl.store(place, total.to(target.dtype.element_ty), mask=inside[:, None] & real[None, :])
+        offsets = target + left[None, :] * channels + channel[:, None]
+        tl.store(offsets, total.to(target.dtype.element_ty), mask=inside[:, None] & real[None, :])
         work += tl.num_programs(0)
 
 
-def _combine(by_slot: Tensor, ids: Tensor, scores: Tensor, alone: Tensor | None) -> Tensor:
-    """by_slot [T, k + parts, H], ids and scores [T, k], alone [T, H] -> [T, H]."""
+def _combine(by_slot: Tensor, ids: Tensor, scores: Tensor, shared_out: Tensor | None) -> Tensor:
+    """by_slot [T, k + parts, H], ids and scores [T, k], shared_out [T, H] -> their weighted sum
+    [T, H]; `shared_out` is the shared MLP where it has no parts."""
     assert ids.stride(1) == scores.stride(1) == 1
     tokens, all_slots, width = by_slot.shape
     out = _empty(by_slot, tokens, width)
@@ -315,14 +319,14 @@ def _combine(by_slot: Tensor, ids: Tensor, scores: Tensor, alone: Tensor | None)
         by_slot,
         ids,
         scores,
-        by_slot if alone is None else alone,
+        by_slot if shared_out is None else shared_out,
         out,
         width,
         ids.stride(0),
         scores.stride(0),
         slots=ids.shape[1],
         parts=all_slots - ids.shape[1],
-        has_alone=alone is not None,
+        has_shared_out=shared_out is not None,
         block=block,
         num_warps=4,
     )
@@ -334,30 +338,31 @@ def _combine_kernel(
     by_slot,
     ids,
     scores,
-    alone,
+    shared_out,
     out,
     width,
     ids_stride,
     scores_stride,
     slots: tl.constexpr,
     parts: tl.constexpr,
-    has_alone: tl.constexpr,
+    has_shared_out: tl.constexpr,
     block: tl.constexpr,
 ):
+    """A program per (token, tile of channels)."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     within = column < width
-    own = by_slot + token * (slots + parts) * width + column
+    token_rows = by_slot + token * (slots + parts) * width + column
     total = tl.zeros([block], tl.float32)
     for slot in tl.static_range(slots):
-        # What no expert computed was never written.
+        # A slot without an expert was never written.
         chosen = tl.load(ids + token * ids_stride + slot) >= 0
         score = tl.load(scores + token * scores_stride + slot, mask=chosen, other=0.0)
         written = tl.where(chosen, width, 0)
-        value = tl.load(own + slot * width, mask=column < written, other=0.0)
+        value = tl.load(token_rows + slot * width, mask=column < written, other=0.0)
         total += score * value.to(tl.float32)
     for part in tl.static_range(parts):
-        total += tl.load(own + (slots + part) * width, mask=within, other=0.0).to(tl.float32)
-    if has_alone:
-        total += tl.load(alone + token * width + column, mask=within, other=0.0).to(tl.float32)
+        total += tl.load(token_rows + (slots + part) * width, mask=within, other=0.0).to(tl.float32)
+    if has_shared_out:
+        total += tl.load(shared_out + token * width + column, mask=within, other=0.0).to(tl.float32)
     tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=within)

@@ -1,12 +1,12 @@
-"""Matrix products whose rows do not depend on what else is in the batch.
+"""Matrix products that give a row the same bits in any batch.
 
     y[t, n] = sum_k x[t, k] * weight[n, k] + bias[n]
 
 On a CPU the usual fp32 product takes another summation order for small numbers of rows (1 to 15
 on AVX-512 with MKL) and, for long rows, for other numbers of threads. oneDNN's product sums in
-one order from 2 rows up, whatever the threads, and takes weights packed into its own layout, which
-makes it as fast for one row as MKL's matrix-vector product. `products` says for which dtypes there
-is one. Without it bf16 is widened to fp32, and products of fp32 are cut into tiles of 16 rows.
+one order from 2 rows up, whatever the threads, and takes weights packed into oneDNN's layout, which
+makes it as fast for one row as MKL's matrix-vector product. `products` says for which dtypes it is
+there. Without it bf16 is widened to fp32, and products of fp32 are cut into tiles of 16 rows.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _VECTOR = 16
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """x [T, K] and weight [N, K] (plain or packed) of one dtype -> [T, N] of that dtype, in `out`
-    if it is given."""
+    """x [T, K], weight [N, K] (plain or packed) and bias [N] of one dtype -> [T, N] of that dtype,
+    written to `out` if it is given."""
     if out is not None:
         return _linear_into(out, x, weight, bias)
     if x.shape[0] == 0:
@@ -42,8 +42,8 @@ def linear(
 def pack(weight: Tensor) -> Tensor:
     """A weight [N, K] in the layout that `linear` reads fastest on its device.
 
-    A packed weight has the same shape and gives the same bits, but can only be handed to
-    `linear`; it takes the place of the plain one, in as many bytes.
+    A packed weight has the same shape and as many bytes, and gives the same bits, but only
+    `linear` can read it.
     """
     if weight.is_cuda or not by_onednn(weight.dtype):
         return weight
@@ -51,9 +51,10 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def linear_tiled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same product in tiles of exactly 16 rows, the last one padded with zeros.
+    """x [T, K], weight [N, K], bias [N] -> [T, N], in tiles of exactly 16 rows, the last padded.
 
-    MKL sums a row by its place in the tile where rows are not whole vectors: they are made so.
+    Rows are padded to whole vectors: otherwise MKL's order of summation depends on a row's index in
+    the tile.
     """
     rows, width = x.shape
     padded = F.pad(x, (0, -width % _VECTOR, 0, -rows % _TILE_ROWS))
@@ -72,7 +73,7 @@ def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 
 def _linear_widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Summed in fp32 and rounded once, as bf16 products are. The weight is widened anew each time:
-    that takes less time than torch's bf16 product there, and no memory."""
+    """A bf16 product summed in fp32 and rounded once. The weight is widened at every call: that
+    takes less time than torch's bf16 product where this runs, and keeps no second copy."""
     wide = linear(x.float(), weight.float(), None if bias is None else bias.float())
     return wide.to(x.dtype)

@@ -1,8 +1,8 @@
-"""A Mamba-2 mixer between its projections: conv and scan from the states of rows' slots.
+"""The conv and scan of a Mamba-2 mixer, from the states in the rows' slots.
 
     xBC = silu(conv(xBC));  dt = softplus(dt + dt_bias);  y = scan(x, dt, B, C) + D x
 
-The states are only read: a pass leaves them where they are, `twotower.kernels.replay` moves them.
+The states are only read: a pass leaves them unchanged, `twotower.kernels.replay` advances them.
 Source: Dao and Gu 2024 (Mamba-2), section 7.
 """
 
@@ -21,8 +21,8 @@ from twotower.kernels.rows import Rows, Run
 
 @dataclass(frozen=True)
 class MambaScanWeights:
-    """One layer's: conv_weight [Cd, K], conv_bias [Cd] or None, and a_log, d and dt_bias [H] fp32;
-    `groups` is the number of groups that share B and C."""
+    """Weights of one layer that `mamba_scan` reads: conv_weight [Cd, K], conv_bias [Cd] or None,
+    and a_log, d and dt_bias [H] fp32. Heads of a group share B and C; there are `groups` groups."""
 
     conv_weight: Tensor
     conv_bias: Tensor | None
@@ -40,9 +40,9 @@ def mamba_scan(
     rows: Rows,
 ) -> Tensor:
     """projected [T, Di + Cd + H] (z, xBC, dt), conv_state [S, K-1, Cd] (oldest first), ssm_state
-    [S, H, P, N] fp32 -> y [T, Di] fp32, not gated yet. Cd = Di + 2 G N; z is not read."""
-    heads, width, n = ssm_state.shape[1:]
-    inner, shared = heads * width, weights.groups * n
+    [S, H, P, N] fp32 -> y [T, Di] fp32, not gated yet. Di = H P, Cd = Di + 2 G N; z is not read."""
+    heads, head_dim, state_dim = ssm_state.shape[1:]
+    inner, shared = heads * head_dim, weights.groups * state_dim
     _, xbc, dt = projected.split((inner, inner + 2 * shared, heads), dim=-1)
     steps = softplus(dt.float() + weights.dt_bias)
     runs = rows.host.runs
@@ -64,12 +64,12 @@ def _scan_run(
     rows: Rows,
     run: Run,
 ) -> Tensor:
-    """The y of rows of one length, [count * length, Di]."""
-    heads, width, n = ssm_state.shape[1:]
-    shared = weights.groups * n
+    """y of a run of rows of one length, [count * length, Di] fp32."""
+    heads, head_dim, state_dim = ssm_state.shape[1:]
+    shared = weights.groups * state_dim
     history = _of_slots(conv_state, run, rows)
     conv = causal_conv1d(run.take(xbc), weights.conv_weight, weights.conv_bias, history).float()
-    values, keys, queries = conv.split((heads * width, shared, shared), dim=-1)
+    values, keys, queries = conv.split((heads * head_dim, shared, shared), dim=-1)
     y = chunk_scan(
         values.unflatten(-1, (heads, -1)),
         run.take(steps),
@@ -79,11 +79,11 @@ def _scan_run(
         weights.d,
         _of_slots(ssm_state, run, rows),
     )
-    return y.reshape(-1, heads * width)
+    return y.reshape(-1, heads * head_dim)
 
 
 def _of_slots(states: Tensor, run: Run, rows: Rows) -> Tensor:
-    """The run's states as one batch; a view for a single row."""
+    """States [S, ...] of the run's slots -> [count, ...]; a view for a single row."""
     slots = [rows.host.slots[row] for row in run.rows]
     if len(slots) == 1:
         return states[slots[0]].unsqueeze(0)

@@ -1,14 +1,14 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """`twotower.kernels.mamba_scan` as Triton kernels.
 
-In the chunked (SSD) form, with cum_i the sum of step_j A over the chunk's j <= i:
+In the chunked (SSD) form, with cum_i the sum of step_j A over the chunk's j <= i, and state h:
 
     y_i = sum over j <= i of (C_i B_j) exp(cum_i - cum_j) step_j x_j + exp(cum_i) h C_i + D x_i
 
-Two launches: `prepare` for conv and steps, then programs that each make the y of one row and a
-slice of one head, and carry that slice of the state in registers from chunk to chunk. A single
-token per row takes one launch, conv inside. All to fp32's precision: fp32 and fp16 inputs by fp32
-products, bf16 inputs by tensor cores (see `_product`).
+Two launches: `prepare` for conv and steps, then a program per row and slice of a head, which
+carries that slice of the state in registers from chunk to chunk. Rows of single tokens take one
+launch, which computes the conv too. All products have fp32's precision: fp32 and fp16 inputs by
+fp32 products, bf16 inputs by tensor cores (see `_product`).
 
 Tiles follow from `rows.max_seqlen` alone: among passes whose longest rows have 1, 2 to 16, 17 to 64
 or more tokens, a row has the same bits in any batch. Source: Dao and Gu 2024 (Mamba-2), section 6.
@@ -23,12 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.kernels.external_scan import Scan, ScanShape, load_verified
+from twotower.kernels.external_scan import Scan, load_verified
 from twotower.kernels.mamba_scan import MambaScanWeights
 from twotower.kernels.mamba_triton import conv_tile, prepare, softplus
 from twotower.kernels.rows import Rows
 
-# Rows of more tokens are pieces of a prompt.
+# Tokens of the longest block; longer rows are pieces of a prompt.
 LONGEST_BLOCK = 64
 # Channels of a head in a program of the kernel for single tokens, and its warps.
 TOKEN_CHANNELS = 16
@@ -37,13 +37,14 @@ TOKEN_WARPS = 1
 
 @triton.jit
 def _operand(loaded):
-    """What enters a product: bf16 as it is, else fp32 (beside fp16 a state could not be fp16)."""
+    """A loaded tile as an operand of `_product`: bf16 as it is, else fp32 (fp16 too, as the state
+    cannot be fp16)."""
     return loaded if loaded.dtype == tl.bfloat16 else loaded.to(tl.float32)
 
 
 @triton.jit
 def _parts(wide):
-    """Three bf16 whose sum is the fp32 `wide`, the smallest first."""
+    """Three bf16 tiles that add up to the fp32 tile `wide`, the smallest first."""
     high = wide.to(tl.bfloat16)
     rest = wide - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
@@ -52,8 +53,8 @@ def _parts(wide):
 
 @triton.jit
 def _product(a, b):
-    """a @ b to fp32's precision. Beside a bf16 operand, an fp32 one is taken apart into three bf16
-    whose sum it is, so that tensor cores multiply it exactly."""
+    """a @ b to fp32's precision. If only one operand is bf16, the fp32 operand is split into three
+    bf16 parts that add up to it, so that tensor cores multiply it exactly."""
     if a.dtype == b.dtype:
         out = tl.dot(a, b, input_precision="ieee")
     elif a.dtype == tl.float32:
@@ -81,15 +82,15 @@ def _chunks_kernel(
     heads,
     per_group,
     shared_channels,
-    width: tl.constexpr,
-    n: tl.constexpr,
+    head_dim: tl.constexpr,
+    state_dim: tl.constexpr,
     block_l: tl.constexpr,
     block_p: tl.constexpr,
     block_n: tl.constexpr,
-    once: tl.constexpr,
+    single_chunk: tl.constexpr,
 ):
-    """Program (head and slice of P, row). `once`: no row is longer than a chunk."""
-    slices: tl.constexpr = (width + block_p - 1) // block_p
+    """A program per (head and slice of P, row). `single_chunk`: no row is longer than a chunk."""
+    slices: tl.constexpr = (head_dim + block_p - 1) // block_p
     head = tl.program_id(0) // slices
     row = tl.program_id(1)
     slot = tl.load(slots + row).to(tl.int64)
@@ -97,51 +98,51 @@ def _chunks_kernel(
         return
     start = tl.load(cu_seqlens + row).to(tl.int64)
     length = (tl.load(cu_seqlens + row + 1) - start).to(tl.int32)
-    inner = heads * width
+    inner = heads * head_dim
     channels = inner + 2 * shared_channels
     p = tl.program_id(0) % slices * block_p + tl.arange(0, block_p)
     column = tl.arange(0, block_n)
-    held = tl.load(
+    state = tl.load(
         ssm_state
         + slot * ssm_state_stride_s
         + head * ssm_state_stride_h
         + p[:, None] * ssm_state_stride_p
         + column[None, :],
-        mask=(p < width)[:, None] & (column < n)[None, :],
+        mask=(p < head_dim)[:, None] & (column < state_dim)[None, :],
         other=0.0,
     )
     rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
     skip = tl.load(d + head).to(tl.float32)
-    x_at = conv + start * channels + head * width + p[None, :]
-    key_at = conv + start * channels + inner + head // per_group * n + column[None, :]
+    x_at = conv + start * channels + head * head_dim + p[None, :]
+    key_at = conv + start * channels + inner + head // per_group * state_dim + column[None, :]
     query_at = key_at + shared_channels
     step_at = steps + start * heads + head
-    y_at = y + start * inner + head * width + p[None, :]
+    y_at = y + start * inner + head * head_dim + p[None, :]
     i = tl.arange(0, block_l)
     past = i[:, None] >= i[None, :]
-    for first in range(0, block_l if once else length, block_l):
+    for first in range(0, block_l if single_chunk else length, block_l):
         tokens = first + i
         live = tokens < length
-        places = tokens.to(tl.int64)[:, None]
-        inside = live[:, None] & (p < width)[None, :]
-        shared = live[:, None] & (column < n)[None, :]
-        x = _operand(tl.load(x_at + places * channels, mask=inside, other=0.0))
-        keys = _operand(tl.load(key_at + places * channels, mask=shared, other=0.0))
-        queries = _operand(tl.load(query_at + places * channels, mask=shared, other=0.0))
+        offsets = tokens.to(tl.int64)[:, None]
+        inside = live[:, None] & (p < head_dim)[None, :]
+        shared = live[:, None] & (column < state_dim)[None, :]
+        x = _operand(tl.load(x_at + offsets * channels, mask=inside, other=0.0))
+        keys = _operand(tl.load(key_at + offsets * channels, mask=shared, other=0.0))
+        queries = _operand(tl.load(query_at + offsets * channels, mask=shared, other=0.0))
         step = tl.load(step_at + tokens * heads, mask=live, other=0.0)
         cum = tl.cumsum(step * rate, 0)
 
         # The exponent is masked, not its result: above the diagonal it could overflow.
         decay = tl.exp(tl.where(past, cum[:, None] - cum[None, :], float("-inf")))
         weights = _product(queries, tl.trans(keys)) * decay * step[None, :]
-        out = _product(queries, tl.trans(held)) * tl.exp(cum)[:, None]
+        out = _product(queries, tl.trans(state)) * tl.exp(cum)[:, None]
         out += _product(weights, x) + skip * x.to(tl.float32)
-        tl.store(y_at + places * inner, out, mask=inside)
+        tl.store(y_at + offsets * inner, out, mask=inside)
 
-        if not once:
+        if not single_chunk:
             total = tl.sum(tl.where(i == block_l - 1, cum, 0.0), 0)
             added = x.to(tl.float32) * (step * tl.exp(total - cum))[:, None]
-            held = held * tl.exp(total) + _product(tl.trans(added), keys)
+            state = state * tl.exp(total) + _product(tl.trans(added), keys)
 
 
 @triton.jit
@@ -168,14 +169,14 @@ def _token_kernel(
     heads,
     per_group,
     shared_channels,
-    width: tl.constexpr,
-    n: tl.constexpr,
+    head_dim: tl.constexpr,
+    state_dim: tl.constexpr,
     taps: tl.constexpr,
     block_p: tl.constexpr,
     block_n: tl.constexpr,
 ):
-    """Program (head and slice of P, row): rows of one token, conv inside."""
-    slices: tl.constexpr = (width + block_p - 1) // block_p
+    """A program per (head and slice of P, row) for rows of one token, conv included."""
+    slices: tl.constexpr = (head_dim + block_p - 1) // block_p
     head = tl.program_id(0) // slices
     row = tl.program_id(1)
     slot = tl.load(slots + row).to(tl.int64)
@@ -183,23 +184,23 @@ def _token_kernel(
     length = (tl.load(cu_seqlens + row + 1) - start).to(tl.int32)
     if slot < 0 or length <= 0:
         return
-    inner = heads * width
+    inner = heads * head_dim
     p = tl.program_id(0) % slices * block_p + tl.arange(0, block_p)
     column = tl.arange(0, block_n)
-    held = tl.load(
+    state = tl.load(
         ssm_state
         + slot * ssm_state_stride_s
         + head * ssm_state_stride_h
         + p[:, None] * ssm_state_stride_p
         + column[None, :],
-        mask=(p < width)[:, None] & (column < n)[None, :],
+        mask=(p < head_dim)[:, None] & (column < state_dim)[None, :],
         other=0.0,
     )
-    own = projected + start * projected_stride_t + inner
+    row_input = projected + start * projected_stride_t + inner
     history = conv_state + slot * conv_state_stride_s
     first = tl.arange(0, 1)
     x = conv_tile(
-        own,
+        row_input,
         projected_stride_t,
         history,
         conv_state_stride_k,
@@ -209,13 +210,13 @@ def _token_kernel(
         conv_bias,
         first,
         length,
-        head * width + p,
-        p < width,
+        head * head_dim + p,
+        p < head_dim,
         taps,
     )
-    key_channels = inner + head // per_group * n + column
+    key_channels = inner + head // per_group * state_dim + column
     keys = conv_tile(
-        own,
+        row_input,
         projected_stride_t,
         history,
         conv_state_stride_k,
@@ -226,11 +227,11 @@ def _token_kernel(
         first,
         length,
         key_channels,
-        column < n,
+        column < state_dim,
         taps,
     )
     queries = conv_tile(
-        own,
+        row_input,
         projected_stride_t,
         history,
         conv_state_stride_k,
@@ -241,31 +242,33 @@ def _token_kernel(
         first,
         length,
         key_channels + shared_channels,
-        column < n,
+        column < state_dim,
         taps,
     )
-    raw = tl.load(own + inner + 2 * shared_channels + head).to(tl.float32)
+    raw = tl.load(row_input + inner + 2 * shared_channels + head).to(tl.float32)
     step = softplus(raw + tl.load(dt_bias + head).to(tl.float32))
     decay = tl.exp(step * -tl.exp(tl.load(a_log + head).to(tl.float32)))
     score = tl.sum(keys * queries, 1)[:, None] * step + tl.load(d + head).to(tl.float32)
-    out = tl.sum(held * queries, 1)[None, :] * decay + score * x
-    y_at = y + start * inner + head * width + p[None, :]
-    tl.store(y_at + first[:, None], out, mask=(p < width)[None, :])
+    out = tl.sum(state * queries, 1)[None, :] * decay + score * x
+    y_at = y + start * inner + head * head_dim + p[None, :]
+    tl.store(y_at + first[:, None], out, mask=(p < head_dim)[None, :])
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Tokens of a chunk, channels of a head and N in one program, and how it is compiled."""
+    """Tokens of a chunk and channels of a head in a program, its warps and pipeline stages.
+    `single_chunk`: rows of at most a chunk, whose program does not advance the state."""
 
     tokens: int
     channels: int
-    once: bool
+    single_chunk: bool
     num_warps: int
     num_stages: int
 
 
 def tile_of(max_seqlen: int) -> Tile:
-    """For rows of 2 to `max_seqlen` tokens. None of them spills registers at P = 64, N = 128."""
+    """The tile for rows of 2 to `max_seqlen` tokens; no kernel spills registers at P = 64,
+    N = 128."""
     if max_seqlen <= 16:
         return Tile(16, 32, True, num_warps=4, num_stages=1)
     if max_seqlen <= LONGEST_BLOCK:
@@ -281,11 +284,11 @@ def mamba_scan(
     rows: Rows,
 ) -> Tensor:
     """projected [T, Di + Cd + H] (z, xBC, dt), conv_state [S, K-1, Cd] (oldest first), ssm_state
-    [S, H, P, N] fp32 -> y [T, Di] fp32, not gated yet. Cd = Di + 2 G N; z is not read. Tokens of
-    padding, and those of no row, are not written."""
-    heads, width, n = ssm_state.shape[1:]
-    inner = heads * width
-    assert projected.shape[1] == 2 * inner + 2 * weights.groups * n + heads
+    [S, H, P, N] fp32 -> y [T, Di] fp32, not gated yet. Di = H P, Cd = Di + 2 G N; z is not read.
+    Tokens of padding or of no row are not written."""
+    heads, head_dim, state_dim = ssm_state.shape[1:]
+    inner = heads * head_dim
+    assert projected.shape[1] == 2 * inner + 2 * weights.groups * state_dim + heads
     assert projected.stride(1) == conv_state.stride(2) == ssm_state.stride(3) == 1
     assert conv_state.dtype == projected.dtype
     y = torch.empty((projected.shape[0], inner), dtype=torch.float32, device=projected.device)
@@ -304,9 +307,10 @@ def _scan_tokens(
     rows: Rows,
     y: Tensor,
 ) -> None:
-    heads, width, n = ssm_state.shape[1:]
-    block_p = min(TOKEN_CHANNELS, triton.next_power_of_2(width))
-    _token_kernel[(heads * triton.cdiv(width, block_p), rows.count)](
+    """Launches the kernel for rows of one token; writes y [T, Di]."""
+    heads, head_dim, state_dim = ssm_state.shape[1:]
+    block_p = min(TOKEN_CHANNELS, triton.next_power_of_2(head_dim))
+    _token_kernel[(heads * triton.cdiv(head_dim, block_p), rows.count)](
         projected,
         projected.stride(0),
         conv_state,
@@ -324,12 +328,12 @@ def _scan_tokens(
         rows.slots,
         heads,
         heads // weights.groups,
-        weights.groups * n,
-        width=width,
-        n=n,
+        weights.groups * state_dim,
+        head_dim=head_dim,
+        state_dim=state_dim,
         taps=weights.conv_weight.shape[1],
         block_p=block_p,
-        block_n=triton.next_power_of_2(n),
+        block_n=triton.next_power_of_2(state_dim),
         num_warps=TOKEN_WARPS,
     )
 
@@ -342,8 +346,9 @@ def _scan_chunks(
     rows: Rows,
     y: Tensor,
 ) -> None:
-    heads, width, n = ssm_state.shape[1:]
-    inner, shared = heads * width, weights.groups * n
+    """Launches conv and steps, then the scan over chunks; writes y [T, Di]."""
+    heads, head_dim, state_dim = ssm_state.shape[1:]
+    inner, shared = heads * head_dim, weights.groups * state_dim
     _, xbc, dt = projected.split((inner, inner + 2 * shared, heads), dim=-1)
     bias = weights.conv_bias
     conv, steps = prepare(
@@ -371,7 +376,7 @@ def _scan_chunks(
         y.copy_(scanned.flatten(2)[0])
         return
     tile = tile_of(rows.max_seqlen)
-    _chunks_kernel[(heads * triton.cdiv(width, tile.channels), rows.count)](
+    _chunks_kernel[(heads * triton.cdiv(head_dim, tile.channels), rows.count)](
         conv,
         steps,
         ssm_state,
@@ -384,12 +389,12 @@ def _scan_chunks(
         heads,
         heads // weights.groups,
         shared,
-        width=width,
-        n=n,
+        head_dim=head_dim,
+        state_dim=state_dim,
         block_l=tile.tokens,
         block_p=tile.channels,
-        block_n=max(16, triton.next_power_of_2(n)),
-        once=tile.once,
+        block_n=max(16, triton.next_power_of_2(state_dim)),
+        single_chunk=tile.single_chunk,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -398,10 +403,10 @@ def _scan_chunks(
 def _foreign_scan(
     projected: Tensor, weights: MambaScanWeights, ssm_state: Tensor, rows: Rows
 ) -> Scan | None:
-    """mamba-ssm's scan for a long piece of one prompt, where it is installed and right; its chunks
-    run side by side. Only beside bf16, whose rounding hides that of its TF32."""
+    """mamba-ssm's scan for a long piece of a single prompt, where it is installed and right; it
+    computes chunks side by side. Only for bf16, whose rounding hides that of its TF32."""
     alone = rows.count == 1 and projected.shape[0] == rows.max_seqlen > LONGEST_BLOCK
     if not (alone and projected.is_cuda and projected.dtype == torch.bfloat16):
         return None
-    heads, width, n = ssm_state.shape[1:]
-    return load_verified(projected.device, ScanShape(heads, width, weights.groups, n))
+    heads, head_dim, state_dim = ssm_state.shape[1:]
+    return load_verified(projected.device, heads, head_dim, weights.groups, state_dim)

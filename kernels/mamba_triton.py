@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""What the Triton kernels of a Mamba-2 layer share: the short convolution and the step sizes.
+"""Short convolution and step sizes of a Mamba-2 layer, for its Triton kernels.
 
     xBC = silu(conv(xBC));  step = softplus(dt + dt_bias)
 
-`conv_tile` and `softplus` are for use inside a kernel; `prepare` is a launch of its own that
-leaves both in memory, for kernels that walk over more tokens than one tile holds.
+`conv_tile` and `softplus` are called inside a kernel; `prepare` is a separate launch that writes
+both to memory, for kernels that walk over more tokens than a tile holds.
 Source: Gu and Dao 2023 (Mamba), section 3.4; Dao and Gu 2024 (Mamba-2), section 7.
 """
 
@@ -22,9 +22,9 @@ _TOKENS, _CHANNELS = 16, 128
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)) of fp32, exact to a few units in the last place everywhere."""
+    """log(1 + exp(x)) of fp32, exact to a few units in the last place for every x."""
     # With u = exp(-|x|) <= 1: log(1 + u) = 2 atanh(u / (2 + u)), whose series converges fast.
-    # A GPU's logarithm is only absolutely exact near 1 and would lose the digits of small steps.
+    # A GPU's logarithm has an absolute error near 1, which would drop the digits of small steps.
     u = tl.exp(-tl.abs(x))
     s = u / (2.0 + u)
     q = s * s
@@ -50,17 +50,17 @@ def conv_tile(
     live,
     taps: tl.constexpr,
 ):
-    """silu of the conv at tokens [l] of a row and channels [c] where `live`, as fp32 rounded to
-    the inputs' dtype. `inputs` points to the row's first token, `history` to its slot."""
+    """silu(conv) at tokens [l] of a row and channels [c] where `live`, [l, c] fp32 rounded to the
+    inputs' dtype. `inputs` points to the row's first token, `history` to its slot's conv state."""
     total = tl.zeros([tokens.shape[0], channels.shape[0]], tl.float32)
     for tap in tl.static_range(taps):
         at = tokens + (tap - taps + 1)
-        place = tl.where(
+        address = tl.where(
             (at >= 0)[:, None],
             inputs + at[:, None].to(tl.int64) * input_stride + channels[None, :],
             history + (tokens + tap)[:, None] * history_stride + channels[None, :],
         )
-        raw = tl.load(place, mask=(at < length)[:, None] & live[None, :], other=0.0)
+        raw = tl.load(address, mask=(at < length)[:, None] & live[None, :], other=0.0)
         column = weight + channels * weight_stride_c + tap * weight_stride_k
         factor = tl.load(column, mask=live, other=0.0).to(tl.float32)
         total += raw.to(tl.float32) * factor[None, :]
@@ -104,7 +104,8 @@ def _prepare_kernel(
     block_c: tl.constexpr,
     block_h: tl.constexpr,
 ):
-    """Program (channel tile, token tile, layer and row)."""
+    """A program per (channel tile, token tile, layer and row); those of the first channel tile
+    also write the steps."""
     row = tl.program_id(2) % row_count
     layer = (tl.program_id(2) // row_count).to(tl.int64)
     slot = tl.load(slots + row).to(tl.int64)
@@ -167,9 +168,9 @@ def prepare(
     counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """xbc [M, T, Cd], dt [M, T, H], conv_state [S, M, K-1, Cd], conv_weight [M, Cd, K], conv_bias
-    [M, Cd], dt_bias [M, H] -> conv and silu of the first `channels` channels [M, T, channels] in
-    xbc's dtype, and steps [M, T, H] fp32. Only the first counts[row] tokens of a row if given;
-    what belongs to no row is not written."""
+    [M, Cd], dt_bias [M, H] -> silu(conv) of the first `channels` channels [M, T, channels] in xbc's
+    dtype, and steps softplus(dt + dt_bias) [M, T, H] fp32. With `counts` [B] int32 only the first
+    counts[row] tokens of a row. Tokens of padding or of no row are not written."""
     layers, tokens, heads = dt.shape
     assert xbc.stride(2) == dt.stride(2) == conv_state.stride(3) == dt_bias.stride(1) == 1
     assert conv_bias is None or conv_bias.stride(1) == 1

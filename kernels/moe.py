@@ -20,16 +20,16 @@ from twotower.kernels.elementwise import relu_squared, sigmoid
 from twotower.kernels.linear import linear, linear_tiled
 from twotower.kernels.quantized import QuantizedExperts
 
-# One matrix per expert: a list of packed ones, a stacked tensor, or one in 8 bits.
+# A matrix per expert: a list of (packed) matrices [N, K], a tensor [E, N, K], or 8-bit values.
 ExpertWeights = Sequence[Tensor] | Tensor | QuantizedExperts
-
 
 _MOST_PARTS = 3
 
 
 @dataclass(frozen=True)
 class RouterRule:
-    """How experts are chosen: `top_k` of them within the best `top_groups` of `groups` groups."""
+    """Rule by which a token's experts are chosen: `top_k` of them, from the best `top_groups` of
+    `groups` groups. `normalize` divides their weights by the sum, `scaling` multiplies them."""
 
     top_k: int
     groups: int
@@ -39,8 +39,8 @@ class RouterRule:
 
 
 def narrow_parts(weight: Tensor) -> Tensor | None:
-    """weight [E, H] fp64 -> the fewest bf16 parts [P, E, H] whose sum it is exactly, the largest
-    first; one for a weight stored in bf16, three for one in fp32. None if three are not enough."""
+    """weight [E, H] fp64 -> the fewest bf16 parts [P, E, H] that add up to it exactly, the largest
+    first: P = 1 for a weight stored in bf16, 3 for fp32. None if three are not enough."""
     parts, rest = [], weight
     for _ in range(_MOST_PARTS):
         parts.append(rest.bfloat16())
@@ -60,8 +60,9 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """x [T, H], weight [E, H] fp64, bias [E] -> expert ids [T, k] int64 and weights [T, k] fp32.
 
-    Everything from the product on is fp64; equal choice scores go to the lower expert id. Tokens
-    that are not `real` [T] bool get no expert, -1. `narrow` is for kernels and not read here.
+    All arithmetic is fp64; of equal choice scores the lower expert id wins. Tokens that are not
+    `real` [T] bool get no expert, id -1. `narrow` is the kernel's (`narrow_parts`) and not read
+    here.
     """
     scores = sigmoid(linear_tiled(x.double(), weight))
     choice = scores + bias.double()
@@ -86,10 +87,10 @@ def experts(
     shared_down: Tensor,
 ) -> Tensor:
     """x [T, H], ids and scores [T, k], up E x [F, H], down E x [H, F], shared MLP [Fs, H] and
-    [H, Fs] -> [T, H] in x's dtype: the chosen experts by their scores, plus the shared one.
+    [H, Fs] -> [T, H] in x's dtype: the chosen experts, weighted by `scores`, plus the shared MLP.
 
-    Only experts that some token chose are read; id -1 is none. A token's k results are added in
-    the order of its slots, in fp32, so that the sum does not depend on the other tokens.
+    Only experts that some token chose are read; id -1 is no expert. A token's k results are added
+    in the order of its slots, in fp32, so that the sum does not depend on the other tokens.
     """
     return _routed(x, ids, scores, up, down) + mlp(x, shared_up, shared_down)
 
@@ -97,10 +98,11 @@ def experts(
 def _routed(
     x: Tensor, ids: Tensor, scores: Tensor, up: ExpertWeights, down: ExpertWeights
 ) -> Tensor:
+    """The routed experts' part of `experts`: tokens are sorted by expert, one product each."""
     tokens, slots = ids.shape
     if tokens == 1 and int(ids.min()) >= 0:
-        own = [_expert(x, up, down, expert) for expert in ids[0].tolist()]
-        return _weighted_sum(torch.stack(own, dim=1), scores).to(x.dtype)
+        results = [_expert(x, up, down, expert) for expert in ids[0].tolist()]
+        return _weighted_sum(torch.stack(results, dim=1), scores).to(x.dtype)
     flat = ids.flatten()
     order = torch.sort(flat, stable=True).indices
     counts = torch.bincount(flat + 1, minlength=len(up) + 1).tolist()
@@ -117,6 +119,7 @@ def _routed(
 
 
 def _expert(x: Tensor, up: ExpertWeights, down: ExpertWeights, expert: int) -> Tensor:
+    """The product of x [n, H] with one expert, [n, H]; 8-bit weights multiply in fp32."""
     if isinstance(up, QuantizedExperts):
         return mlp(x.float(), up[expert], down[expert]).to(x.dtype)
     return mlp(x, up[expert], down[expert])
@@ -129,11 +132,12 @@ def mlp(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> Tensor:
-    """x [T, H], up [F, H], down [H, F] -> down(relu(up x)^2), [T, H]."""
+    """x [T, H], up [F, H], down [H, F], biases [F] and [H] -> down(relu(up x)^2), [T, H]."""
     return linear(relu_squared(linear(x, up, up_bias)), down, down_bias)
 
 
 def _weighted_sum(by_slot: Tensor, weights: Tensor) -> Tensor:
+    """by_slot [T, k, H], weights [T, k] -> their sum over k, slot by slot, [T, H] fp32."""
     wide = by_slot.float()
     total = wide[:, 0] * weights[:, 0:1]
     for slot in range(1, weights.shape[1]):
@@ -142,7 +146,8 @@ def _weighted_sum(by_slot: Tensor, weights: Tensor) -> Tensor:
 
 
 def _keep_best_groups(choice: Tensor, rule: RouterRule) -> Tensor:
-    """Sets the choice score of experts outside the best groups to 0, as the model was trained."""
+    """choice [T, E] -> the same with 0 for experts outside the best groups, as the model was
+    trained. A group's score is the sum of its two best experts'."""
     grouped = choice.unflatten(-1, (rule.groups, -1))
     best_two = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
     kept = torch.sort(best_two, dim=-1, descending=True, stable=True).indices[:, : rule.top_groups]

@@ -2,7 +2,7 @@
 
     rms(x) = x / sqrt(mean(x^2) + eps) * weight
 
-All are computed in fp32 over the last dimension and returned in x's dtype.
+All are computed in fp32 over the last dimension. `rms_norm` returns x's dtype.
 Sources: RMSNorm, Zhang and Sennrich 2019; adaLN, Peebles and Xie 2023 (DiT), section 3.2;
 gated group norm, Dao and Gu 2024 (Mamba-2), section 7.
 """
@@ -18,23 +18,24 @@ from twotower.kernels.elementwise import silu
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., H], weight [H] -> [..., H]."""
+    """x [..., H], weight [H] -> [..., H] in x's dtype, normed over the last dimension."""
     return (_unit_rms(x.float(), eps) * weight.float()).to(x.dtype)
 
 
 @dataclass(frozen=True)
 class Modulation:
-    """One layer's timestep conditioning: `table` [n, 3, H] of shift, scale and gate, and `index`
-    [T] int64, the entry of each token."""
+    """One layer's adaLN conditioning: `table` [n, 3, H] holds shift, scale and gate of n distinct
+    timesteps, `index` [T] int64 the entry of each token."""
 
     table: Tensor
     index: Tensor
 
-    def part(self, which: int) -> Tensor:
-        """Shift (0), scale (1) or gate (2) of every token, [T, H]; [1, H] if there is one entry."""
+    def part(self, number: int) -> Tensor:
+        """Shift (0), scale (1) or gate (2) of every token, [T, H]; [1, H] if the table has a single
+        entry."""
         if len(self.table) == 1:
-            return self.table[:, which]
-        return self.table[:, which].index_select(0, self.index)
+            return self.table[:, number]
+        return self.table[:, number].index_select(0, self.index)
 
 
 def add_norm(
@@ -46,11 +47,12 @@ def add_norm(
     modulation: Modulation | None,
     modulate_first: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What stands between two mixers: hidden [T, H] and the last mixer's output `delta` [T, H] ->
-    the residual stream, and the next mixer's normed input, [T, H] each.
+    """Residual sum and norm between two mixers: hidden [T, H] and the last mixer's output `delta`
+    [T, H] -> the residual stream, and the next mixer's normed input, [T, H] each.
 
-    `gate` weighs the output, `modulation` shifts and scales around the norm: Mamba and attention
-    layers modulate and then norm, MoE and MLP layers norm and then modulate.
+    `gate` weighs `delta`; `modulation` shifts and scales before the norm if `modulate_first`
+    (Mamba and attention layers), else after it (MoE and MLP layers). Without `delta` the stream is
+    `hidden` itself.
     """
     if delta is not None:
         hidden = hidden + (delta if gate is None else gate.part(2) * delta)
@@ -73,5 +75,6 @@ def gated_group_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: flo
 
 
 def _unit_rms(x: Tensor, eps: float) -> Tensor:
+    """x [..., H] fp32 over the root mean square of its last dimension."""
     # A division by sqrt: rsqrt rounds differently at the tail of a tensor.
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)

@@ -2,7 +2,7 @@
 """The norms of norm.py as Triton kernels: a program per token, or per token and group.
 
 A token's numbers are loaded once, computed in fp32 and rounded where they are stored. The tile is
-as wide as the norm, so that a token's bits depend on nothing but that token.
+as wide as the norm, so that a token's bits depend on that token alone. Sources as in norm.py.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from twotower.kernels.norm import Modulation
 
-# 2048 and more numbers to eight warps, so that a thread holds no more than 16 of a 4096 wide tile.
+# Tiles of at least this width get eight warps: a thread holds at most 16 numbers of a tile of 4096.
 _WIDE = 2048
-# Numbers of a group that a warp takes: eight a thread, 32 bytes of fp32.
+# Numbers of a group per warp: eight a thread, 32 bytes of fp32.
 _PER_WARP = 256
 
 
@@ -45,7 +45,7 @@ def _add_norm_kernel(
     modulate_first: tl.constexpr,
     block: tl.constexpr,
 ):
-    """One token: the residual sum to `total`, its norm to `out`."""
+    """A program per token: the residual sum to `total`, its norm to `out`."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     inside = columns < width
@@ -57,7 +57,7 @@ def _add_norm_kernel(
             entry = gate + tl.load(gate_index + token) * gate_stride
             part = tl.load(entry + 2 * gate_part_stride + columns, mask=inside, other=0.0)
             added = part.to(tl.float32) * added
-        # The norm is that of the stored stream, whatever its dtype drops.
+        # The norm is that of the stream as stored, after rounding to its dtype.
         stored = (x + added).to(total.dtype.element_ty)
         tl.store(total + token * width + columns, stored, mask=inside)
         x = stored.to(tl.float32)
@@ -79,25 +79,19 @@ def _add_norm_kernel(
 def _group_norm_kernel(
     y, z, weight, out, y_stride, z_stride, out_stride, width, eps, block: tl.constexpr
 ):
-    """One group, `width` wide, of one token."""
+    """A program per token and group of `width` channels."""
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tl.arange(0, block)
     inside = columns < width
     columns += group * width
     values = tl.load(y + token * y_stride + columns, mask=inside, other=0.0).to(tl.float32)
     gates = tl.load(z + token * z_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    # Of the magnitude, so that no exponential overflows.
+    # exp of minus the magnitude cannot overflow.
     shut = tl.exp(-tl.abs(gates))
     u = values * gates * (tl.where(gates < 0.0, shut, 1.0) / (1.0 + shut))
     w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     u = u * (1.0 / tl.sqrt(tl.sum(u * u, axis=0) / width + eps)) * w
     tl.store(out + token * out_stride + columns, u.to(out.dtype.element_ty), mask=inside)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See `norm.rms_norm`."""
-    rows = x.reshape(-1, x.shape[-1])
-    return _add_norm(rows, None, None, weight, eps, None, False)[1].view(x.shape)
 
 
 def add_norm(
@@ -109,39 +103,8 @@ def add_norm(
     modulation: Modulation | None,
     modulate_first: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `norm.add_norm`; rounds at its two outputs only. Without `delta` the stream is `hidden`
-    itself."""
-    return _add_norm(hidden, delta, gate, weight, eps, modulation, modulate_first)
-
-
-def gated_group_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    """See `norm.gated_group_norm`; rounds at the output only."""
-    tokens, total = y.shape
-    width = total // groups
-    assert z.shape == y.shape
-    assert weight.shape == (width * groups,)
-    for tensor in (y, z, weight):
-        assert tensor.stride(-1) == 1
-    out = torch.empty((tokens, total), dtype=z.dtype, device=z.device)
-    if tokens:
-        block = triton.next_power_of_2(width)
-        warps = min(8, max(1, block // _PER_WARP))
-        _group_norm_kernel[tokens, groups](
-            *(y, z, weight, out, y.stride(0), z.stride(0), total, width, eps, block),
-            num_warps=warps,
-        )
-    return out
-
-
-def _add_norm(
-    hidden: Tensor,
-    delta: Tensor | None,
-    gate: Modulation | None,
-    weight: Tensor,
-    eps: float,
-    modulation: Modulation | None,
-    modulate_first: bool,
-) -> tuple[Tensor, Tensor]:
+    """Residual stream and normed input [T, H] each, as `norm.add_norm`; rounds at its two outputs
+    only."""
     tokens, width = hidden.shape
     assert weight.shape == (width,)
     assert gate is None or delta is not None
@@ -152,7 +115,7 @@ def _add_norm(
     total = hidden if delta is None else torch.empty_like(out)
     if tokens:
         block = triton.next_power_of_2(width)
-        # What a flag turns off is not read: `hidden` stands in for its pointer.
+        # A tensor that a flag turns off is not read: `hidden` is passed in its stead.
         _add_norm_kernel[tokens,](
             hidden,
             hidden if delta is None else delta,
@@ -177,12 +140,32 @@ def _add_norm(
     return total, out
 
 
+def gated_group_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+    """[T, D] in z's dtype, as `norm.gated_group_norm`; rounds at the output only."""
+    tokens, total = y.shape
+    width = total // groups
+    assert z.shape == y.shape
+    assert weight.shape == (width * groups,)
+    for tensor in (y, z, weight):
+        assert tensor.stride(-1) == 1
+    out = torch.empty((tokens, total), dtype=z.dtype, device=z.device)
+    if tokens:
+        block = triton.next_power_of_2(width)
+        warps = min(8, max(1, block // _PER_WARP))
+        _group_norm_kernel[tokens, groups](
+            *(y, z, weight, out, y.stride(0), z.stride(0), total, width, eps, block),
+            num_warps=warps,
+        )
+    return out
+
+
 def _pointers(modulation: Modulation | None, unread: Tensor) -> tuple[Tensor, Tensor]:
+    """Table and index of a modulation; `unread` twice if there is none."""
     return (unread, unread) if modulation is None else (modulation.table, modulation.index)
 
 
 def _strides(modulation: Modulation | None, hidden: Tensor) -> tuple[int, int]:
-    """Of the table's entries, and of the parts of one."""
+    """Strides of the table's entries and of an entry's parts; zeros if there is no modulation."""
     if modulation is None:
         return 0, 0
     table, index = modulation.table, modulation.index

@@ -17,9 +17,9 @@ _LOW = 0xFFFFFFFF
 
 
 def philox4x32(key: int | Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-    """Counters of four int64 tensors holding 32-bit words, broadcast together -> their shape plus
-    a last dimension of four words, int64 in [0, 2^32). `key` is one for all or int64 of a shape
-    that broadcasts with the counters."""
+    """Four int64 tensors of 32-bit counter words, broadcast together -> their shape plus a last
+    dimension of four random words, int64 in [0, 2^32). `key` is a number, or an int64 tensor that
+    broadcasts with the counters."""
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     k0, k1 = key & _LOW, key >> 32 & _LOW
     for _ in range(_ROUNDS):
@@ -38,8 +38,8 @@ def philox4x32(key: int | Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]
 def uniforms(
     key: int | Tensor, positions: Tensor, step: int | Tensor, domain: int | Tensor, vocab_size: int
 ) -> Tensor:
-    """positions [M] int64 -> U [M, vocab_size] fp32 in (0, 1); key, step and domain are each one
-    for all or [M] int64.
+    """positions [M] int64 -> U [M, vocab_size] fp32 in (0, 1); key, step and domain are numbers or
+    [M] int64.
 
     The counter is (position, step, vocabulary index / 4, domain). U = (n + 1/2) / 2^23 from the
     upper 23 bits of a word: with 24 bits the largest value would round to 1 in fp32.
@@ -51,8 +51,8 @@ def uniforms(
         quads.view(1, -1),
         _column(domain, positions.device),
     )
-    own_key = key.view(-1, 1) if isinstance(key, Tensor) else key
-    words = philox4x32(own_key, counter).flatten(1)[:, :vocab_size]
+    key_column = key.view(-1, 1) if isinstance(key, Tensor) else key
+    words = philox4x32(key_column, counter).flatten(1)[:, :vocab_size]
     return ((words >> 9).float() + 0.5) * 2.0**-23
 
 

@@ -1,12 +1,12 @@
-"""What the products of this processor and this build of torch run on, found out once.
+"""Matrix products of this processor and this build of torch, detected once per process.
 
     onednn       oneDNN multiplies fp32 and bf16              x86 with AVX-512
     onednn_fp32  oneDNN multiplies fp32, bf16 is widened      x86 without it, like AVX2
     plain        torch's usual fp32 product in tiles of rows  anything else, like ARM
 
-oneDNN's product stands behind an operator that torch itself uses for compiled graphs. Neither
-processor flags nor versions say for sure whether it is there and keeps a row's bits (on ARM it is,
-and does not), so it is tried.
+oneDNN's product is reached by an operator that torch itself uses for compiled graphs. Neither
+processor flags nor versions say for sure whether it exists and gives a row the same bits in any
+batch (on ARM it exists and does not), so it is tried.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ _forced: Products | None = None
 
 
 def products() -> Products:
-    """What this process multiplies by: the best there is, unless forced."""
+    """The kind of products that this process uses: the forced one, else `best_products`."""
     return _forced or best_products()
 
 
 def by_onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies numbers of `dtype` in this process."""
+    """True if oneDNN multiplies matrices of `dtype` in this process."""
     return dtype in _BY_ONEDNN[products()]
 
 
 def fastest_dtype() -> torch.dtype:
-    """What training multiplies on a CPU: bf16, or fp32 where torch's own bf16 products take about
-    ten times as long as those of fp32."""
+    """The dtype in which training multiplies on a CPU: bf16, or fp32 where there is no oneDNN
+    product of bf16 and torch's takes about ten times as long as that of fp32."""
     return torch.bfloat16 if by_onednn(torch.bfloat16) else torch.float32
 
 
 @cache
 def best_products() -> Products:
-    """The best that this processor and this build of torch have."""
+    """The fastest kind of products that works on this processor with this build of torch."""
     if not _works(torch.float32):
         return "plain"
     return "onednn" if _works(torch.bfloat16) else "onednn_fp32"
@@ -56,10 +56,10 @@ def best_products() -> Products:
 
 @contextmanager
 def force_products(forced: Products) -> Iterator[None]:
-    """Inside, every thread of this process multiplies as on a processor that has no better.
+    """Inside, every thread of this process multiplies as a processor of kind `forced` would.
 
-    A weight that was packed before is still multiplied by oneDNN. Raises ValueError where there is
-    no such product.
+    A weight that was packed before is still multiplied by oneDNN. Raises ValueError if this
+    processor lacks such products.
     """
     global _forced
     if set(_BY_ONEDNN[forced]) - set(_BY_ONEDNN[best_products()]):
@@ -72,13 +72,16 @@ def force_products(forced: Products) -> Iterator[None]:
 
 
 def pack_onednn(weight: Tensor) -> Tensor:
-    """A weight [N, K] in oneDNN's own layout."""
+    """A weight [N, K] in oneDNN's packed layout; only `linear_onednn` reads it."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
     return packed
 
 
 def linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, K] and weight [N, K] (plain or packed) -> [T, N]. A single row is doubled."""
+    """x [T, K], weight [N, K] (plain or packed) and bias [N] of one dtype, fp32 or bf16 -> [T, N].
+
+    A single row is computed twice, in a batch of 2: alone it would be summed in another order.
+    """
     single = x.shape[0] == 1
     x = torch.cat((x, x)) if single else x.contiguous()
     out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
@@ -86,7 +89,7 @@ def linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def _works(dtype: torch.dtype) -> bool:
-    """Whether oneDNN packs and multiplies `dtype`, and a row has the same bits in any batch."""
+    """True if oneDNN packs and multiplies `dtype`, and gives a row the same bits in any batch."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (
         torch.randn(rows, 259, generator=generator, device="cpu").to(dtype) for rows in (33, 40)

@@ -20,7 +20,7 @@ FP8_MAX = 448.0
 
 @dataclass(frozen=True)
 class QuantizedExperts:
-    """One matrix per expert: `values` [E, N, K] float8 e4m3, `scale` [E, N] fp32."""
+    """A matrix [N, K] per expert: `values` [E, N, K] float8 e4m3, `scale` [E, N] fp32."""
 
     values: Tensor
     scale: Tensor
@@ -34,7 +34,7 @@ class QuantizedExperts:
 
 
 def quantize(weight: Tensor) -> QuantizedExperts:
-    """weight [E, N, K] -> the nearest values, the largest of each channel at the format's limit.
+    """weight [E, N, K] -> the nearest 8-bit values; a channel's largest becomes +-FP8_MAX.
 
     A channel of zeros or subnormal numbers gets scale 1. Raises ValueError for values that are not
     finite.

@@ -1,11 +1,14 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """The router of moe.py on a GPU: a product, then a program per token for the choice.
 
-The choice is that of fp64. With a narrow weight the product is made by tensor cores, in pieces of
-the inner dimension that are added in fp64: products of two bf16 are exact in fp32, so only a
-piece's sum errs. Where experts lie so close to the border of the choice that this could decide,
-their scores are computed again in fp64; the order of ids is that of the scores as they are.
-Otherwise the product is torch's in fp64.
+    s = sigmoid(W x);  choice by s + bias, weights from s alone
+
+The choice is that of fp64. With a narrow weight tensor cores make the product, in pieces of the
+inner dimension that are added in fp64: products of two bf16 are exact in fp32, so only the sum
+within a piece is rounded. Experts so close to the border of the choice that this rounding could
+decide are computed again in fp64; the order of ids is that of the scores after this. Without a
+narrow weight the product is torch's in fp64.
+Source: Liu et al. 2024 (DeepSeek-V3), section 2.1.2.
 """
 
 from __future__ import annotations
@@ -19,11 +22,11 @@ from twotower.kernels.moe import RouterRule
 
 PIECE = 128
 _EXPERTS_AT_ONCE = 64
-# Scores differ from those of fp64 by 1e-6, or a few where some channels are much larger than the
-# others: experts near the border are looked at again.
-# One token in a thousand has such. At 1e-4 one in 120 had, and hardly a pass of 256 went without.
-_DOUBT = 1e-5
-# Elements at a time of a product that is looked at again: three loads of a row, not one by one.
+# Scores differ from those of fp64 by 1e-6, a few times that where some channels are much larger
+# than the others: experts within this distance of the border are computed again. A token in a
+# thousand has such experts. At 1e-4 a token in 120 had, and hardly a pass of 256 was without.
+_MARGIN = 1e-5
+# Elements of a row that the second computation loads at a time.
 _EXACT_PIECE = 1024
 
 
@@ -37,10 +40,10 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """x [T, H], weight [E, H] fp64, bias [E] -> expert ids [T, k] int64 and weights [T, k] fp32.
 
-    Equal choice scores go to the lower expert id; tokens that are not `real` [T] bool get no
-    expert, -1. `narrow` [P, E, H] bf16 are parts whose sum is `weight` (`moe.narrow_parts`); they
-    serve bf16 tokens where experts have no groups. Without them torch sums in an order that depends
-    on T, which moves choices only where scores agree to about 1e-15.
+    Of equal choice scores the lower expert id wins; tokens that are not `real` [T] bool get no
+    expert, id -1. `narrow` [P, E, H] bf16 are parts that add up to `weight` (`moe.narrow_parts`),
+    used for bf16 tokens where experts have no groups. Without them torch sums in an order that
+    depends on T, which changes choices only where scores agree to about 1e-15.
     """
     tokens, count = x.shape[0], weight.shape[0]
     ids = torch.empty(tokens, rule.top_k, dtype=torch.int64, device=x.device)
@@ -67,7 +70,7 @@ def route(
         weight.stride(0),
         hidden=x.shape[1],
         pieces=pieces,
-        doubt=_DOUBT,
+        margin=_MARGIN,
         exact_piece=min(_EXACT_PIECE, triton.next_power_of_2(x.shape[1])),
         with_padding=real is not None,
         experts=count,
@@ -85,7 +88,8 @@ def route(
 
 
 def _in_pieces(x: Tensor, narrow: Tensor) -> Tensor:
-    """x [T, H] and parts [P, E, H] -> sums of each PIECE of H, [ceil(H / PIECE), T, E] fp32."""
+    """x [T, H] and parts [P, E, H] bf16 -> W x over each PIECE of H, [ceil(H / PIECE), T, E]
+    fp32."""
     assert x.stride(1) == narrow.stride(2) == 1
     parts, experts, hidden = narrow.shape
     tokens = x.shape[0]
@@ -127,7 +131,8 @@ def _pieces_kernel(
     tile_experts: tl.constexpr,
     tile_rows: tl.constexpr,
 ):
-    """One piece of some experts' products with some tokens, the smallest part first."""
+    """A program per (piece of H, tile of experts, tile of tokens): its product, the smallest part
+    of the weight first."""
     lane = tl.program_id(0) * piece + tl.arange(0, piece)
     expert = tl.program_id(1) * tile_experts + tl.arange(0, tile_experts)
     token = tl.program_id(2) * tile_rows + tl.arange(0, tile_rows)
@@ -140,18 +145,18 @@ def _pieces_kernel(
     for index in tl.static_range(parts):
         part = parts - 1 - index
         total = tl.dot(tl.load(left + part * part_stride, mask=held, other=0.0), right, total)
-    place = (tl.program_id(0) * tokens + token).to(tl.int64)[None, :] * experts + expert[:, None]
-    tl.store(out + place, total, mask=(token < tokens)[None, :] & (expert < experts)[:, None])
+    offset = (tl.program_id(0) * tokens + token).to(tl.int64)[None, :] * experts + expert[:, None]
+    tl.store(out + offset, total, mask=(token < tokens)[None, :] & (expert < experts)[:, None])
 
 
 @triton.jit
 def _exact_score(x, weight, hidden: tl.constexpr, piece: tl.constexpr):
-    """sigmoid of one expert's product with one token, in fp64."""
+    """sigmoid(w x) in fp64 of an expert's row `weight` [H] and a token `x` [H]."""
     total = tl.zeros([piece], tl.float64)
     for start in range(0, hidden, piece):
         lane = start + tl.arange(0, piece)
-        own = tl.load(x + lane, mask=lane < hidden, other=0.0).to(tl.float64)
-        total += own * tl.load(weight + lane, mask=lane < hidden, other=0.0)
+        values = tl.load(x + lane, mask=lane < hidden, other=0.0).to(tl.float64)
+        total += values * tl.load(weight + lane, mask=lane < hidden, other=0.0)
     return 1.0 / (1.0 + tl.exp(-tl.sum(total, axis=0)))
 
 
@@ -169,7 +174,7 @@ def _choose_kernel(
     router_stride,
     hidden: tl.constexpr,
     pieces: tl.constexpr,
-    doubt: tl.constexpr,
+    margin: tl.constexpr,
     exact_piece: tl.constexpr,
     with_padding: tl.constexpr,
     experts: tl.constexpr,
@@ -182,6 +187,7 @@ def _choose_kernel(
     member_lanes: tl.constexpr,
     slot_lanes: tl.constexpr,
 ):
+    """A program per token: `pieces` > 0 are summed here, else `logits` [T, E] are in fp64."""
     token = tl.program_id(0).to(tl.int64)
     size: tl.constexpr = experts // groups
     group = tl.arange(0, group_lanes)
@@ -192,13 +198,13 @@ def _choose_kernel(
         logit = tl.load(logits + token * experts + expert, mask=real, other=0.0)
     else:
         logit = tl.zeros([group_lanes, member_lanes], tl.float64)
-        # Unrolled, so that all pieces are on their way at once.
+        # Unrolled, so that the loads of all pieces overlap.
         for index in tl.static_range(pieces):
-            place = logits + (index * tokens + token) * experts + expert
-            logit += tl.load(place, mask=real, other=0.0).to(tl.float64)
+            offset = logits + (index * tokens + token) * experts + expert
+            logit += tl.load(offset, mask=real, other=0.0).to(tl.float64)
     score = 1.0 / (1.0 + tl.exp(-logit))
-    moved = tl.load(bias + expert, mask=real, other=0.0).to(tl.float64)
-    choice = score + moved
+    expert_bias = tl.load(bias + expert, mask=real, other=0.0).to(tl.float64)
+    choice = score + expert_bias
     # As in a sort, NaN is above all numbers; left alone it would equal no maximum.
     choice = tl.where(choice != choice, float("inf"), choice)
     choice = tl.where(real, choice, -float("inf"))
@@ -214,26 +220,26 @@ def _choose_kernel(
             highest = tl.max(tl.where(open_groups, total, -float("inf")), axis=0)
             taken = tl.min(tl.where(open_groups & (total == highest), group, group_lanes), axis=0)
             open_groups = open_groups & (group != taken)
-        # An expert of a lost group counts as 0, as the model was trained.
+        # Experts of the other groups have choice score 0, as the model was trained.
         choice = tl.where(open_groups[:, None] & real, 0.0, choice)
 
     if pieces > 0:
-        # The border of the choice: the k-th score, ties counted once each.
+        # The border of the choice: the k-th largest score, equal scores counted one by one.
         left = real
         border = tl.full([], float("inf"), tl.float64)
         for _ in range(top_k):
             border = tl.max(tl.where(left, choice, -float("inf")))
             last = tl.min(tl.where(left & (choice == border), expert, experts))
             left = left & (expert != last)
-        unsure = real & (tl.abs(choice - border) <= doubt)
+        unsure = real & (tl.abs(choice - border) <= margin)
         if tl.sum(unsure.to(tl.int32)) > 1:
             while tl.sum(unsure.to(tl.int32)) > 0:
-                own = tl.min(tl.where(unsure, expert, experts))
-                own_row = router + own.to(tl.int64) * router_stride
-                exact = _exact_score(x + token * x_stride, own_row, hidden, exact_piece)
-                score = tl.where(expert == own, exact, score)
-                choice = tl.where(expert == own, exact + moved, choice)
-                unsure = unsure & (expert != own)
+                again = tl.min(tl.where(unsure, expert, experts))
+                router_row = router + again.to(tl.int64) * router_stride
+                exact = _exact_score(x + token * x_stride, router_row, hidden, exact_piece)
+                score = tl.where(expert == again, exact, score)
+                choice = tl.where(expert == again, exact + expert_bias, choice)
+                unsure = unsure & (expert != again)
 
     open_experts = real
     slots = tl.arange(0, slot_lanes)
@@ -244,13 +250,13 @@ def _choose_kernel(
         taken = tl.min(tl.where(open_experts & (choice == highest), expert, experts))
         open_experts = open_experts & (expert != taken)
         chosen = tl.where(slots == slot, taken.to(tl.int64), chosen)
-        # Lanes that are not real may bear the next group's numbers.
-        own = tl.sum(tl.where(real & (expert == taken), score, 0.0))
-        weight = tl.where(slots == slot, own, weight)
+        # Lanes that are not real may have the number of an expert of the next group.
+        taken_score = tl.sum(tl.where(real & (expert == taken), score, 0.0))
+        weight = tl.where(slots == slot, taken_score, weight)
     if normalize:
         weight = weight / (tl.sum(weight, axis=0) + 1e-20)
     if with_padding:
         chosen = tl.where(tl.load(real_tokens + token), chosen, -1)
-    place = token * top_k + slots
-    tl.store(ids + place, chosen, mask=slots < top_k)
-    tl.store(weights + place, (weight * scaling).to(tl.float32), mask=slots < top_k)
+    offset = token * top_k + slots
+    tl.store(ids + offset, chosen, mask=slots < top_k)
+    tl.store(weights + offset, (weight * scaling).to(tl.float32), mask=slots < top_k)

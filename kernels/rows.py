@@ -1,8 +1,9 @@
-"""Rows of different lengths side by side, without padding: what every ragged operator is told.
+"""Rows of different lengths packed without padding, as ragged operators read them.
 
-Tokens of all rows of a pass stand in one [T, ...] tensor. What mixes tokens of a row (conv, scan,
-attention) finds there where a row's tokens are, which slot and pages of the pools are its own, and
-how much of its context it sees. Kernels read the tensors; references on a CPU read `host`.
+Tokens of all rows of a pass are in one [T, ...] tensor. Operators that mix tokens of a row (conv,
+scan, attention) read from `Rows` which tokens are a row's, which slot and pages of the pools it
+has, and how many tokens of its context it sees. Kernels read the tensors; references on a CPU read
+`host`.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ class Rows:
 
     `cu_seqlens` [B + 1] int32: row r has tokens cu_seqlens[r]..cu_seqlens[r+1]-1. `slots` [B]
     int32: its slot in the pools; -1 marks padding, a row that is neither computed nor written.
-    `context_lens` [B] int32: tokens of its context that attention sees, and where its new K/V would
-    go. `pages` [S, P] int32: context token i of slot s stands in page pages[s, i // page_tokens].
-    `max_seqlen` bounds the rows' lengths and is the only number that a launch may depend on, beside
-    shapes. `real` [T] bool marks the tokens that are not padding, None if there can be no padding.
+    `context_lens` [B] int32: tokens of its context that attention sees, and the position of its
+    first new K/V. `pages` [S, P] int32: context token i of slot s is in page
+    pages[s, i // page_tokens]. `max_seqlen` bounds the rows' lengths and is the only number besides
+    shapes that a launch may depend on. `real` [T] bool marks the tokens that are not padding, None
+    if there can be no padding. `known` are the same numbers on the host where they are at hand.
     """
 
     cu_seqlens: Tensor
@@ -46,21 +48,21 @@ class Rows:
         pages: Tensor,
         page_tokens: int,
     ) -> Rows:
-        """Rows whose numbers are known on the host, on the device of `pages`."""
+        """Rows from numbers on the host, as tensors on the device of `pages`, in one copy."""
         known = HostRows(tuple(accumulate(lengths, initial=0)), tuple(slots), tuple(context_lens))
         flat = torch.tensor([*known.cu_seqlens, *slots, *context_lens], dtype=torch.int32)
         count = len(lengths)
-        cu_seqlens, own_slots, seen = flat.to(pages.device).split((count + 1, count, count))
-        return cls(cu_seqlens, own_slots, seen, pages, page_tokens, max(lengths), known=known)
+        cu_seqlens, slot_ids, lens = flat.to(pages.device).split((count + 1, count, count))
+        return cls(cu_seqlens, slot_ids, lens, pages, page_tokens, max(lengths), known=known)
 
     @property
     def count(self) -> int:
-        """B, padding included."""
+        """The number of rows B, padding included."""
         return self.slots.shape[0]
 
     @cached_property
     def host(self) -> HostRows:
-        """The same as numbers: for references, never inside a CUDA graph."""
+        """The same as numbers: for references. A CUDA graph cannot capture the copy."""
         return self.known or HostRows(
             tuple(self.cu_seqlens.tolist()),
             tuple(self.slots.tolist()),
@@ -68,11 +70,11 @@ class Rows:
         )
 
     def pages_of(self, row: int, tokens: int | None = None) -> list[int]:
-        """The pages that hold a row's first `tokens`, its visible ones if None."""
+        """The pages that hold a row's first `tokens` context tokens; those it sees if None."""
         host = self.host
         count = host.context_lens[row] if tokens is None else tokens
-        own: list[int] = self.pages[host.slots[row], : -(-count // self.page_tokens)].tolist()
-        return own
+        pages: list[int] = self.pages[host.slots[row], : -(-count // self.page_tokens)].tolist()
+        return pages
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,13 @@ class Run:
 
     @property
     def rows(self) -> range:
+        """The indices of the run's rows."""
         return range(self.row, self.row + self.count)
 
 
 @dataclass(frozen=True)
 class HostRows:
-    """Starts, slots and visible tokens of a pass's rows as whole numbers."""
+    """The row tensors of `Rows` as Python ints."""
 
     cu_seqlens: tuple[int, ...]
     slots: tuple[int, ...]
@@ -104,11 +107,12 @@ class HostRows:
 
     @property
     def total(self) -> int:
-        """T."""
+        """The number of tokens T of the pass, padding included."""
         return self.cu_seqlens[-1]
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
+        """New tokens of each row."""
         return tuple(stop - start for start, stop in pairwise(self.cu_seqlens))
 
     @cached_property
@@ -117,7 +121,7 @@ class HostRows:
         return tuple(self._runs())
 
     def slice_of(self, row: int) -> slice:
-        """Where a row's tokens stand."""
+        """The indices of a row's tokens among the T of the pass."""
         return slice(self.cu_seqlens[row], self.cu_seqlens[row + 1])
 
     def _runs(self) -> Iterator[Run]:

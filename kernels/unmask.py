@@ -1,10 +1,10 @@
-"""From logits to a token and a confidence per position.
+"""Predicts a token, its confidence and its log-probability for every line of logits.
 
     predicted = argmax of logits, or of logits / temperature + Gumbel noise
     confidence = softmax(logits)[predicted], untempered and unfiltered, the mask token left out
     log-probability = its natural log
 
-Ties go to the lowest token id. Noise is keyed by the line's row, position and step alone.
+Of equal scores the lowest token id wins. Noise is keyed by the line's row, position and step alone.
 Source of the Gumbel-max draw: Maddison et al. 2014, section 2.
 """
 
@@ -22,11 +22,11 @@ _SMALLEST_UNIFORM = 1e-10
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """How the token of each of M lines of logits is drawn; all [M], int64 but for `temperature`.
+    """Sampling parameters of M lines of logits; all [M], int64 but for `temperature`.
 
     `temperature` fp32, 0 is greedy. Noise has the Philox `key` of the row and a counter of
-    absolute `position`, `step` and `domain`. `excluded` can never be predicted and takes no part in
-    the softmax, `barred` takes part in it but cannot be predicted; -1 is none.
+    absolute `position`, `step` and `domain`. The token `excluded` is left out of the softmax and
+    never predicted, `barred` is in the softmax but never predicted; -1 is no token.
     """
 
     temperature: Tensor
@@ -43,9 +43,9 @@ def predict(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logits [M, V] -> token ids [M] int64, confidences and log-probabilities [M] fp32, finite [M].
 
-    `draw_scores` [M, V] fp32 (log-probabilities to draw from, -inf where filtered out) take the
-    place of logits / temperature in the choice; lines at temperature 0 take them without noise. A
-    line with any non-finite logit has `finite` False and no meaningful token.
+    `draw_scores` [M, V] fp32 (log-probabilities to draw from, -inf where filtered out) replace
+    logits / temperature in the choice; lines at temperature 0 take them without noise. A line with
+    any non-finite logit has `finite` False and no meaningful token.
     """
     wide = logits.float()
     finite = torch.isfinite(wide).all(-1)
@@ -57,8 +57,8 @@ def predict(
         noise = gumbel(
             uniforms(batch.key, batch.position, batch.step, batch.domain, wide.shape[-1])
         )
-        hot = scores if draw_scores is not None else tempered(scores, batch.temperature)
-        scores = torch.where(drawn[:, None], hot + noise, scores)
+        clean = scores if draw_scores is not None else tempered(scores, batch.temperature)
+        scores = torch.where(drawn[:, None], clean + noise, scores)
     tokens = first_argmax(scores)
     chosen = wide.gather(1, tokens.unsqueeze(1)).squeeze(1)
     log_probs = chosen - torch.logsumexp(wide, dim=-1)
@@ -74,7 +74,7 @@ def tempered(logits: Tensor, temperature: Tensor) -> Tensor:
 
 
 def without(scores: Tensor, tokens: Tensor) -> Tensor:
-    """scores [M, V] -> the same with -inf at each line's own token of `tokens` [M]; -1 is none."""
+    """scores [M, V], tokens [M] int64 -> scores with -inf at each line's token; -1 is no token."""
     rows = (tokens >= 0).nonzero().squeeze(1)
     if not len(rows):
         return scores
@@ -84,12 +84,12 @@ def without(scores: Tensor, tokens: Tensor) -> Tensor:
 
 
 def first_argmax(scores: Tensor) -> Tensor:
-    """scores [M, V] -> the lowest index that holds each row's maximum, [M] int64."""
+    """scores [M, V] -> the lowest index of each line's maximum, [M] int64."""
     best = scores.amax(-1, keepdim=True)
     index = torch.arange(scores.shape[-1], device=scores.device)
     return torch.where(scores == best, index, scores.shape[-1] - 1).amin(-1)
 
 
 def gumbel(uniform: Tensor) -> Tensor:
-    """Numbers in [0, 1) -> standard Gumbel noise of the same shape."""
+    """Uniform numbers in [0, 1) -> standard Gumbel noise of the same shape."""
     return -torch.log(-torch.log(uniform.clamp_min(_SMALLEST_UNIFORM)))

@@ -1,4 +1,4 @@
-"""What can go wrong, as one tree.
+"""The exceptions that a user of TwoTower may see.
 
 TwoTowerError
 ├── InvalidRequestError      a field of a request is out of its limits
@@ -16,11 +16,11 @@ _MOST_BITS = 4096
 
 
 class TwoTowerError(Exception):
-    """Base of every error that a user of TwoTower may see. Its text is safe to show."""
+    """Base of all errors for users of TwoTower. The text is safe to show to a client."""
 
 
 class InvalidRequestError(TwoTowerError, ValueError):
-    """A request's field holds a value outside its limit."""
+    """A field of a request has a value outside its limit."""
 
     def __init__(self, field: str, value: object, limit: str) -> None:
         self.field = field
@@ -45,7 +45,7 @@ class NumericalError(TwoTowerError):
 
 
 class CapacityError(TwoTowerError):
-    """No slot, page or queue place is free for a row."""
+    """No slot or page is free for a row, or its queue is full."""
 
 
 class QueueFullError(CapacityError):
@@ -57,14 +57,14 @@ class UnavailableError(TwoTowerError):
 
 
 def cut_off(text: str, limit: int) -> str:
-    """A text of at most so many characters."""
+    """`text`, cut to at most `limit` characters with an ellipsis at its end."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def shorten(value: object, limit: int = 80) -> str:
-    """A value as an error shows it."""
+    """`repr` of a value, cut to `limit` characters, for the text of an error."""
     if isinstance(value, int) and value.bit_length() > _MOST_BITS:
-        # Python does not write out a number of more than 4,300 digits.
+        # Python refuses to print a number of more than 4,300 digits.
         return f"a whole number of {value.bit_length()} bits"
-    # Not all of a text of megabytes, of which little is shown.
+    # Without a repr of megabytes of text, of which little is shown.
     return cut_off(repr(value[:limit] if isinstance(value, str) else value), limit)

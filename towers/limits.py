@@ -1,8 +1,8 @@
-"""What this process may use of its machine: CPUs by affinity and control groups, memory by those.
+"""Limits of this process: CPUs by affinity and control groups, memory by control groups.
 
-A container shows its host's CPUs and memory to whoever counts them, and gives a share. Groups are
-nested, and the tightest of them counts: the process's own, and each above it as far as it is
-visible. Both versions of control groups are read, also side by side.
+In a container the operating system reports the CPUs and memory of the host, of which the process
+gets a share. Control groups are nested and the tightest limit counts: that of the process's group,
+and of each group above it that is visible. Versions 1 and 2 are read, also side by side.
 """
 
 from __future__ import annotations
@@ -16,69 +16,71 @@ from pathlib import Path
 import torch
 
 PROC = Path("/proc/self")
-# More would only be refused by the system, or take it along.
+# Most threads that a user may ask for: the system could refuse more, or run out of memory.
 MOST_THREADS = 1024
-# Without a limit: more than any machine has.
+# Bytes, or CPUs, where there is no limit: more than any machine has.
 NO_LIMIT = 1 << 62
 
 
 def usable_cpus(proc: Path = PROC) -> int:
-    """CPUs that this process can keep busy: whole ones, at least 1.
+    """Number of CPUs that this process can keep busy, at least 1.
 
-    A share of a CPU is left out: with a thread more than the quota all of them are stopped, again
-    and again.
+    A quota is rounded down: with a thread more than the quota, the system stops all threads of the
+    process again and again.
     """
     return max(1, int(min(_allowed_cpus(), _cpu_quota(proc))))
 
 
 def limit_threads() -> None:
-    """Takes no more threads for arithmetic than there are CPUs to use. Fewer stay as they are."""
+    """Sets torch's threads to `usable_cpus` if there are more; fewer stay as they are."""
     most = usable_cpus()
     if torch.get_num_threads() > most:
         torch.set_num_threads(most)
 
 
 def group_bytes(proc: Path = PROC) -> int:
-    """Memory that the control groups leave; without a limit, more than any machine has."""
+    """Bytes of memory that the control groups leave free; NO_LIMIT without a limit."""
     return min((_bytes_left(group) for group in _groups("memory", proc)), default=NO_LIMIT)
 
 
 @dataclass(frozen=True)
 class _Group:
-    """A control group's folder; version 1 and 2 have other files in it."""
+    """The folder of a control group, and its version (1 or 2), by which its files are named."""
 
     folder: Path
     version: int
 
     def read(self, name: str) -> str | None:
-        """A file's text; None without such a file."""
+        """The text of a file; None if it cannot be read."""
         try:
             return (self.folder / name).read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError):
             return None
 
     def number(self, name: str) -> int | None:
-        """A file's number; None if there is none or it says that there is no limit."""
+        """The number in a file; None without the file, and if it means no limit."""
         return _number(self.read(name) or "")
 
 
 def _number(text: str) -> int | None:
-    """A number of at least 0: `max`, or -1 in version 1, is no limit."""
+    """A number of at least 0; None for `max`, or -1 in version 1, which mean no limit."""
     return int(text) if text.isdecimal() and text.isascii() else None
 
 
 def _allowed_cpus() -> int:
+    """CPUs in the process's affinity mask, or all where the system has none."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _cpu_quota(proc: Path) -> float:
-    """CPUs' time that the tightest group gives, in CPUs."""
+    """CPU time per wall-clock time that the tightest group allows, in CPUs."""
     return min((_quota_of(group) for group in _groups("cpu", proc)), default=float(NO_LIMIT))
 
 
 def _quota_of(group: _Group) -> float:
+    """The group's CPU quota over its period, in CPUs; NO_LIMIT without a quota."""
     if group.version == 2:
         first, _, second = (group.read("cpu.max") or "").partition(" ")
         quota, period = _number(first), _number(second or "100000")
@@ -88,8 +90,11 @@ def _quota_of(group: _Group) -> float:
 
 
 def _bytes_left(group: _Group) -> int:
-    """A limit less what is used. Cached files that nobody has asked for lately do not count: they
-    make way, and after a checkpoint was read they may be most of it."""
+    """Bytes of the group's memory limit that are not in use.
+
+    Inactive cached files count as free: the system drops them when memory is needed, and after a
+    checkpoint was read they may be most of what is used.
+    """
     names = {
         1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         2: ("memory.max", "memory.current", "inactive_file"),
@@ -104,7 +109,7 @@ def _bytes_left(group: _Group) -> int:
 
 
 def _groups(controller: str, proc: Path) -> Iterator[_Group]:
-    """The groups that this process is in for a controller, from its own upwards."""
+    """The groups that limit `controller` for this process, from its group upwards."""
     paths = _paths_by_controller(proc)
     for version, root, mount, controllers in _mounts(proc):
         if version == 1 and controller not in controllers:
@@ -121,7 +126,8 @@ def _groups(controller: str, proc: Path) -> Iterator[_Group]:
 
 
 def _paths_by_controller(proc: Path) -> dict[str, str]:
-    """The process's group by controller; version 2 has one for all, here by an empty name."""
+    """The path of the process's group by controller; version 2 has a single group for all, under
+    the empty name."""
     lines = _lines(proc / "cgroup")
     fields = (line.split(":", 2) for line in lines if line.count(":") >= 2)
     return {name: path for _, names, path in fields for name in names.split(",")}
@@ -130,17 +136,17 @@ def _paths_by_controller(proc: Path) -> dict[str, str]:
 def _mounts(proc: Path) -> Iterator[tuple[int, str, Path, list[str]]]:
     """Version, root, mount point and controllers of each mount of control groups."""
     for line in _lines(proc / "mountinfo"):
-        own, _, kind = line.partition(" - ")
-        own_fields, kind_fields = own.split(" "), kind.split(" ")
-        if len(own_fields) < 5 or kind_fields[0] not in ("cgroup", "cgroup2"):
+        mount, _, filesystem = line.partition(" - ")
+        fields, kind = mount.split(" "), filesystem.split(" ")
+        if len(fields) < 5 or kind[0] not in ("cgroup", "cgroup2"):
             continue
-        version = 2 if kind_fields[0] == "cgroup2" else 1
-        yield version, own_fields[3], Path(_plain(own_fields[4])), kind_fields[-1].split(",")
+        version = 2 if kind[0] == "cgroup2" else 1
+        yield version, fields[3], Path(_plain(fields[4])), kind[-1].split(",")
 
 
 def _below(path: str, root: str) -> str:
-    """A group's path below a mount's root. A container may see its own group as the root while
-    its path is the host's: then the mount itself is its group."""
+    """A group's path relative to a mount's root. In a container the mount may show the container's
+    group as the root while the path is that of the host: then the mount itself is the group."""
     top = root.rstrip("/") + "/"
     if ".." in path or not path.startswith(top):
         return ""
@@ -148,11 +154,12 @@ def _below(path: str, root: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """A path of mountinfo, in which blanks and the like are octal."""
+    """A path of mountinfo, with octal escapes (of blanks and the like) replaced."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
 def _lines(path: Path) -> list[str]:
+    """The lines of a text file; none if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:

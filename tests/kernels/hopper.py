@@ -69,7 +69,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ptxas made of a launch; registers per thread, bytes of shared memory per program."""
+    """Figures of a compiled launch: registers per thread, bytes of shared memory per program."""
 
     registers: int
     spill_stores: int
@@ -90,7 +90,7 @@ def compile_for_hopper(
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> Compiled:
-    """One launch. Raises CompileError."""
+    """Compiles a single launch. Raises CompileError."""
     return compile_all([Launch(path, signature, constants, num_warps, num_stages)])[0]
 
 

@@ -29,12 +29,12 @@ class Shape:
 
     @property
     def inner(self) -> int:
-        """Di."""
+        """Channels of the mixer, Di."""
         return self.heads * self.width
 
     @property
     def channels(self) -> int:
-        """Cd."""
+        """Channels of the convolution, Cd."""
         return self.inner + 2 * self.groups * self.n
 
 
@@ -58,7 +58,7 @@ def steps_of_all_sizes(*shape: int, seed: int = 0) -> Tensor:
 
 
 def before_softplus(steps: Tensor) -> Tensor:
-    """What softplus makes `steps` (fp64) of, as fp32."""
+    """The inverse of softplus of `steps` fp64, as fp32."""
     return (steps + torch.log(-torch.expm1(-steps))).float()
 
 

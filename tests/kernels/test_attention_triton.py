@@ -24,7 +24,7 @@ Heads = tuple[int, int, int]
 
 @pytest.fixture(autouse=True)
 def _nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel reads before anything wrote it is seen."""
+    """Fills new memory with NaN, so that a read of an element that no kernel wrote shows."""
     allocate = torch.empty
 
     def filled(*args: object, **kwargs: object) -> Tensor:
@@ -58,7 +58,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """What the operators take; pools hold NaN wherever no visible token stands."""
+    """Arguments of the operators; pools hold NaN but for the tokens that rows attend to."""
 
     q: Tensor
     k: Tensor
@@ -287,12 +287,12 @@ def test_what_is_refused() -> None:
 
 
 KERNELS = "twotower.kernels.attention_triton"
-OWN = {"starts": "*i32", "slots": "*i32", "visible": "*i32"}
+ROW_TENSORS = {"cu_seqlens": "*i32", "slots": "*i32", "context_lens": "*i32"}
 PARTIALS = {"maxima": "*fp32", "totals": "*fp32", "values": "*fp32"}
 NEW = {"k_new": "*bf16", "v_new": "*bf16", "k_pool": "*bf16", "v_pool": "*bf16"}
 STRIDES = dict.fromkeys(("new_token", "new_head", "pool_head", "pool_token"), "i32:16")
 TABLE = {"pages": "*i32", "pages_slot": "i32:16"}
-WIDTHS = {"WIDTH": 128, "BLOCK_D": 128, "PAGE": 64}
+HEAD_DIMS = {"HEAD_DIM": 128, "BLOCK_D": 128, "PAGE": 64}
 BLOCK = {"SPLITS": 16, "SPLIT_TOKENS": 512, "SHORT_TOKENS": 64}
 SINGLE = {"SPLITS": 64, "SPLIT_TOKENS": 256, "SHORT_TOKENS": 64}
 
@@ -300,14 +300,14 @@ SINGLE = {"SPLITS": 64, "SPLIT_TOKENS": 256, "SHORT_TOKENS": 64}
 def launch(sizes: dict[str, int], causal: bool, rows: int, warps: int) -> Launch:
     """Attention with 32 query heads, 2 KV heads of 128."""
     signature = {"q": "*bf16", "out": "*bf16", "q_token": "i32:16", "q_head": "i32:16"}
-    signature |= {**NEW, **PARTIALS, **OWN, **TABLE, **STRIDES, "short": "i32"}
+    signature |= {**NEW, **PARTIALS, **ROW_TENSORS, **TABLE, **STRIDES, "short": "i32"}
     tiles = {"BLOCK_M": rows, "BLOCK_N": 64, "PER_KV": 16, "SCALE": 0.1275, "CAUSAL": causal}
-    return Launch(f"{KERNELS}:_attention_kernel", signature, {**WIDTHS, **sizes, **tiles}, warps)
+    return Launch(f"{KERNELS}:_attention_kernel", signature, {**HEAD_DIMS, **sizes, **tiles}, warps)
 
 
 def merge(sizes: dict[str, int]) -> Launch:
-    constants = {**WIDTHS, **sizes, "HEADS": 32, "BLOCK_M": 4, "GROUP": 16}
-    signature = {"out": "*bf16", **PARTIALS, **OWN, "short": "i32"}
+    constants = {**HEAD_DIMS, **sizes, "HEADS": 32, "BLOCK_M": 4, "GROUP": 16}
+    signature = {"out": "*bf16", **PARTIALS, **ROW_TENSORS, "short": "i32"}
     return Launch(f"{KERNELS}:_merge_kernel", signature, constants)
 
 
@@ -321,8 +321,8 @@ OTHER = [
     merge(SINGLE),
     Launch(
         f"{KERNELS}:_store_kernel",
-        {**NEW, **OWN, **TABLE, **STRIDES},
-        {**WIDTHS, "BLOCK_T": 16},
+        {**NEW, **ROW_TENSORS, **TABLE, **STRIDES},
+        {**HEAD_DIMS, "BLOCK_T": 16},
     ),
 ]
 

@@ -31,7 +31,7 @@ SHARED = [12, 24, 20]
 
 @pytest.fixture(autouse=True)
 def _nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel reads without having written it is seen."""
+    """Fills new memory with NaN, so that a read of an element that no kernel wrote shows."""
     allocate = torch.empty
 
     def filled(*args: object, **kwargs: object) -> Tensor:
@@ -73,7 +73,7 @@ class Mixture:
         return Mixture(*(_on_device(one) for one in self.all))  # type: ignore[arg-type]
 
     def truth(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
-        """In fp64."""
+        """The experts' output in fp64."""
         total = _mlp(x, self.shared_up, self.shared_down)
         for expert in range(len(self.up)):
             token, slot = (ids == expert).nonzero(as_tuple=True)
@@ -302,13 +302,13 @@ def launch(tokens: int, first: bool, quantized: bool) -> Launch:
 COMBINE = Launch(
     "twotower.kernels.experts_triton:_combine_kernel",
     {
-        **dict.fromkeys(("by_slot", "alone", "out"), "*bf16"),
+        **dict.fromkeys(("by_slot", "shared_out", "out"), "*bf16"),
         "ids": "*i64",
         "scores": "*fp32",
         **dict.fromkeys(("ids_stride", "scores_stride"), "i32"),
         "width": "i32:16",
     },
-    {"slots": 6, "parts": 2, "has_alone": False, "block": 1024},
+    {"slots": 6, "parts": 2, "has_shared_out": False, "block": 1024},
 )
 SHARED_BYTES_OF_AN_SM = 227 * 1024
 BYTES_OF_A_PROGRAM = 1024

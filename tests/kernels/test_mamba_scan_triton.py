@@ -45,7 +45,7 @@ def _nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """What `mamba_scan` takes, and where the rows are."""
+    """Arguments of `mamba_scan`, with the rows' lengths and slots."""
 
     shape: Shape
     projected: Tensor
@@ -294,7 +294,7 @@ MULTIPLES = "ssm_state_stride_s ssm_state_stride_h ssm_state_stride_p heads shar
 COMMON = {
     **dict.fromkeys(MULTIPLES.split(), "i32:16"),
     **dict.fromkeys(["ssm_state", "a_log", "d", "y"], "*fp32"),
-    **dict.fromkeys(["starts", "slots"], "*i32:1"),
+    **dict.fromkeys(["cu_seqlens", "slots"], "*i32:1"),
     "per_group": "i32",
 }
 
@@ -305,12 +305,12 @@ def chunks_launch(max_seqlen: int) -> Launch:
         "twotower.kernels.mamba_scan_triton:_chunks_kernel",
         {**COMMON, "conv": "*bf16", "steps": "*fp32"},
         {
-            "width": NEMOTRON.width,
-            "n": NEMOTRON.n,
+            "head_dim": NEMOTRON.width,
+            "state_dim": NEMOTRON.n,
             "block_l": tile.tokens,
             "block_p": tile.channels,
             "block_n": NEMOTRON.n,
-            "once": tile.once,
+            "single_chunk": tile.single_chunk,
         },
         tile.num_warps,
         tile.num_stages,
@@ -328,8 +328,8 @@ TOKEN_LAUNCH = Launch(
     },
     {
         "conv_weight_stride_c": 1,
-        "width": NEMOTRON.width,
-        "n": NEMOTRON.n,
+        "head_dim": NEMOTRON.width,
+        "state_dim": NEMOTRON.n,
         "taps": NEMOTRON.taps,
         "block_p": module.TOKEN_CHANNELS,
         "block_n": NEMOTRON.n,
@@ -397,12 +397,12 @@ def test_a_million_seeded_programs_are_finite(length: int) -> None:
 
 
 def test_a_long_piece_may_be_scanned_by_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a verified scan is given is right: here the recurrence stands for it."""
+    """Arguments that a verified scan receives are right; here the recurrence stands for it."""
     lengths: list[int] = []
 
     def recurrent(x: Tensor, *others: Tensor) -> Tensor:
         lengths.append(x.shape[1])
-        return chunk_scan_recurrent(x.float(), *(one.float() for one in others))
+        return chunk_scan_recurrent(x.float(), *(other.float() for other in others))
 
     def offered(*arguments: Any) -> Any:
         return recurrent if arguments[-1].max_seqlen > 64 else None

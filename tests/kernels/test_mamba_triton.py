@@ -151,7 +151,7 @@ PREPARE = Launch(
         **dict.fromkeys(["xbc", "dt", "conv_state", "conv_out"], "*bf16"),
         **dict.fromkeys(["conv_weight", "conv_bias"], "*bf16"),
         **dict.fromkeys(["dt_bias", "steps_out"], "*fp32"),
-        **dict.fromkeys(["starts", "slots", "counts"], "*i32:1"),
+        **dict.fromkeys(["cu_seqlens", "slots", "counts"], "*i32:1"),
         **dict.fromkeys(["total_tokens", "row_count"], "i32"),
     },
     {"conv_weight_stride_c": 1, "taps": 4, "block_t": 16, "block_c": 128, "block_h": 64},

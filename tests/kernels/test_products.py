@@ -1,4 +1,4 @@
-"""What a processor multiplies by: found by trying, and forced to be less for a test."""
+"""The kind of a processor's products: found by trying, and forced for a test."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def _nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """What `replay` takes; a run works on copies of the states."""
+    """Arguments of `replay`; a run works on copies of the states."""
 
     shape: Shape
     ssm_state: Tensor
@@ -62,7 +62,7 @@ class Case:
         return states
 
     def truth(self) -> tuple[Tensor, Tensor]:
-        """The same in fp64."""
+        """The states afterwards, in fp64."""
         ssm_state, conv_state = self.ssm_state.double(), self.conv_state.clone()
         start = 0
         for length, slot, count in zip(self.lengths, self.slots, self.counts, strict=True):
@@ -325,12 +325,12 @@ LAUNCH = Launch(
         **dict.fromkeys(MULTIPLES.split(), "i32:16"),
         **dict.fromkeys(["ssm_state", "steps", "a_log"], "*fp32"),
         **dict.fromkeys(["conv_state", "xbc", "conv"], "*bf16"),
-        **dict.fromkeys(["starts", "slots", "counts"], "*i32:1"),
+        **dict.fromkeys(["cu_seqlens", "slots", "counts"], "*i32:1"),
         **dict.fromkeys(["total_tokens", "per_group"], "i32"),
     },
     {
-        "width": NEMOTRON.width,
-        "n": NEMOTRON.n,
+        "head_dim": NEMOTRON.width,
+        "state_dim": NEMOTRON.n,
         "kept": NEMOTRON.taps - 1,
         "block_p": module.SLICE,
         "block_n": NEMOTRON.n,

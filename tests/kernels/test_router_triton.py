@@ -198,7 +198,7 @@ def test_what_only_fp64_tells_apart_is_looked_at_again(monkeypatch: pytest.Monke
     assert narrow is not None
     want = by_expert(moe.route(x, weight, bias, rule()))[0]
     args = [own.to(DEVICE) for own in (x, weight, bias)]
-    monkeypatch.setattr(router_triton, "_DOUBT", -1.0)
+    monkeypatch.setattr(router_triton, "_MARGIN", -1.0)
     assert not torch.equal(by_expert(route(*args, rule(), None, narrow.to(DEVICE)))[0], want)
 
 
@@ -231,7 +231,7 @@ CHOICE = {
     "scaling": 2.5,
     "slot_lanes": 8,
     "hidden": 2688,
-    "doubt": 1e-5,
+    "margin": 1e-5,
     "exact_piece": 1024,
 }
 LAUNCHES = [

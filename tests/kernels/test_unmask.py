@@ -132,9 +132,9 @@ def test_rows_are_independent() -> None:
         def drawn(x: Tensor, part: int = part) -> Tensor:
             """Every third line greedy, each with a key, position and step of its own."""
             number = x[:, -1].long()
-            heat = (number % 3).float() * 0.7
+            temperature = (number % 3).float() * 0.7
             own = sampling_batch(
-                len(x), temperature=heat, key=number, position=7 * number, step=number
+                len(x), temperature=temperature, key=number, position=7 * number, step=number
             )
             return predict(x[:, :515], own)[part]
 
@@ -236,13 +236,13 @@ def test_noise_is_that_of_the_lines_key_position_step_and_domain() -> None:
     logits, lines = normal(70, 90, scale=3.0), mixed_lines(70)
     tokens, confidences, log_probs, _ = predict(logits, lines)
     untempered = without(logits.double(), lines.excluded)
-    for line, (heat, key, position, step, domain, _, barred) in enumerate(
+    for line, (temperature, key, position, step, domain, _, barred) in enumerate(
         zip(*(part.tolist() for part in astuple(lines)), strict=True)
     ):
         scores = untempered[line]
-        if heat:
+        if temperature:
             drawn = uniforms(key, torch.tensor([position]), step, domain, 90)[0]
-            scores = torch.log_softmax(scores / heat, dim=-1) - (-drawn.double().log()).log()
+            scores = torch.log_softmax(scores / temperature, dim=-1) - (-drawn.double().log()).log()
         if barred >= 0:
             scores = scores.clone()
             scores[barred] = -math.inf
@@ -264,12 +264,12 @@ def test_scores_to_draw_from_take_the_place_of_tempered_logits() -> None:
     )
 
 
-@pytest.mark.parametrize("heat", [1e-45, 1e-30, 0.25, 1.0, 30.0])
-def test_tempered_scores_are_log_probabilities(heat: float) -> None:
+@pytest.mark.parametrize("temperature", [1e-45, 1e-30, 0.25, 1.0, 30.0])
+def test_tempered_scores_are_log_probabilities(temperature: float) -> None:
     logits = normal(6, 20, scale=40.0)
-    got = tempered(logits, torch.full((6,), heat))
+    got = tempered(logits, torch.full((6,), temperature))
     assert not bool(got.isnan().any())
-    wide = torch.log_softmax(logits.double() / max(heat, 2.0**-126), dim=-1)
+    wide = torch.log_softmax(logits.double() / max(temperature, 2.0**-126), dim=-1)
     likely = wide > -80.0
     assert torch.allclose(got.double()[likely], wide[likely], rtol=1e-4, atol=1e-4)
     assert bool((got[~likely] < -70.0).all())

@@ -28,7 +28,7 @@ TILE = 64
 def _small_tiles_in_spoilt_memory(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a kernel does not write is seen."""
+    """Fills new memory with NaN, so that an element that no kernel wrote shows."""
     if "gpu" not in request.keywords:
         monkeypatch.setattr(unmask_triton, "_TILE", TILE)
     allocate = torch.empty
@@ -272,9 +272,9 @@ def _tile_launch(has_scores: bool) -> Launch:
     words = ("keys", "positions", "steps", "domains", "excluded", "barred")
     signature = {
         "logits": "*bf16",
-        **dict.fromkeys(("draw_scores", "temperatures", "figures"), "*fp32"),
+        **dict.fromkeys(("draw_scores", "temperatures", "partials"), "*fp32"),
         **dict.fromkeys(words, "*i64"),
-        **dict.fromkeys(("tokens", "flawed"), "*i32"),
+        **dict.fromkeys(("tokens", "nonfinite"), "*i32"),
         **dict.fromkeys(("logits_stride", "scores_stride", "vocab", "lines"), "i32:16"),
     }
     constants = {"has_scores": has_scores, "tile": 2048}
@@ -288,8 +288,8 @@ LAUNCHES = [
         "twotower.kernels.unmask_triton:_merge_kernel",
         {
             "logits": "*bf16",
-            **dict.fromkeys(("temperatures", "figures", "confidences", "log_probs"), "*fp32"),
-            **dict.fromkeys(("tile_tokens", "flawed"), "*i32"),
+            **dict.fromkeys(("temperatures", "partials", "confidences", "log_probs"), "*fp32"),
+            **dict.fromkeys(("tile_tokens", "nonfinite"), "*i32"),
             "tokens": "*i64",
             "finite": "*i1",
             **dict.fromkeys(("logits_stride", "tiles", "lines"), "i32:16"),

@@ -1,4 +1,4 @@
-"""CPUs and memory as control groups and affinity leave them, in folders made to look like those."""
+"""CPUs and memory that control groups and affinity allow, read from folders that imitate /proc."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 
 class Machine:
-    """A folder with what /proc/self says of control groups, and the groups."""
+    """A folder that imitates /proc/self as far as control groups go, and the groups."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -27,12 +27,12 @@ class Machine:
         self._mounts: list[str] = ["22 1 0:20 / /proc rw - proc proc rw"]
 
     def group(self, controllers: str, path: str) -> None:
-        """The process is in this group of these controllers; version 2 has none."""
+        """Puts the process into a group of these controllers; version 2 names none."""
         self._groups.append(f"{len(self._groups)}:{controllers}:{path}")
         (self.proc / "cgroup").write_text("\n".join(self._groups) + "\n")
 
     def mount(self, kind: str, name: str, root: str = "/", options: str = "rw") -> Path:
-        """Groups from `root` down are seen below the folder that is returned."""
+        """Mounts the groups from `root` down; returns the folder of the mount."""
         point = self.folder / "sys" / name
         point.mkdir(parents=True)
         shown = str(point).replace(" ", "\\040")
@@ -81,15 +81,15 @@ def test_a_quota_of_version_2(machine: Machine, quota: str, cpus: int) -> None:
 def test_the_tightest_of_nested_groups_counts(machine: Machine) -> None:
     machine.group("", "/kubepods/pod7/main")
     point = machine.mount("cgroup2", "fs with blank")
-    own, pod = point / "kubepods/pod7/main", point / "kubepods/pod7"
-    write(own, cpu__max="max 100000", memory__max="max", memory__current=f"{100 * MIB}")
+    group, pod = point / "kubepods/pod7/main", point / "kubepods/pod7"
+    write(group, cpu__max="max 100000", memory__max="max", memory__current=f"{100 * MIB}")
     write(pod, cpu__max="400000 100000", memory__max=f"{900 * MIB}", memory__current=f"{400 * MIB}")
     write(pod.parent, cpu__max="800000 100000")
     # Somebody else's group.
     write(point / "kubepods/pod8", cpu__max="100000 100000", memory__max="1", memory__current="1")
     assert usable_cpus(machine.proc) == 4
     assert group_bytes(machine.proc) == 500 * MIB
-    write(own, cpu__max="300000 100000", memory__max=f"{300 * MIB}")
+    write(group, cpu__max="300000 100000", memory__max=f"{300 * MIB}")
     assert usable_cpus(machine.proc) == 3
     assert group_bytes(machine.proc) == 200 * MIB
 
@@ -116,9 +116,9 @@ def test_version_1_has_a_tree_for_each_controller(machine: Machine) -> None:
     write(memory, memory__limit_in_bytes="9223372036854771712", memory__usage_in_bytes="5")
     assert usable_cpus(machine.proc) == 5
     assert group_bytes(machine.proc) == NO_LIMIT
-    own = memory / "docker/b"
-    write(own, memory__limit_in_bytes=f"{64 * MIB}", memory__usage_in_bytes=f"{60 * MIB}")
-    write(own, memory__stat=f"inactive_file 1\ntotal_inactive_file {MIB}")
+    group = memory / "docker/b"
+    write(group, memory__limit_in_bytes=f"{64 * MIB}", memory__usage_in_bytes=f"{60 * MIB}")
+    write(group, memory__stat=f"inactive_file 1\ntotal_inactive_file {MIB}")
     assert group_bytes(machine.proc) == 5 * MIB
     write(cpu, cpu__cfs_quota_us="300000")
     assert usable_cpus(machine.proc) == 3

@@ -18,7 +18,7 @@ from twotower.towers.training import SHIPPED_CONFIG, TrainingOptions, train
 from twotower.towers.training.batches import BatchShape, draw_masks, draw_sequences
 from twotower.towers.training.corpus import TokenArray, encode_files, is_held_out, read_corpus
 from twotower.towers.training.export import export_model, load_for_training
-from twotower.towers.training.loop import Budget, Intervals, Phase, rate_factor
+from twotower.towers.training.loop import Budget, Phase, rate_factor
 from twotower.towers.training.losses import Objective, context_loss, held_out_context
 from twotower.towers.training.model import Loads, context_hidden, denoiser_hidden
 from twotower.towers.training.optimizer import OptimizerSettings, newton_schulz
@@ -64,7 +64,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty files of code-like text, and one in each place that must not be read."""
+    """A folder of forty files of code-like text, and a file in each folder that is left out."""
     root = tmp_path_factory.mktemp("corpus")
     for number in range(40):
         body = f"def function_{number}(value):\n    return value + {number}\n\n\n" * 12
@@ -311,20 +311,22 @@ def test_rate_rises_stays_and_falls() -> None:
 
 
 def test_phase_learns_and_continues_exactly(
-    tokenizer: Tokenizer, corpus: Path, tmp_path: Path
+    tokenizer: Tokenizer, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = encode_files(tokenizer, read_corpus(corpus))
     objective = Objective(TINY, TINY_SHAPE)
     whole = make_phase(tmp_path / "whole.pt")
     before = held_out_context(objective, whole.cast(torch.float32), stream, 2)
-    run_phase(whole, objective, stream, None)
+    run_phase(whole, objective, stream)
     after = held_out_context(objective, whole.cast(torch.float32), stream, 2)
     assert after < before - 0.2, f"{before:.3f} to {after:.3f}"
-    run_phase(make_phase(tmp_path / "cut.pt"), objective, stream, 7)
+    monkeypatch.setattr("twotower.towers.training.loop.CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        run_phase(make_phase(tmp_path / "cut.pt"), objective, stream, stop_after=7)
     resumed = make_phase(tmp_path / "cut.pt")
     assert resumed.restore()
     assert resumed.record.steps == 7
-    run_phase(resumed, objective, stream, None)
+    run_phase(resumed, objective, stream)
     for name, value in whole.params.items():
         assert torch.equal(value, resumed.params[name]), name
 
@@ -336,9 +338,13 @@ def make_phase(path: Path) -> Phase:
 
 
 def run_phase(
-    phase: Phase, objective: Objective, stream: TokenArray, stop_after: int | None
+    phase: Phase, objective: Objective, stream: TokenArray, stop_after: int | None = None
 ) -> None:
+    """20 steps, or an interrupt in the step after `stop_after`."""
+
     def loss(params: Parameters, _progress: float, loads: Loads) -> Tensor:
+        if phase.record.steps == stop_after:
+            raise KeyboardInterrupt
         tokens = draw_sequences(stream, 4, TINY_SHAPE.length + 1, phase.generator)
         return context_loss(objective, params, tokens, loads)
 
@@ -349,8 +355,6 @@ def run_phase(
         TINY_SHAPE.rows * TINY_SHAPE.length,
         lambda _params: 0.0,
         lambda _line: None,
-        Intervals(),
-        stop_after,
     )
 
 

@@ -1,8 +1,8 @@
-"""A checkpoint folder: which tensors it must hold, where they are, and reading them.
+"""A checkpoint folder: names and shapes of its tensors, their files, and reading them.
 
-Layout as released: config.json and safetensors, one file or shards with an index. Every name and
-shape is checked against the config before any weight is read, so that a wrong checkpoint is
-refused whole, by the name of its first wrong tensor.
+Layout as released: config.json and safetensors, a single file or shards with an index. Every name
+and shape is checked against the config before any weight is read, so that a wrong checkpoint is
+refused as a whole, by the name of its first wrong tensor.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,22 +33,14 @@ TOWERS = ("context_tower", "denoiser_tower")
 FLOATING = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 FP8_NAME = "F8_E4M3"
 Shape = tuple[int, ...]
-
-
-class ExpertSide(NamedTuple):
-    """Where a matrix of a routed expert belongs; `side` is up_proj or down_proj."""
-
-    tower: str
-    layer: int
-    side: str
+# Tower, layer index and up_proj or down_proj: the kind of a routed expert's matrix.
+ExpertSide = tuple[str, int, str]
 
 
 def expert_matrices(config: TwoTowerConfig) -> dict[str, ExpertSide]:
-    """Names of the matrices of all routed experts, the only ones that may be stored in 8 bits."""
+    """Routed experts' matrices by name, the only tensors that may be stored in 8 bits."""
     return {
-        f"{tower}.layers.{layer}.mixer.experts.{expert}.{side}.weight": ExpertSide(
-            tower, layer, side
-        )
+        f"{tower}.layers.{layer}.mixer.experts.{expert}.{side}.weight": (tower, layer, side)
         for tower in TOWERS
         for layer in config.layers_of(MOE)
         for side in ("up_proj", "down_proj")
@@ -58,12 +49,12 @@ def expert_matrices(config: TwoTowerConfig) -> dict[str, ExpertSide]:
 
 
 def scale_name(name: str) -> str:
-    """The tensor [N, 1] that holds the scales of an 8-bit matrix [N, K]."""
+    """The name of the tensor [N, 1] with the scales of the 8-bit matrix `name` [N, K]."""
     return f"{name}_scale"
 
 
 def tensor_shapes(config: TwoTowerConfig) -> dict[str, Shape]:
-    """Name and shape of every tensor of a checkpoint with this config."""
+    """The shape of every tensor of a checkpoint with this config, by name."""
     hidden, vocab = config.hidden_size, config.vocab_size
     shapes: dict[str, Shape] = {
         "context_lm_head.weight": (vocab, hidden),
@@ -155,7 +146,10 @@ def _mlp_shapes(prefix: str, hidden: int, width: int, bias: bool) -> dict[str, S
 
 
 class Checkpoint:
-    """An opened checkpoint whose names, shapes and files have been checked."""
+    """A checkpoint folder whose tensor names, shapes, dtypes and files have been checked.
+
+    Raises CheckpointError for the first that is wrong, ConfigError for its config.json.
+    """
 
     def __init__(self, folder: Path, config: TwoTowerConfig | None = None) -> None:
         self.folder = folder
@@ -167,14 +161,14 @@ class Checkpoint:
 
     @property
     def names_by_file(self) -> dict[Path, list[str]]:
-        """The files that hold tensors, each with its tensors' names."""
+        """The names of the tensors in each file."""
         by_file: dict[Path, list[str]] = {}
         for name, path in self._files.items():
             by_file.setdefault(path, []).append(name)
         return by_file
 
     def name_in_file(self, name: str) -> str:
-        """The name under which a tensor is stored; early checkpoints have others."""
+        """The name under which a tensor is stored, which differs in early checkpoints."""
         return self._stored[name]
 
     def dtype_name(self, name: str) -> str:
@@ -182,7 +176,8 @@ class Checkpoint:
         return self._dtypes[name]
 
     def read(self, name: str, target: Tensor) -> None:
-        """Copies one tensor into `target`, converting its dtype; raises CheckpointError."""
+        """Copies a tensor into `target`, converted to its dtype. Raises CheckpointError for an
+        unreadable file and values that are not finite."""
         stored = self._mapped(name)
         if stored.shape != target.shape:
             stored = stored.view(target.shape)
@@ -190,7 +185,7 @@ class Checkpoint:
         _check_finite(name, target)
 
     def read_stored(self, name: str) -> Tensor:
-        """One tensor as it is stored, in its own dtype; raises CheckpointError."""
+        """A tensor in the dtype in which it is stored; raises as `read`."""
         stored = self._mapped(name)
         _check_finite(name, stored)
         return stored
@@ -201,6 +196,7 @@ class Checkpoint:
         return tensor
 
     def _check(self) -> None:
+        """Locates all tensors; raises CheckpointError for the first wrong name, shape or dtype."""
         located = _locate(self.folder)
         shapes = tensor_shapes(self.config)
         for stored in located:
@@ -227,8 +223,8 @@ class Checkpoint:
     def _check_shapes(self, path: Path, shapes: Mapping[str, Shape]) -> None:
         with _opened(path) as file:
             present = set(file.keys())
-            for name, own in self._files.items():
-                if own != path:
+            for name, file_path in self._files.items():
+                if file_path != path:
                     continue
                 if self._stored[name] not in present:
                     raise CheckpointError(f"{name}: the index names {path.name}, which lacks it")
@@ -242,7 +238,7 @@ class Checkpoint:
 
 
 def _locate(folder: Path) -> dict[str, Path]:
-    """Tensor name as stored -> file."""
+    """The file of every tensor, by the name under which it is stored; raises CheckpointError."""
     if not (folder / INDEX_FILE).exists():
         path = folder / SINGLE_FILE
         with _opened(path) as file:
@@ -268,6 +264,7 @@ def _locate(folder: Path) -> dict[str, Path]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
+    """An open safetensors file; raises CheckpointError if it is missing or unreadable."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -278,16 +275,17 @@ def _opened(path: Path) -> Iterator[safe_open]:
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
+    """Raises CheckpointError if any value is not finite."""
     if tensor.dtype == FP8:
-        # No infinities in this format, and no operator that finds its NaN: all bits but the sign.
+        # This format has no infinities, and no operator finds its NaN: all bits but the sign set.
         finite = bool(((tensor.view(torch.uint8) & 0x7F) != 0x7F).all())
     else:
-        # The extremes are NaN if any value is, and take no memory of the tensor's size.
+        # Minimum and maximum are NaN if any value is; no mask of the tensor's size is allocated.
         finite = all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
     if not finite:
         raise CheckpointError(f"{name}: holds values that are not finite")
 
 
 def _current_name(stored: str) -> str:
-    """Early checkpoints say `embedding` for `embeddings`."""
+    """A stored name in today's spelling: early checkpoints have `embedding` for `embeddings`."""
     return stored.replace(".embedding.weight", ".embeddings.weight")

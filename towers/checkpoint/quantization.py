@@ -1,9 +1,9 @@
-"""A checkpoint with its routed experts in 8 bits, made from one without.
+"""Quantizes the routed experts of a checkpoint to 8 bits.
 
 Only routed experts change (nine tenths of a large model's bytes): their up and down matrices
-become float8 e4m3 with one fp32 scale per output channel. Everything else keeps its bytes.
-Quantizing heads, attention, Mamba layers or the timestep network has been seen to cost the
-denoiser its parallelism.
+become float8 e4m3 with an fp32 scale per output channel. All other tensors keep their bytes:
+with quantized heads, attention, Mamba layers or timestep network the denoiser has been seen to
+commit fewer tokens per pass.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".onnx"
 
 @dataclass(frozen=True)
 class LayerError:
-    """What rounding did to one MoE layer's routed experts: the root mean square of the change
-    over that of the weights, of all experts together."""
+    """Relative RMS error of an MoE layer's routed experts: the root mean square of the change over
+    that of the weights, of all experts together, for up and down matrices."""
 
     tower: str
     layer: int
@@ -51,17 +51,17 @@ class LayerError:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """Errors by layer, and bytes of all tensors before and after."""
+    """Relative RMS errors by layer, and bytes of all tensors before and after."""
 
     layers: tuple[LayerError, ...]
     bytes_before: int
     bytes_after: int
 
     def table(self) -> str:
-        """For reading: one line per layer."""
+        """The report as text: a line per layer, and the sizes."""
         lines = [f"{'tower':<16}{'layer':>5}{'up':>10}{'down':>10}   relative RMS error"]
-        for one in self.layers:
-            lines.append(f"{one.tower:<16}{one.layer:>5}{one.up:>10.5f}{one.down:>10.5f}")
+        for error in self.layers:
+            lines.append(f"{error.tower:<16}{error.layer:>5}{error.up:>10.5f}{error.down:>10.5f}")
         share = self.bytes_after / self.bytes_before
         lines.append(
             f"{self.bytes_before:,} bytes before, {self.bytes_after:,} after ({share:.3f})"
@@ -71,7 +71,7 @@ class QuantizationReport:
 
 @dataclass
 class _Sums:
-    """Running sums of squares by matrix kind."""
+    """Sums of squares of errors and weights so far, by tower, layer and side; bytes so far."""
 
     error: dict[ExpertSide, float] = field(default_factory=dict)
     weight: dict[ExpertSide, float] = field(default_factory=dict)
@@ -79,28 +79,29 @@ class _Sums:
     bytes_after: int = 0
 
     def add(self, side: ExpertSide, weight: Tensor, quantized: QuantizedExperts) -> None:
-        """One expert's weight [N, K] and what became of it."""
+        """Adds an expert's weight [N, K] and its quantized form [1, N, K]."""
         wide = weight.float()
         self.error[side] = self.error.get(side, 0.0) + _square(quantized[0] - wide)
         self.weight[side] = self.weight.get(side, 0.0) + _square(wide)
 
     def report(self) -> QuantizationReport:
-        layers = sorted({(side.tower, side.layer) for side in self.error})
+        """The errors of all layers added so far."""
         errors = [
-            LayerError(*layer, *(self._relative(ExpertSide(*layer, side)) for side in _SIDES))
-            for layer in layers
+            LayerError(tower, layer, *(self._relative((tower, layer, side)) for side in _SIDES))
+            for tower, layer in sorted({side[:2] for side in self.error})
         ]
         return QuantizationReport(tuple(errors), self.bytes_before, self.bytes_after)
 
     def _relative(self, side: ExpertSide) -> float:
+        """Relative RMS error of a layer's up or down matrices; 0 for matrices of zeros."""
         return float((self.error[side] / self.weight[side]) ** 0.5) if self.weight[side] else 0.0
 
 
 def quantize_checkpoint(source: Path, target: Path) -> QuantizationReport:
     """Writes the checkpoint in `source` to the new folder `target`, routed experts in 8 bits.
 
-    Files keep their names; of their tensors one at a time is in memory. `target` appears when it
-    is whole. Raises CheckpointError for a `target` that is not empty, and for a checkpoint that is
+    Files keep their names; a single tensor at a time is in memory. `target` appears when it is
+    complete. Raises CheckpointError for a `target` that is not empty, and for a checkpoint that is
     quantized already, has no MoE layer or holds values that are not finite.
     """
     checkpoint = Checkpoint(source)
@@ -120,7 +121,7 @@ def quantize_checkpoint(source: Path, target: Path) -> QuantizationReport:
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that takes its name at the end, or is removed after an error."""
+    """A folder next to `target`, renamed to it at the end, or removed after an error."""
     target = target.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: exists already, expected a new or an empty folder")
@@ -147,6 +148,7 @@ def _replacing(target: Path) -> Iterator[Path]:
 
 
 def _write_tensors(checkpoint: Checkpoint, folder: Path) -> QuantizationReport:
+    """Writes all files of tensors, and an index if the source has one."""
     sums = _Sums()
     weight_map: dict[str, str] = {}
     for path, names in checkpoint.names_by_file.items():
@@ -160,7 +162,7 @@ def _write_tensors(checkpoint: Checkpoint, folder: Path) -> QuantizationReport:
 
 
 def _write_file(checkpoint: Checkpoint, names: list[str], path: Path, sums: _Sums) -> list[str]:
-    """Writes the tensors of one file of the source; returns the names that it holds now."""
+    """Writes the tensors `names` of a source file, scales added; returns all names written."""
     sides = expert_matrices(checkpoint.config)
     shapes = tensor_shapes(checkpoint.config)
     layout: dict[str, StoredTensor] = {}
@@ -194,11 +196,12 @@ def _quantize(name: str, weight: Tensor) -> QuantizedExperts:
 
 
 def _square(values: Tensor) -> float:
+    """The sum of squares, in fp64."""
     return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 def _write_config(source: Path, folder: Path) -> None:
-    """The source's own keys, whatever they are, and the new one."""
+    """Writes the source's config.json with the key of the quantization added."""
     raw = json.loads((source / _CONFIG_FILE).read_text(encoding="utf-8"))
     _write_json(
         folder / _CONFIG_FILE, raw | {quantization_config.KEY: quantization_config.FP8_EXPERTS}
@@ -210,7 +213,7 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def _copy_others(source: Path, folder: Path) -> None:
-    """Tokenizer, model card and the like."""
+    """Copies all other files: tokenizer, model card and the like."""
     for path in sorted(source.iterdir()):
         written = path.name == _CONFIG_FILE or path.name.endswith(_OTHER_WEIGHTS)
         if path.is_file() and not written:

@@ -1,7 +1,7 @@
-"""A safetensors file written tensor by tensor, so that none but the current one is in memory.
+"""Writes a safetensors file tensor by tensor, with only the current tensor in memory.
 
-Layout: the header's size as 8 bytes, little endian; the header, JSON that gives each tensor's
-dtype, shape and place; the tensors' bytes without gaps.
+Layout: the header's size as 8 bytes, little endian; the header, JSON with each tensor's dtype,
+shape and data offsets; the tensors' bytes without gaps.
 Source: https://github.com/huggingface/safetensors, section "Format".
 """
 
@@ -31,7 +31,7 @@ class StoredTensor:
 
     @property
     def size(self) -> int:
-        """Bytes of the tensor."""
+        """The tensor's size in bytes."""
         return _SIZES[self.dtype] * torch.Size(self.shape).numel()
 
 
@@ -39,7 +39,7 @@ class TensorFile:
     """A new file for the tensors of `layout`, each to be written once, in any order."""
 
     def __init__(self, path: Path, layout: Mapping[str, StoredTensor]) -> None:
-        # Wide dtypes first: then every tensor starts at a multiple of its own width.
+        # Wide dtypes first: then every tensor starts at a multiple of the width of its dtype.
         names = sorted(layout, key=lambda name: (-_SIZES[layout[name].dtype], name))
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._missing: dict[str, tuple[int, int]] = {}
@@ -59,7 +59,8 @@ class TensorFile:
         self._file.write(len(text).to_bytes(_ALIGNMENT, "little") + text)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Puts a tensor in its place. Raises ValueError if its size is not that of the layout."""
+        """Writes a tensor at its offset. Raises KeyError for a name that is not to be written
+        (any more), ValueError if its bytes are not as many as in the layout."""
         start, end = self._missing.pop(name)
         content = tensor.contiguous().view(torch.uint8).numpy()
         if content.nbytes != end - start:

@@ -1,7 +1,7 @@
-"""What a config.json may hold beside the model's shapes, and other spellings of those.
+"""Keys of a config.json other than the model's shapes, and other spellings of the shapes.
 
-The released file and those that transformers writes of it (4.4x to 5.x) differ: 5 tags numbers
-that JSON lacks, spells the layers out, and adds keys of its own.
+The released file and those that transformers 4.4x to 5.x write of it differ: version 5 tags numbers
+that JSON lacks, spells the layers out, and adds further keys.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LAYER_NAMES = {
 _FLOAT_TAG = "__float__"
 _TAGGED_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
-# Keys whose other values would change what is computed, in ways that no kernel here covers.
+# Keys whose other values would change the computation in ways that no kernel here covers.
 _FIXED: dict[str, tuple[object, ...]] = {
     "model_type": ("nemotron_h",),
     "architectures": (["NemotronHTwoTowerForCausalLM"],),
@@ -52,9 +52,9 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "repetition_penalty": (1.0, None),
     "suppress_tokens": (None,),
 }
-# Present in released files without any effect on inference: training and initialisation, other
-# code paths, position encodings that the model does not have. `chunk_size` belongs here: the
-# scan's result does not depend on how the sequence is cut.
+# Keys of released files without any effect on inference: training and initialisation, other code
+# paths, position encodings that the model does not have. `chunk_size` is among them: the scan's
+# result does not depend on the cuts of the sequence.
 _INERT = {
     "attention_dropout",
     "auto_map",
@@ -84,8 +84,8 @@ _INERT = {
     "use_cache",
     "use_mamba_kernels",
 }
-# Of every model's config in transformers: what its classes return, labels and bookkeeping, and
-# defaults of its generate, for which requests have fields of their own or that only search.
+# Keys that transformers adds to every model's config: outputs of its classes, labels and
+# bookkeeping, and defaults of its generate, which a request sets or which only beam search reads.
 _INERT_IN_TRANSFORMERS = {
     "_attn_implementation",
     "_attn_implementation_autoset",
@@ -133,10 +133,10 @@ _CHECKED_HERE = {"time_step_limit", "num_hidden_layers", "num_local_experts", *_
 
 
 def plain_keys(raw: dict[str, Any], shaping: set[str]) -> dict[str, Any]:
-    """The same config with every number plain and the layers as a pattern.
+    """The config `raw` with every number plain and the layers as a pattern.
 
-    `shaping` are the keys that are read elsewhere. Raises ConfigError for any other that may
-    change the model, by its name.
+    `shaping` are the keys that the caller reads. Raises ConfigError, with the key's name, for any
+    other key or value that may change the model.
     """
     unknown = sorted(
         set(raw) - shaping - {*_FIXED} - _INERT - _INERT_IN_TRANSFORMERS - _CHECKED_HERE
@@ -159,7 +159,8 @@ def plain_keys(raw: dict[str, Any], shaping: set[str]) -> dict[str, Any]:
 
 
 def _untagged(value: Any) -> Any:
-    """A value with the numbers that transformers 5 writes as `{"__float__": "Infinity"}`."""
+    """`value` with plain numbers for those that transformers 5 writes as
+    `{"__float__": "Infinity"}`."""
     if isinstance(value, dict):
         tag = value.get(_FLOAT_TAG)
         if len(value) == 1 and isinstance(tag, str) and tag in _TAGGED_FLOATS:
@@ -171,7 +172,8 @@ def _untagged(value: Any) -> Any:
 
 
 def _take_layers(plain: dict[str, Any], key: str) -> None:
-    """Sets the pattern from a list of layers; raises ConfigError where there is another one."""
+    """Sets the pattern from the list of layers under `key`; raises ConfigError for an unknown layer
+    and for a pattern that differs."""
     layers = plain[key]
     expected = f"a list of {', '.join(_LAYER_NAMES)}"
     if not isinstance(layers, list):
@@ -195,6 +197,6 @@ def _check_same(plain: dict[str, Any], key: str, what: str, expected: object) ->
 
 
 def _check_time_step_limit(limit: Any) -> None:
-    """Only [0, inf] is computed; a finite limit would clamp dt in every scan."""
+    """Raises ConfigError unless the limit is [0, inf]: a finite limit would clamp dt in scans."""
     if limit is not None and limit != [0.0, math.inf]:
         raise ConfigError(f"time_step_limit: got {limit}, expected [0.0, Infinity]")

@@ -1,8 +1,8 @@
 """The checkpoint's config.json as a frozen dataclass.
 
-Keys follow the released Nemotron-H schema. Three kinds of keys are told apart, so that none is
-ignored by accident: those that shape the model (fields here), those known to change nothing at
-inference (`config_keys`), and all others, which are refused by name.
+Keys follow the released Nemotron-H schema. A key either shapes the model (a field here), or is
+known to change nothing at inference (`config_keys`), or is refused by name, so that none is ignored
+by accident.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ TIMESTEP_FEATURES = 256
 
 @dataclass(frozen=True)
 class TwoTowerConfig:
-    """Shapes and constants of both towers; each tower is a full copy of this backbone.
+    """Shapes and constants of a tower; both towers have the same.
 
-    `layer_pattern` has one letter per residual layer: `M` Mamba-2, `*` attention, `E` MoE,
-    `-` dense MLP. With `quantized_experts` the routed experts are stored in 8 bits.
+    `layer_pattern` has a letter per residual layer: `M` Mamba-2, `*` attention, `E` MoE, `-` dense
+    MLP. With `quantized_experts` the routed experts are stored in 8 bits. Raises ConfigError for
+    values that contradict each other.
     """
 
     vocab_size: int
@@ -79,14 +80,16 @@ class TwoTowerConfig:
 
     @property
     def d_inner(self) -> int:
+        """Channels of a Mamba mixer, Di."""
         return self.mamba_num_heads * self.mamba_head_dim
 
     @property
     def conv_dim(self) -> int:
+        """Channels of a Mamba mixer's convolution, Cd: x, B and C."""
         return self.d_inner + 2 * self.n_groups * self.ssm_state_size
 
     def layers_of(self, kind: str) -> tuple[int, ...]:
-        """Indices of the layers of one kind (`M`, `*`, `E` or `-`)."""
+        """Indices of the layers of a kind (`M`, `*`, `E` or `-`)."""
         return tuple(i for i, letter in enumerate(self.layer_pattern) if letter == kind)
 
     def __post_init__(self) -> None:
@@ -132,7 +135,8 @@ class TwoTowerConfig:
 
     @classmethod
     def from_file(cls, path: Path) -> TwoTowerConfig:
-        """Reads `path` (a config.json; `Infinity` bare or as transformers 5 tags it)."""
+        """Reads a config.json, with `Infinity` bare or as transformers 5 tags it. Raises
+        ConfigError."""
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -159,7 +163,7 @@ class TwoTowerConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The released schema again, for writing a config.json."""
+        """The config under the released keys, for writing a config.json."""
         names = {name: key for key, (name, _) in _REQUIRED.items()}
         body = {names.get(k, k): v for k, v in self.__dict__.items() if k not in _NOT_KEYS}
         if self.quantized_experts:
@@ -210,7 +214,7 @@ _OPTIONAL: dict[str, type] = {
     "eos_token_id": int,
     "pad_token_id": int,
 }
-# Fields that have no key of their own.
+# Fields that are no keys of config.json.
 _NOT_KEYS = frozenset(("mask_token_id", "quantized_experts"))
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _POSITIVE = [
@@ -240,6 +244,7 @@ _DIVISIBLE = (
 
 
 def _typed(raw: dict[str, Any], key: str, kind: type) -> Any:
+    """The value of `key`, which has to be of type `kind`; an int is taken for a float."""
     if key not in raw:
         raise ConfigError(f"{key}: missing in config.json")
     value = raw[key]

@@ -1,9 +1,9 @@
 """The `quantization_config` of a checkpoint whose routed experts are stored in 8 bits.
 
 The schema is that of compressed-tensors, which Hugging Face transformers and vLLM read: a linear
-layer `X` is stored as `X.weight` [N, K] float8 e4m3 and `X.weight_scale` [N, 1], one scale per
-output channel; activations stay as they are. Linear layers are quantized unless `ignore` names
-them, by a full name or, behind `re:`, by a pattern.
+layer `X` is stored as `X.weight` [N, K] float8 e4m3 and `X.weight_scale` [N, 1], a scale per output
+channel; activations are not quantized. Linear layers are quantized unless `ignore` names them, by a
+full name or, after `re:`, by a pattern.
 """
 
 from __future__ import annotations

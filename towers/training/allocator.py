@@ -1,4 +1,4 @@
-"""Keeps freed memory in the process: fresh pages cost a training step up to a third of its time."""
+"""Keeps freed memory in the process: new pages cost a training step up to a third of its time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ _NEVER_TRIM = 2**31 - 1
 
 
 def keep_pages(touch_bytes: int) -> bool:
-    """Tells glibc never to map or trim, and touches `touch_bytes` once; False on another libc."""
+    """Sets glibc to keep freed memory in its heap, and writes to `touch_bytes` of memory once, so
+    that these pages exist. True if glibc took the settings, False also on another libc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False

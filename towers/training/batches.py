@@ -1,4 +1,4 @@
-"""Which tokens and which masks a training step sees; every draw comes from one generator."""
+"""Draws the tokens and masks of a training step; all draws come from the caller's generator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from twotower.towers.training.corpus import TokenArray
 
 @dataclass(frozen=True)
 class BatchShape:
-    """`rows` sequences of `length` tokens, cut into blocks of `block_size` for the denoiser."""
+    """A batch of `rows` sequences of `length` tokens, cut into blocks of `block_size` for the
+    denoiser. Raises ValueError unless `length` is two or more whole blocks."""
 
     rows: int = 16
     length: int = 256
@@ -28,21 +29,21 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class MaskedBlocks:
-    """Masks [R, m, L] (True = masked) and the timestep of each block [R, m]."""
+    """`masked` [R, m, L] bool, and `timesteps` [R, m] fp32, each block's share of masked tokens."""
 
     masked: Tensor
     timesteps: Tensor
 
 
 def draw_sequences(stream: TokenArray, rows: int, length: int, generator: Generator) -> Tensor:
-    """int64 [rows, length] from random offsets of the stream."""
+    """Sequences int64 [rows, length] at random offsets of the stream."""
     starts = torch.randint(len(stream) - length + 1, (rows,), generator=generator)
     picked = np.stack([stream[start : start + length] for start in starts.tolist()])
     return torch.from_numpy(picked.astype(np.int64))
 
 
 def draw_rows(rows: TokenArray, count: int, generator: Generator) -> Tensor:
-    """int64 [count, length]: random rows of a table [N, length]."""
+    """Random rows int64 [count, length] of a table [N, length]."""
     picked = torch.randint(len(rows), (count,), generator=generator)
     return torch.from_numpy(rows[picked.numpy()].astype(np.int64))
 
@@ -50,10 +51,10 @@ def draw_rows(rows: TokenArray, count: int, generator: Generator) -> Tensor:
 def draw_masks(
     rows: int, blocks: int, block_size: int, suffix_share: float, generator: Generator
 ) -> MaskedBlocks:
-    """Masks n of L positions per block, n uniform in 1..L, t = n / L: the values decoding uses.
+    """Masks n of L positions per block, n uniform in 1..L, t = n / L: the timesteps of decoding.
 
-    A `suffix_share` of the blocks has its last n positions masked, as in a block that was decoded
-    from left to right so far; the others have random positions.
+    A `suffix_share` of the blocks has its last n positions masked, as a block decoded from left to
+    right so far; the others have random positions masked.
     """
     shape = (rows, blocks)
     counts = torch.randint(1, block_size + 1, shape, generator=generator)

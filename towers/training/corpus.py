@@ -14,8 +14,7 @@ from tokenizers import Tokenizer
 
 from twotower.towers.training.tokenizer import BOS, EOS
 
-# Character tables and generated help texts teach a model nothing about code; site-packages differ
-# from machine to machine.
+# Character tables and generated help texts are not code; site-packages differ between machines.
 EXCLUDED_FOLDERS = frozenset(("encodings", "pydoc_data", "site-packages", "__pycache__"))
 MIN_CHARACTERS = 200
 HELD_OUT_SHARE = 10
@@ -25,7 +24,7 @@ TokenArray = npt.NDArray[np.uint16]
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of the corpus: its path relative to the root (with `/`) and its text."""
+    """A file of the corpus: its path relative to the root (with `/`) and its text."""
 
     path: str
     text: str
@@ -41,22 +40,23 @@ def standard_library() -> Path:
 
 
 def is_held_out(relative_path: str) -> bool:
-    """Whether a file belongs to the fixed tenth that no training step reads."""
+    """True if a file belongs to the fixed tenth that no training step reads."""
     digest = hashlib.sha256(relative_path.encode("utf-8")).digest()
     return int.from_bytes(digest[:4], "big") % HELD_OUT_SHARE == 0
 
 
 def read_corpus(root: Path) -> list[SourceFile]:
-    """The UTF-8 `.py` files under `root` in order of their paths, without the excluded folders."""
+    """The UTF-8 `.py` files under `root` with at least MIN_CHARACTERS, in order of their paths and
+    without the excluded folders."""
     return [SourceFile(path, text) for path, text in _texts(root) if len(text) >= MIN_CHARACTERS]
 
 
 def encode_files(tokenizer: Tokenizer, files: Iterable[SourceFile]) -> TokenArray:
-    """All files as one uint16 stream [tokens], each between a bos and an eos."""
+    """All files as a single uint16 stream [tokens], each between a bos and an eos."""
     encoded = tokenizer.encode_batch([file.text for file in files], add_special_tokens=False)
     if not encoded:
         return np.zeros(0, dtype=np.uint16)
-    pieces = [np.array([BOS, *one.ids, EOS], dtype=np.uint16) for one in encoded]
+    pieces = [np.array([BOS, *encoding.ids, EOS], dtype=np.uint16) for encoding in encoded]
     return np.concatenate(pieces)
 
 
@@ -67,5 +67,5 @@ def _texts(root: Path) -> Iterator[tuple[str, str]]:
             try:
                 yield relative.as_posix(), path.read_text(encoding="utf-8")
             except UnicodeDecodeError:
-                # The library's own tests hold files in other encodings on purpose.
+                # The tests of the library hold files in other encodings on purpose.
                 continue

@@ -1,4 +1,4 @@
-"""A trained model as a checkpoint folder in the released layout."""
+"""Writes and reads a trained model as a checkpoint folder in the released layout."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _FILES = ("config.json", "model.safetensors", "tokenizer.json")
 def export_model(
     folder: Path, config: TwoTowerConfig, params: Mapping[str, Tensor], tokenizer: Tokenizer
 ) -> int:
-    """Writes config, bf16 weights (router bias fp32) and tokenizer; returns their bytes.
+    """Writes config, bf16 weights (router bias fp32) and tokenizer; returns their size in bytes.
 
-    Raises ValueError if they are together over `MAX_BYTES`, since the folder ships in the package.
+    Raises ValueError if it is above `MAX_BYTES`, since the folder ships in the package.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -46,7 +46,7 @@ def export_model(
 def load_for_training(folder: Path) -> tuple[TwoTowerConfig, dict[str, Tensor], Tokenizer]:
     """Config, fp32 parameters with stacked experts, and tokenizer of an exported folder.
 
-    Raises CheckpointError for a quantized one.
+    Raises CheckpointError for a quantized checkpoint.
     """
     config = TwoTowerConfig.from_file(folder / "config.json")
     if config.quantized_experts:

@@ -1,4 +1,4 @@
-"""One phase of training: steps under a schedule, with checkpoints that continue exactly."""
+"""A phase of training: steps under a schedule, with checkpoints that continue bit by bit."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ CONSTANT_UNTIL = 0.45
 FINAL_RATE = 0.02
 ROUTER_BIAS_RATE = 0.003
 
-# From cast parameters, the share of the phase that is done, and the place to leave expert loads.
+# Seconds between progress lines, held-out losses and checkpoints.
+REPORT_SECONDS, HELD_OUT_SECONDS, CHECKPOINT_SECONDS = 20.0, 300.0, 180.0
+
+# From cast parameters and the share of the phase that is done; fills in the experts' loads.
 LossFunction = Callable[[Parameters, float, Loads], Tensor]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """When a phase ends: after `minutes` of wall-clock time, or after `steps` if they are given."""
+    """Length of a phase: `minutes` of wall-clock time, or `steps` if they are given."""
 
     minutes: float = 0.0
     steps: int | None = None
@@ -40,7 +43,7 @@ class Budget:
 
 @dataclass
 class PhaseRecord:
-    """What a phase did; kept in its checkpoint and written beside the model."""
+    """Steps, tokens, seconds and losses (step, nats) of a phase; kept in its checkpoint."""
 
     steps: int = 0
     tokens: int = 0
@@ -53,15 +56,6 @@ class PhaseRecord:
         return {**asdict(self), "tokens_per_second": self.tokens / max(self.seconds, 1e-9)}
 
 
-@dataclass(frozen=True)
-class Intervals:
-    """Seconds between progress lines, held-out losses and checkpoints."""
-
-    report: float = 20.0
-    held_out: float = 300.0
-    checkpoint: float = 180.0
-
-
 def rate_factor(step: int, progress: float) -> float:
     """Warm-up over the first steps, constant to 45 % of the budget, then linear down to 2 %."""
     warm = min(1.0, (step + 1) / WARM_UP_STEPS)
@@ -72,7 +66,7 @@ def rate_factor(step: int, progress: float) -> float:
 
 
 class Phase:
-    """Parameters, optimizer, random numbers and record of one phase, and its steps."""
+    """A phase of training: parameters, optimizer, generator of random numbers, and record."""
 
     def __init__(
         self,
@@ -92,7 +86,7 @@ class Phase:
             params[trained].requires_grad_(True)
 
     def restore(self) -> bool:
-        """Continues from the checkpoint; False if there is none."""
+        """Loads the checkpoint if its file exists; True if it was loaded."""
         if not self._checkpoint.exists():
             return False
         saved = torch.load(self._checkpoint, weights_only=True)
@@ -105,7 +99,7 @@ class Phase:
         return True
 
     def save(self) -> None:
-        """Writes the checkpoint; a crash while writing leaves the previous one."""
+        """Writes the checkpoint; after a crash while writing the previous checkpoint is intact."""
         unfinished = self._checkpoint.with_suffix(".part")
         torch.save(
             {
@@ -126,33 +120,29 @@ class Phase:
         tokens_per_step: int,
         held_out: Callable[[Parameters], float],
         report: Callable[[str], None],
-        intervals: Intervals,
-        stop_after: int | None = None,
     ) -> None:
-        """Trains until the budget is spent (or for `stop_after` steps), saving on the way."""
+        """Trains until the budget is spent; saves a checkpoint at intervals and at the end."""
         record = self.record
         if budget.progress(record.steps, record.seconds) >= 1.0:
             return
         offset = time.monotonic() - record.seconds
         marks = {"report": record.seconds, "held_out": record.seconds, "checkpoint": record.seconds}
-        first, window = record.steps, _Window()
+        losses: list[float] = []
         while (progress := budget.progress(record.steps, record.seconds)) < 1.0:
-            if stop_after is not None and record.steps - first >= stop_after:
-                break
-            window.add(self._step(progress, dtype, loss_function))
+            losses.append(self._step(progress, dtype, loss_function))
             record.steps += 1
             record.tokens += tokens_per_step
             record.seconds = time.monotonic() - offset
-            if record.seconds - marks["report"] >= intervals.report:
+            if record.seconds - marks["report"] >= REPORT_SECONDS:
                 marks["report"] = record.seconds
-                self._report(window, progress, report)
-            if record.seconds - marks["held_out"] >= intervals.held_out:
+                self._report(losses, progress, report)
+            if record.seconds - marks["held_out"] >= HELD_OUT_SECONDS:
                 self._evaluate(held_out, dtype, report)
                 record.seconds = marks["held_out"] = time.monotonic() - offset
-            if record.seconds - marks["checkpoint"] >= intervals.checkpoint:
+            if record.seconds - marks["checkpoint"] >= CHECKPOINT_SECONDS:
                 self.save()
                 marks["checkpoint"] = record.seconds
-        self._report(window, budget.progress(record.steps, record.seconds), report)
+        self._report(losses, budget.progress(record.steps, record.seconds), report)
         self._evaluate(held_out, dtype, report)
         self.save()
 
@@ -161,10 +151,12 @@ class Phase:
         return {name: value.detach() for name, value in cast_parameters(self.params, dtype).items()}
 
     def _step(self, progress: float, dtype: torch.dtype, loss_function: LossFunction) -> float:
+        """One update of all parameters; returns the loss in nats. Raises FloatingPointError if it
+        is not a number."""
         loads: Loads = {}
         loss = loss_function(cast_parameters(self.params, dtype), progress, loads)
         names = self._optimizer.trained
-        # A row of the embedding or a whole expert may go unused in a step.
+        # A row of the embedding or a whole expert may be unused in a step, and has no gradient.
         grads = torch.autograd.grad(
             loss, [self.params[name] for name in names], materialize_grads=True
         )
@@ -182,10 +174,12 @@ class Phase:
         for name, load in loads.items():
             self.params[name].add_(torch.sign(load.mean() - load), alpha=ROUTER_BIAS_RATE * factor)
 
-    def _report(self, window: _Window, progress: float, report: Callable[[str], None]) -> None:
-        if not window.count:
+    def _report(self, losses: list[float], progress: float, report: Callable[[str], None]) -> None:
+        """Records and reports the mean of `losses`, which it empties."""
+        if not losses:
             return
-        loss, record = window.take(), self.record
+        loss, record = sum(losses) / len(losses), self.record
+        losses.clear()
         record.losses.append((record.steps, loss))
         speed = record.tokens / max(record.seconds, 1e-9)
         report(
@@ -199,23 +193,7 @@ class Phase:
         dtype: torch.dtype,
         report: Callable[[str], None],
     ) -> None:
+        """Records and reports the loss on held-out text."""
         loss = held_out(self.cast(dtype))
         self.record.held_out.append((self.record.steps, loss))
         report(f"{self.name} step {self.record.steps}: held-out loss {loss:.3f}")
-
-
-class _Window:
-    """Mean of the losses since the last report."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._total = 0.0
-
-    def add(self, loss: float) -> None:
-        self.count += 1
-        self._total += loss
-
-    def take(self) -> float:
-        mean = self._total / self.count
-        self.count, self._total = 0, 0.0
-        return mean

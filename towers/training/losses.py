@@ -27,7 +27,7 @@ HELD_OUT_SEED = 20240607
 
 @dataclass(frozen=True)
 class Objective:
-    """What both losses need to know beside parameters and tokens."""
+    """The settings of both losses: shapes of model and batch, and the operators that compute."""
 
     config: TwoTowerConfig
     shape: BatchShape
@@ -37,7 +37,7 @@ class Objective:
 def context_loss(
     objective: Objective, params: Mapping[str, Tensor], tokens: Tensor, loads: Loads | None = None
 ) -> Tensor:
-    """Mean next-token loss in nats of `tokens` [R, T + 1], T whole blocks."""
+    """Mean next-token loss in nats of `tokens` int64 [R, T + 1], T whole blocks."""
     hidden, _ = context_hidden(
         params,
         objective.config,
@@ -60,7 +60,7 @@ def denoiser_loss(
 ) -> Tensor:
     """Mean loss in nats over the masked positions of all blocks but the first of `tokens` [R, T].
 
-    The first block has no context and is never decoded so; `masks` covers the others.
+    The first block has no context, which never happens in decoding; `masks` covers the others.
     """
     size = objective.shape.block_size
     with torch.no_grad():
@@ -76,7 +76,7 @@ def denoiser_loss(
         objective.operators,
         loads,
     )
-    # Only masked positions need logits, which halves the cost of the head.
+    # Logits of masked positions only, which halves the cost of the head.
     logits = F.linear(hidden[masks.masked], params[DENOISER_HEAD])
     return objective.operators.cross_entropy(logits, blocks[masks.masked])
 

@@ -1,7 +1,7 @@
 """Both towers as differentiable functions of whole sequences.
 
-The context tower reads a sequence once and leaves, for every block start, what a denoiser block
-needs; then all blocks of all rows run side by side as one batch. Parameters are a plain dict under
+The context tower reads a sequence once and returns K/V and the Mamba states before every block;
+then all blocks of all rows run through the denoiser as one batch. Parameters are a plain dict under
 the released names (experts stacked, see parameters.py), cast beforehand to the dtype to compute in.
 """
 
@@ -26,7 +26,7 @@ from twotower.towers.training.operators import PLAIN, MambaWeights, Operators
 from twotower.towers.training.parameters import CONTEXT, DENOISER, ROUTER_BIAS
 from twotower.towers.training.scan import take_rows
 
-# Decays and the router's bias stay fp32: a rounded decay is another decay.
+# Decays and the router's bias stay fp32: a decay acts at every token, so its rounding adds up.
 FP32_NAMES = ("A_log", "D", "dt_bias", ROUTER_BIAS)
 
 Loads = dict[str, Tensor]
@@ -34,10 +34,11 @@ Loads = dict[str, Tensor]
 
 @dataclass
 class ContextMemory:
-    """What the context tower leaves for the denoiser, by layer index.
+    """States of the context tower that the denoiser reads, by layer index.
 
-    `keys`, `values` [R, T, kv, hd]; `borders` [R, n+1, heads, N, P] and `tails` [R, n, K-1, Cd] are
-    SSM state and raw convolution inputs before each of the n blocks (a last state follows them).
+    `keys`, `values` [R, T, kv, hd]; `borders` [R, n+1, heads, N, P] are the SSM states before each
+    of the n blocks and after the last, `tails` [R, n, K-1, Cd] the raw convolution inputs before
+    each block.
     """
 
     keys: dict[int, Tensor] = field(default_factory=dict)
@@ -71,10 +72,8 @@ def context_hidden(
     operators: Operators = PLAIN,
     loads: Loads | None = None,
 ) -> tuple[Tensor, ContextMemory]:
-    """Final normed hidden [R, T, H] of `tokens` [R, T] and the memory; T divides by `block_size`.
-
-    `loads` collects how many tokens each expert of each MoE layer received, fp32 [E].
-    """
+    """Final normed hidden [R, T, H] of `tokens` [R, T], and the memory; T is a multiple of
+    `block_size`. `loads` receives the number of tokens per expert of each MoE layer, fp32 [E]."""
     tower = TowerView(params, config, CONTEXT, operators, loads)
     memory = ContextMemory()
     hidden = F.embedding(tokens, params[f"{CONTEXT}.embeddings.weight"])
@@ -100,9 +99,10 @@ def denoiser_hidden(
     operators: Operators = PLAIN,
     loads: Loads | None = None,
 ) -> Tensor:
-    """Final normed hidden [R, m, L, H] of the blocks [R, m, L], each with its own timestep [R, m].
+    """Final normed hidden [R, m, L, H] of the blocks [R, m, L] at their timesteps [R, m].
 
-    Block j sees the first `starts[j]` context tokens; the memory holds the m states before them.
+    Block j attends to the first `starts[j]` context tokens; the memory holds the states before the
+    m blocks.
     """
     tower = TowerView(params, config, DENOISER, operators, loads)
     hidden = F.embedding(blocks, params[f"{DENOISER}.embeddings.weight"])
@@ -126,7 +126,10 @@ def denoiser_hidden(
 
 
 def timestep_embedding(params: Mapping[str, Tensor], timesteps: Tensor) -> Tensor:
-    """adaLN thirds (shift, scale, gate) [..., 3H] of timesteps in [0, 1]; features in fp32."""
+    """Shift, scale and gate of adaLN, joined [..., 3H], of timesteps [...] in [0, 1].
+
+    Sinusoidal features in fp32, then an MLP. Source: Peebles and Xie 2023 (DiT), section 3.2.
+    """
     half = TIMESTEP_FEATURES // 2
     frequency = torch.exp(torch.arange(half, device=timesteps.device) * (-math.log(10000.0) / half))
     angle = 1000.0 * timesteps.float()[..., None] * frequency
@@ -138,7 +141,7 @@ def timestep_embedding(params: Mapping[str, Tensor], timesteps: Tensor) -> Tenso
 
 @dataclass(frozen=True)
 class TowerView:
-    """One tower's parameters, looked up by their names inside it, and its operators."""
+    """A tower's parameters, found by their names without the tower's prefix, and its operators."""
 
     params: Mapping[str, Tensor]
     config: TwoTowerConfig
@@ -147,19 +150,19 @@ class TowerView:
     loads: Loads | None
 
     def get(self, name: str) -> Tensor:
-        """The parameter; KeyError if it is not there."""
+        """The parameter `name`; raises KeyError if the tower has none."""
         return self.params[f"{self.name}.{name}"]
 
     def find(self, name: str) -> Tensor | None:
-        """The parameter, or None."""
+        """The parameter `name`, or None if the tower has none."""
         return self.params.get(f"{self.name}.{name}")
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """x W^T + bias, where the bias may be missing."""
+        """x W^T + bias [.., N] of x [.., K], without a bias where there is none."""
         return _linear(self.params, f"{self.name}.{name}", x)
 
     def norm(self, name: str, x: Tensor) -> Tensor:
-        """RMS norm with the named weight."""
+        """RMS norm of x [.., H] with the weight `name`."""
         weight = self.get(f"{name}.weight")
         return self.operators.rms_norm(x, weight, self.config.layer_norm_epsilon)
 
@@ -188,7 +191,7 @@ class TowerView:
         return (routed + self.mlp(f"{mixer}.shared_experts", flat)).view(x.shape)
 
     def mlp(self, name: str, x: Tensor) -> Tensor:
-        """down(relu(up(x))^2)."""
+        """down(relu(up x)^2), [.., H] of x [.., H]."""
         return self.linear(f"{name}.down_proj", _relu2(self.linear(f"{name}.up_proj", x)))
 
 
@@ -264,7 +267,8 @@ def _block_attention(
 
 
 def _routed_experts(tower: TowerView, mixer: str, x: Tensor) -> Tensor:
-    """Weighted sum of each token's experts for `x` [N, H]: sort by expert, one product each."""
+    """Weighted sum [N, H] of each token's experts for `x` [N, H]: tokens are sorted by expert and
+    every expert takes one product."""
     chosen, weights = _route(tower, mixer, x)
     experts = tower.config.n_routed_experts
     counts = torch.bincount(chosen.flatten(), minlength=experts)

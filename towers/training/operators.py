@@ -1,7 +1,7 @@
 """The memory-bound parts of a layer as pure functions of tensors, plain or compiled.
 
-With fast matrix units the time of a step on a CPU goes into what lies between the products;
-compiling these functions (a C++ compiler is needed) makes the whole step about a third faster.
+On a CPU with fast matrix units most of a step's time is spent between the products; compiling these
+functions (with a C++ compiler) makes the whole step about a third faster.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from twotower.towers.training.scan import causal_conv, chunk_scan
 
 
 class MambaWeights(NamedTuple):
-    """Weights of a Mamba mixer between its projections.
+    """Weights of a Mamba mixer other than its projections.
 
-    `conv` [Cd, K], `norm` [Di]; `dt_bias`, `decay_log` (A_log) and `skip` (D) [heads].
+    `conv` [Cd, K], `conv_bias` [Cd] or None, `norm` [Di]; `dt_bias`, `decay_log` (A_log) and `skip`
+    (D) [heads].
     """
 
     conv: Tensor
@@ -48,10 +49,11 @@ def mamba_inner(
     sizes: tuple[int, int, int],
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Convolution, scan and gated norm of R rows in n chunks (`chunked`).
+    """Convolution, scan and gated norm of R rows in n chunks; `chunked` is (R, n).
 
     `z` [.., Di], `padded` [.., K-1+T, Cd], raw `dt` [.., heads]; `sizes` is (heads, groups, N).
     Returns y [R, n, L, Di] and the border states, see `chunk_scan`.
+    Source: Dao and Gu 2024 (Mamba-2), section 7.
     """
     heads, groups, width = sizes
     dt = F.softplus(dt.float() + weights.dt_bias.float()).reshape(*chunked, -1, heads)
@@ -91,7 +93,7 @@ def block_attention(
     """Each block attends to the context before it and, in both directions, to itself.
 
     q [R, m, L, kv, group, hd], k, v [R, m, L, kv, hd]; context `far_k`, `far_v` [R, T, kv, hd], of
-    which block j sees the first `starts[j]`. Returns [R, m, L, heads * hd].
+    which block j attends to the first `starts[j]` tokens. Returns [R, m, L, heads * hd].
     """
     rows, blocks, length, kv, group, size = q.shape
     context = far_k.shape[1]
@@ -127,7 +129,7 @@ PLAIN = Operators()
 
 
 def compiled_operators() -> Operators:
-    """Operators compiled for the shapes they meet; the first steps take about a minute more."""
+    """Operators compiled for the shapes of their calls; the first steps take a minute more."""
     return Operators(
         torch.compile(rms_norm, dynamic=False),
         torch.compile(mamba_inner, dynamic=False),

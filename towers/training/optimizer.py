@@ -21,7 +21,7 @@ _VECTOR_LIKE = ("conv1d.weight", "gate.weight", "t_embedder", "t_block", "scale_
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Rates at full schedule; `embedding_rate` differs between the towers."""
+    """Learning rates before the schedule, and constants of Muon and AdamW."""
 
     muon_rate: float = 0.02
     adam_rate: float = 0.003
@@ -54,11 +54,11 @@ class Optimizer:
         return [*self._muon, *self._adam]
 
     def state(self) -> Parameters:
-        """Everything that `restore` needs, by name; tensors are the live ones."""
+        """The state for `restore`, by name; its tensors change with the next step."""
         return {**self._state, "steps": torch.tensor(self._steps)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over a state that `state` returned."""
+        """Copies a state that `state` returned. Raises KeyError if a tensor is missing."""
         self._steps = int(state["steps"])
         for name, value in self._state.items():
             value.copy_(state[name])
@@ -102,22 +102,26 @@ class Optimizer:
 
 
 def is_mixer_matrix(name: str, value: Tensor) -> bool:
-    """Whether Muon takes a parameter: a matrix, or a stack of experts, inside a mixer."""
+    """True if Muon updates the parameter: a matrix, or a stack of experts, inside a mixer."""
     return ".mixer." in name and value.ndim >= 2 and not any(part in name for part in _VECTOR_LIKE)
 
 
 def _orthogonal(
     members: Sequence[tuple[str, Tensor]], settings: OptimizerSettings
 ) -> Sequence[Tensor]:
-    """Orthogonalised updates of matrices of one shape, each [.., rows, cols], in one batch."""
+    """Orthogonalised updates [n_i, rows, cols] of (name, update [.., rows, cols]) pairs of one
+    shape, computed as one batch."""
     counts = [update[..., 0, 0].numel() for _, update in members]
     stacked = torch.cat([update.reshape(-1, *update.shape[-2:]) for _, update in members])
     return torch.split(newton_schulz(stacked, settings.iterations), counts)
 
 
 def newton_schulz(matrices: Tensor, iterations: int) -> Tensor:
-    """[B, rows, cols] with singular values near 1 and the singular vectors of `matrices`; bf16 is
-    precise enough and taken where it is fast."""
+    """[B, rows, cols] with singular values near 1 and the singular vectors of `matrices`.
+
+    bf16 is precise enough and is used where it is fast.
+    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
+    """
     a, b, c = _NEWTON_SCHULZ
     x: Tensor
     tall = matrices.shape[-2] > matrices.shape[-1]

@@ -1,4 +1,4 @@
-"""What a training run is told: folders, time, threads, shapes."""
+"""Options of a training run: folders, time, threads and shapes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from twotower.kernels.products import fastest_dtype
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.limits import MOST_THREADS
 from twotower.towers.training.batches import BatchShape
-from twotower.towers.training.loop import Budget, Intervals
+from twotower.towers.training.loop import Budget
 
 # 9.76 M parameters in both towers: with the tokenizer just under 20 MB in bf16.
 SHIPPED_CONFIG = TwoTowerConfig(
@@ -38,12 +38,13 @@ SHIPPED_CONFIG = TwoTowerConfig(
     layer_norm_epsilon=1e-5,
     max_position_embeddings=4096,
 )
-# A year, and more steps than it has room for.
+# A year, and more steps than fit into a year.
 _MOST_MINUTES, _MOST_STEPS = 366.0 * 24 * 60, 2**31 - 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def _fastest() -> str:
+    """The name of the dtype that this processor multiplies fastest."""
     fastest = fastest_dtype()
     return next(name for name, dtype in DTYPES.items() if dtype == fastest)
 
@@ -52,9 +53,10 @@ def _fastest() -> str:
 class TrainingOptions:
     """A run from corpus to exported model.
 
-    `out_dir` receives the model, `work_dir` tokens and checkpoints; a phase given in steps ignores
-    its minutes. `corpus` defaults to the running interpreter's standard library,
-    `dtype` to what this processor multiplies fastest.
+    The model is written to `out_dir`, tokens and checkpoints to `work_dir`. A phase whose steps are
+    given ignores its minutes. `corpus` defaults to the running interpreter's standard library,
+    `dtype` to the dtype that this processor multiplies fastest. Raises ValueError for a value out
+    of its limits.
     """
 
     out_dir: Path
@@ -77,7 +79,6 @@ class TrainingOptions:
     own_text_rows: int = 256
     held_out_batches: int = 4
     touch_bytes: int = 3_500_000_000
-    intervals: Intervals = field(default_factory=Intervals)
 
     def __post_init__(self) -> None:
         for name in ("context_minutes", "own_text_minutes", "denoiser_minutes"):
@@ -92,7 +93,7 @@ class TrainingOptions:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
                 raise ValueError(f"{name}: got {value}, expected 1 to {most}")
-        # Two more are drawn from it, one after the other.
+        # Seeds + 1 and + 2 are used too.
         if not 0 <= self.seed <= 2**63 - 3:
             raise ValueError(f"seed: got {self.seed}, expected 0 to {2**63 - 3}")
         if self.corpus is not None and not self.corpus.is_dir():
@@ -109,10 +110,12 @@ class TrainingOptions:
 
     @property
     def context_budget(self) -> Budget:
+        """Length of the phase that trains the context tower."""
         return Budget(self.context_minutes, self.context_steps)
 
     @property
     def denoiser_budget(self) -> Budget:
+        """Length of the phase that trains the denoiser."""
         return Budget(self.denoiser_minutes, self.denoiser_steps)
 
     @property

@@ -1,7 +1,7 @@
-"""Text written by the frozen context tower, which the denoiser also learns to fill in.
+"""Writes text with the frozen context tower, on which the denoiser is trained too.
 
-At decoding time the denoiser sees the context tower's view of generated text, not of a corpus;
-training on such text raises the number of tokens it commits per call.
+In decoding the denoiser reads the context tower's states of generated text, not of a corpus;
+training on such text raises the number of tokens it commits per pass.
 """
 
 from __future__ import annotations
@@ -14,17 +14,15 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from twotower.towers.config.model_config import ATTENTION, MAMBA, TwoTowerConfig
-from twotower.towers.training.model import ContextMemory, TowerView, context_hidden
+from twotower.towers.training.model import TowerView, context_hidden
 from twotower.towers.training.operators import PLAIN
 from twotower.towers.training.parameters import CONTEXT, CONTEXT_HEAD
 
 
 @dataclass
 class _State:
-    """Per layer: SSM state [R, heads, N, P] fp32, raw conv inputs [R, K-1, Cd], K and V [R, T, ..].
-
-    `used` of the T places of K and V hold tokens.
-    """
+    """The context tower's state of R rows, by layer: `ssm` [R, heads, N, P] fp32, `tails` (raw conv
+    inputs) [R, K-1, Cd], `keys` and `values` [R, T, kv, hd], of which the first `used` are set."""
 
     ssm: dict[int, Tensor]
     tails: dict[int, Tensor]
@@ -43,7 +41,7 @@ def write_own_text(
     temperatures: Tensor,
     generator: Generator,
 ) -> Tensor:
-    """int64 [R, length]: `prompts` [R, S] (S whole blocks) continued by the context tower.
+    """Continues `prompts` int64 [R, S], S whole blocks, to int64 [R, length].
 
     `temperatures` [R] are per row; 0 takes the likeliest token.
     """
@@ -51,11 +49,11 @@ def write_own_text(
     tokens = torch.zeros(prompts.shape[0], length, dtype=torch.int64)
     tokens[:, :start] = prompts
     hidden, state = _prefill(params, config, prompts, length, block_size)
-    for place in range(start, length):
+    for position in range(start, length):
         logits = F.linear(hidden, params[CONTEXT_HEAD]).float()
-        tokens[:, place] = draw_tokens(logits, temperatures, generator)
-        if place + 1 < length:
-            hidden = _step(params, config, tokens[:, place], state)
+        tokens[:, position] = draw_tokens(logits, temperatures, generator)
+        if position + 1 < length:
+            hidden = _step(params, config, tokens[:, position], state)
     return tokens
 
 
@@ -66,32 +64,35 @@ def _prefill(
     length: int,
     block_size: int,
 ) -> tuple[Tensor, _State]:
+    """Hidden [R, H] of the last prompt token, and the state after it with room for `length`
+    tokens."""
     start = prompts.shape[1]
-    # The memory holds states before each block: one more block makes those after the prompt.
+    # The memory holds states before each block: with one more block also those after the prompt.
     extended = F.pad(prompts, (0, block_size))
     hidden, memory = context_hidden(params, config, extended, block_size)
     after = start // block_size
     state = _State(
         {layer: border[:, after].float() for layer, border in memory.borders.items()},
         {layer: tail[:, after] for layer, tail in memory.tails.items()},
-        _roomy(memory, "keys", start, length),
-        _roomy(memory, "values", start, length),
+        _extended(memory.keys, start, length),
+        _extended(memory.values, start, length),
         start,
     )
     return hidden[:, start - 1], state
 
 
-def _roomy(memory: ContextMemory, name: str, used: int, length: int) -> dict[int, Tensor]:
-    cached: dict[int, Tensor] = getattr(memory, name)
-    roomy = {}
+def _extended(cached: dict[int, Tensor], used: int, length: int) -> dict[int, Tensor]:
+    """K or V [R, T, ..] by layer -> copies [R, length, ..] with the first `used` tokens."""
+    extended = {}
     for layer, value in cached.items():
-        roomy[layer] = value.new_zeros(value.shape[0], length, *value.shape[2:])
-        roomy[layer][:, :used] = value[:, :used]
-    return roomy
+        extended[layer] = value.new_zeros(value.shape[0], length, *value.shape[2:])
+        extended[layer][:, :used] = value[:, :used]
+    return extended
 
 
 def draw_tokens(logits: Tensor, temperatures: Tensor, generator: Generator) -> Tensor:
-    """Gumbel-max from `logits` [R, V] at `temperatures` [R]; the likeliest token where it is 0."""
+    """Tokens [R] drawn from `logits` [R, V] at `temperatures` [R] by Gumbel-max; the likeliest
+    token at temperature 0. Source: Maddison et al. 2014, section 2."""
     exponential = -torch.rand(logits.shape, generator=generator).clamp_min(1e-10).log()
     noise = -exponential.clamp_min(1e-10).log()
     return (logits + noise * temperatures[:, None]).argmax(-1)
@@ -100,7 +101,7 @@ def draw_tokens(logits: Tensor, temperatures: Tensor, generator: Generator) -> T
 def _step(
     params: Mapping[str, Tensor], config: TwoTowerConfig, token: Tensor, state: _State
 ) -> Tensor:
-    """Final normed hidden [R, H] after one more `token` [R]; `state` moves on in place."""
+    """Final normed hidden [R, H] of a further `token` [R], by which `state` advances in place."""
     tower = TowerView(params, config, CONTEXT, PLAIN, None)
     hidden = F.embedding(token, params[f"{CONTEXT}.embeddings.weight"])
     for layer, kind in enumerate(config.layer_pattern):
@@ -148,9 +149,9 @@ def _attention_step(tower: TowerView, layer: int, x: Tensor, state: _State) -> T
     mixer = f"layers.{layer}.mixer"
     q, k, v = tower.heads(mixer, x)
     state.keys[layer][:, state.used], state.values[layer][:, state.used] = k, v
-    seen = state.used + 1
-    keys = state.keys[layer][:, :seen].permute(0, 2, 3, 1)
+    context_len = state.used + 1
+    keys = state.keys[layer][:, :context_len].permute(0, 2, 3, 1)
     scores = (q * tower.config.head_dim**-0.5) @ keys
     share = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-    out = share @ state.values[layer][:, :seen].transpose(1, 2)
+    out = share @ state.values[layer][:, :context_len].transpose(1, 2)
     return tower.linear(f"{mixer}.o_proj", out.flatten(1))

@@ -1,7 +1,8 @@
-"""Names, shapes and first values of both towers' parameters.
+"""Names, shapes and initial values of both towers' parameters.
 
 Training keeps the released names, but holds the experts of a layer as one tensor
-(`mixer.experts.up_proj.weight` [E, F, H]); `stack_experts` and `split_experts` go between the two.
+(`mixer.experts.up_proj.weight` [E, F, H]); `stack_experts` and `split_experts` convert between the
+two.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ CONTEXT, DENOISER = "context_tower", "denoiser_tower"
 CONTEXT_HEAD, DENOISER_HEAD = "context_lm_head.weight", "lm_head.weight"
 ROUTER_BIAS = "e_score_correction_bias"
 _EXPERT = re.compile(r"(.*\.mixer\.experts)\.(\d+)\.(up_proj|down_proj)\.(weight|bias)")
-# Inverse softplus of dt between these bounds is Mamba's usual start.
+# Bounds of the initial dt: dt_bias is its inverse softplus. Source: Gu and Dao 2023 (Mamba),
+# section 3.6.
 _DT_MIN, _DT_MAX = 1e-3, 1e-1
 
 
 def stack_experts(released: Mapping[str, Tensor]) -> Parameters:
-    """Released tensors with each layer's experts joined along a new first axis."""
+    """Released tensors, with each layer's experts stacked along a new first axis."""
     params: Parameters = {}
     experts: dict[str, dict[int, Tensor]] = {}
     for name, value in released.items():
@@ -48,7 +50,7 @@ def stack_experts(released: Mapping[str, Tensor]) -> Parameters:
 
 
 def split_experts(params: Mapping[str, Tensor]) -> Parameters:
-    """The inverse of `stack_experts`."""
+    """Released tensors of stacked parameters: the inverse of `stack_experts`."""
     released: Parameters = {}
     for name, value in params.items():
         owner, found, matrix = name.partition(".mixer.experts.")
@@ -79,7 +81,8 @@ def initial_context(config: TwoTowerConfig, generator: torch.Generator) -> Param
 def initial_denoiser(
     config: TwoTowerConfig, context: Mapping[str, Tensor], generator: torch.Generator
 ) -> Parameters:
-    """The denoiser as a copy of the context tower whose conditioning is the identity at any t."""
+    """Fresh parameters of the denoiser: a copy of the context tower, with timestep conditioning
+    that is the identity at every t."""
     params = {
         name.replace(CONTEXT, DENOISER, 1): value.clone()
         for name, value in context.items()

@@ -1,4 +1,4 @@
-"""The whole run in order: corpus, context tower, its own text, denoiser, export."""
+"""A training run from start to end: corpus, context tower, text written by it, denoiser, export."""
 
 from __future__ import annotations
 
@@ -47,13 +47,14 @@ Report = Callable[[str], None]
 
 DENOISER_SETTINGS = OptimizerSettings(embedding_rate=0.01)
 OWN_TEXT_TEMPERATURES = (0.0, 0.5, 0.8)
-# Own text takes half of the rows once the denoiser has learnt what blocks look like.
+# From this share of the denoiser's phase on, half of the rows are text of the context tower.
 OWN_TEXT_FROM = 0.5
 
 
 @dataclass(frozen=True)
 class Data:
-    """Tokenizer, token streams and the numbers of the corpus that the model card reports."""
+    """Tokenizer, token streams [tokens] uint16, and counts of files, characters and bytes for the
+    model card."""
 
     tokenizer: Tokenizer
     train: TokenArray
@@ -64,7 +65,7 @@ class Data:
 def train(options: TrainingOptions, report: Report) -> Path:
     """Trains both towers, exports them to `options.out_dir` and returns that folder."""
     torch.set_num_threads(options.threads)
-    # Now, and not when hours of work are to be written there.
+    # Checked now rather than after hours of work.
     for folder in (options.out_dir, options.work_dir):
         _check_writable(folder)
     data = _data(options, report)
@@ -85,13 +86,14 @@ def train(options: TrainingOptions, report: Report) -> Path:
 
 
 def _check_writable(folder: Path) -> None:
-    """Makes a folder if need be. Raises OSError if nothing can be written there."""
+    """Makes a folder if it is missing. Raises OSError if nothing can be written there."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=folder):
         pass
 
 
 def _check_length(name: str, tokens: TokenArray, options: TrainingOptions) -> None:
+    """Raises ValueError if the stream is shorter than a sequence of the batch."""
     needed = options.shape.length + 1
     if len(tokens) < needed:
         raise ValueError(
@@ -101,6 +103,8 @@ def _check_length(name: str, tokens: TokenArray, options: TrainingOptions) -> No
 
 
 def _data(options: TrainingOptions, report: Report) -> Data:
+    """Reads the corpus, trains the tokenizer on it and encodes it; all from `work_dir` when the run
+    resumes. Raises ValueError for a corpus that is too small."""
     folder = options.work_dir
     paths = [folder / name for name in ("tokenizer.json", "train.npy", "heldout.npy", "data.json")]
     if options.resume and all(path.exists() for path in paths):
@@ -141,6 +145,8 @@ def _data(options: TrainingOptions, report: Report) -> Data:
 def _train_context(
     options: TrainingOptions, objective: Objective, data: Data, report: Report
 ) -> Phase:
+    """Trains the context tower and its head on the corpus, from fresh parameters or where an
+    earlier run stopped."""
     generator = Generator().manual_seed(options.seed)
     shape = options.shape
     params = initial_context(options.config, generator)
@@ -163,7 +169,8 @@ def _train_context(
 def _own_text(
     options: TrainingOptions, frozen: Parameters, data: Data, report: Report
 ) -> TokenArray:
-    """Rows [N, length] written by the context tower for the given minutes, at least one batch."""
+    """Rows uint16 [N, length] written by the context tower for `own_text_minutes`, at least one
+    batch; read from `work_dir` when the run resumes."""
     path = options.work_dir / "own_text.npy"
     if options.resume and path.exists():
         return np.asarray(np.load(path), dtype=np.uint16)
@@ -200,6 +207,8 @@ def _train_denoiser(
     context: Parameters,
     report: Report,
 ) -> Phase:
+    """Trains the denoiser with the frozen context tower, on the corpus and then also on
+    `own_text`."""
     generator = Generator().manual_seed(options.seed + 2)
     shape = options.shape
     frozen = {name: value.detach() for name, value in context.items()}
@@ -213,10 +222,10 @@ def _train_denoiser(
     blocks = shape.length // shape.block_size - 1
 
     def loss(params: Parameters, progress: float, loads: Loads) -> Tensor:
-        own = shape.rows // 2 if progress >= OWN_TEXT_FROM else 0
-        tokens = draw_sequences(data.train, shape.rows - own, shape.length, generator)
-        if own:
-            tokens = torch.cat([tokens, draw_rows(own_text, own, generator)])
+        written = shape.rows // 2 if progress >= OWN_TEXT_FROM else 0
+        tokens = draw_sequences(data.train, shape.rows - written, shape.length, generator)
+        if written:
+            tokens = torch.cat([tokens, draw_rows(own_text, written, generator)])
         masks = draw_masks(shape.rows, blocks, shape.block_size, options.suffix_share, generator)
         return denoiser_loss(objective, cast, params, tokens, masks, loads)
 
@@ -237,13 +246,13 @@ def _run(
 ) -> None:
     shape = options.shape
     tokens = shape.rows * shape.length
-    phase.run(budget, options.torch_dtype, loss, tokens, held_out, report, options.intervals)
+    phase.run(budget, options.torch_dtype, loss, tokens, held_out, report)
 
 
 def _write_record(
     options: TrainingOptions, data: Data, own_text: TokenArray, context: Phase, denoiser: Phase
 ) -> None:
-    """training.json: what was done and how fast, for the model card."""
+    """Writes training.json for the model card: corpus, phases with their speed, machine, batch."""
     record: dict[str, Any] = {
         "corpus": {
             **data.figures,
@@ -269,7 +278,7 @@ def _write_record(
 
 
 def _processor() -> str:
-    """The CPU's name and its bf16 instructions where Linux tells them, else what platform says."""
+    """The CPU's model and its bf16 instructions from /proc/cpuinfo, else platform's name of it."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor() or platform.machine()

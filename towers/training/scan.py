@@ -1,8 +1,9 @@
 """The differentiable parts of a Mamba-2 layer: short convolution and scan over chunks.
 
-Within a chunk of L tokens everything is an L x L or L x N matrix per head; between chunks one small
-decay matrix takes the place of a loop. dt, decay and D are folded into those small matrices, never
-into the L x P inputs, which is what makes this quick on a CPU.
+Within a chunk of L tokens everything is an L x L or L x N matrix per head; between chunks a small
+matrix of decays replaces a loop. dt, decay and D are folded into these small matrices, never into
+the L x P inputs, which makes this fast on a CPU.
+Source: Dao and Gu 2024 (Mamba-2), section 6.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.autograd.function import FunctionCtx
 
 
 class _CausalConv(Function):
-    """Depthwise convolution as K shifted products; autograd's own slices would cost K copies."""
+    """Depthwise convolution as K shifted products; slices under autograd would cost K copies."""
 
     @staticmethod
     def forward(ctx: Any, padded: Tensor, weight: Tensor) -> Tensor:
@@ -43,7 +44,10 @@ class _CausalConv(Function):
 
 
 def causal_conv(padded: Tensor, weight: Tensor) -> Tensor:
-    """Convolves `padded` [R, K-1+T, C] with `weight` [C, K] into [R, T, C]."""
+    """Depthwise causal convolution of `padded` [R, K-1+T, C] with `weight` [C, K], [R, T, C].
+
+    Source: Gu and Dao 2023 (Mamba), section 3.4.
+    """
     return cast(Tensor, _CausalConv.apply(padded, weight))  # type: ignore[no-untyped-call]
 
 
@@ -59,9 +63,9 @@ def chunk_scan(
     """Runs h <- exp(dt A) h + dt x B, y = h C + D x over chunks; returns y and the border states.
 
     `x` [R, n, L, heads, P]; `b`, `c` [R, n, L, G, N]; `dt` fp32 [R, n, L, heads]; `decay_rate` (A)
-    and `skip` (D) fp32 [heads]. With `borders` [R, n, heads, N, P] given, each chunk starts from
-    its own state; without, the chunks follow each other from a zero state and the result holds
-    n + 1 states, the last one after the sequence. y has the shape of `x`.
+    and `skip` (D) fp32 [heads]. With `borders` [R, n, heads, N, P] chunk i starts from state i;
+    without, the chunks follow each other from a zero state and n + 1 border states are returned,
+    the last of them after the sequence. y has the shape of `x`.
     """
     heads, groups = x.shape[3], b.shape[3]
     x, b, c = x.transpose(2, 3), b.transpose(2, 3), c.transpose(2, 3)
@@ -79,7 +83,7 @@ def chunk_scan(
 
 
 def _inner_matrix(scores: Tensor, dt: Tensor, total: Tensor, skip: Tensor) -> Tensor:
-    """[R, n, heads, L, L]: what token j of a chunk contributes to token i, D on the diagonal."""
+    """[R, n, heads, L, L]: the weight of x_j in y_i within a chunk, with D on the diagonal."""
     length = dt.shape[-1]
     future = torch.ones(length, length, dtype=torch.bool, device=dt.device).triu(1)
     gap = (total[..., :, None] - total[..., None, :]).masked_fill(future, -torch.inf)
@@ -102,7 +106,7 @@ def _border_states(added: Tensor, log_decay: Tensor) -> Tensor:
 
 
 class _TakeRows(Function):
-    """Rows by index, where every row is taken equally often: the gradient is a gather as well."""
+    """Gathers rows, each equally often, so that the gradient is a gather too, not a scatter."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -119,5 +123,8 @@ class _TakeRows(Function):
 
 
 def take_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """`rows[index]` [M, D]; `inverse` lists, for each row in turn, the places it was taken to."""
+    """`rows[index]` [M, D]; `inverse` [M] lists, for each row in turn, its indices in the result.
+
+    Every row has to be taken equally often.
+    """
     return cast(Tensor, _TakeRows.apply(rows, index, inverse))  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer for Python source; every text comes back from its ids unchanged."""
+"""A byte-level BPE tokenizer for Python source; decoding the ids of a text gives the same text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ PIECES = r"(?:\r?\n)+[ \t]*| ?[^\W\d]+|\d| ?[^\s\w]+|[ \t]+"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Fits merges on `texts`; ids 0 to 3 are pad, bos, eos and mask."""
+    """A tokenizer of `vocab_size` ids with merges learned from `texts`; ids 0 to 3 are pad, bos,
+    eos and mask."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -34,9 +35,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def plain_text_only(tokenizer: Tokenizer) -> Tokenizer:
-    """Makes `<|eos|>` and the like inside a text ordinary characters; returns the same object.
+    """Sets the tokenizer to read `<|eos|>` and the like in a text as plain characters; returns it.
 
-    The setting is not part of tokenizer.json, so it is made again after loading.
+    The setting is not part of tokenizer.json, so it has to be made again after loading.
     """
     tokenizer.encode_special_tokens = True
     return tokenizer

@@ -1,4 +1,4 @@
-"""Reading checkpoints: only the own tower, and every fault by its name."""
+"""Reading checkpoints: the tensors of a single tower, and every fault by its name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.random_model import (
     write_shards,
 )
 from twotower.towers.checkpoint import checkpoint as module
-from twotower.towers.checkpoint import weights
+from twotower.towers.checkpoint import tower_loader
 from twotower.towers.checkpoint.checkpoint import Checkpoint, tensor_shapes
 from twotower.towers.checkpoint.weights import (
     load_context_tower,
@@ -132,7 +132,7 @@ def test_without_a_packed_layout_every_matrix_has_its_own_memory(
 ) -> None:
     tensors = random_tensors(SMALL)
     write_checkpoint(tmp_path, tensors=tensors)
-    monkeypatch.setattr(weights, "pack", lambda matrix: matrix)
+    monkeypatch.setattr(tower_loader, "pack", lambda matrix: matrix)
     tower = load_context_tower(tmp_path)
     assert_same_bits(tower.weights.head, tensors["context_lm_head.weight"])
     mamba, _, moe, mlp = (layer.mixer for layer in tower.weights.layers)
@@ -341,7 +341,7 @@ def test_dtypes_by_name() -> None:
 
 
 def test_a_folder_written_here_is_the_released_layout(tmp_path: Path) -> None:
-    """The helper itself: one file, released keys."""
+    """The tests' helper writes a single file with the released keys."""
     write_checkpoint(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     assert raw["hybrid_override_pattern"] == "M*E-"
@@ -358,9 +358,9 @@ def test_a_tower_that_does_not_fit_is_refused_with_the_arithmetic(
     tensors = load_file(folder / "model.safetensors")
     own = [v for k, v in tensors.items() if k.startswith(("context_tower.", "context_lm_head."))]
     needed = 4 * sum(value.numel() for value in own)
-    monkeypatch.setattr(weights, "free_bytes", lambda _: needed)
+    monkeypatch.setattr(tower_loader, "free_bytes", lambda _: needed)
     load_context_tower(folder)
-    monkeypatch.setattr(weights, "free_bytes", lambda _: needed - 1)
+    monkeypatch.setattr(tower_loader, "free_bytes", lambda _: needed - 1)
     message = f"{needed - 1} bytes are free on cpu, expected at least {needed} for the weights of"
     with pytest.raises(ConfigError, match=f"memory: {message} context_tower in float32"):
         load_context_tower(folder)

@@ -1,4 +1,4 @@
-"""Quantized checkpoints: what changes, what does not, what is refused, and that they load."""
+"""Quantized checkpoints: only routed experts change, wrong sources are refused, towers load."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from twotower.kernels.quantized import QuantizedExperts
 from twotower.towers.checkpoint.checkpoint import Checkpoint, tensor_shapes
 from twotower.towers.checkpoint.quantization import quantize_checkpoint
 from twotower.towers.checkpoint.tensor_file import TensorFile
+from twotower.towers.checkpoint.tower_loader import read_quantized
 from twotower.towers.checkpoint.weights import (
     load_context_tower,
     load_denoiser_tower,
-    read_quantized,
 )
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.config.quantization_config import FP8_EXPERTS

@@ -1,4 +1,4 @@
-"""Files written tensor by tensor are what the safetensors library reads."""
+"""The safetensors library reads files that were written tensor by tensor."""
 
 from __future__ import annotations
 

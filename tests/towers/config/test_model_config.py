@@ -1,4 +1,4 @@
-"""config.json: what is read, what is ignored, what is refused by name."""
+"""config.json: keys that are read, keys that are ignored, and keys refused by name."""
 
 from __future__ import annotations
 
