@@ -27,7 +27,7 @@ import torch
 from benchmarks.figures import median
 from benchmarks.machine import machine
 from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
-from twotower.planner.schedules import PROFILES, Schedule, draw_rows, lockstep_passes, replaying
+from twotower.planner.schedules import PROFILES, Replay, Schedule, draw_rows, lockstep_passes
 from twotower.towers.decoding.generation import generate_blocks
 from twotower.towers.engine.engine import EngineOptions
 from twotower.towers.engine.load import load_engines
@@ -112,7 +112,7 @@ async def run(
         torch.float32,
         options=options,
         threaded=True,
-        rule=replaying(rows),
+        rule=Replay(rows),
     )
     prompt = torch.arange(4, 4 + args.prompt).tolist()
 
