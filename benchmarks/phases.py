@@ -1,13 +1,13 @@
-"""Which phase of its life a row is in, and cancels within a chosen one.
+"""Follows the phases of rows, from queue to transfer, and cancels rows within a chosen phase.
 
-The classes stand between a pair and its towers and pass everything on.
+`PhasedTower` and `PhasedLink` wrap a pair's towers and link, and forward all calls.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,17 +15,27 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.soak_requests import Cancel
-from twotower.cluster.services.remote import WatchedContext, WatchedDenoiser
-from twotower.towers.decoding.services import Block, Prefilled
-from twotower.towers.request.params import GenerationParams
+from twotower.towers.decoding.services import ContextService, DenoiserService
 from twotower.towers.state.context_state import ContextState
 from twotower.towers.state.link import StateLink, UpdateWriter
 from twotower.towers.state.update import UpdatePlan
 
+# The phase in which a row is during a call of a tower.
+PHASE_OF = {
+    "open": "queued",
+    "prefill": "prefill",
+    "denoise_block": "denoising",
+    "next_token": "denoising",
+    "decode": "denoising",
+    "extend": "extension",
+    "verify": "extension",
+}
+assert all(hasattr(ContextService, name) or hasattr(DenoiserService, name) for name in PHASE_OF)
+
 
 @dataclass
 class _Life:
-    """A row's task, how often it entered each phase and which of them it is in now."""
+    """A row's task, how often it has entered each phase, and the phases that it is in now."""
 
     task: asyncio.Task[Any]
     cancel: Cancel | None
@@ -35,26 +45,26 @@ class _Life:
 
 
 class Phases:
-    """Rows by phase. `cancels` counts those sent, by the phase in which they arrived: the
-    intended one or, if the row had left it by then, "between"."""
+    """Rows and their phases. `cancels` counts the cancels that were sent, by the phase in which
+    they arrived: the intended phase or, if the row had left it by then, "between"."""
 
     def __init__(self) -> None:
         self.cancels: Counter[str] = Counter()
         self._lives: dict[str, _Life] = {}
 
     def follow(self, row_id: str, task: asyncio.Task[Any], cancel: Cancel | None) -> None:
-        """Begins a row's life, with a cancel if there is to be one."""
+        """Follows a row from now on, and cancels it as planned."""
         self._lives[row_id] = _Life(task, cancel)
 
     def forget(self, row_id: str) -> None:
-        """Ends it."""
+        """Follows a row no longer."""
         life = self._lives.pop(row_id)
         if life.timer is not None:
             life.timer.cancel()
 
     @contextmanager
     def phase(self, row_id: str, name: str) -> Iterator[None]:
-        """The row is in a phase for as long as the block lasts."""
+        """The row is in a phase for as long as the `with` block lasts."""
         life = self._lives.get(row_id)
         if life is None:
             yield
@@ -75,83 +85,27 @@ class Phases:
             self.cancels[name if life.inside[name] else "between"] += 1
 
 
-class PhasedContext:
-    """A context tower whose rows' phases are followed."""
+class PhasedTower:
+    """A context or denoiser tower; while a call of `PHASE_OF` runs, its row is in that phase."""
 
-    def __init__(self, tower: WatchedContext, phases: Phases) -> None:
+    def __init__(self, tower: Any, phases: Phases) -> None:
         self._tower = tower
         self._phases = phases
 
-    async def open(self, row_id: str, capacity: int) -> int:
-        with self._phases.phase(row_id, "queued"):
-            return await self._tower.open(row_id, capacity)
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._tower, name)
+        if name not in PHASE_OF:
+            return call
 
-    async def prefill(
-        self, row_id: str, prompt: Sequence[int], generated: Sequence[int], params: GenerationParams
-    ) -> Prefilled:
-        with self._phases.phase(row_id, "prefill"):
-            return await self._tower.prefill(row_id, prompt, generated, params)
+        async def in_phase(row_id: str, *args: Any, **kwargs: Any) -> Any:
+            with self._phases.phase(row_id, PHASE_OF[name]):
+                return await call(row_id, *args, **kwargs)
 
-    async def extend(self, row_id: str, token_ids: Sequence[int]) -> int:
-        with self._phases.phase(row_id, "extension"):
-            return await self._tower.extend(row_id, token_ids)
-
-    async def decode(self, row_id: str, count: int, params: GenerationParams) -> Block:
-        with self._phases.phase(row_id, "denoising"):
-            return await self._tower.decode(row_id, count, params)
-
-    async def verify(self, row_id: str, draft: Sequence[int], params: GenerationParams) -> Block:
-        with self._phases.phase(row_id, "extension"):
-            return await self._tower.verify(row_id, draft, params)
-
-    async def score(self, token_ids: Sequence[int]) -> list[float]:
-        return await self._tower.score(token_ids)
-
-    async def release(self, row_id: str) -> None:
-        await self._tower.release(row_id)
-
-    async def stats(self) -> dict[str, float]:
-        return await self._tower.stats()
-
-    async def check(self) -> None:
-        await self._tower.check()
-
-
-class PhasedDenoiser:
-    """A denoiser tower whose rows' phases are followed."""
-
-    def __init__(self, tower: WatchedDenoiser, phases: Phases) -> None:
-        self._tower = tower
-        self._phases = phases
-
-    async def open(self, row_id: str, capacity: int) -> None:
-        with self._phases.phase(row_id, "queued"):
-            await self._tower.open(row_id, capacity)
-
-    async def denoise_block(
-        self, row_id: str, position: int, params: GenerationParams, known: Sequence[int] = ()
-    ) -> Block:
-        with self._phases.phase(row_id, "denoising"):
-            return await self._tower.denoise_block(row_id, position, params, known)
-
-    async def next_token(
-        self, row_id: str, position: int, last_token: int, params: GenerationParams
-    ) -> Block:
-        with self._phases.phase(row_id, "denoising"):
-            return await self._tower.next_token(row_id, position, last_token, params)
-
-    async def release(self, row_id: str) -> None:
-        await self._tower.release(row_id)
-
-    async def stats(self) -> dict[str, float]:
-        return await self._tower.stats()
-
-    async def check(self) -> None:
-        await self._tower.check()
+        return in_phase
 
 
 class PhasedLink:
-    """A link whose updates are a phase of their rows while they wait for their receipts."""
+    """A link; while an update waits for its receipt, its row is in the phase "transfer"."""
 
     def __init__(self, link: StateLink, phases: Phases) -> None:
         self._link = link

@@ -17,7 +17,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,13 +71,13 @@ def main() -> None:
 
 
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """All figures: medians over runs, each with a draw of its own."""
+    """All figures: medians over runs, each with other schedules."""
     asyncio.run(run(folder, draw_rows(args.profile, args.width, 1, 0), args))
     runs = [
         asyncio.run(run(folder, draw_rows(args.profile, args.rows, args.blocks, seed), args))
         for seed in range(args.repeats)
     ]
-    figures = {name: [figure[name] for figure in runs] for name in runs[0]}
+    by_name = {name: [found[name] for found in runs] for name in runs[0]}
     return {
         "machine": machine(threads=2),
         "shape": {
@@ -90,9 +90,9 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             "prompt": args.prompt,
             "profile": args.profile,
         },
-        "median": {name: median(every) for name, every in figures.items()},
+        "median": {name: median(values) for name, values in by_name.items()},
         "worst": {
-            name: max(figures[name]) for name in ("passes_over_ideal", "makespan_over_busier")
+            name: max(by_name[name]) for name in ("passes_over_ideal", "makespan_over_busier")
         },
     }
 
@@ -100,7 +100,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 async def run(
     folder: Path, rows: Sequence[Sequence[Schedule]], args: argparse.Namespace
 ) -> dict[str, float]:
-    """All rows through fresh engines, at once."""
+    """Figures of a run of all rows at once through fresh engines."""
     options = EngineOptions(
         MemoryBudget(max_num_seqs=len(rows), max_context=args.prompt + BLOCK * len(rows[0])),
         limits=PassLimits(max_rows=args.width),
@@ -124,18 +124,29 @@ async def run(
     started = time.monotonic()
     await asyncio.gather(*(row(index) for index in range(len(rows))))
     makespan = time.monotonic() - started
-    reading, denoising = context.stats(), denoiser.stats()
+    return figures(rows, args.width, makespan, context.stats(), denoiser.stats())
+
+
+def figures(
+    rows: Sequence[Sequence[Schedule]],
+    width: int,
+    makespan: float,
+    reading: Mapping[str, float],
+    denoising: Mapping[str, float],
+) -> dict[str, float]:
+    """Passes and seconds of a run from the counters of its context and denoiser engines, against
+    an ideal and a lockstep run of the same schedules. Raises RuntimeError if steps are missing."""
     steps = sum(len(block) for blocks in rows for block in blocks)
     if denoising["pass_rows"] != steps:
         raise RuntimeError(f"denoiser steps: got {denoising['pass_rows']:.0f}, expected {steps}")
-    ideal = math.ceil(steps / args.width)
+    ideal = math.ceil(steps / width)
     busier = max(reading["pass_seconds"], denoising["pass_seconds"])
     return {
         "steps": steps,
         "ideal_passes": ideal,
         "passes": denoising["passes"],
         "passes_over_ideal": round(denoising["passes"] / ideal, 4),
-        "lockstep_over_ideal": round(lockstep_passes(rows, args.width) / ideal, 4),
+        "lockstep_over_ideal": round(lockstep_passes(rows, width) / ideal, 4),
         "makespan_s": makespan,
         "makespan_over_busier": round(makespan / busier, 4),
         "denoiser_pass_ms": 1e3 * denoising["pass_seconds"] / denoising["passes"],

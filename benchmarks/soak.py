@@ -34,7 +34,7 @@ import torch
 
 from benchmarks.in_process import load_local
 from benchmarks.machine import machine
-from benchmarks.phases import PhasedContext, PhasedDenoiser, PhasedLink, Phases
+from benchmarks.phases import PhasedLink, PhasedTower, Phases
 from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
 from benchmarks.soak_requests import RequestMaker, SoakRequest
 from twotower.api import Request
@@ -135,9 +135,10 @@ class Soak:
         link = self.engine.link
         assert link is not None
         self.engine.link = PhasedLink(link, self._phases)
-        return PairServices(
-            PhasedContext(self._context, self._phases), PhasedDenoiser(self._denoiser, self._phases)
+        context, denoiser = (
+            PhasedTower(tower, self._phases) for tower in (self._context, self._denoiser)
         )
+        return PairServices(context, denoiser)
 
     async def _end(self, request: SoakRequest) -> None:
         """Sends a request until it is not refused, and notes what became of it."""
