@@ -9,7 +9,7 @@ whole state, and for each transport the throughput of the channel, several rows 
 bare transfer between the same two processes: 1 MiB messages over a gRPC stream with the same
 options, 1 MiB tensors through a process group. Bare and channel take turns; the ratio is that of
 their medians. NCCL wants two GPUs, cuda:0 receives; its bare transfer is NCCL at its best, 8 MiB
-tensors one after the other with nobody waiting before the last. Prints one JSON object.
+tensors one after the other, with a wait after the last only. Prints one JSON object.
 """
 
 from __future__ import annotations

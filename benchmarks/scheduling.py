@@ -3,7 +3,7 @@
     python -m benchmarks.scheduling
     python -m benchmarks.scheduling --rows 64 --width 32 --profile code
 
-Real engines on a random checkpoint, each tower's passes in a thread of its own. `passes_over_ideal`
+Real engines on a random checkpoint, the passes of each tower in a thread. `passes_over_ideal`
 is the denoiser's passes over (sum of all rows' steps) / width; beside it the same schedules in
 lockstep. `makespan_over_busier` is the wall time of a run over the pass time of the tower that
 worked longer. Prints one JSON object.

@@ -81,15 +81,13 @@ def test_a_pair_meets_the_queue_of_the_textbook() -> None:
 
 
 def test_pairs_start_late_and_go_after_their_rows() -> None:
-    class Script:
+    def script(tick: Tick) -> int:
         """Two pairs from the third second on, one from the twentieth."""
-
-        def pairs_for(self, tick: Tick) -> int:
-            return 2 if 3 <= tick.time < 20 else 1
+        return 2 if 3 <= tick.time < 20 else 1
 
     # Eight rows for one pair of four slots; the second pair is up too late for those that wait.
     # Of eight more it gets six, and two of these wait for the end of the others.
-    found = run(given(*[(0.1, 8)] * 8, *[(15.0, 30)] * 8), Script(), seconds=100)
+    found = run(given(*[(0.1, 8)] * 8, *[(15.0, 30)] * 8), script, seconds=100)
     assert (found["ups"], found["downs"], found["flaps"]) == (1, 1, 1)
     assert found["wait_s"]["p99"] == pytest.approx(30, abs=2 * STEP_S)
     # One pair all the time, the other from second 4 to the end of its rows.

@@ -14,7 +14,7 @@ from benchmarks.soak_requests import Cancel
 async def cancelled(
     phases: Phases, cancel: Cancel | None, life: Callable[[], Awaitable[None]]
 ) -> bool:
-    """Whether a row with this life is cancelled before its end."""
+    """True if a row that does `life` is cancelled before its end."""
 
     async def run() -> None:
         await life()

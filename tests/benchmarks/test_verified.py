@@ -1,4 +1,4 @@
-"""Where two outputs first differ, on outputs written by hand."""
+"""The first difference of two outputs, on outputs written by hand."""
 
 from __future__ import annotations
 

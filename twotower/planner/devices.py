@@ -37,7 +37,7 @@ class Device:
         )
 
     def ceilings_source(self) -> str:
-        """Where the ceilings come from, as text of a plan."""
+        """The source of the ceilings, as text of a plan."""
         if self.measured is not None:
             return self.measured_source
         shares = f"{COPY_REACH:g} of its bandwidth, {PRODUCT_REACH:g} of its bf16 rate"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from twotower.planner.schedules import Schedule
 
-# Shares of the rows that must wait for an extension before one is run.
+# Shares of the rows that must wait before an extension runs.
 _PATIENCE = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
