@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,11 +159,6 @@ def _figures(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def names(plan: Sequence[Stage]) -> list[str]:
-    """The stages' names in their order."""
-    return [stage.name for stage in plan]
 
 
 if __name__ == "__main__":

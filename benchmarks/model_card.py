@@ -175,11 +175,11 @@ def true_text_valid(model: TwoTower, prompts: Sequence[Prompt]) -> int:
     return passed
 
 
-def repeated_share(rows: Sequence[Sequence[int]], size: int = 4) -> float:
-    """Share of the `size`-grams that occurred earlier in the same row."""
+def repeated_share(rows: Sequence[Sequence[int]]) -> float:
+    """Share of the 4-grams that occurred earlier in the same row."""
     total = repeated = 0
     for row in rows:
-        grams = [tuple(row[i : i + size]) for i in range(len(row) - size + 1)]
+        grams = list(zip(row, row[1:], row[2:], row[3:], strict=False))
         total += len(grams)
         repeated += len(grams) - len(set(grams))
     return repeated / max(1, total)

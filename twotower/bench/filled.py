@@ -17,8 +17,8 @@ from twotower.towers.state.pool import StatePool
 
 
 class FilledPool(StatePool):
-    """A pool whose rows open at `context` tokens, with random K/V and conv states and SSM states of
-    standard deviation `state_scale`. K/V are drawn once, for all pages."""
+    """A pool whose rows open at `context` tokens, with conv and SSM states and K/V of
+    normally distributed values. K/V are drawn once, for all pages."""
 
     def __init__(
         self,
@@ -27,11 +27,9 @@ class FilledPool(StatePool):
         num_pages: int,
         device: torch.device,
         dtype: torch.dtype,
-        state_scale: float = 1.0,
     ) -> None:
         super().__init__(config, num_slots, num_pages, device, dtype)
         self.context = 0
-        self.state_scale = state_scale
         self.k.normal_()
         self.v.normal_()
 
@@ -45,7 +43,7 @@ class FilledPool(StatePool):
             raise ValueError(f"context: got {self.context}, expected at most {capacity}")
         state = super().open(capacity)
         state.conv.normal_()
-        state.ssm.normal_(0.0, self.state_scale)
+        state.ssm.normal_()
         state.position = state.length = self.context
         return state
 

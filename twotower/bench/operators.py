@@ -40,6 +40,7 @@ _FLOOR_OF: dict[str, tuple[str, ...]] = {
     "head": ("head",),
 }
 _SHARED = ("shared_up", "shared_down")
+_REPEATS = 5
 _HOLD_SIDE = 8192
 _LONG_HOLD, _SHORT_HOLD = 32, 2
 
@@ -120,12 +121,11 @@ def measure_operators(
     device: torch.device,
     floor: Sequence[Work],
     ceilings: Ceilings,
-    repeats: int = 5,
 ) -> list[OperatorTime]:
     """Median times of the operators of the pass `work`, and their floors."""
     work()
     rounds = []
-    for _ in range(repeats):
+    for _ in range(_REPEATS):
         with OperatorClock(device, weights) as clock:
             work()
         rounds.append(_joined(clock.totals()))

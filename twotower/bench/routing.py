@@ -30,9 +30,9 @@ def wanted_unique(config: TwoTowerConfig, single: float, rows: int) -> float:
     return expected_unique(config, draws * rows)
 
 
-def steer(tower: DenoiserTower, open_experts: int, seed: int = 0) -> None:
-    """Bars all but `open_experts` experts, drawn at random, in each layer."""
-    generator = torch.Generator().manual_seed(seed)
+def steer(tower: DenoiserTower, open_experts: int) -> None:
+    """Bars all but `open_experts` experts, drawn by a fixed seed, in each layer."""
+    generator = torch.Generator().manual_seed(0)
     for layer in tower.weights.layers:
         if isinstance(layer.mixer, MoeWeights):
             bias = layer.mixer.choice_bias

@@ -15,6 +15,7 @@ from twotower.planner.floors import Ceilings
 _COPY_BYTES = {"cuda": 4 << 30, "cpu": 64 << 20}
 _PRODUCT_SIDE = {"cuda": 8192, "cpu": 768}
 _REPEATS = {"cuda": 10, "cpu": 3}
+_WARM_UPS = 2
 
 
 class Stopwatch:
@@ -51,12 +52,10 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def median_seconds(
-    work: Callable[[], object], device: torch.device, repeats: int, warmups: int = 2
-) -> float:
+def median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Median seconds of a call. Each begins on an idle device, so launches that the device waits
     for count."""
-    for _ in range(warmups):
+    for _ in range(_WARM_UPS):
         work()
     times = []
     for _ in range(repeats):
