@@ -1,4 +1,4 @@
-"""Idle, burst, idle: how pairs come and go with a real service, and that no stream notices.
+"""Autoscaling of a real service under idle, burst, idle: pairs come and go, no stream is disturbed.
 
     python -m benchmarks.autoscale [--model DIR] [--pairs 3] [--clients 20] [--tokens 64]
         [--burst 200]
@@ -35,10 +35,10 @@ from twotower.deployments.server.server import LocalService, free_port
 
 SAMPLE_S = 0.1
 PROMPTS = (PROMPT, f"{PROMPT}\n        # read")
-# Clients that go on, in one pair's worth of rows: together they want one pair, wherever they are.
+# Clients that go on, as a share of a pair's target rows: together they want a single pair.
 TAIL = 0.75
 TARGET_ROWS = 8
-# Questions, one of which each pair answers all but certainly.
+# Questions per pair, enough for an answer from each pair almost certainly.
 ASKED_PER_PAIR = 16
 
 
@@ -55,7 +55,8 @@ class Sample:
 
 @dataclass
 class Streams:
-    """What the clients have got; shared by their threads."""
+    """Counts of all clients' streams, shared by their threads; `alone` has the tokens that each
+    prompt gave first."""
 
     alone: dict[str, list[int]] = field(default_factory=dict)
     in_flight: int = 0
@@ -87,7 +88,7 @@ class Watch:
         return time.monotonic() - self._started
 
     def until(self, condition: Callable[[Sample], bool], timeout_s: float) -> float:
-        """When a sample fulfils a condition. Raises TimeoutError."""
+        """Waits for a sample that fulfils a condition; returns its time. Raises TimeoutError."""
         begin = self.now()
         while self.now() - begin < timeout_s:
             if self.samples and condition(self.samples[-1]):
@@ -117,7 +118,7 @@ def scaling_config(model: str | None, pairs: int, **autoscaling: Any) -> Service
         model=model,
         grpc_port=free_port(),
         http_port=free_port(),
-        # All pairs share what one would have.
+        # All pairs together get the CPU share of a single pair.
         cpus_per_tower=0.4 / pairs,
         num_threads=1,
         max_num_seqs=2 * TARGET_ROWS,
@@ -129,7 +130,7 @@ def scaling_config(model: str | None, pairs: int, **autoscaling: Any) -> Service
 
 
 def ask(client: Client, streams: Streams, prompt: str, tokens: int) -> None:
-    """One stream, checked against the one that was alone."""
+    """Reads a stream and compares its tokens with those of the prompt's first stream."""
     with in_flight(streams):
         started = time.monotonic()
         stream = client.generate(prompt, max_tokens=tokens, ignore_eos=True, timeout=300)
@@ -158,11 +159,12 @@ def scenario(
     come or go."""
     scaling = service.config.autoscaling
     assert scaling is not None
-    streams, enough, alone = Streams(), threading.Event(), threading.Event()
+    streams = Streams()
     with Client(service.address) as client, Watch(streams) as watch:
         for prompt in PROMPTS:
             ask(client, streams, prompt, tail_tokens)
         idle = watch.until(lambda sample: sample.running == 1 and not sample.starting, timeout_s)
+        enough, alone = threading.Event(), threading.Event()
 
         def burst(number: int) -> None:
             prompt = PROMPTS[number % len(PROMPTS)]
@@ -172,22 +174,17 @@ def scenario(
                 ask(client, streams, prompt, tail_tokens)
 
         with ThreadPoolExecutor(clients) as pool:
-            begin = watch.now()
             asked = [pool.submit(burst, number) for number in range(clients)]
             try:
-                most = scaling.max_pairs
-                wanted = watch.until(lambda now: now.running + now.starting == most, timeout_s)
-                works = watch.until(lambda now: now.running == most, timeout_s)
-                enough.set()
-                end = watch.now()
-                goes = watch.until(lambda now: now.running == 1, timeout_s)
+                times = burst_times(watch, scaling.max_pairs, enough, timeout_s)
             finally:
                 enough.set()
                 alone.set()
-            for one in asked:
-                one.result()
+            for future in asked:
+                future.result()
         gone = watch.until(lambda now: now.running == 1 and not now.stopping, timeout_s)
     drained = [sample for sample in watch.samples if sample.stopping and sample.streams]
+    begin, wanted, works, end, goes = times
     return {
         "machine": machine(service.config.num_threads or 1),
         "autoscaling": scaling.model_dump(),
@@ -204,16 +201,29 @@ def scenario(
     }
 
 
+def burst_times(
+    watch: Watch, most: int, enough: threading.Event, timeout_s: float
+) -> tuple[float, float, float, float, float]:
+    """The times of a burst that begins now: its begin, all `most` pairs are wanted, all work, it
+    ends (`enough` is set), a single pair runs. Raises TimeoutError."""
+    begin = watch.now()
+    wanted = watch.until(lambda now: now.running + now.starting == most, timeout_s)
+    works = watch.until(lambda now: now.running == most, timeout_s)
+    enough.set()
+    end = watch.now()
+    return begin, wanted, works, end, watch.until(lambda now: now.running == 1, timeout_s)
+
+
 def one_burst(
     service: LocalService, *, streams: int, tokens: int, timeout_s: float = 300.0
 ) -> dict[str, Any]:
-    """Many requests at once on one pair, whose queue the new pairs can only shorten by taking from
-    it. Raises as `scenario`."""
+    """Figures of many requests at once on a single pair, whose queue new pairs shorten only by
+    taking rows from it. Raises as `scenario`."""
     scaling = service.config.autoscaling
     assert scaling is not None
     got, together = Streams(), threading.Barrier(streams + 1)
 
-    def one(number: int) -> None:
+    def send(number: int) -> None:
         with Client(service.address) as client:
             together.wait(timeout_s)
             ask(client, got, PROMPTS[number % len(PROMPTS)], tokens)
@@ -223,7 +233,7 @@ def one_burst(
             for prompt in PROMPTS:
                 ask(client, got, prompt, tokens)
         (old,) = prompt_tokens_read(1)
-        asked = [pool.submit(one, number) for number in range(streams)]
+        asked = [pool.submit(send, number) for number in range(streams)]
         together.wait(timeout_s)
         begin = watch.now()
         works = watch.until(lambda now: now.running == scaling.max_pairs, timeout_s)
@@ -243,8 +253,8 @@ def one_burst(
 
 
 def prompt_tokens_read(pairs: int) -> list[float]:
-    """Prompt tokens that each pair has read, the pair that began first in front. To be asked when
-    nothing runs: Serve chooses who answers, and a pair is known by what it has done, if anything.
+    """Prompt tokens that each pair has read, the oldest pair first. To be called when nothing runs:
+    Serve chooses the pair that answers, and pairs are told apart by their counters.
     """
     found: dict[float, tuple[float, float]] = {}
     for stats in pair_stats(ASKED_PER_PAIR * pairs):
@@ -279,7 +289,7 @@ def main() -> None:
         limits = {"tokens": args.tokens, "tail_tokens": args.tail_tokens}
         found = scenario(service, clients=args.clients, **limits)
     if args.burst:
-        # No pair goes before it has been asked what it did.
+        # No pair goes before its counters are read.
         config = scaling_config(args.model, args.pairs, scale_down_after_s=60.0)
         with LocalService(config) as service:
             found["burst"] = one_burst(service, streams=args.burst, tokens=args.tokens)

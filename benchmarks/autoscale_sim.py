@@ -4,11 +4,11 @@
     python -m benchmarks.autoscale_sim requests.jsonl --hours 2
 
 The load is one of square, ramp, diurnal, burst and poisson (requests/s between --low and --high,
-drawn around the rate) or a file with one JSON object per line, {"at": seconds, "tokens": count}.
+drawn around the rate) or a file with a JSON object per line, {"at": seconds, "tokens": count}.
 Requests go to the pair with the fewest, as the router sends them, and wait there in order; with no
 pair up they wait in the router. A row's block takes `--block-s` and `--row-block-s` more for each
 row of its pair; the defaults are the weight-read roofline of an H100 per tower at 7.9 steps a
-block. A pair works `--start-s` after it is asked for, and one that is to go ends its rows first.
+block. A pair works `--start-s` after it is asked for, and ends its rows before it goes.
 
 Everything happens on a grid of `--step-s`: waits are exact to one step. Prints one JSON object:
 per policy the waits, what was refused, pair-hours and changes. Compared are the service's policy,
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,43 +36,15 @@ from twotower.deployments.pair.autoscaling import PairAutoscaling, PairScaling, 
 Floats = NDArray[np.float64]
 BLOCK_TOKENS = 16
 ABSENT, STARTING, RUNNING, DRAINING = range(4)
-# How far apart two opposite changes may be to count as a flap.
+# Opposite changes within this time count as a flap.
 FLAP_S = 600.0
-
-
-class Policy(Protocol):
-    """What decides; PairScaling is one."""
-
-    def pairs_for(self, tick: Tick) -> int:
-        """The number of pairs wanted from now on."""
-
-
-class Fixed:
-    """Always the same number."""
-
-    def __init__(self, pairs: int) -> None:
-        self._pairs = pairs
-
-    def pairs_for(self, _tick: Tick) -> int:
-        """The number of pairs wanted from now on."""
-        return self._pairs
-
-
-class TargetOnly:
-    """Requests over the target, rounded up, at every tick."""
-
-    def __init__(self, options: PairAutoscaling) -> None:
-        self._options = options
-
-    def pairs_for(self, tick: Tick) -> int:
-        """The number of pairs wanted from now on."""
-        wanted = math.ceil(tick.requests / self._options.target_rows_per_pair)
-        return min(self._options.max_pairs, max(self._options.min_pairs, wanted))
+# The number of pairs wanted from now on.
+Policy = Callable[[Tick], int]
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a pair can do; seconds. Rows beyond `queue` are refused."""
+    """Capacity of a pair and its times in seconds. Rows beyond `queue` are refused."""
 
     slots: int = 64
     queue: int = 256
@@ -85,14 +57,15 @@ class Figures:
 
 @dataclass(frozen=True)
 class Load:
-    """Requests per second at a time, and the mean of their tokens; or all requests themselves."""
+    """Requests/s as a function of the time in seconds, and their mean number of tokens; or all
+    requests as pairs of time and tokens."""
 
     rate: Callable[[float], float]
     mean_tokens: float = 256.0
     requests: tuple[tuple[float, float], ...] | None = None
 
     def steps(self, seconds: float, step_s: float, seed: int) -> Iterator[Floats]:
-        """Blocks of each request that arrives, step by step."""
+        """For each step, the blocks of each request that arrives in it."""
         count = math.ceil(seconds / step_s)
         if self.requests is None:
             random = np.random.default_rng(seed)
@@ -108,7 +81,7 @@ class Load:
 
 
 def load_from(args: argparse.Namespace) -> Load:
-    """The load that the command line names. Raises ValueError for a line that is no request."""
+    """The load that the command line names. Raises ValueError for a line that is not a request."""
     seconds = args.hours * 3600
     low, high, period = args.low, args.high, args.period or seconds
     rates: dict[str, Callable[[float], float]] = {
@@ -129,7 +102,7 @@ class Fleet:
     def __init__(self, figures: Figures, pairs: int, most: int) -> None:
         self.figures = figures
         self.refused = 0
-        # Steps that a row has waited, and that a request took, to how often.
+        # Counts of rows by steps that they waited, and of requests by steps that they took.
         self.waits: NDArray[np.int64] = np.zeros(1, np.int64)
         self.spans: NDArray[np.int64] = np.zeros(1, np.int64)
         self.state = np.zeros(most, np.int8)
@@ -147,7 +120,7 @@ class Fleet:
 
     @property
     def wanted(self) -> int:
-        """Pairs that are up or on their way."""
+        """Pairs that run or start."""
         return int(np.count_nonzero((self.state == RUNNING) | (self.state == STARTING)))
 
     @property
@@ -156,7 +129,7 @@ class Fleet:
         return int(np.count_nonzero(self.state))
 
     def tick(self, at: float) -> Tick:
-        """What pairs and router report."""
+        """The report of pairs and router."""
         up = self.state == RUNNING
         rows, waiting = self.rows[up].tolist(), self.waiting[up].tolist()
         signals = [
@@ -167,7 +140,7 @@ class Fleet:
         return Tick(at, self.wanted, signals, sum(rows) + sum(waiting) + queued, queued)
 
     def scale(self, pairs: int, at: float) -> None:
-        """Asks for pairs, or lets some go: those that are still starting first, then the last."""
+        """Starts pairs, or ends some: first those that are still starting, then the last ones."""
         change = pairs - self.wanted
         if change > 0:
             new = np.flatnonzero(self.state == ABSENT)[:change]
@@ -180,7 +153,7 @@ class Fleet:
             self.state[pair] = DRAINING if self.state[pair] == RUNNING else ABSENT
 
     def step(self, step: int, step_s: float, arrivals: Floats) -> None:
-        """Time until `step`, in which `arrivals` came."""
+        """Advances the time to `step`; the requests `arrivals` (their blocks) have come since."""
         figures = self.figures
         self.state[(self.state == STARTING) & (self._ready_at <= step * step_s)] = RUNNING
         per_block = figures.block_s + figures.row_block_s * self.rows
@@ -204,7 +177,7 @@ class Fleet:
         self.state[(self.state == DRAINING) & (self.rows + self.waiting == 0)] = ABSENT
 
     def _hold(self, came: NDArray[np.int64], blocks: Floats, step: int, step_s: float) -> None:
-        """Keeps requests at the router, as many and as long as it may."""
+        """Keeps requests at the router, within its limits of number and time."""
         oldest = step - self.figures.cold_start_timeout_s / step_s
         kept = [entry for entry in self._router if entry[0] >= oldest]
         kept += zip(came.tolist(), blocks.tolist(), strict=True)
@@ -217,7 +190,7 @@ class Fleet:
         up = np.flatnonzero(self.state == RUNNING)
         room = self.figures.slots + self.figures.queue
         given = spread(self.rows[up] + self.waiting[up], len(blocks), room)
-        # A queue of its own bounds what a pair holds beside its slots, before rows start.
+        # Until rows start, all requests of a pair are in its queue.
         given = np.minimum(given, self.figures.queue - self.waiting[up])
         taken = int(given.sum())
         self.refused += len(blocks) - taken
@@ -246,10 +219,11 @@ class Fleet:
 
 
 def spread(loads: NDArray[np.int64], count: int, most: int) -> NDArray[np.int64]:
-    """How many of `count` requests each pair gets, the least loaded first, none above `most`."""
+    """The number of `count` requests that each pair gets: the least loaded first, at most up to a
+    load of `most`."""
     order = np.argsort(loads, kind="stable")
     ordered = loads[order]
-    # What it takes to raise all before the k-th to the k-th.
+    # Requests that raise all loads before the k-th to the k-th.
     cost = ordered * np.arange(len(loads)) - (np.cumsum(ordered) - ordered)
     lifted = int(np.searchsorted(cost, count, side="right"))
     level, rest = divmod(count + int(ordered[:lifted].sum()), lifted)
@@ -257,6 +231,21 @@ def spread(loads: NDArray[np.int64], count: int, most: int) -> NDArray[np.int64]
     given[order[:lifted]] = level - ordered[:lifted]
     given[order[:rest]] += 1
     return np.minimum(given, np.maximum(0, most - loads))
+
+
+def fixed(pairs: int) -> Policy:
+    """A policy that always wants the same number of pairs."""
+    return lambda _: pairs
+
+
+def target_only(options: PairAutoscaling) -> Policy:
+    """A policy that wants all requests over the target of a pair, rounded up, at every tick."""
+
+    def pairs_for(tick: Tick) -> int:
+        wanted = math.ceil(tick.requests / options.target_rows_per_pair)
+        return min(options.max_pairs, max(options.min_pairs, wanted))
+
+    return pairs_for
 
 
 def replay(
@@ -270,8 +259,8 @@ def replay(
     seed: int = 0,
     first_pairs: int | None = None,
 ) -> dict[str, Any]:
-    """One policy against one load; pairs and router report one metrics interval before they are
-    heard."""
+    """Figures of a policy under a load; reports of pairs and router reach the policy one metrics
+    interval later."""
     pairs = max(1, options.min_pairs) if first_pairs is None else first_pairs
     most = max(options.max_pairs, pairs)
     # Pairs that drain still hold machines while others start.
@@ -284,7 +273,7 @@ def replay(
         held += fleet.held
         if step % every == 0:
             now = step * step_s
-            wanted = policy.pairs_for(heard._replace(time=now, pairs=fleet.wanted))
+            wanted = policy(heard._replace(time=now, pairs=fleet.wanted))
             if wanted != fleet.wanted:
                 changes.append((now, wanted - fleet.wanted))
                 fleet.scale(wanted, now)
@@ -297,10 +286,14 @@ def replay(
         "refused": fleet.refused,
         "pair_hours": round(held * step_s / 3600, 3),
         "most_pairs": peak,
-        "ups": sum(change > 0 for _, change in changes),
-        "downs": sum(change < 0 for _, change in changes),
-        "flaps": flaps(changes),
+        **_turns(changes),
     }
+
+
+def _turns(changes: Sequence[tuple[float, int]]) -> dict[str, int]:
+    """Counts of changes, given as times and numbers of pairs more or less."""
+    ups = sum(change > 0 for _, change in changes)
+    return {"ups": ups, "downs": len(changes) - ups, "flaps": flaps(changes)}
 
 
 def flaps(changes: Sequence[tuple[float, int]]) -> int:
@@ -314,15 +307,15 @@ def flaps(changes: Sequence[tuple[float, int]]) -> int:
 def compare(
     load: Load, figures: Figures, options: PairAutoscaling, **run: Any
 ) -> dict[str, dict[str, Any]]:
-    """The service's policy beside simple ones."""
-    ours = replay(load, PairScaling(options), figures, options, **run)
+    """Figures of the service's policy and of simple policies."""
+    ours = replay(load, PairScaling(options).pairs_for, figures, options, **run)
     results = {
         "ours": ours,
-        "target_only": replay(load, TargetOnly(options), figures, options, **run),
+        "target_only": replay(load, target_only(options), figures, options, **run),
     }
     average = max(1, round(3600 * ours["pair_hours"] / run["seconds"]))
     for name, pairs in (("fixed_average", average), ("fixed_most", ours["most_pairs"])):
-        results[name] = replay(load, Fixed(pairs), figures, options, first_pairs=pairs, **run)
+        results[name] = replay(load, fixed(pairs), figures, options, first_pairs=pairs, **run)
     return results
 
 
@@ -359,7 +352,8 @@ def main() -> None:
 
 
 def read_requests(path: Path) -> Iterator[tuple[float, float]]:
-    """Times and tokens of the requests in a file. Raises ValueError naming a line that is none."""
+    """Times and tokens of the requests in a file. Raises ValueError naming a line that is not a
+    request."""
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             entry = json.loads(line)
@@ -372,7 +366,7 @@ def read_requests(path: Path) -> Iterator[tuple[float, float]]:
 
 
 def _places(pairs: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[Any, Any]:
-    """Each pair as often as its count, and 0, 1, ... within each."""
+    """Each pair repeated as often as its count, and the numbers 0, 1, ... within each."""
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
     return np.repeat(pairs, counts), np.arange(total) - np.repeat(ends - counts, counts)

@@ -4,7 +4,7 @@
                                      [--megabytes 3.9] [--max-context 1024]
                                      [--message-bytes N] [--repeats 5]
 
-A round is a number of streams; in every other one, when each of them has a few blocks, another
+A round is a number of streams; in every other round, when each of them has a few blocks, another
 process sends so many prompts of so many megabytes at once. Latencies are those between two blocks
 of a stream from then on, and from the same block on in the rounds without, pooled over all rounds.
 A health check runs all the time. Messages of 3.9 MB end at the proxy; `--message-bytes 4194304`
@@ -47,8 +47,8 @@ CHECK_EVERY_S = 0.05
 
 @dataclass(frozen=True)
 class Round:
-    """Latencies of blocks and of health checks in ms, and what became of the big prompts: their
-    statuses, and the seconds from the first to the last answer."""
+    """Latencies of blocks and of health checks in ms, statuses of the big prompts, and the seconds
+    until all of them were answered."""
 
     block_ms: tuple[float, ...]
     health_ms: tuple[float, ...]
@@ -99,7 +99,7 @@ def measure(
             told = sending if beside else None
             rounds[beside].append(one_round(client, address, told, prompts, args))
     with_p99, without_p99 = (
-        percentile((ms for one in rounds[beside] for ms in one.block_ms), 99)
+        percentile((ms for each in rounds[beside] for ms in each.block_ms), 99)
         for beside in (True, False)
     )
     return {
@@ -109,8 +109,8 @@ def measure(
         "big_prompts": args.requests,
         "megabytes": args.megabytes,
         "max_context": args.max_context,
-        "answers": dict(Counter(status for one in rounds[True] for status in one.statuses)),
-        "seconds_to_answer_all": median(one.seconds for one in rounds[True]),
+        "answers": dict(Counter(status for each in rounds[True] for status in each.statuses)),
+        "seconds_to_answer_all": median(each.seconds for each in rounds[True]),
         "without": figures(rounds[False]),
         "beside": figures(rounds[True]),
         "p99_beside_over_without": round(with_p99 / without_p99, 3),
@@ -118,9 +118,9 @@ def measure(
 
 
 def figures(rounds: Sequence[Round]) -> dict[str, float]:
-    """Of all rounds together."""
-    block = [ms for one in rounds for ms in one.block_ms]
-    health = [ms for one in rounds for ms in one.health_ms]
+    """Percentiles of the latencies of all rounds together."""
+    block = [ms for each in rounds for ms in each.block_ms]
+    health = [ms for each in rounds for ms in each.health_ms]
     return {
         "blocks": len(block),
         "block_p50_ms": percentile(block, 50),
@@ -138,7 +138,7 @@ def one_round(
     prompts: Sequence[str],
     args: argparse.Namespace,
 ) -> Round:
-    """All streams to their end; `sending` is told when each of them has its first blocks."""
+    """Reads all streams to their end; tells `sending` when each of them has its first blocks."""
     begun = threading.Barrier(args.rows + 1)
 
     def read(text: str) -> list[float]:
@@ -168,7 +168,7 @@ def one_round(
 
 @contextmanager
 def checked(address: str) -> Iterator[list[float]]:
-    """Latencies of the health checks that run while the block lasts, in ms."""
+    """Latencies in ms of health checks, which run as long as the `with` block."""
     latencies: list[float] = []
     over = threading.Event()
 
@@ -191,14 +191,14 @@ def checked(address: str) -> Iterator[list[float]]:
 
 @contextmanager
 def sender(address: str, args: argparse.Namespace) -> Iterator[subprocess.Popen[str]]:
-    """This program in another process, which sends big prompts for each line that it is given."""
+    """This program in another process, which sends big prompts for each line of its stdin."""
     options = ["--requests", str(args.requests), "--megabytes", str(args.megabytes)]
     command = [sys.executable, "-m", "benchmarks.big_prompts", "--send-to", address, *options]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        # It is ready when it says so.
+        # Its first line says that it is ready.
         process.stdout.readline()
         try:
             yield process
@@ -207,7 +207,7 @@ def sender(address: str, args: argparse.Namespace) -> Iterator[subprocess.Popen[
 
 
 def send_when_told(args: argparse.Namespace) -> None:
-    """Sends the prompts at once for each line of stdin, and prints what became of them."""
+    """Sends the prompts at once for each line of stdin, and prints their statuses."""
     prompt = "a" * int(args.megabytes * 1e6)
     with Client(args.send_to) as client, ThreadPoolExecutor(args.requests) as pool:
 

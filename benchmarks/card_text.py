@@ -158,12 +158,12 @@ def _mask_rows(by_masks: dict[str, float]) -> str:
 
 def _decoding_rows(decodings: Sequence[dict[str, Any]], prompts: int) -> str:
     rows = []
-    for one in decodings:
-        threshold = "" if one["threshold"] is None else f"{one['threshold']:g}"
-        speed = "" if one["tokens_per_nfe"] is None else f"{one['tokens_per_nfe']:.2f}"
+    for decoding in decodings:
+        threshold = "" if decoding["threshold"] is None else f"{decoding['threshold']:g}"
+        speed = "" if decoding["tokens_per_nfe"] is None else f"{decoding['tokens_per_nfe']:.2f}"
         rows.append(
-            f"| {one['mode']} | {threshold} | {speed} | {one['repeated']:.0%} "
-            f"| {one['loss']:.2f} | {one['valid']} of {prompts} |"
+            f"| {decoding['mode']} | {threshold} | {speed} | {decoding['repeated']:.0%} "
+            f"| {decoding['loss']:.2f} | {decoding['valid']} of {prompts} |"
         )
     return "\n".join(rows)
 

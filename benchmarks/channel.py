@@ -9,7 +9,7 @@ whole state, and for each transport the throughput of the channel, several rows 
 bare transfer between the same two processes: 1 MiB messages over a gRPC stream with the same
 options, 1 MiB tensors through a process group. Bare and channel take turns; the ratio is that of
 their medians. NCCL wants two GPUs, cuda:0 receives; its bare transfer is NCCL at its best, 8 MiB
-tensors one after the other with nobody waiting before the last. Prints one JSON object.
+tensors one after the other, with a wait after the last only. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import asyncio
 import contextlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ import grpc.aio
 import torch
 from torch import Tensor
 
+from benchmarks.machine import machine
 from twotower.cluster.channel import process_group
 from twotower.cluster.channel.framing import CHUNK_BYTES
 from twotower.cluster.channel.grpc import CPU, OPTIONS, GrpcStateLink, LinkSpec
@@ -42,7 +42,6 @@ from twotower.cluster.channel.process_group import GROUP_FRAME_BYTES
 from twotower.cluster.channel.receiver import StateReceiver
 from twotower.cluster.topology import Transport, max_update_bytes
 from twotower.planner.shapes import LARGE
-from twotower.towers.limits import usable_cpus
 from twotower.towers.state.update import StateUpdate, UpdateBuilder, UpdateKind, UpdatePlan
 
 TOKEN = "benchmark"
@@ -55,7 +54,7 @@ LONGEST = 1 << 17
 TRANSPORTS: tuple[Transport, ...] = ("grpc", "gloo", "nccl")
 ON_HOST = ["grpc", "gloo"]
 HOST = "127.0.0.1"
-# What has to outlive the call that started it.
+# Objects that have to outlive the call that started them.
 KEPT: list[object] = []
 Round = Callable[[], Awaitable[int]]
 
@@ -77,12 +76,9 @@ def main() -> None:
         return
     if "nccl" in args.transport and torch.cuda.device_count() < 2:
         parser.error(f"--transport nccl: got {torch.cuda.device_count()} GPUs, expected 2")
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     result: dict[str, Any] = {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": usable_cpus(),
-            "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
-        },
+        "machine": machine(threads=1) | {"gpus": gpus},
         "block": args.block,
         "rows": args.rows,
         "bytes": {n: block_bytes(n, args.block) for n in args.contexts},
@@ -99,7 +95,7 @@ def block_bytes(context: int, block: int) -> dict[str, float]:
 
 
 def device_of(transport: Transport, *, sender: bool) -> torch.device:
-    """Where one side has its bytes."""
+    """The device on which one side has its bytes."""
     return torch.device("cuda", int(sender)) if transport == "nccl" else CPU
 
 
@@ -140,7 +136,7 @@ async def throughput(transport: Transport, args: argparse.Namespace) -> dict[str
 
 
 def channel_round(link: GrpcStateLink, update: StateUpdate, rows: int, updates: int) -> Round:
-    """Sends so many deltas of so many rows; one thread puts the layers' shares, as an engine's."""
+    """Sends so many deltas of so many rows; a thread puts the layers' shares, as an engine does."""
     thread = ThreadPoolExecutor(1, "engine")
     parts, count = list(update.parts()), update.plan.count
     places = {f"row-{number}": 0 for number in range(rows)}
@@ -229,8 +225,8 @@ def settled(transport: Transport, group: Any, work: Any) -> None:
 
 @contextlib.contextmanager
 def receiving_process(transport: Transport) -> Iterator[tuple[str, int, Callable[[], None]]]:
-    """Another process that receives: the channel's address, the bare transfer's port, and what
-    starts a round of the bare transfer."""
+    """Starts a process that receives: yields the channel's address, the bare transfer's port, and
+    a function that starts a round of the bare transfer."""
     command = [sys.executable, "-m", "benchmarks.channel", "--receive", transport]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
@@ -250,13 +246,14 @@ def receiving_process(transport: Transport) -> Iterator[tuple[str, int, Callable
 
 
 async def serve(transport: Transport) -> None:
-    """The receiving process: a StateReceiver that follows the rows, and the bare transfer's end."""
+    """Runs the receiving process: a StateReceiver that follows the rows, and the other end of the
+    bare transfer."""
 
     def apply(row_id: str, update: StateUpdate) -> None:
-        """Takes it: the bare transfer does nothing with its bytes either."""
+        """Does nothing with the update: the bare transfer does nothing with its bytes either."""
 
     def follow(tensors: Mapping[str, Tensor]) -> None:
-        """No replay here."""
+        """Does nothing: there is no replay in this benchmark."""
 
     limit = max_update_bytes(LARGE, LONGEST)
     device = device_of(transport, sender=False)

@@ -1,9 +1,9 @@
-"""What streams notice when something dies, hangs or slows down under them.
+"""Streams of a service in which processes, nodes or links die, hang or slow down.
 
     python -m benchmarks.chaos                                   # all disturbances, 30 streams each
     python -m benchmarks.chaos --only "node killed" --rounds 3
 
-A cluster of one head and three nodes on this machine, two pairs, each on a node of its own. Every
+A cluster of one head and three nodes on this machine, two pairs on different nodes. Every
 round sends streams in all modes, disturbs at a seeded random moment, and compares each stream
 with what its request gives alone. Prints one JSON object a round and a table; exit code 1 if a
 token is missing, wrong or double, or something is left behind.
@@ -39,7 +39,7 @@ Request = tuple[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Stream:
-    """What a client saw of one stream; gapless if each block began where the last had ended.
+    """A stream as its client received it; gapless if each block began where the last had ended.
 
     `starts` of the blocks count from the output's first token.
     """
@@ -90,12 +90,12 @@ def hung(title: str) -> Callable[[ChaosCluster, random.Random], None]:
 
 
 def node_killed(cluster: ChaosCluster, draw: random.Random) -> None:
-    """A node with a pair is gone; another joins."""
+    """Kills a node that has a pair; another joins."""
     cluster.kill_node(draw)
 
 
 def nothing(_: ChaosCluster, draw: random.Random) -> None:
-    """The link's own faults are the disturbance, or there is none."""
+    """No disturbance beside the faults of the links, if any."""
     del draw
 
 
@@ -114,14 +114,14 @@ DISTURBANCES: dict[str, Callable[[ChaosCluster, random.Random], None]] = {
 
 
 def faults_of(disturbance: str, seed: int) -> LinkFaults | None:
-    """What the links of a disturbance do by themselves."""
+    """The faults of the links in rounds of a disturbance."""
     if disturbance == "link cut":
         return LinkFaults(cut_at=random.Random(seed).randint(5, 60))
     return LinkFaults(delay_s=0.15) if disturbance == "link slow" else None
 
 
 def requests_of(count: int, tokens: int) -> list[Request]:
-    """Requests of all modes, every other one drawn at a temperature."""
+    """Requests of all modes, every other request at temperature 1."""
     return [
         (
             TEXTS[index % len(TEXTS)],
@@ -145,7 +145,7 @@ def alone(requests: Sequence[Request]) -> list[tuple[list[int], str]]:
 
 
 def receive(address: str, request: Request, seen: list[int], timeout_s: float = 300.0) -> Stream:
-    """One stream, by a client of its own; each block's index goes into `seen` as it comes."""
+    """Reads a stream with a new client; appends each block's index to `seen` as it comes."""
     text, options = request
     with Client(address) as client:
         stream = client.generate(text, ignore_eos=True, timeout=timeout_s, **options)
@@ -179,7 +179,7 @@ def disturbed(
     comes after a random number of blocks."""
     seen: list[int] = []
     with ThreadPoolExecutor(len(requests)) as pool:
-        streams = [pool.submit(receive, address, one, seen, timeout_s) for one in requests]
+        streams = [pool.submit(receive, address, request, seen, timeout_s) for request in requests]
         # In blocks: in seconds a fast machine would be done before.
         moment = draw.randrange(4 * len(requests))
         while len(seen) < moment and not all(stream.done() for stream in streams):
@@ -197,15 +197,15 @@ def run_round(
     want: Sequence[tuple[list[int], str]],
     seed: int,
 ) -> Round:
-    """All requests at once, disturbed once; what of it came out as it should."""
+    """Sends all requests at once, disturbs once, and compares the streams with `want`."""
     draw = random.Random(f"{disturbance}/{seed}")
     begin = time.monotonic()
     disturb = partial(DISTURBANCES[disturbance], cluster, draw)
     received, running = disturbed(cluster.address, requests, draw, disturb)
     seconds = time.monotonic() - begin
     wrong = sum(
-        (one.token_ids, one.text) != own or not one.gapless
-        for one, own in zip(received, want, strict=True)
+        (stream.token_ids, stream.text) != wanted or not stream.gapless
+        for stream, wanted in zip(received, want, strict=True)
     )
     return Round(
         disturbance,
@@ -214,22 +214,22 @@ def run_round(
         running,
         wrong,
         cluster.left(),
-        round(max(one.longest_pause_s for one in received), 2),
-        round(statistics.median(one.longest_pause_s for one in received), 2),
+        round(max(stream.longest_pause_s for stream in received), 2),
+        round(statistics.median(stream.longest_pause_s for stream in received), 2),
         round(seconds, 1),
-        sum(one.resumes for one in received),
+        sum(stream.resumes for stream in received),
     )
 
 
 def run(
     disturbances: Sequence[str], streams: int, tokens: int, rounds: int, first_seed: int = 0
 ) -> list[Round]:
-    """Rounds of every disturbance; those of the link get a cluster of their own each time."""
+    """Rounds of every disturbance; each round of a link's fault gets a fresh cluster."""
     seeds = range(first_seed, first_seed + rounds)
     requests = requests_of(streams, tokens)
     want = alone(requests)
     done = []
-    # Faults of the link are there from its beginning: a cluster for each of those rounds.
+    # A link has its faults from the beginning.
     shared = [name for name in disturbances if faults_of(name, 0) is None]
     plans = [(None, [(name, seed) for name in shared for seed in seeds])] if shared else []
     plans += [
@@ -253,14 +253,14 @@ def table(rounds: Sequence[Round]) -> str:
         " median of the streams' longest, s | resumed by clients |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name in dict.fromkeys(one.disturbance for one in rounds):
-        own = [one for one in rounds if one.disturbance == name]
+    for name in dict.fromkeys(each.disturbance for each in rounds):
+        same = [each for each in rounds if each.disturbance == name]
         lines.append(
-            f"| {name} | {len(own)} | {sum(one.streams for one in own)} |"
-            f" {min(one.running for one in own)} to {max(one.running for one in own)} |"
-            f" {sum(one.wrong for one in own)} | {max(one.longest_pause_s for one in own)} |"
-            f" {statistics.median(one.median_pause_s for one in own)} |"
-            f" {sum(one.resumes for one in own)} |"
+            f"| {name} | {len(same)} | {sum(each.streams for each in same)} |"
+            f" {min(each.running for each in same)} to {max(each.running for each in same)} |"
+            f" {sum(each.wrong for each in same)} | {max(each.longest_pause_s for each in same)} |"
+            f" {statistics.median(each.median_pause_s for each in same)} |"
+            f" {sum(each.resumes for each in same)} |"
         )
     return "\n".join(lines)
 
@@ -277,7 +277,7 @@ def main() -> None:
     disturbances = args.only or list(DISTURBANCES)
     rounds = run(disturbances, args.streams, args.tokens, args.rounds, args.seed)
     print(table(rounds))
-    sys.exit(any(one.wrong or one.left for one in rounds))
+    sys.exit(any(each.wrong or each.left for each in rounds))
 
 
 if __name__ == "__main__":

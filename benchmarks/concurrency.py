@@ -37,11 +37,13 @@ from twotower.towers.training.corpus import read_corpus, standard_library
 TOWERS = ("context", "denoiser")
 Stats = Mapping[str, Mapping[str, float]]
 Round = dict[str, "Window"]
+# Ways to run requests in process, by name: a model with its engines, and the threads of a pass.
+Ways = Mapping[str, tuple[Local, int]]
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A request's output, when it was sent and when each block came, in seconds of one clock."""
+    """A request's output, and the times at which it was sent and each block came, in seconds."""
 
     sent: float
     arrivals: tuple[float, ...]
@@ -50,9 +52,8 @@ class Stream:
 
 @dataclass(frozen=True)
 class Window:
-    """A run of all requests: its seconds, the client's own processor time, what the towers did.
-
-    `streams` know their arrivals over gRPC only.
+    """A run of all requests: its seconds, the client's processor time, and the towers' counters
+    before and after. Streams have arrivals over gRPC only.
     """
 
     streams: tuple[Stream, ...]
@@ -66,16 +67,8 @@ class Window:
         return sum(len(stream.token_ids) for stream in self.streams) / self.seconds
 
     def grown(self, tower: str, counter: str) -> float:
-        """How much a tower's counter grew."""
+        """The growth of a tower's counter."""
         return self.after[tower][counter] - self.before[tower][counter]
-
-
-@dataclass(frozen=True)
-class Way:
-    """A way to run requests in process: an engine pair and the threads of a pass."""
-
-    local: Local
-    threads: int
 
 
 def main() -> None:
@@ -89,8 +82,11 @@ def main() -> None:
     plain = load_local(args.model, args.rows, MAX_CONTEXT)
     threaded = load_local(args.model, args.rows, MAX_CONTEXT, threaded=True)
     # A worker thread keeps the number of threads that holds at its first pass, so this is first.
-    ways = {"thread_per_tower": Way(threaded, 1), "1_thread": Way(plain, 1)}
-    ways["2_threads"] = Way(plain, SERVICE_THREADS)
+    ways = {
+        "thread_per_tower": (threaded, 1),
+        "1_thread": (plain, 1),
+        "2_threads": (plain, SERVICE_THREADS),
+    }
     prompts = held_out_prompts(read_corpus(standard_library()), args.rows)
     token_ids = [plain.model.encode(prompt.text) for prompt in prompts]
     with (
@@ -101,15 +97,15 @@ def main() -> None:
 
 
 def measure(
-    client: Client, ways: Mapping[str, Way], prompts: list[list[int]], args: argparse.Namespace
+    client: Client, ways: Ways, prompts: list[list[int]], args: argparse.Namespace
 ) -> dict[str, Any]:
     """All figures of one run."""
     warm_up = one_round(client, ways, prompts, 32)
     rounds = [one_round(client, ways, prompts, args.tokens) for _ in range(args.repeats)]
-    config = ways["1_thread"].local.model.config
-    together = [one["together"] for one in rounds]
-    singly = [one["singly"] for one in rounds]
-    local = {name: [one[name] for one in rounds] for name in ways}
+    config = ways["1_thread"][0].model.config
+    together = [windows["together"] for windows in rounds]
+    singly = [windows["singly"] for windows in rounds]
+    local = {name: [windows[name] for windows in rounds] for name in ways}
     return {
         "machine": machine(SERVICE_THREADS) | {"python": platform.python_version()},
         "shape": {
@@ -125,30 +121,27 @@ def measure(
         | {"overhead_ms_per_block": median(map(beside_busier, together))},
         "singly": served(singly) | {"overhead_ms_per_block": median(map(beside_both, singly))},
         "together_over_singly": median(
-            one.tokens_per_s / other.tokens_per_s
-            for one, other in zip(together, singly, strict=True)
+            a.tokens_per_s / b.tokens_per_s for a, b in zip(together, singly, strict=True)
         ),
         "in_process": {name: tower_figures(runs) for name, runs in local.items()},
         "service_over_in_process": median(
-            one["together"].tokens_per_s / max(one[name].tokens_per_s for name in ways)
-            for one in rounds
+            windows["together"].tokens_per_s / max(windows[name].tokens_per_s for name in ways)
+            for windows in rounds
         ),
         "equal_outputs": equal_outputs(rounds),
     }
 
 
-def one_round(
-    client: Client, ways: Mapping[str, Way], prompts: list[list[int]], tokens: int
-) -> Round:
-    """Every way of running the requests, once each."""
-    windows = {name: in_process(way, prompts, tokens) for name, way in ways.items()}
+def one_round(client: Client, ways: Ways, prompts: list[list[int]], tokens: int) -> Round:
+    """Runs the requests once in every way."""
+    windows = {name: in_process(*way, prompts, tokens) for name, way in ways.items()}
     windows["together"] = over_grpc(client, prompts, tokens, len(prompts))
     windows["singly"] = over_grpc(client, prompts, tokens, 1)
     return windows
 
 
 def over_grpc(client: Client, prompts: list[list[int]], tokens: int, at_once: int) -> Window:
-    """All requests over one connection, each read by a thread of its own."""
+    """All requests over one connection, `at_once` at a time, each read by a thread."""
 
     def stream(prompt: list[int]) -> Stream:
         sent = time.perf_counter()
@@ -159,21 +152,21 @@ def over_grpc(client: Client, prompts: list[list[int]], tokens: int, at_once: in
         return Stream(sent, tuple(arrivals), tuple(token_ids))
 
     with ThreadPoolExecutor(at_once) as threads:
-        before, own, started = pair_stats(), time.process_time(), time.perf_counter()
+        before, cpu, started = pair_stats(), time.process_time(), time.perf_counter()
         streams = tuple(threads.map(stream, prompts))
-        seconds, own = time.perf_counter() - started, time.process_time() - own
-        return Window(streams, seconds, own, before, pair_stats())
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+        return Window(streams, seconds, cpu, before, pair_stats())
 
 
-def in_process(way: Way, prompts: list[list[int]], tokens: int) -> Window:
+def in_process(local: Local, threads: int, prompts: list[list[int]], tokens: int) -> Window:
     """The same requests together in this process."""
-    torch.set_num_threads(way.threads)
+    torch.set_num_threads(threads)
     requests = [Request(prompt, GenerationParams(max_tokens=tokens)) for prompt in prompts]
-    before, own, started = way.local.stats(), time.process_time(), time.perf_counter()
-    results = way.local.model.generate_requests(requests)
-    seconds, own = time.perf_counter() - started, time.process_time() - own
+    before, cpu, started = local.stats(), time.process_time(), time.perf_counter()
+    results = local.model.generate_requests(requests)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     streams = tuple(Stream(started, (), tuple(result.token_ids)) for result in results)
-    return Window(streams, seconds, own, before, way.local.stats())
+    return Window(streams, seconds, cpu, before, local.stats())
 
 
 def served(windows: Sequence[Window]) -> dict[str, Any]:
@@ -211,23 +204,23 @@ def tower_figures(windows: Sequence[Window]) -> dict[str, Any]:
 
 
 def beside_busier(window: Window) -> float:
-    """Milliseconds a block that the busier tower made no pass; the other may have."""
+    """Milliseconds per block in which the busier tower ran no pass."""
     busiest = max(window.grown(tower, "pass_seconds") for tower in TOWERS)
     return 1e3 * (window.seconds - busiest) / _blocks(window)
 
 
 def beside_both(window: Window) -> float:
-    """Milliseconds a block outside passes, for rows that run one at a time."""
+    """Milliseconds per block outside of passes, for rows that run one at a time."""
     passes = sum(window.grown(tower, "pass_seconds") for tower in TOWERS)
     return 1e3 * (window.seconds - passes) / _blocks(window)
 
 
 def equal_outputs(rounds: Sequence[Round]) -> bool:
-    """Whether every way of running a request gave the same tokens, in every round."""
+    """True if every way of running a request gave the same tokens, in every round."""
     outputs = {
         tuple(stream.token_ids for stream in window.streams)
-        for one in rounds
-        for window in one.values()
+        for windows in rounds
+        for window in windows.values()
     }
     return len(outputs) == 1
 

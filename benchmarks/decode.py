@@ -1,4 +1,4 @@
-"""Decoding speed in process, and how much of a pass is bare matrix products.
+"""Decoding speed in process, and the share of a pass that its matrix products take.
 
     python -m benchmarks.decode                    # random medium model, 512-token context
     python -m benchmarks.decode --model shipped    # the model in the package
@@ -13,18 +13,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.floor import ExpertCounter, product_sets, products
+from benchmarks.floor import counted_experts, product_sets, products
+from benchmarks.machine import machine
 from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
 from twotower.planner.schedules import PROFILES
 from twotower.towers.checkpoint.weights import (
@@ -33,6 +33,7 @@ from twotower.towers.checkpoint.weights import (
     load_denoiser_tower,
 )
 from twotower.towers.decoding.generation import generate_blocks
+from twotower.towers.decoding.services import Block
 from twotower.towers.decoding.unmasking import CommitRule, ReplayRule
 from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.engine.denoiser_engine import DenoiserEngine, commit_rule
@@ -75,11 +76,7 @@ def measure(
         4, context.config.vocab_size, (args.context,), generator=torch.Generator().manual_seed(1)
     ).tolist()
     return {
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "threads": args.threads,
-            "torch": torch.__version__,
-        },
+        "machine": machine(args.threads),
         "shape": {
             "hidden": context.config.hidden_size,
             "pattern": context.config.layer_pattern,
@@ -98,7 +95,7 @@ def measure(
 def denoiser_share(
     context: ContextTower, denoiser: DenoiserTower, prompt: list[int], args: argparse.Namespace
 ) -> dict[str, float]:
-    """A pass over one block of masks, all positions through the head."""
+    """Figures of a denoiser pass over a block, with the head over all positions."""
     state = read_prompt(context, prompt, args.block)
     vocab = denoiser.config.vocab_size
     tokens = torch.randint(4, vocab, (args.block,)).tolist()
@@ -106,15 +103,16 @@ def denoiser_share(
     def hidden() -> torch.Tensor:
         return denoiser.forward([tokens], [0.5], [state])
 
-    with ExpertCounter() as counter:
+    with counted_experts() as experts:
         hidden()
-    return share(denoiser, args.block, args.block, counter, hidden, denoiser.logits, args.repeats)
+    return share(denoiser, args.block, experts, hidden, args.repeats)
 
 
 def ar_share(
     context: ContextTower, prompt: list[int], args: argparse.Namespace
 ) -> dict[str, float]:
-    """One autoregressive step: a pass over one token, its state advanced, the head."""
+    """Figures of an autoregressive step: a pass over one token, which advances the state, and the
+    head."""
     state = read_prompt(context, prompt, args.repeats + 8)
 
     def hidden() -> torch.Tensor:
@@ -122,29 +120,26 @@ def ar_share(
         context.advance(state, 1)
         return out
 
-    with ExpertCounter() as counter:
+    with counted_experts() as experts:
         hidden()
-    return share(context, 1, 1, counter, hidden, context.logits, args.repeats)
+    return share(context, 1, experts, hidden, args.repeats)
 
 
 def share(
     tower: ContextTower | DenoiserTower,
-    rows: int,
-    head_rows: int,
-    counter: ExpertCounter,
+    tokens: int,
+    experts: list[dict[int, int]],
     hidden: Callable[[], torch.Tensor],
-    head: Callable[[torch.Tensor], torch.Tensor],
     repeats: int,
 ) -> dict[str, float]:
-    """Median time of pass and floor, and the median of their ratios pair by pair."""
-    floor_sets = [
-        product_sets(products(tower, rows, count, counter.layers)) for count in (head_rows, 0)
-    ]
-    head(hidden())
+    """Median times of a pass over so many tokens and of its floor, and the median of their ratios,
+    each of a pass and a floor side by side. `experts` are rows by expert of each MoE layer."""
+    floor_sets = [product_sets(products(tower, tokens, rows, experts)) for rows in (tokens, 0)]
+    tower.logits(hidden())
     rounds = []
     for _ in range(repeats):
         body, out = timed(hidden)
-        tail, _ = timed(lambda out=out: head(out))  # type: ignore[misc]
+        tail, _ = timed(lambda out=out: tower.logits(out))  # type: ignore[misc]
         floors = [min(timed(work)[0] for work in works) for works in floor_sets]
         rounds.append((body + tail, body, *floors))
     return {
@@ -152,7 +147,7 @@ def share(
         "floor_ms": round(1e3 * statistics.median(r[2] for r in rounds), 3),
         "share_of_floor": round(statistics.median(r[2] / r[0] for r in rounds), 3),
         "share_without_head": round(statistics.median(r[3] / r[1] for r in rounds), 3),
-        "unique_experts": counter.mean_unique,
+        "unique_experts": sum(map(len, experts)) / max(1, len(experts)),
     }
 
 
@@ -163,7 +158,7 @@ def decode(
     mode: Mode,
     args: argparse.Namespace,
 ) -> dict[str, float]:
-    """Whole rows through the engines, prefill not counted."""
+    """Speed of rows through the engines, without their prefill and first block."""
     schedule = cycle(PROFILES[args.schedule]) if args.schedule != "free" else None
 
     def rule(params: GenerationParams) -> CommitRule:
@@ -180,20 +175,12 @@ def decode(
         seed=0,
     )
 
-    async def row(index: int) -> tuple[float, int, int]:
-        count = nfe = 0
-        started = 0.0
-        async for block in generate_blocks(reading, denoising, f"{index}", prompt, params):
-            if not started:
-                started = time.perf_counter()
-                nfe = 0
-                continue
-            count += len(block.token_ids)
-            nfe += block.nfe
-        return time.perf_counter() - started, count, nfe
-
     async def rows() -> list[tuple[float, int, int]]:
-        return list(await asyncio.gather(*(row(i) for i in range(args.batch))))
+        blocks = [
+            generate_blocks(reading, denoising, f"{index}", prompt, params)
+            for index in range(args.batch)
+        ]
+        return list(await asyncio.gather(*map(counted_row, blocks)))
 
     done = asyncio.run(rows())
     seconds = max(r[0] for r in done)
@@ -203,6 +190,17 @@ def decode(
         "passes_per_s": round(passes.passes / passes.pass_seconds, 1),
         "tokens_per_nfe": round(sum(r[1] for r in done) / max(1, sum(r[2] for r in done)), 3),
     }
+
+
+async def counted_row(blocks: AsyncIterator[Block]) -> tuple[float, int, int]:
+    """Seconds, tokens and denoiser passes (NFE) of a row from the end of its first block on."""
+    await anext(blocks)
+    started = time.perf_counter()
+    count = nfe = 0
+    async for block in blocks:
+        count += len(block.token_ids)
+        nfe += block.nfe
+    return time.perf_counter() - started, count, nfe
 
 
 def read_prompt(context: ContextTower, prompt: list[int], room: int) -> ContextState:

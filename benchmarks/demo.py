@@ -56,7 +56,7 @@ def running_service(model: str | None) -> Iterator[tuple[subprocess.Popen[str], 
 
 
 def stream_completion(target: str, max_tokens: int) -> None:
-    """Prints the prompt, its completion as it comes, and what it cost."""
+    """Prints the prompt, its completion as it comes, and its tokens, passes and speed."""
     with Client(target) as client:
         _run(client, 16, show=False)
         print(PROMPT, end="", flush=True)
@@ -88,7 +88,7 @@ def _first_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     line = process.stdout.readline().strip()
     if not line:
-        # It has said why.
+        # The process has printed the reason.
         sys.exit(process.wait(STOP_TIMEOUT_S) or 1)
     return line
 

@@ -1,13 +1,14 @@
-"""The matmul floor of a pass: its bare matrix products, with nothing between them.
+"""The matmul floor of a pass on a CPU: its matrix products alone.
 
-Every weight that the pass uses is multiplied once, in the pass's own shapes and threads: stacked
-projections, each expert that was chosen with as many rows as chose it, shared experts, head. Of
-the products that a CPU build of torch offers (MKL, oneDNN on packed weights), the faster counts.
+Every weight that the pass uses is multiplied once, with the shapes and threads of the pass: stacked
+projections, each chosen expert with as many rows as chose it, shared experts, head. Of the products
+that a CPU build of torch offers (MKL, oneDNN on packed weights), the faster counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -22,30 +23,24 @@ from twotower.towers.model.weights import AttentionWeights, MambaWeights, MlpWei
 Product = tuple[Tensor, Tensor]
 
 
-class ExpertCounter:
-    """Records, while active, how many rows chose each expert, layer by layer."""
+@contextmanager
+def counted_experts() -> Iterator[list[dict[int, int]]]:
+    """A list to which each MoE layer that runs in the `with` block appends the number of rows that
+    chose each expert, by expert."""
+    layers: list[dict[int, int]] = []
+    reference = dispatch.route.reference
 
-    def __init__(self) -> None:
-        self.layers: list[dict[int, int]] = []
-        self._reference = dispatch.route.reference
+    def counted(*args: object) -> tuple[Tensor, Tensor]:
+        ids, weights = reference(*args)  # type: ignore[arg-type]
+        unique, counts = ids.unique(return_counts=True)
+        layers.append(dict(zip(unique.tolist(), counts.tolist(), strict=True)))
+        return ids, weights
 
-    def __enter__(self) -> ExpertCounter:
-        def counted(*args: object) -> tuple[Tensor, Tensor]:
-            ids, weights = self._reference(*args)  # type: ignore[arg-type]
-            unique, counts = ids.unique(return_counts=True)
-            self.layers.append(dict(zip(unique.tolist(), counts.tolist(), strict=True)))
-            return ids, weights
-
-        dispatch.route.reference = counted  # type: ignore[assignment]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        dispatch.route.reference = self._reference
-
-    @property
-    def mean_unique(self) -> float:
-        """Mean number of experts that a layer read."""
-        return sum(map(len, self.layers)) / max(1, len(self.layers))
+    dispatch.route.reference = counted  # type: ignore[assignment]
+    try:
+        yield layers
+    finally:
+        dispatch.route.reference = reference
 
 
 def products(
@@ -54,7 +49,8 @@ def products(
     head_rows: int,
     experts: list[dict[int, int]],
 ) -> list[Product]:
-    """The (input, weight) pairs of one pass over `rows` tokens; inputs are random."""
+    """The (input, weight) pairs of a pass over `rows` tokens, `head_rows` of them through the head;
+    inputs are random. `experts` are rows by expert of each MoE layer."""
     pairs: list[Product] = []
     chosen = iter(experts)
     for layer in tower.weights.layers:
@@ -71,7 +67,7 @@ def run_products(pairs: list[Product], product: Callable[[Tensor, Tensor], Tenso
 
 
 def product_sets(pairs: list[Product]) -> list[Callable[[], None]]:
-    """The same products by each library, ready to be timed."""
+    """Functions that compute all products, by each library."""
     plain = [(x, weight.to_dense() if weight.is_mkldnn else weight) for x, weight in pairs]
     return [
         lambda: run_products(plain, F.linear),

@@ -1,10 +1,10 @@
-"""Everything that needs a GPU, stage by stage: `python -m benchmarks.gpu_stages OUT --plan h200`.
+"""Runs all checks and measurements of a GPU: `python -m benchmarks.gpu_stages OUT --plan h200`.
 
-A stage is one or several processes with a time limit of their own, so that neither an illegal
-access nor a hang costs the others. What a stage found is in OUT/stages.json, and as tables in
-OUT/stages.md, as soon as it has ended; its output is in OUT/logs. `--resume` leaves out what is
-done there, `--budget` begins no stage that might not end in time, `--dry` runs every stage at tiny
-shapes on a CPU. Needs torch, triton, safetensors, tokenizers, transformers and pytest.
+A stage is a set of processes with a time limit, so that neither an illegal access nor a hang ends
+the other stages. As soon as a stage has ended, its figures are in OUT/stages.json, and as tables in
+OUT/stages.md; its output is in OUT/logs. `--resume` leaves out stages that are done in OUT,
+`--budget` begins no stage that might not end in time, `--dry` runs every stage at tiny shapes on a
+CPU. Needs torch, triton, safetensors, tokenizers, transformers and pytest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class Book:
-    """What the stages found: one JSON file and one Markdown file, written after each stage."""
+    """Entries of all stages, in a JSON and a Markdown file that are written after each stage."""
 
     def __init__(self, folder: Path, *, resume: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,11 +71,11 @@ class Book:
         self._entries: list[Entry] = []
         if resume and self._json.exists():
             known = json.loads(self._json.read_text(encoding="utf-8"))
-            self._entries = [own for own in known if own["status"] == "done"]
+            self._entries = [entry for entry in known if entry["status"] == "done"]
 
     def has(self, name: str) -> bool:
-        """Whether a stage is done."""
-        return any(own["stage"] == name for own in self._entries)
+        """True if a stage is done."""
+        return any(entry["stage"] == name for entry in self._entries)
 
     def add(self, entry: Entry) -> None:
         """Writes a stage's entry, and prints its table."""
@@ -89,12 +88,12 @@ class Book:
 
     @property
     def any_failed(self) -> bool:
-        return any(own["status"] == "failed" for own in self._entries)
+        return any(entry["status"] == "failed" for entry in self._entries)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One process of a stage, where its figures and its output go."""
+    """A process of a stage, and the files for its figures and its output."""
 
     command: tuple[str, ...]
     out: Path
@@ -102,7 +101,7 @@ class _Job:
 
 
 def run_stage(stage: Stage, folder: Path, seconds: float) -> Entry:
-    """Runs a stage's processes within `seconds`; what they printed last and their figures."""
+    """Runs a stage's processes within `seconds`; their exit codes, last lines and figures."""
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     jobs = [
         _Job(
@@ -125,7 +124,7 @@ def run_stage(stage: Stage, folder: Path, seconds: float) -> Entry:
 
 
 def _run(job: _Job, deadline: float) -> Entry:
-    """One process; `exit` is None if it was ended at the deadline."""
+    """Runs a process; `exit` in its entry is None if it was ended at the deadline."""
     job.out.unlink(missing_ok=True)
     command = [word.replace("{out}", str(job.out)) for word in job.command]
     left = deadline - time.monotonic()
@@ -139,7 +138,7 @@ def _run(job: _Job, deadline: float) -> Entry:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": "."},
-                # Compilers and other helpers are ended with it.
+                # So that its child processes, such as compilers, can be ended with it.
                 start_new_session=True,
             )
             try:
@@ -155,16 +154,11 @@ def _run(job: _Job, deadline: float) -> Entry:
 
 
 def _figures(path: Path) -> Any:
-    """What a process wrote, if it came so far."""
+    """The figures that a process wrote; None if it wrote none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def names(plan: Sequence[Stage]) -> list[str]:
-    """The stages' names in their order."""
-    return [stage.name for stage in plan]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Both towers in this process, as the other side of a comparison."""
+"""Both towers in this process, to compare a service with."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Local:
 
 def load_local(path: str | None, rows: int, max_context: int, *, threaded: bool = False) -> Local:
     """Loads a checkpoint (None: the shipped model) without a prefix cache, so that the second run
-    of a prompt costs what the first did. `threaded` gives each tower a thread of its own."""
+    of a prompt costs as much as the first. `threaded` gives each tower a thread."""
     folder = resolve_checkpoint(path)
     options = EngineOptions(max_num_seqs=rows, max_context=max_context, prefix_cache_mib=0)
     context, denoiser = load_engines(

@@ -3,9 +3,9 @@
     python -m benchmarks.long_prompt
     python -m benchmarks.long_prompt --prompt 8192 --pairs 3
 
-Real tower actors in processes of their own, with the state channel between them, on a random
+Real tower actors, a process each, with the state channel between them, on a random
 checkpoint. A pair is a run with the prompt, which lasts until the prompt is read, and one of as
-many blocks without it. `growth_over_chunk` is what p99 of the block latency grows by, over the time
+many blocks without it. `growth_over_chunk` is the growth of p99 of the block latency over the time
 of a prefill pass that runs alone at the end of the prompt; the median of the pairs counts. Towers
 that share a machine's cores slow each other down besides: what the prompt's place in the queue
 costs a block is the growth of the extension alone. Memory is the anonymous memory of both actors
@@ -102,7 +102,7 @@ class Towers:
     async def state_bytes(self, name: str = "state_bytes") -> int:
         """A count of bytes, of both actors together."""
         stats = await asyncio.gather(self.context.stats(), self.denoiser.stats())
-        return int(sum(getattr(one, name) for one in stats))
+        return int(sum(getattr(tower, name) for tower in stats))
 
 
 async def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -141,7 +141,7 @@ async def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 @asynccontextmanager
 async def actors(folder: Path, args: argparse.Namespace) -> AsyncIterator[PairServices]:
-    """Both towers of a checkpoint as actors of a Ray of their own."""
+    """Both towers of a checkpoint as actors of a local Ray cluster."""
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     ray.init(
         address="local",
@@ -172,7 +172,7 @@ async def actors(folder: Path, args: argparse.Namespace) -> AsyncIterator[PairSe
 
 
 async def beside_the_prompt(towers: Towers) -> Run:
-    """Rows stream until the long prompt is read; blocks that were whole by then count."""
+    """Streams rows until the long prompt is read; blocks that ended before count."""
     read = asyncio.Event()
     async with watched(towers) as run:
         rows = [
@@ -186,7 +186,7 @@ async def beside_the_prompt(towers: Towers) -> Run:
 
 
 async def beside_nothing(towers: Towers, blocks: Sequence[int]) -> Run:
-    """Row i streams until it has blocks[i] latencies."""
+    """Streams row i until it has blocks[i] latencies, without the long prompt."""
     never = asyncio.Event()
     async with watched(towers) as run:
         rows = (stream(towers, run, i, count + 1, never) for i, count in enumerate(blocks))
@@ -213,7 +213,7 @@ async def chunk_times(towers: Towers) -> list[float]:
 
 
 async def read_prompt(towers: Towers) -> None:
-    """Opens a row, reads the long prompt into it and gives it up."""
+    """Opens a row, reads the long prompt into it and releases it."""
     params = GenerationParams(mode="ar", max_tokens=1, seed=0)
     try:
         await towers.context.open(LONG_ROW, len(towers.long_prompt) + 1)
@@ -255,7 +255,7 @@ async def stream(
             now = time.monotonic()
             if ended.is_set():
                 break
-            # The first block waits for the row's own prompt: not a latency between blocks.
+            # The first block waits for the row's prompt: not a latency between blocks.
             latencies += [now - before] if before else []
             before = now
     return latencies
@@ -282,7 +282,7 @@ async def watched(towers: Towers) -> AsyncIterator[Run]:
 
 
 def growth_figures(pairs: Sequence[tuple[Run, Run]], chunk: float) -> dict[str, Any]:
-    """What p99 grows by, in times of a chunk of `chunk` s: the medians, and every pair's blocks."""
+    """The growth of p99 in units of `chunk` seconds: medians, and that of every pair's blocks."""
     blocks, extensions = (
         [(percentile(of(a), 99) - percentile(of(b), 99)) / milli(chunk) for a, b in pairs]
         for of in (block_ms, extension_ms)

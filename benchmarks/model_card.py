@@ -1,4 +1,4 @@
-"""Every figure of the shipped model's card, measured again, and the card itself.
+"""Measures every figure of the shipped model's card and writes the card.
 
     python -m benchmarks.model_card twotower/models/pystdlib
 
@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.card_text import card
-from benchmarks.ngram import TrigramModel
+from benchmarks.ngram import trigram_loss
 from benchmarks.prompts import Prompt, completes, held_out_prompts
 from twotower import TwoTower
 from twotower.api import GenerationResult
@@ -48,28 +47,6 @@ MASK_COUNTS = (1, 4, 8, 16)
 SAMPLES = 3
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """What one way of decoding gave on all prompts, greedy.
-
-    `repeated` is the share of 4-grams that occurred before in the same completion; `loss` the
-    context tower's mean loss in nats of the completions.
-    """
-
-    mode: Mode
-    threshold: float | None
-    tokens: int
-    nfe: int
-    repeated: float
-    loss: float
-    valid: int
-    texts: list[str]
-
-    @property
-    def tokens_per_nfe(self) -> float | None:
-        return self.tokens / self.nfe if self.nfe else None
-
-
 def main() -> None:
     """Parses the arguments, measures, writes the card."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -83,25 +60,31 @@ def main() -> None:
     record = json.loads((args.model / "training.json").read_text(encoding="utf-8"))
     losses = held_out_losses(args.model, files)
     model = TwoTower.from_pretrained(args.model)
-    decodings = [decode(model, prompts, "ar", None)]
-    decodings += [decode(model, prompts, "mask_diffusion", gamma) for gamma in THRESHOLDS]
+    ar = decode(model, prompts, "ar")
+    diffusions = {gamma: decode(model, prompts, "mask_diffusion", gamma) for gamma in THRESHOLDS}
     config = json.loads((args.model / "config.json").read_text(encoding="utf-8"))
     figures = {
         "config": config,
         "losses": losses,
-        "decodings": [summary(decoding) for decoding in decodings],
+        "decodings": [
+            decoding_figures(model, prompts, "ar", None, ar),
+            *(
+                decoding_figures(model, prompts, "mask_diffusion", gamma, results)
+                for gamma, results in diffusions.items()
+            ),
+        ],
         "prompts": len(prompts),
         "valid_true_text": true_text_valid(model, prompts),
         "new_tokens": NEW_TOKENS,
         "bytes": sum(path.stat().st_size for path in model_files(args.model)),
     }
-    text = card(record, figures, samples(prompts, decodings))
+    text = card(record, figures, samples(prompts, ar, diffusions[SHIPPED_THRESHOLD]))
     (args.model / "README.md").write_text(text, encoding="utf-8")
     print(json.dumps(figures, indent=1))
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files that make the model: config, weights, tokenizer."""
+    """The model's files: config, weights, tokenizer."""
     return [folder / name for name in ("config.json", "model.safetensors", "tokenizer.json")]
 
 
@@ -124,51 +107,66 @@ def held_out_losses(folder: Path, files: Sequence[SourceFile]) -> dict[str, Any]
         "parameters": sum(value.numel() for value in params.values()),
         "context": context,
         "context_bits_per_byte": context * len(held_out) / size / 0.6931471805599453,
-        "trigram": trigram_loss(train, held_out, config.vocab_size, shape),
+        "trigram": held_out_trigram(train, held_out, config.vocab_size, shape),
         "denoiser": held_out_denoiser(objective, params, params, held_out, EVALUATION_BATCHES),
         "denoiser_by_masks": masked,
         "tokens": EVALUATION_BATCHES * shape.rows * shape.length,
     }
 
 
-def trigram_loss(
+def held_out_trigram(
     train: TokenArray, held_out: TokenArray, vocab_size: int, shape: BatchShape
 ) -> float:
-    """Loss of a 3-gram fitted on all training tokens, on the sequences the towers are tested on."""
+    """Loss of a 3-gram fitted on all training tokens, on the sequences that test the towers."""
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     rows = [
         draw_sequences(held_out, shape.rows, shape.length + 1, generator)
         for _ in range(EVALUATION_BATCHES)
     ]
-    return TrigramModel(train, vocab_size).loss(torch.cat(rows).numpy())
+    return trigram_loss(train, vocab_size, torch.cat(rows).numpy())
 
 
 def decode(
-    model: TwoTower, prompts: Sequence[Prompt], mode: Mode, threshold: float | None
-) -> Decoding:
-    """Greedy completions of all prompts in one batch, and what they are worth."""
-    results = model.generate(
+    model: TwoTower, prompts: Sequence[Prompt], mode: Mode, threshold: float = SHIPPED_THRESHOLD
+) -> list[GenerationResult]:
+    """Greedy completions of all prompts in one batch."""
+    return model.generate(
         [prompt.text for prompt in prompts],
         mode=mode,
         max_tokens=NEW_TOKENS,
-        confidence_threshold=SHIPPED_THRESHOLD if threshold is None else threshold,
+        confidence_threshold=threshold,
         eos_token_id=model.config.eos_token_id,
     )
-    pairs = list(zip(prompts, results, strict=True))
-    return Decoding(
-        mode,
-        threshold,
-        sum(len(result.token_ids) for result in results),
-        sum(result.nfe for result in results) if mode == "mask_diffusion" else 0,
-        repeated_share([result.token_ids for result in results]),
-        mean_loss(model, prompts, results),
-        sum(completes(prompt.text, result.text) for prompt, result in pairs),
-        [result.text for result in results],
-    )
+
+
+def decoding_figures(
+    model: TwoTower,
+    prompts: Sequence[Prompt],
+    mode: Mode,
+    threshold: float | None,
+    results: Sequence[GenerationResult],
+) -> dict[str, Any]:
+    """Figures of a way of decoding. `repeated` is the share of 4-grams that occurred before in the
+    same completion, `loss` the context tower's mean loss in nats of the completions, `valid` the
+    number of completions that are valid Python."""
+    tokens = sum(len(result.token_ids) for result in results)
+    nfe = sum(result.nfe for result in results) if mode == "mask_diffusion" else 0
+    pairs = zip(prompts, results, strict=True)
+    return {
+        "mode": mode,
+        "threshold": threshold,
+        "tokens": tokens,
+        "nfe": nfe,
+        "repeated": repeated_share([result.token_ids for result in results]),
+        "loss": mean_loss(model, prompts, results),
+        "valid": sum(completes(prompt.text, result.text) for prompt, result in pairs),
+        "tokens_per_nfe": tokens / nfe if nfe else None,
+    }
 
 
 def true_text_valid(model: TwoTower, prompts: Sequence[Prompt]) -> int:
-    """How many prompts pass with their file's own text, cut as the completions are."""
+    """The number of prompts that are valid Python with the text of their file, cut to as many
+    tokens as the completions."""
     assert model.tokenizer is not None
     passed = 0
     for prompt in prompts:
@@ -177,11 +175,11 @@ def true_text_valid(model: TwoTower, prompts: Sequence[Prompt]) -> int:
     return passed
 
 
-def repeated_share(rows: Sequence[Sequence[int]], size: int = 4) -> float:
-    """Share of the `size`-grams that occurred earlier in their own row."""
+def repeated_share(rows: Sequence[Sequence[int]]) -> float:
+    """Share of the 4-grams that occurred earlier in the same row."""
     total = repeated = 0
     for row in rows:
-        grams = [tuple(row[i : i + size]) for i in range(len(row) - size + 1)]
+        grams = list(zip(row, row[1:], row[2:], row[3:], strict=False))
         total += len(grams)
         repeated += len(grams) - len(set(grams))
     return repeated / max(1, total)
@@ -198,21 +196,12 @@ def mean_loss(
     return sum(losses) / max(1, len(losses))
 
 
-def summary(decoding: Decoding) -> dict[str, Any]:
-    """A decoding's figures without its texts."""
-    plain = asdict(decoding)
-    del plain["texts"]
-    return {**plain, "tokens_per_nfe": decoding.tokens_per_nfe}
-
-
 def samples(
-    prompts: Sequence[Prompt], decodings: Sequence[Decoding]
+    prompts: Sequence[Prompt], ar: Sequence[GenerationResult], diffusion: Sequence[GenerationResult]
 ) -> list[tuple[str, str, str, str]]:
-    """File, prompt, ar text and mask_diffusion text of the first prompts: no picking."""
-    ar = next(decoding for decoding in decodings if decoding.mode == "ar")
-    diffusion = next(one for one in decodings if one.threshold == SHIPPED_THRESHOLD)
-    rows = zip(prompts, ar.texts, diffusion.texts, strict=True)
-    return [(prompt.path, prompt.text, one, two) for prompt, one, two in rows][:SAMPLES]
+    """File, prompt, ar text and mask_diffusion text of the first prompts."""
+    rows = zip(prompts, ar, diffusion, strict=True)
+    return [(prompt.path, prompt.text, a.text, b.text) for prompt, a, b in rows][:SAMPLES]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An interpolated 3-gram with absolute discounting, the yardstick of the model card's losses."""
+"""Loss of an interpolated 3-gram with absolute discounting, for comparison in the model card."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ DISCOUNT = 0.75
 
 @dataclass(frozen=True)
 class _Counts:
-    """Sorted n-gram keys with their counts, and per context the total and distinct followers."""
+    """Sorted n-gram keys with their counts, and per context the numbers of followers and of
+    distinct followers."""
 
     keys: Ids
     counts: Ids
@@ -23,25 +24,20 @@ class _Counts:
     distinct: Ids
 
 
-class TrigramModel:
-    """Next-token probabilities from counts of a training stream."""
-
-    def __init__(self, stream: npt.NDArray[np.uint16], vocab_size: int) -> None:
-        ids = stream.astype(np.int64)
-        self._vocab_size = vocab_size
-        once = np.bincount(ids, minlength=vocab_size) + 1.0
-        self._unigram = once / once.sum()
-        pairs = ids[:-1] * vocab_size + ids[1:]
-        self._pairs = _count(pairs, vocab_size)
-        self._triples = _count(pairs[:-1] * vocab_size + ids[2:], vocab_size)
-
-    def loss(self, sequences: Ids) -> float:
-        """Mean loss in nats of tokens 2, 3, ... of each row of `sequences` [R, T]."""
-        first, second, third = sequences[:, :-2], sequences[:, 1:-1], sequences[:, 2:]
-        size = self._vocab_size
-        pair = _interpolate(self._pairs, second, third, self._unigram[third], size)
-        triple = _interpolate(self._triples, first * size + second, third, pair, size)
-        return float(-np.log(triple).mean())
+def trigram_loss(train: npt.NDArray[np.uint16], vocab_size: int, sequences: Ids) -> float:
+    """Mean loss in nats of tokens 2, 3, ... of each row of `sequences` [R, T], with probabilities
+    from the counts of the token stream `train`."""
+    ids = train.astype(np.int64)
+    counts = np.bincount(ids, minlength=vocab_size) + 1.0
+    unigram = counts / counts.sum()
+    pairs = ids[:-1] * vocab_size + ids[1:]
+    triples = pairs[:-1] * vocab_size + ids[2:]
+    first, second, third = sequences[:, :-2], sequences[:, 1:-1], sequences[:, 2:]
+    by_pair = _interpolate(_count(pairs, vocab_size), second, third, unigram[third], vocab_size)
+    by_triple = _interpolate(
+        _count(triples, vocab_size), first * vocab_size + second, third, by_pair, vocab_size
+    )
+    return float(-np.log(by_triple).mean())
 
 
 def _count(keys: Ids, vocab_size: int) -> _Counts:

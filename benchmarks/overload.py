@@ -1,11 +1,11 @@
-"""More requests than a pair can do: with floors that requests declare, and without.
+"""More requests than a pair can complete: with floors that requests declare, and without.
 
     python -m benchmarks.overload [--model DIR] [--load 1.5] [--seconds 30] [--repeats 3]
 
 Requests come at seeded random times, `--load` times as many as the service completes of such
 requests when they come at once. Rounds with and without floors alternate on one service and see the
-same arrivals. What fewer steps cost is shown by what the context tower thinks of the output. Prints
-one JSON object.
+same arrivals. The cost of fewer steps is shown by the context tower's log-probability of the
+output. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ ROWS, QUEUE = 8, 16
 ALL = ROWS + QUEUE
 STEPS, FLOOR = 16, 4
 TOKENS = 64
-# Nothing is sure enough to be committed early: a pass commits what its share of the steps asks.
+# No token reaches the threshold: a pass commits as many as the number of steps asks for.
 ASKED = {"steps_per_block": STEPS, "confidence_threshold": 0.95, "max_tokens": TOKENS}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a request; `seconds` from sending to the end, `steps` those it was served
-    with, `nfe` its denoiser passes; a refused one has none."""
+    """The outcome of a request: `seconds` from sending to the end, `steps` per block with which it
+    was served, and its denoiser passes `nfe`; 0 of both if it was refused."""
 
     seconds: float
     steps: int = 0
@@ -55,7 +55,9 @@ def main() -> None:
     """Parses the arguments, measures, prints JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="checkpoint folder; the shipped model if left out")
-    parser.add_argument("--load", type=float, default=1.5, help="arrivals over what can be done")
+    parser.add_argument(
+        "--load", type=float, default=1.5, help="arrivals over completions possible"
+    )
     parser.add_argument("--seconds", type=float, default=30.0, help="length of a round's arrivals")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -63,7 +65,7 @@ def main() -> None:
     if tokenizer is None:
         parser.error("--model: has no tokenizer")
     texts = held_out_prompts(read_corpus(standard_library()), ALL)
-    prompts = [tokenizer.encode(one.text) for one in texts]
+    prompts = [tokenizer.encode(prompt.text) for prompt in texts]
     config = service_config(args.model, ROWS).model_copy(update={"max_queued_requests": QUEUE})
     with LocalService(config) as service, Client(service.address) as client:
         print(json.dumps(measure(client, prompts, args), indent=2))
@@ -93,7 +95,7 @@ def measure(
         "as_asked": figures(client, prompts, rounds[False]),
         "with_floors": figures(client, prompts, rounds[True]),
         "completed_with_over_without": median(
-            sum(one.nfe > 0 for one in eased) / sum(one.nfe > 0 for one in plain)
+            sum(each.nfe > 0 for each in eased) / sum(each.nfe > 0 for each in plain)
             for plain, eased in zip(rounds[False], rounds[True], strict=True)
         ),
     }
@@ -111,7 +113,7 @@ def drawn_arrivals(per_s: float, seconds: float, seed: int) -> list[float]:
 def one_round(
     client: Client, prompts: Sequence[Sequence[int]], arrivals: Sequence[float], floors: bool
 ) -> list[Answer]:
-    """Sends a request at each time; the answers in that order."""
+    """Sends a request at each time; returns the answers in that order."""
     began = time.monotonic()
 
     def ask(index: int) -> Answer:
@@ -132,32 +134,34 @@ def one_round(
         seconds = time.monotonic() - sent
         return Answer(seconds, steps, stream.usage.nfe, tuple(stream.token_ids))
 
-    # A thread for each that can be there at once; those that are refused end at once.
+    # A thread for each request that can run at once; refused requests end at once.
     with ThreadPoolExecutor(2 * ALL) as pool:
         asked = []
         for index, at in enumerate(arrivals):
             time.sleep(max(0.0, began + at - time.monotonic()))
             asked.append(pool.submit(ask, index))
-        return [one.result(timeout=600) for one in asked]
+        return [future.result(timeout=600) for future in asked]
 
 
 def figures(
     client: Client, prompts: Sequence[Sequence[int]], rounds: Sequence[Sequence[Answer]]
 ) -> dict[str, Any]:
-    """What became of the requests of all rounds."""
-    answers = [(index, one) for answers in rounds for index, one in enumerate(answers)]
-    complete = [(index, one) for index, one in answers if one.nfe]
+    """Outcomes of the requests of all rounds."""
+    answers = [(index, answer) for answers in rounds for index, answer in enumerate(answers)]
+    complete = [(index, answer) for index, answer in answers if answer.nfe]
     log_probs = [
-        sum(client.score([*prompts[index % ALL], *one.token_ids]).log_probs[-TOKENS:])
-        for index, one in complete
+        sum(client.score([*prompts[index % ALL], *answer.token_ids]).log_probs[-TOKENS:])
+        for index, answer in complete
     ]
     return {
         "requests": len(answers),
         "complete": len(complete),
         "refused": len(answers) - len(complete),
-        "seconds_p50": median(one.seconds for _, one in complete),
-        "tokens_per_nfe": round(TOKENS * len(complete) / sum(one.nfe for _, one in complete), 3),
-        "steps": dict(sorted(Counter(one.steps for _, one in complete).items())),
+        "seconds_p50": median(answer.seconds for _, answer in complete),
+        "tokens_per_nfe": round(
+            TOKENS * len(complete) / sum(answer.nfe for _, answer in complete), 3
+        ),
+        "steps": dict(sorted(Counter(answer.steps for _, answer in complete).items())),
         "context_tower_log_prob_per_token": round(sum(log_probs) / (TOKENS * len(complete)), 3),
     }
 

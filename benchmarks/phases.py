@@ -1,6 +1,6 @@
-"""Which phase of its life a row is in, and cancels within a chosen one.
+"""Follows the phases of rows, from queue to transfer, and cancels rows within a chosen phase.
 
-The classes stand between a pair and its towers and pass everything on.
+`PhasedTower` and `PhasedLink` wrap a pair's towers and link, and forward all calls.
 """
 
 from __future__ import annotations
@@ -15,23 +15,27 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.soak_requests import Cancel
-from twotower.cluster.services.tower_services import (
-    Call,
-    ContextTowerService,
-    DenoiserTowerService,
-    P,
-    T,
-    TowerService,
-    bound,
-)
+from twotower.towers.decoding.services import ContextService, DenoiserService
 from twotower.towers.state.context_state import ContextState
 from twotower.towers.state.link import StateLink, UpdateWriter
 from twotower.towers.state.update import UpdatePlan
 
+# The phase in which a row is during a call of a tower.
+PHASE_OF = {
+    "open": "queued",
+    "prefill": "prefill",
+    "denoise_block": "denoising",
+    "next_token": "denoising",
+    "decode": "denoising",
+    "extend": "extension",
+    "verify": "extension",
+}
+assert all(hasattr(ContextService, name) or hasattr(DenoiserService, name) for name in PHASE_OF)
+
 
 @dataclass
 class _Life:
-    """A row's task, how often it entered each phase and which of them it is in now."""
+    """A row's task, how often it has entered each phase, and the phases that it is in now."""
 
     task: asyncio.Task[Any]
     cancel: Cancel | None
@@ -41,26 +45,26 @@ class _Life:
 
 
 class Phases:
-    """Rows by phase. `cancels` counts those sent, by the phase in which they arrived: the
-    intended one or, if the row had left it by then, "between"."""
+    """Rows and their phases. `cancels` counts the cancels that were sent, by the phase in which
+    they arrived: the intended phase or, if the row had left it by then, "between"."""
 
     def __init__(self) -> None:
         self.cancels: Counter[str] = Counter()
         self._lives: dict[str, _Life] = {}
 
     def follow(self, row_id: str, task: asyncio.Task[Any], cancel: Cancel | None) -> None:
-        """Begins a row's life, with a cancel if there is to be one."""
+        """Follows a row from now on, and cancels it as planned."""
         self._lives[row_id] = _Life(task, cancel)
 
     def forget(self, row_id: str) -> None:
-        """Ends it."""
+        """Follows a row no longer."""
         life = self._lives.pop(row_id)
         if life.timer is not None:
             life.timer.cancel()
 
     @contextmanager
     def phase(self, row_id: str, name: str) -> Iterator[None]:
-        """The row is in a phase for as long as the block lasts."""
+        """The row is in a phase for as long as the `with` block lasts."""
         life = self._lives.get(row_id)
         if life is None:
             yield
@@ -81,43 +85,27 @@ class Phases:
             self.cancels[name if life.inside[name] else "between"] += 1
 
 
-# The phases of a row in which calls of its towers are.
-PHASES = {
-    "open": "queued",
-    "prefill": "prefill",
-    "extend": "extension",
-    "verify": "extension",
-    "decode": "denoising",
-    "denoise_block": "denoising",
-    "next_token": "denoising",
-}
+class PhasedTower:
+    """A context or denoiser tower; while a call of `PHASE_OF` runs, its row is in that phase."""
 
-
-class _Phased(TowerService):
-    """A tower whose rows' phases are followed."""
-
-    def __init__(self, tower: TowerService, phases: Phases) -> None:
+    def __init__(self, tower: Any, phases: Phases) -> None:
         self._tower = tower
         self._phases = phases
 
-    async def _call(self, call: Call[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        phase = PHASES.get(call.__name__)
-        if phase is None:
-            return await bound(self._tower, call)(*args, **kwargs)
-        with self._phases.phase(str(args[0]), phase):
-            return await bound(self._tower, call)(*args, **kwargs)
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._tower, name)
+        if name not in PHASE_OF:
+            return call
 
+        async def in_phase(row_id: str, *args: Any, **kwargs: Any) -> Any:
+            with self._phases.phase(row_id, PHASE_OF[name]):
+                return await call(row_id, *args, **kwargs)
 
-class PhasedContext(_Phased, ContextTowerService):
-    """A context tower whose rows' phases are followed."""
-
-
-class PhasedDenoiser(_Phased, DenoiserTowerService):
-    """A denoiser tower whose rows' phases are followed."""
+        return in_phase
 
 
 class PhasedLink:
-    """A link whose updates are a phase of their rows while they wait for their receipts."""
+    """A link; while an update waits for its receipt, its row is in the phase "transfer"."""
 
     def __init__(self, link: StateLink, phases: Phases) -> None:
         self._link = link

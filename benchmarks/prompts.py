@@ -1,4 +1,4 @@
-"""Prompts from held-out library code, and the test of what a model makes of them."""
+"""Prompts from held-out library code, and a test whether completions are valid Python."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def held_out_prompts(files: Sequence[SourceFile], count: int) -> list[Prompt]:
 
 
 def tokenizes(text: str) -> bool:
-    """Whether Python's tokenizer reads `text` to its end without an error."""
+    """True if Python's tokenizer reads `text` to its end without an error."""
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
     except (tokenize.TokenError, SyntaxError):
@@ -55,9 +55,9 @@ def tokenizes(text: str) -> bool:
 
 
 def completes(prompt: str, completion: str) -> bool:
-    """Whether `completion`, cut at its last full line, continues `prompt` as Python.
+    """True if `completion`, cut at its last full line, continues `prompt` as Python.
 
-    A completion without one full line of code does not.
+    A completion without a full line of code does not.
     """
     cut = completion[: completion.rfind("\n") + 1]
     return bool(cut.strip()) and tokenizes(prompt + cut)

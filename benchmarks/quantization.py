@@ -1,4 +1,4 @@
-"""Routed experts in 8 bits against the model that they were made from.
+"""Compares a model with routed experts in 8 bits with the model that it was made from.
 
     python -m benchmarks.quantization [--model DIR] [--prompts 100] [--tokens 64]
 
@@ -90,7 +90,7 @@ def measure(before: Path, after: Path, args: argparse.Namespace) -> dict[str, An
 
 
 def token_ids(folder: Path, count: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Held-out prompts, and each with its file's own continuation."""
+    """Held-out prompts, and each prompt with its continuation in the file, as token ids."""
     tokenizer = load_tokenizer(folder)
     found = held_out_prompts(read_corpus(standard_library()), count)
     if tokenizer is None or len(found) < count:
@@ -102,11 +102,11 @@ def token_ids(folder: Path, count: int) -> tuple[list[list[int]], list[list[int]
 
 def output_errors(before: Path, after: Path, texts: Sequence[list[int]]) -> dict[str, float]:
     """Relative RMS error of each of the denoiser's MoE layers, over all texts."""
-    one, other = load_denoiser_tower(before), load_denoiser_tower(after)
-    error = dict.fromkeys(one.config.layers_of(MOE), 0.0)
+    plain, quantized = load_denoiser_tower(before), load_denoiser_tower(after)
+    error = dict.fromkeys(plain.config.layers_of(MOE), 0.0)
     size = dict(error)
-    for layer, x in moe_inputs(before, one, texts):
-        exact, rounded = (_moe(tower, layer, x) for tower in (one, other))
+    for layer, x in moe_inputs(before, plain, texts):
+        exact, rounded = (_moe(tower, layer, x) for tower in (plain, quantized))
         error[layer] += float((rounded - exact).double().square().sum())
         size[layer] += float(exact.double().square().sum())
     return {str(layer): (error[layer] / size[layer]) ** 0.5 for layer in error}

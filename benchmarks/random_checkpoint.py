@@ -1,39 +1,34 @@
-"""A checkpoint of random weights with any config, written and read like a real one."""
+"""Writes checkpoints of random weights with any config."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from twotower.planner.shapes import LARGE
 from twotower.towers.checkpoint.checkpoint import SINGLE_FILE, tensor_shapes
 from twotower.towers.config.model_config import TwoTowerConfig
 
-MEDIUM = TwoTowerConfig(
+MEDIUM = replace(
+    LARGE,
     vocab_size=4096,
     hidden_size=512,
     layer_pattern="MEM*EMEM*EME",
     num_attention_heads=8,
-    num_key_value_heads=2,
     head_dim=64,
     mamba_num_heads=16,
-    mamba_head_dim=64,
     n_groups=4,
     ssm_state_size=64,
-    conv_kernel=4,
     n_routed_experts=32,
     num_experts_per_tok=4,
     moe_intermediate_size=384,
     moe_shared_expert_intermediate_size=768,
     intermediate_size=384,
-    n_group=1,
-    topk_group=1,
-    norm_topk_prob=True,
-    routed_scaling_factor=2.5,
-    layer_norm_epsilon=1e-5,
     max_position_embeddings=65536,
 )
 

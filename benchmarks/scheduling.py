@@ -3,7 +3,7 @@
     python -m benchmarks.scheduling
     python -m benchmarks.scheduling --rows 64 --width 32 --profile code
 
-Real engines on a random checkpoint, each tower's passes in a thread of its own. `passes_over_ideal`
+Real engines on a random checkpoint, the passes of each tower in a thread. `passes_over_ideal`
 is the denoiser's passes over (sum of all rows' steps) / width; beside it the same schedules in
 lockstep. `makespan_over_busier` is the wall time of a run over the pass time of the tower that
 worked longer. Prints one JSON object.
@@ -27,10 +27,11 @@ import torch
 from benchmarks.figures import median
 from benchmarks.machine import machine
 from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
-from twotower.planner.schedules import PROFILES, Schedule, draw_rows, lockstep_passes, replaying
+from twotower.planner.schedules import PROFILES, Replay, Schedule, draw_rows, lockstep_passes
 from twotower.towers.decoding.generation import generate_blocks
 from twotower.towers.engine.load import load_engines
 from twotower.towers.engine.options import EngineOptions
+from twotower.towers.engine.stats import EngineStats
 from twotower.towers.request.params import GenerationParams
 
 # Large enough that passes are matrix products, small enough for a thousand of them a minute.
@@ -69,13 +70,13 @@ def main() -> None:
 
 
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """All figures: medians over runs, each with a draw of its own."""
+    """All figures: medians over runs, each with other schedules."""
     asyncio.run(run(folder, draw_rows(args.profile, args.width, 1, 0), args))
     runs = [
         asyncio.run(run(folder, draw_rows(args.profile, args.rows, args.blocks, seed), args))
         for seed in range(args.repeats)
     ]
-    figures = {name: [figure[name] for figure in runs] for name in runs[0]}
+    by_name = {name: [found[name] for found in runs] for name in runs[0]}
     return {
         "machine": machine(threads=2),
         "shape": {
@@ -88,9 +89,9 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             "prompt": args.prompt,
             "profile": args.profile,
         },
-        "median": {name: median(every) for name, every in figures.items()},
+        "median": {name: median(values) for name, values in by_name.items()},
         "worst": {
-            name: max(figures[name]) for name in ("passes_over_ideal", "makespan_over_busier")
+            name: max(by_name[name]) for name in ("passes_over_ideal", "makespan_over_busier")
         },
     }
 
@@ -98,7 +99,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 async def run(
     folder: Path, rows: Sequence[Sequence[Schedule]], args: argparse.Namespace
 ) -> dict[str, float]:
-    """All rows through fresh engines, at once."""
+    """Figures of a run of all rows at once through fresh engines."""
     options = EngineOptions(
         max_num_seqs=len(rows),
         max_context=args.prompt + BLOCK * len(rows[0]),
@@ -111,7 +112,7 @@ async def run(
         torch.float32,
         options=options,
         threaded=True,
-        rule=replaying(rows),
+        rule=Replay(rows),
     )
     prompt = torch.arange(4, 4 + args.prompt).tolist()
 
@@ -123,18 +124,29 @@ async def run(
     started = time.monotonic()
     await asyncio.gather(*(row(index) for index in range(len(rows))))
     makespan = time.monotonic() - started
-    reading, denoising = context.stats(), denoiser.stats()
+    return figures(rows, args.width, makespan, context.stats(), denoiser.stats())
+
+
+def figures(
+    rows: Sequence[Sequence[Schedule]],
+    width: int,
+    makespan: float,
+    reading: EngineStats,
+    denoising: EngineStats,
+) -> dict[str, float]:
+    """Passes and seconds of a run from the counters of its context and denoiser engines, against
+    an ideal and a lockstep run of the same schedules. Raises RuntimeError if steps are missing."""
     steps = sum(len(block) for blocks in rows for block in blocks)
     if denoising.pass_rows != steps:
         raise RuntimeError(f"denoiser steps: got {denoising.pass_rows}, expected {steps}")
-    ideal = math.ceil(steps / args.width)
+    ideal = math.ceil(steps / width)
     busier = max(reading.pass_seconds, denoising.pass_seconds)
     return {
         "steps": steps,
         "ideal_passes": ideal,
         "passes": denoising.passes,
         "passes_over_ideal": round(denoising.passes / ideal, 4),
-        "lockstep_over_ideal": round(lockstep_passes(rows, args.width) / ideal, 4),
+        "lockstep_over_ideal": round(lockstep_passes(rows, width) / ideal, 4),
         "makespan_s": makespan,
         "makespan_over_busier": round(makespan / busier, 4),
         "denoiser_pass_ms": 1e3 * denoising.pass_seconds / denoising.passes,

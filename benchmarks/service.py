@@ -1,4 +1,4 @@
-"""The service against the same model in process, and what the service adds to a block.
+"""The service against the same model in process, and the overhead of the service per block.
 
     python -m benchmarks.service [--model DIR] [--repeats 7] [--tokens 96]
 
@@ -88,7 +88,7 @@ def measure(client: Client, local: Local, args: argparse.Namespace) -> dict[str,
 
 
 def over_grpc(client: Client, tokens: int) -> dict[str, float]:
-    """One stream: tokens/s, latency per block and the towers' own time per block."""
+    """One stream: tokens/s, latency per block, and seconds in passes of both towers per block."""
     before = pass_seconds()
     started = time.perf_counter()
     blocks = list(client.generate(PROMPT, max_tokens=tokens, ignore_eos=True))

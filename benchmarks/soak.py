@@ -1,8 +1,8 @@
-"""Thousands of short mixed requests, a fifth of them cancelled midway: nothing may stay behind.
+"""Thousands of short mixed requests, a fifth of them cancelled midway; then nothing may be left.
 
     python -m benchmarks.soak [--requests 10000] [--rows 16] [--in-flight 48]
 
-The tower actors' own classes with a gRPC state link between them, in one process without Ray, on
+The classes of the tower actors with a gRPC state link between them, in one process without Ray, on
 a tiny random checkpoint, with a prefix cache. After every thousand requests the pair is idle for a
 moment: then no row, slot, mirror, queue entry or waiting piece of work may be left on either side
 and no task beyond the link's; in the end, once the prefix cache is empty, no page either. A refused
@@ -34,7 +34,7 @@ import torch
 
 from benchmarks.in_process import load_local
 from benchmarks.machine import machine
-from benchmarks.phases import PhasedContext, PhasedDenoiser, PhasedLink, Phases
+from benchmarks.phases import PhasedLink, PhasedTower, Phases
 from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
 from benchmarks.soak_requests import RequestMaker, SoakRequest
 from twotower.api import Request
@@ -71,19 +71,19 @@ SHAPE = replace(
 )
 EOS = 2
 MAX_CONTEXT = 256
-# Small enough that entries leave for want of bytes as well as for want of pages.
+# So small that entries are evicted for lack of bytes as well as for lack of pages.
 CACHE_MIB = 1
 ROUND = 1000
 SETTLE_S = 5.0
 MAX_OBJECT_GROWTH = 1.01
 RETRY_S = 0.1
-# What must be zero on a side once all requests have ended.
+# Counters that must be zero on a side once all requests have ended.
 GONE = ("rows", "pending_work", "slots_used", "pages_used", "queued_rows", "mirrors")
 CACHED = ("context", "pages_used")
 
 
 class Soak:
-    """A linked pair of towers and what has become of the requests."""
+    """A linked pair of towers, and the outcomes of the requests."""
 
     def __init__(self, topology: PairTopology, phases: Phases) -> None:
         self.outcomes: Counter[str] = Counter()
@@ -110,7 +110,7 @@ class Soak:
         await self._denoiser.close()
 
     async def run(self, requests: Iterator[SoakRequest], in_flight: int) -> None:
-        """Ends all requests, so many at once."""
+        """Sends all requests, so many at a time, and waits for their ends."""
 
         async def take_turns() -> None:
             for request in requests:
@@ -119,7 +119,7 @@ class Soak:
         await asyncio.gather(*(take_turns() for _ in range(in_flight)))
 
     async def left(self, *, cached_pages: bool) -> dict[str, float]:
-        """What is still there, if anything, a few seconds after the last request."""
+        """The counters that are not zero, though they should be, at most SETTLE_S later."""
         deadline = time.monotonic() + SETTLE_S
         while (
             left := held(await self._pair.stats(), cached_pages)
@@ -139,12 +139,13 @@ class Soak:
         link = self.engine.link
         assert link is not None
         self.engine.link = PhasedLink(link, self._phases)
-        return PairServices(
-            PhasedContext(self._context, self._phases), PhasedDenoiser(self._denoiser, self._phases)
+        context, denoiser = (
+            PhasedTower(tower, self._phases) for tower in (self._context, self._denoiser)
         )
+        return PairServices(context, denoiser)
 
     async def _end(self, request: SoakRequest) -> None:
-        """Sends a request until it is not refused, and notes what became of it."""
+        """Sends a request until it is not refused, and notes its outcome."""
         while True:
             row_id = f"row-{next(self._names)}"
             task = asyncio.create_task(self._tokens(row_id, request))
@@ -219,13 +220,8 @@ async def soak(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     phases = Phases()
     towers = Soak(topology(folder, args), phases)
     await towers.start()
-    maker = RequestMaker(SHAPE.vocab_size, EOS, args.seed)
-    readings = []
     started = time.monotonic()
-    for start in range(0, args.requests, ROUND):
-        count = min(ROUND, args.requests - start)
-        await towers.run(maker.requests(count), args.in_flight)
-        readings.append(await reading(towers, start + count))
+    readings = await rounds(towers, args)
     seconds = time.monotonic() - started
     stats = await towers.stats()
     cache = towers.engine.cache
@@ -259,9 +255,20 @@ async def soak(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+async def rounds(towers: Soak, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Sends all requests, ROUND at a time; returns a reading after each round."""
+    maker = RequestMaker(SHAPE.vocab_size, EOS, args.seed)
+    readings = []
+    for start in range(0, args.requests, ROUND):
+        count = min(ROUND, args.requests - start)
+        await towers.run(maker.requests(count), args.in_flight)
+        readings.append(await reading(towers, start + count))
+    return readings
+
+
 def held(stats: dict[str, dict[str, float]], cached_pages: bool) -> dict[str, float]:
-    """The counters that are not zero though they should be; the context tower's pages may be the
-    prefix cache's."""
+    """The counters that are not zero though they should be. With `cached_pages` the context tower
+    may use pages, for the prefix cache."""
     return {
         f"{side}.{name}": stats[side][name]
         for side in stats
@@ -271,7 +278,7 @@ def held(stats: dict[str, dict[str, float]], cached_pages: bool) -> dict[str, fl
 
 
 async def reading(towers: Soak, requests: int) -> dict[str, Any]:
-    """What is left and what memory the process has after so many requests."""
+    """Counters that are left and the process's memory after so many requests."""
     left = await towers.left(cached_pages=True)
     context = (await towers.stats())["context"]
     gc.collect()
@@ -287,7 +294,7 @@ async def reading(towers: Soak, requests: int) -> dict[str, Any]:
 
 
 def compared(folder: Path, outputs: Sequence[tuple[SoakRequest, list[int]]]) -> dict[str, Any]:
-    """How many outputs are those of the row alone, and the requests of those that are not."""
+    """Compares outputs with those of each row alone; lists the requests whose outputs differ."""
     model = load_local(str(folder), 1, MAX_CONTEXT).model
     different = []
     for request, got in outputs:
@@ -303,15 +310,15 @@ def compared(folder: Path, outputs: Sequence[tuple[SoakRequest, list[int]]]) -> 
 
 
 def passed(figures: dict[str, Any], max_growth_mib: float) -> bool:
-    """Whether all that a soak asks for holds."""
+    """True if nothing is left, differs or has failed, and memory has not grown."""
     readings = figures["readings"]
     first, last = readings[0], readings[-1]
-    # oneDNN keeps a kernel for each of the last thousand shapes that it met: memory settles late.
+    # oneDNN keeps a kernel for each of the last thousand shapes, so memory settles late.
     settled = readings[len(readings) * 2 // 3]
     outcomes = figures["outcomes"]
     return (
         not figures["left"]
-        and not any(one["left"] for one in readings)
+        and not any(each["left"] for each in readings)
         and outcomes.get("completed", 0) + outcomes.get("cancelled", 0) == figures["requests"]
         and not figures["checked"]["different"]
         and last["tasks"] <= first["tasks"]

@@ -1,4 +1,4 @@
-"""Short mixed requests for a soak: every mode, shared prefixes, some to be cancelled midway."""
+"""Draws short requests for a soak: every mode, shared prefixes, some to be cancelled midway."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class RequestMaker:
         return tuple(self._draw.randrange(4, self._vocab_size) for _ in range(count))
 
     def _prompt(self) -> tuple[int, ...]:
-        """One seen before, one that continues a seen beginning, or a new one."""
+        """A common prompt, a continuation of a common prefix, or a new prompt."""
         kind = self._draw.random()
         if kind < 0.2:
             return self._draw.choice(self._prompts)
@@ -97,7 +97,7 @@ class RequestMaker:
 
 
 def phases_of(params: GenerationParams) -> tuple[str, ...]:
-    """The phases that a row passes through, if no EOS ends it before."""
+    """The phases that a row passes through unless an EOS ends it before."""
     if params.mode == "ar":
         return ("queued", "prefill", "denoising")
     extended = params.mode == "verified" or params.max_tokens > params.block_size

@@ -3,8 +3,8 @@
     python -m benchmarks.state_memory                # a random tower of at least 1 GB
     python -m benchmarks.state_memory --model DIR
 
-Loading: the peak of anonymous memory over what was there before, against the bytes of the tower's
-tensors. Decoding: what grows between two context lengths, against K/V alone. Linux only.
+Loading: the growth of anonymous memory at its peak, against the bytes of the tower's tensors.
+Decoding: the same at two context lengths, against the bytes of K/V. Linux only.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ LARGE = replace(MEDIUM, n_routed_experts=128, hidden_size=640, vocab_size=32768)
 def main() -> None:
     """Parses the arguments, measures, prints JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, help="a checkpoint folder instead of a random one")
+    parser.add_argument(
+        "--model", type=Path, help="a checkpoint folder; random weights if left out"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.model or Path(scratch)
         if args.model is None:
-            # In another process: memory that this one had freed would hide the loader's.
+            # In another process: memory freed in this process would hide the loader's.
             writer = get_context("spawn").Process(
                 target=write_random_checkpoint, args=(folder, LARGE)
             )
@@ -75,10 +77,10 @@ def tower_bytes(config: TwoTowerConfig) -> int:
 
 
 def decode_growth(context: ContextTower, denoiser: DenoiserTower, length: int) -> dict[str, int]:
-    """Peak of anonymous memory during a denoiser pass and an extension after `length` tokens of
-    context, over what the state itself holds."""
+    """Growth of anonymous memory at its peak during a denoiser pass and an extension after `length`
+    tokens of context, and the bytes of the state's pages."""
     state = context.new_state(length + 16)
-    # Zero K/V cost what real ones cost; reading 8 K tokens for real would take minutes.
+    # Zero K/V take as long as real ones; reading 8 K tokens would take minutes.
     plan = UpdatePlan("snapshot", 0, length)
     zeros = {
         name: torch.zeros(()).expand(size) for name, size in plan.shapes(context.config).items()
@@ -95,7 +97,7 @@ def decode_growth(context: ContextTower, denoiser: DenoiserTower, length: int) -
 
 
 def peak_over_start(work: Callable[[], T]) -> tuple[T, int]:
-    """Runs `work`; its result and the peak of anonymous memory over that at the start."""
+    """Runs `work`; returns its result and the growth of anonymous memory at its peak, in bytes."""
     start = anonymous_bytes()
     peak = start
     done = threading.Event()
@@ -117,7 +119,7 @@ def peak_over_start(work: Callable[[], T]) -> tuple[T, int]:
 
 
 def anonymous_bytes(process: int | None = None) -> int:
-    """Resident anonymous memory of a process, this one if left out."""
+    """Bytes of resident anonymous memory of a process (None: this process)."""
     status = Path(f"/proc/{process or 'self'}/status")
     for line in status.read_text().splitlines():
         if line.startswith("RssAnon:"):

@@ -1,4 +1,4 @@
-"""Verified decoding against ar: the same tokens, and how many of them a pass gives.
+"""Verified decoding against ar: the same tokens, and tokens per pass.
 
     python -m benchmarks.verified [--model DIR] [--prompts 200] [--tokens 64]
 
@@ -6,8 +6,7 @@ First every held-out prompt is decoded in both modes, greedy and drawn (temperat
 a seed per prompt), and the outputs are compared token for token. Then a smaller set is decoded
 with 1 to 16 draft steps: accepted tokens a draft, tokens per (denoiser + context) pass and
 tokens/s, with an ar run beside each. Passes that read the prompt are not counted; they give ar its
-first token. Prints one JSON
-object; the exit code is 1 if an output differs.
+first token. Prints one JSON object; the exit code is 1 if an output differs.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,27 +37,6 @@ DRAWS = {
 }
 DRAFT_STEPS = (1, 2, 3, 4, 6, 8, 12, 16)
 MAX_CONTEXT = 1024
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Results of all prompts, and the seconds that they took."""
-
-    results: list[GenerationResult]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Where two outputs first differ, each with its token there and the context tower's
-    natural-log probability of that token."""
-
-    prompt: int
-    position: int
-    ar_token: int
-    ar_log_prob: float
-    verified_token: int
-    verified_log_prob: float
 
 
 def main() -> int:
@@ -122,34 +100,42 @@ def measure(local: Local, prompts: list[list[int]], args: argparse.Namespace) ->
 def against_ar(
     local: Local, prompts: Sequence[list[int]], params: GenerationParams
 ) -> dict[str, Any]:
-    """How many of the outputs are those of ar, and the first difference of each other one."""
-    ar = decode(local, prompts, params)
-    verified = decode(local, prompts, replace(params, mode="verified"))
-    pairs = zip(ar.results, verified.results, strict=True)
+    """The number of outputs that are equal to those of ar, and the first difference of the
+    others."""
+    ar, ar_seconds = decode(local, prompts, params)
+    verified, seconds = decode(local, prompts, replace(params, mode="verified"))
+    pairs = zip(ar, verified, strict=True)
     found = [first_difference(index, *pair) for index, pair in enumerate(pairs)]
-    differences = [asdict(one) for one in found if one is not None]
+    differences = [difference for difference in found if difference is not None]
     return {
         "prompts": len(prompts),
         "equal": len(prompts) - len(differences),
         "differences": differences,
-        "tokens_compared": sum(len(result.token_ids) for result in ar.results),
-        "ar": speed(prompts, ar),
-        "verified": speed(prompts, verified) | drafts(verified),
+        "tokens_compared": sum(len(result.token_ids) for result in ar),
+        "ar": speed(prompts, ar, ar_seconds),
+        "verified": speed(prompts, verified, seconds) | drafts(verified),
     }
 
 
 def first_difference(
     index: int, ar: GenerationResult, verified: GenerationResult
-) -> Difference | None:
-    """The first position at which two outputs of one prompt differ; None if they are equal.
+) -> dict[str, int | float] | None:
+    """The first position at which two outputs of prompt `index` differ, their tokens there and the
+    context tower's natural-log probabilities of these tokens; None if the outputs are equal.
 
-    Raises ValueError if one is only the beginning of the other.
+    Raises ValueError if one output is only the beginning of the other.
     """
     pairs = zip(ar.token_ids, verified.token_ids, strict=False)
-    for place, (one, other) in enumerate(pairs):
-        if one != other:
-            log_probs = ar.log_probs[place], verified.log_probs[place]
-            return Difference(index, place, one, log_probs[0], other, log_probs[1])
+    for position, (ar_token, verified_token) in enumerate(pairs):
+        if ar_token != verified_token:
+            return {
+                "prompt": index,
+                "position": position,
+                "ar_token": ar_token,
+                "ar_log_prob": ar.log_probs[position],
+                "verified_token": verified_token,
+                "verified_log_prob": verified.log_probs[position],
+            }
     lengths = len(ar.token_ids), len(verified.token_ids)
     if lengths[0] != lengths[1]:
         raise ValueError(f"prompt {index}: got {lengths[1]} tokens, expected ar's {lengths[0]}")
@@ -163,47 +149,52 @@ def sweep(
     rounds: dict[int, dict[str, Any]] = {}
     ars = []
     for steps in draft_steps:
-        ars.append(speed(prompts, decode(local, prompts, base)))
+        ars.append(speed(prompts, *decode(local, prompts, base)))
         params = replace(base, mode="verified", draft_steps=steps)
-        verified = decode(local, prompts, params)
-        rounds[steps] = speed(prompts, verified) | drafts(verified)
+        verified, seconds = decode(local, prompts, params)
+        rounds[steps] = speed(prompts, verified, seconds) | drafts(verified)
         ratio = rounds[steps]["tokens_per_s"] / ars[-1]["tokens_per_s"]
         rounds[steps]["speed_over_ar"] = round(ratio, 3)
     return {
         "prompts": len(prompts),
-        "ar": {name: median(one[name] for one in ars) for name in ars[0]},
+        "ar": {name: median(ar[name] for ar in ars) for name in ars[0]},
         "verified": rounds,
     }
 
 
-def decode(local: Local, prompts: Sequence[list[int]], params: GenerationParams) -> Batch:
-    """All prompts; prompt i has seed i. The engines hold as many at a time as they have slots."""
+def decode(
+    local: Local, prompts: Sequence[list[int]], params: GenerationParams
+) -> tuple[list[GenerationResult], float]:
+    """Results of all prompts and the seconds that they took; prompt i has seed i. The engines run
+    as many at a time as they have slots."""
     requests = [
         Request(prompt, replace(params, seed=index)) for index, prompt in enumerate(prompts)
     ]
     started = time.perf_counter()
     results = local.model.generate_requests(requests)
-    return Batch(results, time.perf_counter() - started)
+    return results, time.perf_counter() - started
 
 
-def speed(prompts: Sequence[list[int]], batch: Batch) -> dict[str, float]:
-    """Tokens per second, and per pass of either tower behind the prompt."""
-    tokens = sum(len(result.token_ids) for result in batch.results)
+def speed(
+    prompts: Sequence[list[int]], results: Sequence[GenerationResult], seconds: float
+) -> dict[str, float]:
+    """Tokens per second, and per pass of either tower after the prompt."""
+    tokens = sum(len(result.token_ids) for result in results)
     reading = sum(-(-len(prompt) // PREFILL_CHUNK) for prompt in prompts)
-    passes = sum(result.nfe + result.context_passes for result in batch.results) - reading
+    passes = sum(result.nfe + result.context_passes for result in results) - reading
     return {
         "tokens_per_pass": round(tokens / passes, 3),
-        "tokens_per_s": round(tokens / batch.seconds, 1),
+        "tokens_per_s": round(tokens / seconds, 1),
     }
 
 
-def drafts(batch: Batch) -> dict[str, float]:
-    """Accepted and drafted tokens and denoiser passes of a draft, on average."""
-    count = sum(len(result.blocks) for result in batch.results)
+def drafts(results: Sequence[GenerationResult]) -> dict[str, float]:
+    """Mean numbers of accepted tokens, drafted tokens and denoiser passes per draft."""
+    count = sum(len(result.blocks) for result in results)
     return {
-        "accepted_per_draft": _mean([result.accepted_tokens for result in batch.results], count),
-        "drafted_per_draft": _mean([result.drafted_tokens for result in batch.results], count),
-        "passes_per_draft": _mean([result.nfe for result in batch.results], count),
+        "accepted_per_draft": _mean([result.accepted_tokens for result in results], count),
+        "drafted_per_draft": _mean([result.drafted_tokens for result in results], count),
+        "passes_per_draft": _mean([result.nfe for result in results], count),
     }
 
 

@@ -1,4 +1,5 @@
-"""What a card reaches and what its machine has: `python -m benchmarks.gpu.ceilings --out FILE`."""
+"""Ceilings of a GPU, its driver and the installed packages:
+`python -m benchmarks.gpu.ceilings --out FILE`."""
 
 from __future__ import annotations
 
@@ -6,12 +7,11 @@ import argparse
 import json
 import subprocess
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from twotower.bench.hardware import hardware
+from twotower.bench.hardware import hardware, package_version
 from twotower.bench.timing import measure_ceilings, median_seconds
 
 _PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "pytest", "scipy")
@@ -27,7 +27,7 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     found = {
         "hardware": hardware(device),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: package_version(name) for name in _PACKAGES},
         "driver": _driver(device),
         "ceilings": asdict(measure_ceilings(device, dtype)),
         "fp64_flops": _double_flops(device),
@@ -36,15 +36,8 @@ def main() -> None:
     print(json.dumps(found, indent=1))
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
-
-
 def _driver(device: torch.device) -> str:
-    """The driver's own words on the card; empty without one."""
+    """Name, driver, memory and clocks of the GPU as nvidia-smi prints them; empty on a CPU."""
     if device.type != "cuda":
         return ""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem"]
@@ -55,7 +48,7 @@ def _driver(device: torch.device) -> str:
 
 
 def _double_flops(device: torch.device) -> float:
-    """FLOP/s of a product in fp64, which the router's choice is computed in."""
+    """FLOP/s of a product in fp64, in which the router's choice is computed."""
     side = _DOUBLE_SIDE[device.type]
     left = torch.randn(side, side, device=device, dtype=torch.float64)
     out = torch.empty_like(left)

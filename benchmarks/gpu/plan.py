@@ -1,7 +1,7 @@
-"""Which stages run on which card, in what order, and for how long at most.
+"""The stages of each plan, in their order, with limits of time.
 
-The most telling and the least certain come first: a stage that fails there is a finding. Times are
-limits, not estimates; each stage writes what it has as it goes.
+Stages that say most and those most likely to fail come first. Times are limits, not estimates; each
+stage writes its figures as it goes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _KERNELS = "tests/kernels"
-# Heaviest first, so that no long file is the last to begin.
+# The longest first, so that none of them is the last to begin.
 TEST_FILES = (
     f"{_KERNELS}/test_mamba_scan_triton.py",
     f"{_KERNELS}/test_experts_triton.py",
@@ -35,7 +35,7 @@ _COMPILERS = 7
 class Stage:
     """Processes that run side by side, `workers` at a time, each for at most `seconds`.
 
-    `{out}` in an argument is the file for a process's own figures (JSON).
+    `{out}` in an argument is the file for a process's figures (JSON).
     """
 
     name: str
@@ -56,7 +56,7 @@ def stages(plan: str, *, dry: bool = False) -> list[Stage]:
 
 @dataclass(frozen=True)
 class _Shape:
-    """What differs between a run on a card and a dry one."""
+    """Shapes, device and tests of a run; those of a dry run differ."""
 
     preset: str = "30b"
     device: str = "cuda"
@@ -72,7 +72,7 @@ class _Shape:
         return cls("tiny", "cpu", (1, 2), 3, DRY_TEST_FILES, 70, few)
 
     def program(self, name: str, *arguments: object) -> tuple[str, ...]:
-        """One of the programs beside this file."""
+        """The command of a program of this folder."""
         words = ("--device", self.device, "--out", "{out}", *map(str, arguments))
         return (sys.executable, "-m", f"benchmarks.gpu.{name}", *words)
 
@@ -144,7 +144,7 @@ def _tune(shape: _Shape) -> list[Stage]:
 
 
 def _rest(shape: _Shape) -> list[Stage]:
-    """What waits until the most telling stages have run."""
+    """Stages that run last."""
     long = ("--long-context", "1024") if shape.device == "cpu" else ()
     scans = ("--scans", "256") if shape.device == "cpu" else ()
     return [
@@ -186,7 +186,7 @@ def _h100(shape: _Shape) -> list[Stage]:
 
 
 def _two(shape: _Shape) -> list[Stage]:
-    """A tower on each of two cards: what carries states between them."""
+    """Tests and speed of the state channel between two cards."""
     pytest = (sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", ".", "-rf")
     names = ("tests/cluster/channel/test_nccl.py",) if shape.device == "cuda" else shape.tests[:1]
     channel = (sys.executable, "-m", "benchmarks.channel", "--transport")

@@ -113,7 +113,7 @@ class _Products:
             yield self._entry(name, tokens, work, moved, seconds)
         yield self._entry("router bf16", tokens, half, moved / 4, 0.0)
         bias = torch.zeros(experts, device=self.device)
-        # As a tower has it: stored in bf16, with what tensor cores multiply beside it.
+        # As in a tower: fp64 values from bf16, and the parts that tensor cores multiply.
         gate = self._normal(experts, hidden).double()
         parts = narrow_parts(gate) if self.device.type == "cuda" else None
         rule = RouterRule(self.config.num_experts_per_tok, 1, 1, True, 2.5)
@@ -132,7 +132,7 @@ class _Products:
         x = self._normal(tokens, hidden)
         scores = torch.full((tokens, picks), 1.0 / picks, device=self.device)
         most = min(count, tokens * picks)
-        for wanted in sorted({min(own, most) for own in (6, 34, 69, 127, 128)}):
+        for wanted in sorted({min(count, most) for count in (6, 34, 69, 127, 128)}):
             ids = self._ids(tokens, picks, wanted)
             used = int(ids.unique().numel())
             moved = 2 * hidden * (used * width + shared) * self.dtype.itemsize
@@ -140,8 +140,8 @@ class _Products:
             flops = 4.0 * tokens * hidden * (picks * width + shared) / self.ceilings.matmul_flops
 
             def work(ids: Tensor = ids) -> Tensor:
-                own: Tensor = dispatch.experts(x, ids, scores, up, down, shared_up, shared_down)
-                return own
+                out: Tensor = dispatch.experts(x, ids, scores, up, down, shared_up, shared_down)
+                return out
 
             yield {**self._entry("experts", tokens, work, moved, flops), "unique": used}
 
@@ -182,7 +182,7 @@ def _over(weights: Sequence[Tensor], product: Callable[[Tensor], Tensor]) -> Cal
 
 
 def launch_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Time of one call among many in a graph, so that no launch of the host is in it."""
+    """Seconds of a call, from a graph of many, so that they include no launch by the host."""
     calls = _CALLS[device.type]
     for _ in range(3):
         work()

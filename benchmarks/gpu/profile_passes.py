@@ -33,7 +33,7 @@ _BLOCKS = 2
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel on the device, in microseconds."""
+    """A kernel that ran on the device; begin and end in microseconds."""
 
     name: str
     begin: float
@@ -65,7 +65,7 @@ def main() -> None:
         for mode in ("mask_diffusion", "ar"):
             entry = _profiled(bench, mode, rows, args.trace)
             lines.append(entry)
-            print(json.dumps({key: own for key, own in entry.items() if key != "kernels"}))
+            print(json.dumps({key: value for key, value in entry.items() if key != "kernels"}))
             args.out.write_text(json.dumps({"profiles": lines}, indent=1), encoding="utf-8")
     bench.close()
 
@@ -103,7 +103,7 @@ def _passes(bench: Workbench) -> dict[str, float]:
 
 
 def _launches(profiler: Any, on_cuda: bool) -> list[Launch]:
-    """What ran on the device, in order; on a CPU its operators stand for kernels."""
+    """Kernels of the device by their begin; on a CPU its operators instead."""
     wanted = "CUDA" if on_cuda else "CPU"
     found = [
         Launch(event.name(), event.start_ns() / 1e3, event.end_ns() / 1e3)
@@ -147,11 +147,11 @@ def by_kernel(launches: Iterable[Launch]) -> list[Entry]:
     lines = [
         {
             "kernel": name,
-            "launches": len(own),
-            "ms": round(sum(own) / 1e3, 4),
-            "median_us": round(sorted(own)[len(own) // 2], 2),
+            "launches": len(spent),
+            "ms": round(sum(spent) / 1e3, 4),
+            "median_us": round(sorted(spent)[len(spent) // 2], 2),
         }
-        for name, own in times.items()
+        for name, spent in times.items()
     ]
     return sorted(lines, key=lambda line: -float(line["ms"]))
 

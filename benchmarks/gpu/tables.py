@@ -13,7 +13,7 @@ _FAILED_TAIL = 12
 
 
 def table_of(entry: Entry) -> str:
-    """What one stage found, with the end of the output of what failed."""
+    """A stage's status and figures, with the last lines of processes that failed."""
     lines = [f"## {entry['stage']}: {entry['status']}", ""]
     if "reason" in entry:
         lines += [entry["reason"], ""]
@@ -26,13 +26,13 @@ def table_of(entry: Entry) -> str:
 
 def _run(run: Entry) -> list[str]:
     words = run["command"]
-    what = " ".join(words[1:] if words[:1] == ["-m"] else words)
+    program = " ".join(words[1:] if words[:1] == ["-m"] else words)
     ended = "ended at its limit" if run["exit"] is None else f"exit {run['exit']}"
-    lines = [f"- `{what[-110:]}`: {ended}, {run['seconds']} s"]
+    lines = [f"- `{program[-110:]}`: {ended}, {run['seconds']} s"]
     tail = run.get("tail") or []
     if run["exit"] != 0:
         lines += ["", "```", *tail[-_FAILED_TAIL:], "```"]
-    elif tail and "pytest" in what:
+    elif tail and "pytest" in program:
         lines.append(f"  {tail[-1]}")
     return [*lines, *_figures(run["figures"] or {}), ""]
 
@@ -43,15 +43,15 @@ def _figures(found: Entry) -> list[str]:
     if "products" in found:
         return ["", *_rows(found["products"])]
     if "profiles" in found:
-        return [line for own in found["profiles"] for line in _profile(own)]
-    plain = {name: own for name, own in found.items() if not isinstance(own, dict | list)}
-    nested = [own for own in found.values() if isinstance(own, dict)]
-    return ["", *(line for own in [plain, *nested] if own for line in _rows([own]))]
+        return [line for entry in found["profiles"] for line in _profile(entry)]
+    plain = {name: value for name, value in found.items() if not isinstance(value, dict | list)}
+    nested = [value for value in found.values() if isinstance(value, dict)]
+    return ["", *(line for entry in [plain, *nested] if entry for line in _rows([entry]))]
 
 
 def _profile(found: Entry) -> list[str]:
     kernels = found.get("kernels", [])[:_MOST_KERNELS]
-    scalars = {name: own for name, own in found.items() if not isinstance(own, dict | list)}
+    scalars = {name: value for name, value in found.items() if not isinstance(value, dict | list)}
     return ["", *_rows([scalars]), "", *_rows(kernels)]
 
 

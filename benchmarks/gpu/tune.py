@@ -1,6 +1,6 @@
-"""Tilings of kernels by time: `python -m benchmarks.gpu.tune --kernel experts --out FILE`.
+"""Times tilings of kernels: `python -m benchmarks.gpu.tune --kernel experts --out FILE`.
 
-Tries each tiling on one layer of the 30B model, as the kernels' own tables would launch it. With
+Tries each tiling on one layer of the 30B model, as the tables of the kernels would launch it. With
 `--compile` every launch is made once and nothing is timed, so that several processes can fill the
 cache of compiled kernels before one of them measures.
 """
@@ -38,7 +38,7 @@ from twotower.towers.state.context_state import rows_of
 from twotower.towers.state.pages import pages_for
 
 Entry = dict[str, Any]
-# Rows of a tile by tokens of the pass: most experts' rows should fit into one.
+# Rows of a tile by tokens of the pass: the rows of most experts should fit into a tile.
 _ROWS = ((64, (16,)), (128, (16,)), (320, (16, 32)), (768, (32, 64)), (1536, (64, 128)))
 _MOST_SHARED = 200_000
 _CONTEXT = 4096
@@ -46,8 +46,8 @@ _SHOWN = 4
 
 
 def tilings(tokens: int) -> Iterator[Tiling]:
-    """What is worth trying for so many tokens, in bf16."""
-    rows = next((own for most, own in _ROWS if tokens <= most), (128,))
+    """Tilings to try for so many tokens, in bf16."""
+    rows = next((tiles for most, tiles in _ROWS if tokens <= most), (128,))
     for tile_rows, channels, inner, warps in product(rows, (32, 64, 128), (64, 128), (4, 8)):
         if warps == 8 and tile_rows * channels < 4096:
             continue
@@ -80,19 +80,19 @@ def main() -> None:
 
 
 def _best(lines: list[Entry]) -> list[Entry]:
-    """The fastest few of each kernel and number of rows, and the table's own."""
+    """The fastest launches of each kernel and number of rows, and that of the kernels' tables."""
     found: list[Entry] = []
     for key in dict.fromkeys((line["kernel"], line["rows"]) for line in lines):
-        own = [line for line in lines if (line["kernel"], line["rows"]) == key]
-        timed = sorted((line for line in own if line.get("us")), key=lambda line: line["us"])
+        same = [line for line in lines if (line["kernel"], line["rows"]) == key]
+        timed = sorted((line for line in same if line.get("us")), key=lambda line: line["us"])
         found += [*timed[:_SHOWN], *(line for line in timed[_SHOWN:] if line["change"] == "-")]
-        found += [line for line in own if "error" in line][:1]
+        found += [line for line in same if "error" in line][:1]
     return found
 
 
 @dataclass(frozen=True)
 class Change:
-    """One way to launch a kernel: what is put in place of its module's table while `work` runs."""
+    """A way to launch a kernel: `values` replace names of its module while `work` runs."""
 
     kernel: str
     rows: int
@@ -137,13 +137,13 @@ class _Experts:
             kernel = f"experts of {tokens} tokens"
             yield Change(kernel, rows, "-", experts_triton, {}, work)
             for tiling in tilings(tokens):
-                values = {"tiling_of": lambda *_, own=tiling: own}
-                name = " ".join(f"{field}={own}" for field, own in asdict(tiling).items())
+                values = {"tiling_of": lambda *_, tiling=tiling: tiling}
+                name = " ".join(f"{field}={value}" for field, value in asdict(tiling).items())
                 yield Change(kernel, rows, name, experts_triton, values, work)
 
     def _work(self, tokens: int) -> Callable[[], Tensor]:
         config, picks = self.config, self.config.num_experts_per_tok
-        # Text of one block reads 34 of 128 experts, as 6.5 of its 16 tokens' would alone.
+        # A block of text reads 34 of 128 experts, as 6.5 independent tokens would.
         used = math.ceil(expected_unique(config, max(1.0, tokens * 6.5 / BLOCK)))
         chosen = torch.randperm(config.n_routed_experts)[: max(picks, used)]
         scattered = torch.rand(tokens, len(chosen)).argsort(dim=1)[:, :picks]
@@ -182,12 +182,12 @@ class _Mixers:
         pool.context = _CONTEXT
         states = [pool.open(_CONTEXT + BLOCK) for _ in range(rows)]
         for length in (1, BLOCK):
-            own = rows_of(states, [length] * rows, [_CONTEXT] * rows)
-            yield from self._scans(pool, own, rows, length)
-            yield from self._replays(pool, own, rows, length)
-            yield from self._attentions(pool, own, rows, length)
+            batch = rows_of(states, [length] * rows, [_CONTEXT] * rows)
+            yield from self._scans(pool, batch, rows, length)
+            yield from self._replays(pool, batch, rows, length)
+            yield from self._attentions(pool, batch, rows, length)
 
-    def _scans(self, pool: FilledPool, own: Rows, rows: int, length: int) -> Iterator[Change]:
+    def _scans(self, pool: FilledPool, batch: Rows, rows: int, length: int) -> Iterator[Change]:
         config = self.config
         width = config.d_inner + config.conv_dim + config.mamba_num_heads
         projected = torch.randn(rows * length, width, device=self.device).to(self.dtype)
@@ -195,7 +195,7 @@ class _Mixers:
 
         def work() -> Tensor:
             conv, ssm = pool.conv[:, 0], pool.ssm[:, 0]
-            out: Tensor = mamba_scan_triton.mamba_scan(projected, weights, conv, ssm, own)
+            out: Tensor = mamba_scan_triton.mamba_scan(projected, weights, conv, ssm, batch)
             return out
 
         kernel = f"scan of {length}"
@@ -208,7 +208,7 @@ class _Mixers:
                 values = {"tile_of": lambda _, tile=tile: tile}
             yield Change(kernel, rows, name, mamba_scan_triton, values, work)
 
-    def _replays(self, pool: FilledPool, own: Rows, rows: int, length: int) -> Iterator[Change]:
+    def _replays(self, pool: FilledPool, batch: Rows, rows: int, length: int) -> Iterator[Change]:
         config, total = self.config, rows * length
         xbc = torch.randn(1, total, config.conv_dim, device=self.device).to(self.dtype)
         dt = torch.randn(1, total, config.mamba_num_heads, device=self.device).to(self.dtype)
@@ -216,7 +216,7 @@ class _Mixers:
 
         def work() -> None:
             assert self.replay is not None
-            replay_triton.replay(pool.ssm, pool.conv, xbc, dt, self.replay, own, counts)
+            replay_triton.replay(pool.ssm, pool.conv, xbc, dt, self.replay, batch, counts)
 
         kernel = f"replay of {length}"
         yield Change(kernel, rows, "-", replay_triton, {}, work)
@@ -225,7 +225,9 @@ class _Mixers:
             name = f"channels={channels} warps={warps}"
             yield Change(kernel, rows, name, replay_triton, values, work)
 
-    def _attentions(self, pool: FilledPool, own: Rows, rows: int, length: int) -> Iterator[Change]:
+    def _attentions(
+        self, pool: FilledPool, batch: Rows, rows: int, length: int
+    ) -> Iterator[Change]:
         config = self.config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         shape = (rows * length, heads + 2 * kv_heads, config.head_dim)
@@ -233,7 +235,7 @@ class _Mixers:
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
 
         def work() -> Tensor:
-            out: Tensor = attention_triton.attention(q, k, v, pool.layer_kv(0), own, length == 1)
+            out: Tensor = attention_triton.attention(q, k, v, pool.layer_kv(0), batch, length == 1)
             return out
 
         kernel = f"attention of {length}"
@@ -249,8 +251,8 @@ class _Mixers:
                     stages=stages,
                 )
                 values = {
-                    "tiling_for": lambda *_, own=tiling: own,
-                    "longer_splits": lambda _, own=longer: own,
+                    "tiling_for": lambda *_, tiling=tiling: tiling,
+                    "longer_splits": lambda _, longer=longer: longer,
                 }
                 name = f"rows={tile} keys={keys} warps={warps} stages={stages} longer={longer}"
                 yield Change(kernel, rows, name, attention_triton, values, work)

@@ -43,7 +43,7 @@ def test_a_replay_counts_with_the_scan(context_tower: ContextTower, pool: Filled
     with pool.rows_at(100, 2, 128) as states:
         probe = Probe.of("ar", context_tower, states, 16)
         works = pass_works(TINY, shape_of("ar", TINY, 2, 100, 16))
-        times = measure_operators(probe.run, context_tower.weights, CPU, works, CEILINGS, 2)
+        times = measure_operators(probe.run, context_tower.weights, CPU, works, CEILINGS)
     names = [own.name for own in times]
     assert "mamba_scan and replay" in names
     assert not {"mamba_scan", "replay"} & set(names)

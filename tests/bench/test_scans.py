@@ -15,13 +15,13 @@ from twotower.planner.shapes import LARGE, TINY
 def test_none_of_some_hundred_is_bad() -> None:
     done = scans.count_bad_scans(TINY, CPU, torch.float32, scans=300, rows=8)
     # Whole passes of 8 rows and 4 layers.
-    assert (done.scans, done.bad_rows, done.largest_state) == (320, 0, 1000.0)
+    assert done == {"scans": 320, "bad_rows": 0, "largest_state": 1000.0}
 
 
 def test_a_bad_row_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scans, "STATE_SCALES", (float("inf"),))
     done = scans.count_bad_scans(TINY, CPU, torch.float32, scans=32, rows=8)
-    assert done.bad_rows == 8
+    assert done["bad_rows"] == 8
 
 
 def test_the_shape_is_that_of_the_model_s_scan() -> None:

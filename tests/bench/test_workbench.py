@@ -1,4 +1,4 @@
-"""What all measurements share."""
+"""The workbench: floors, routing and memory that all measurements share."""
 
 from __future__ import annotations
 

@@ -15,15 +15,15 @@ import pytest
 
 from benchmarks.autoscale_sim import (
     Figures,
-    Fixed,
     Load,
     Policy,
-    TargetOnly,
     compare,
+    fixed,
     flaps,
     read_requests,
     replay,
     spread,
+    target_only,
 )
 from twotower.deployments.pair.autoscaling import PairAutoscaling, PairScaling, Tick
 
@@ -44,7 +44,7 @@ def run(load: Load, policy: Policy, figures: Figures = PLAIN, **kwargs: Any) -> 
 
 def test_a_row_takes_its_blocks_and_the_next_waits_for_a_slot() -> None:
     one_slot = Figures(slots=1, queue=9, block_s=1.0, row_block_s=0.0)
-    found = run(given((0.1, 6), (0.2, 4), (0.3, 2)), Fixed(1), one_slot, seconds=60)
+    found = run(given((0.1, 6), (0.2, 4), (0.3, 2)), fixed(1), one_slot, seconds=60)
     # 6 s, then 4 behind 6, then 2 behind 10: each exact to a step for every row before it.
     assert found["requests"] == 3
     assert found["request_s"]["p50"] == pytest.approx(10, abs=3 * STEP_S)
@@ -55,15 +55,15 @@ def test_a_row_takes_its_blocks_and_the_next_waits_for_a_slot() -> None:
 
 def test_rows_of_a_pair_slow_each_other() -> None:
     shared = Figures(slots=10, queue=9, block_s=1.0, row_block_s=0.5)
-    alone = run(given((0.1, 10)), Fixed(1), shared, seconds=60)
-    eight = run(given(*[(0.1, 10)] * 8), Fixed(1), shared, seconds=100)
+    alone = run(given((0.1, 10)), fixed(1), shared, seconds=60)
+    eight = run(given(*[(0.1, 10)] * 8), fixed(1), shared, seconds=100)
     assert alone["request_s"]["p50"] == pytest.approx(15, abs=1)
     assert eight["request_s"]["p50"] == pytest.approx(50, abs=1)
 
 
 def test_more_than_fits_is_refused() -> None:
     tight = Figures(slots=2, queue=3, block_s=1.0, row_block_s=0.0)
-    found = run(given(*[(0.1, 50)] * 9), Fixed(1), tight, seconds=300)
+    found = run(given(*[(0.1, 50)] * 9), fixed(1), tight, seconds=300)
     assert (found["requests"], found["refused"]) == (9, 6)
 
 
@@ -72,7 +72,7 @@ def test_a_pair_meets_the_queue_of_the_textbook() -> None:
     # Blocks so small that their number is all but continuous: 10 s of work on average.
     ten = Figures(slots=10, queue=1000, block_s=0.001, row_block_s=0.0)
     load = Load(lambda _: 0.8, mean_tokens=16 * 10_000)
-    found = run(load, Fixed(1), ten, seconds=15_000)
+    found = run(load, fixed(1), ten, seconds=15_000)
     work = 10 * 0.8
     tail = work**10 / math.factorial(10) / (1 - 0.8)
     waits = tail / (sum(work**k / math.factorial(k) for k in range(10)) + tail)
@@ -81,15 +81,13 @@ def test_a_pair_meets_the_queue_of_the_textbook() -> None:
 
 
 def test_pairs_start_late_and_go_after_their_rows() -> None:
-    class Script:
+    def script(tick: Tick) -> int:
         """Two pairs from the third second on, one from the twentieth."""
-
-        def pairs_for(self, tick: Tick) -> int:
-            return 2 if 3 <= tick.time < 20 else 1
+        return 2 if 3 <= tick.time < 20 else 1
 
     # Eight rows for one pair of four slots; the second pair is up too late for those that wait.
     # Of eight more it gets six, and two of these wait for the end of the others.
-    found = run(given(*[(0.1, 8)] * 8, *[(15.0, 30)] * 8), Script(), seconds=100)
+    found = run(given(*[(0.1, 8)] * 8, *[(15.0, 30)] * 8), script, seconds=100)
     assert (found["ups"], found["downs"], found["flaps"]) == (1, 1, 1)
     assert found["wait_s"]["p99"] == pytest.approx(30, abs=2 * STEP_S)
     # One pair all the time, the other from second 4 to the end of its rows.
@@ -111,14 +109,26 @@ def test_requests_wait_in_the_router_while_there_is_no_pair() -> None:
     )
     arrivals = given(*[(20.0, 2)] * 7)
     found = replay(
-        arrivals, PairScaling(options), figures, options, seconds=60, step_s=0.5, first_pairs=0
+        arrivals,
+        PairScaling(options).pairs_for,
+        figures,
+        options,
+        seconds=60,
+        step_s=0.5,
+        first_pairs=0,
     )
     assert (found["refused"], found["ups"]) == (2, 1)
     # What it takes to hear of them and to start.
     assert found["wait_s"]["p50"] == pytest.approx(11.5, abs=1.5)
     slow = Figures(**{**vars(figures), "cold_start_timeout_s": 5.0})
     found = replay(
-        arrivals, PairScaling(options), slow, options, seconds=60, step_s=0.5, first_pairs=0
+        arrivals,
+        PairScaling(options).pairs_for,
+        slow,
+        options,
+        seconds=60,
+        step_s=0.5,
+        first_pairs=0,
     )
     assert found["refused"] == 7
 
@@ -146,8 +156,8 @@ def test_our_policy_flaps_less_and_refuses_less_than_the_target_alone() -> None:
 
 
 def test_the_target_alone_counts_requests() -> None:
-    policy = TargetOnly(OPTIONS)
-    asked = [policy.pairs_for(Tick(0, 1, [], requests, 0)) for requests in (0, 1, 3, 4, 10**6)]
+    policy = target_only(OPTIONS)
+    asked = [policy(Tick(0, 1, [], requests, 0)) for requests in (0, 1, 3, 4, 10**6)]
     assert asked == [1, 1, 1, 2, 20]
 
 
@@ -160,7 +170,7 @@ def test_a_thousand_pairs_for_minutes_take_seconds() -> None:
     options = PairAutoscaling(min_pairs=900, max_pairs=1000, target_rows_per_pair=48.0)
     load = Load(lambda _: 16000.0)
     begin = time.perf_counter()
-    found = replay(load, PairScaling(options), Figures(), options, seconds=60, step_s=0.5)
+    found = replay(load, PairScaling(options).pairs_for, Figures(), options, seconds=60, step_s=0.5)
     assert found["requests"] == pytest.approx(960_000, rel=0.01)
     assert time.perf_counter() - begin < 20
 

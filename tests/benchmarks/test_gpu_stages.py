@@ -40,7 +40,7 @@ def test_a_stage_keeps_what_each_process_found_and_said(tmp_path: Path) -> None:
 
 
 def test_a_process_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
-    """What it had written and said until then stays."""
+    """The figures and output of a process stay when it is ended."""
     mark = tmp_path / "mark"
     child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(mark)!r}).touch()"
     hangs = (

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import pytest
 
-from benchmarks.phases import Phases
+from benchmarks.phases import PHASE_OF, PhasedTower, Phases
 from benchmarks.soak_requests import Cancel
 
 
 async def cancelled(
     phases: Phases, cancel: Cancel | None, life: Callable[[], Awaitable[None]]
 ) -> bool:
-    """Whether a row with this life is cancelled before its end."""
+    """True if a row that does `life` is cancelled before its end."""
 
     async def run() -> None:
         await life()
@@ -78,3 +79,25 @@ async def test_a_row_that_is_over_takes_no_cancel() -> None:
     assert not phases.cancels
     with phases.phase("row", "queued"):
         pass
+
+
+async def test_a_tower_s_calls_are_phases_of_their_rows() -> None:
+    phases = Phases()
+
+    class Tower:
+        """Answers a call with its name and arguments, once its row has slept in it."""
+
+        def __getattr__(self, name: str) -> Callable[..., Awaitable[object]]:
+            async def call(*args: object) -> object:
+                await asyncio.sleep(0.01 if name == "stats" else 5)
+                return name, args
+
+            return call
+
+    tower = PhasedTower(Tower(), phases)
+    assert await tower.stats() == ("stats", ())
+    for name, phase in PHASE_OF.items():
+        call = partial(getattr(tower, name), "row")
+        before = phases.cancels[phase]
+        assert await cancelled(phases, Cancel(phase, 1, 0.0), call)
+        assert phases.cancels[phase] == before + 1

@@ -1,10 +1,10 @@
-"""Where two outputs first differ, on outputs written by hand."""
+"""The first difference of two outputs, on outputs written by hand."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.verified import Difference, first_difference
+from benchmarks.verified import first_difference
 from twotower.api import GenerationResult
 
 
@@ -21,7 +21,14 @@ def test_equal_outputs_have_no_difference() -> None:
 def test_the_first_of_two_differences_counts() -> None:
     ar = result([5, 6, 7, 8], [-0.1, -0.2, -0.3, -0.4])
     verified = result([5, 9, 7, 9], [-0.1, -0.6, -0.3, -0.8])
-    assert first_difference(3, ar, verified) == Difference(3, 1, 6, -0.2, 9, -0.6)
+    assert first_difference(3, ar, verified) == {
+        "prompt": 3,
+        "position": 1,
+        "ar_token": 6,
+        "ar_log_prob": -0.2,
+        "verified_token": 9,
+        "verified_log_prob": -0.6,
+    }
 
 
 def test_an_output_that_ends_early_is_an_error() -> None:

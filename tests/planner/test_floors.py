@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from twotower.bench.random_towers import TowerMaker
 from twotower.planner.floors import (
     Ceilings,
     PassKind,
@@ -18,7 +19,6 @@ from twotower.planner.floors import (
     shape_of,
 )
 from twotower.planner.shapes import LARGE, TINY
-from twotower.towers.model.context_tower import ContextTower
 
 H200 = Ceilings(4.3e12, 790e12, 60e12)
 # Draws a row that give 34 experts for one block, as measured in real text; uniform are 16.
@@ -117,13 +117,14 @@ def test_the_head_costs_less_where_positions_are_committed() -> None:
     assert saved == pytest.approx(0.365, rel=CLOSE)
 
 
-def test_a_pass_reads_every_weight_of_a_tower_once(context_tower: ContextTower) -> None:
+def test_a_pass_reads_every_weight_of_a_tower_once() -> None:
     """All experts chosen: without its activations a pass moves what the tower holds, but for the
     embedding, of which it reads a line, and vectors."""
+    maker = TowerMaker(TINY, torch.device("cpu"), torch.float32, torch.Generator())
+    weights = maker.context().weights
     shape = shape_of("ar", TINY, 1, 0, 16, unique=TINY.n_routed_experts, value_bytes=4)
     shape = dataclasses.replace(shape, rows=0, head_tokens=1e-9, expert_bytes=4)
-    matrices = sum(matrix_bytes(layer.mixer) for layer in context_tower.weights.layers)
-    matrices += context_tower.weights.head.nbytes
+    matrices = sum(matrix_bytes(layer.mixer) for layer in weights.layers) + weights.head.nbytes
     assert num_bytes(pass_works(TINY, shape)) == pytest.approx(matrices, rel=1e-6)
 
 

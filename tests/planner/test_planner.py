@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from twotower.planner.estimates import Estimate, break_even
 from twotower.planner.floors import Ceilings
 from twotower.planner.flow import in_step_pair, simulate_pair
 from twotower.planner.gpu_memory import row_bytes, tower_bytes
-from twotower.planner.measured import read_measured
-from twotower.planner.passes import FLOOR, Measured, Passes
+from twotower.planner.measured import MeasuredPasses, read_measured
+from twotower.planner.passes import FLOOR, Passes
 from twotower.planner.plan import Plan, make_plan
 from twotower.planner.question import Question, formats_named, model_config
 from twotower.planner.schedules import BLOCK
@@ -97,12 +97,12 @@ def test_an_estimate_equals_ar_where_it_says_so() -> None:
 
 def test_weights_are_those_of_the_released_shapes() -> None:
     full = tower_bytes(LARGE, fp8=False)
-    assert full.context == 31_577_940_288 * 2
-    assert full.denoiser - full.context == 30_022_272 * 2
-    assert full.context + full.denoiser == 63_185_902_848 * 2
+    assert full["context"] == 31_577_940_288 * 2
+    assert full["denoiser"] - full["context"] == 30_022_272 * 2
+    assert sum(full.values()) == 63_185_902_848 * 2
     routed = 23 * 128
     values, scales = routed * 9_977_856, routed * (1856 + 2688) * 4
-    assert tower_bytes(LARGE, fp8=True).context == full.context - values + scales
+    assert tower_bytes(LARGE, fp8=True)["context"] == full["context"] - values + scales
 
 
 def test_a_row_is_a_slot_and_pages() -> None:
@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_refused_with_its_arithmetic() -> None:
         make_plan(Question("l40s", experts=("full",)))
     text = str(caught.value)
     memory = DEVICES["l40s"].memory_bytes
-    assert f"{tower_bytes(LARGE, fp8=False).context} weights" in text
+    assert f"{tower_bytes(LARGE, fp8=False)['context']} weights" in text
     assert f"has {memory}" in text
     fits = found(make_plan(Question("l40s", experts=("fp8",), batch=1)), "AR", "fp8").memory[0]
     parts = fits.weights + fits.states + fits.runtime
@@ -240,13 +240,13 @@ def test_denoisers_add_up_until_the_context_tower_is_full() -> None:
 
 def test_measured_passes_stand_in_for_modelled_ones() -> None:
     model = Passes(LARGE, DEVICES["h200"].ceilings(), 4096, fp8=False)
-    twice = Measured(4096, [(rows, 2 * model.denoise(rows)) for rows in (16, 64)])
-    known = Passes(LARGE, DEVICES["h200"].ceilings(), 4096, fp8=False, measured={"denoise": twice})
+    twice = [(rows, 2 * model.denoise(rows)) for rows in (16, 64)]
+    rising = [(16, model.ar(16)), (64, 3 * model.ar(64))]
+    measured = MeasuredPasses("a test", 4096, {"denoise": twice, "ar": rising})
+    known = replace(model, measured=measured)
     for rows in (1, 16, 30, 64, 128):
         assert known.denoise(rows) == pytest.approx(2 * model.denoise(rows))
         assert known.extend(rows) == model.extend(rows)
-    rising = Measured(4096, [(16, model.ar(16)), (64, 3 * model.ar(64))])
-    known = Passes(LARGE, DEVICES["h200"].ceilings(), 4096, fp8=False, measured={"ar": rising})
     assert known.ar(32) == pytest.approx(2 * model.ar(32))
 
 
@@ -269,7 +269,7 @@ def report(tmp_path: Path, **changes: Any) -> Path:
 def test_a_report_of_the_benchmark_is_read(tmp_path: Path) -> None:
     question = Question("h200", tokens_per_nfe=HEADLINE, most_denoisers=1)
     known = read_measured(report(tmp_path), LARGE, question)
-    assert known.passes["ar"].seconds == [(64.0, pytest.approx(0.020))]
+    assert known.seconds["ar"] == [(64.0, pytest.approx(0.020))]
     plan = make_plan(question, LARGE, known)
     assert {own.experts for own in plan.estimates} == {"full"}
     assert plan.passes[0].expected_ms["denoise"] == pytest.approx(40.0)
@@ -308,8 +308,9 @@ def stats(tmp_path: Path, prefill_tokens: int) -> Path:
 
 def test_stats_of_a_running_pair_are_read(tmp_path: Path) -> None:
     known = read_measured(stats(tmp_path, 0), LARGE, Question("h200", context=1024))
-    assert known.passes["denoise"] == Measured(1024, [(60.0, pytest.approx(0.04))])
-    assert known.passes["extend"] == Measured(1024, [(32.0, pytest.approx(0.03))])
+    assert known.context == 1024
+    assert known.seconds["denoise"] == [(60.0, pytest.approx(0.04))]
+    assert known.seconds["extend"] == [(32.0, pytest.approx(0.03))]
     with pytest.raises(ConfigError, match="50% of prompt tokens"):
         read_measured(stats(tmp_path, 5 * 32 * 16), LARGE, Question("h200"))
 

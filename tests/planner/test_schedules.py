@@ -11,11 +11,11 @@ from twotower.planner.schedules import (
     LOOP,
     PROFILES,
     WORD_PROBLEM,
+    Replay,
     draw_rows,
     lockstep_passes,
     masked_share,
     mean_steps,
-    replaying,
     shuffled_rows,
 )
 from twotower.towers.request.params import GenerationParams
@@ -35,7 +35,7 @@ def test_rows_are_drawn_from_the_profile_by_their_seed() -> None:
 
 
 def test_a_row_replays_its_own_schedule_again_and_again() -> None:
-    rule = replaying([[(16,), (6, 10)], [(1, 15)]])
+    rule = Replay([[(16,), (6, 10)], [(1, 15)]])
     first = [rule(GenerationParams(seed=0)) for _ in range(3)]
     second = rule(GenerationParams(seed=1))
     assert [each.count([0.5] * 16, 0) for each in first] == [16, 6, 16]

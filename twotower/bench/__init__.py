@@ -1,2 +1,2 @@
-"""Speed of both towers in one process, without a service: random weights at any shape, recorded
-commit schedules, floors of the same run's own ceilings, and plain PyTorch beside it."""
+"""Measures both towers in one process, without a service: random weights at any shape, recorded
+commit schedules, floors from the ceilings of the same run, and plain PyTorch for comparison."""

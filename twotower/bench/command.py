@@ -25,7 +25,8 @@ from twotower.towers.limits import limit_threads
 
 
 def main(arguments: Sequence[str], program: str = "python -m twotower.bench") -> int:
-    """Measures, writes, prints the tables; 1 if a measurement failed, 2 for wrong arguments."""
+    """Measures, writes the report and prints its tables; returns the exit code: 1 if a measurement
+    failed, 2 for wrong arguments."""
     parser = _parser(program)
     args = parser.parse_args(arguments)
     try:
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str], program: str = "python -m twotower.bench") ->
     limit_threads()
     wants_plot = args.plot is not None
     if wants_plot and not can_plot():
-        # Before the measurements, so that nobody waits for a picture that will not come.
+        # Said before the measurements, which take long.
         print(f"{NO_MATPLOTLIB}; going on without a picture", file=sys.stderr)
         wants_plot = False
     report = run_suite(options, args.out, lambda line: print(line, file=sys.stderr, flush=True))
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str], program: str = "python -m twotower.bench") ->
 
 
 class _Parser(argparse.ArgumentParser):
-    """Wrong arguments are one line."""
+    """A parser that reports wrong arguments in one line."""
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {cut_off(message, 300)}. See `{self.prog} --help`.", file=sys.stderr)
@@ -60,7 +61,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _check_writable(path: Path | None) -> None:
-    """Before the measurements. Raises ValueError where no file can be written."""
+    """Raises ValueError if no file can be written to `path`."""
     if path is None:
         return
     try:
@@ -88,7 +89,7 @@ def _parser(program: str) -> _Parser:
     parser = _Parser(
         prog=program,
         description="Speed of both towers in one process at any shape: random weights on the "
-        "device, recorded commit schedules, floors from this run's own ceilings, plain PyTorch "
+        "device, recorded commit schedules, floors from the ceilings of the run, plain PyTorch "
         "beside it. Without a GPU the preset tiny shows that everything runs.",
         epilog="On a GPU that holds both towers: --preset 30b --plot bench.png --table bench.md. "
         "Where a command may run for a few minutes only, measure section by section: --minutes 9 "

@@ -1,7 +1,7 @@
-"""Whole rows through the real engines, from contexts that nobody had to read.
+"""Decodes rows with the real engines, from contexts of random state that no prefill had to read.
 
-Rows open at their context's end, read one token, wait for one another and then decode block by
-block. They go on until the slowest has done its blocks, so that the load stays what it was; a row's
+Rows open at the end of their context, read one token, wait until all have, and then decode block by
+block. They go on until the slowest has done its blocks, so that the load stays constant; a row's
 speed counts from the end of its warm-up to the end of its last counted block.
 """
 
@@ -26,16 +26,17 @@ from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.request.params import GenerationParams, Mode
 
-# Where rows end blocks at different times, the fastest must not run dry before the slowest is done.
+# Times the counted blocks that a row may write: where rows end blocks at different times, the
+# fastest must not end before the slowest has done its blocks.
 SPARE = 2
-# Of the denoiser's and the context tower's engine.
+# Counters of the denoiser's and of the context tower's engine.
 Counters = tuple[EngineStats, EngineStats]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What to decode: `rows` rows of `context` tokens, `warm` blocks that do not count and then
-    `blocks` that do. `schedules` are each row's own; the modes without a draft need none."""
+    """Rows to decode: `rows` rows of `context` tokens, each with `warm` blocks that do not count,
+    then `blocks` that do. mask_diffusion replays schedules[row]; other modes need none."""
 
     mode: Mode
     rows: int
@@ -52,8 +53,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Passes:
-    """What one tower did in a run: its passes, their mean rows, seconds of each."""
+class TowerPasses:
+    """Passes of one tower in a run: their number, mean rows and mean seconds."""
 
     passes: int
     rows_a_pass: float
@@ -62,21 +63,21 @@ class Passes:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A run's tokens/s of all rows, and means over counted blocks: their tokens, denoiser passes
-    (NFE) and seconds."""
+    """Figures of a run: tokens/s of all rows, and means over the counted blocks of their tokens,
+    denoiser passes (NFE) and seconds."""
 
     tokens_per_s: float
     tokens_a_block: float
     nfe_a_block: float
     seconds_a_block: float
-    denoiser: Passes
-    context: Passes
+    denoiser: TowerPasses
+    context: TowerPasses
 
 
 class EnginePair:
-    """Both engines of one process on one device, over one pool. Close it at the end.
+    """Both engines in this process, on one device, over one pool; to be closed.
 
-    `max_tokens` are the most of a pass; `device_steps` is the engines' own.
+    `max_tokens` is the most tokens of a pass; `device_steps` as in the engines.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class EnginePair:
         self.context = ContextEngine(
             context, link, options, pool=pool, threaded=False, device_steps=device_steps
         )
-        # Engines belong to one event loop, runs come one after the other.
+        # An engine belongs to one event loop, also over several runs.
         self._runner = asyncio.Runner()
 
     def __enter__(self) -> EnginePair:
@@ -119,7 +120,7 @@ class EnginePair:
 
     def warm_up(self, block: int, rows: int) -> None:
         """Captures the graphs of passes of up to `rows` rows, as a service does before it takes
-        any: a run would otherwise pay for them, or go without."""
+        requests: otherwise the capture would count as a run's time."""
         self.context.warm_up(block, rows)
         self.denoiser.warm_up(block, self.pool, rows)
 
@@ -127,7 +128,7 @@ class EnginePair:
         """Runs all rows at once. Raises CapacityError if the pool is too small for them."""
         draft_all = [[(run.block_size,)]] * run.rows
         self._replay.load(run.schedules if run.mode == "mask_diffusion" else draft_all)
-        # One token is read by an ordinary pass, which draws what the mode begins with.
+        # The last token is read by an ordinary pass, which draws the mode's first token.
         self.pool.context = run.context - 1
         return self._runner.run(self._decode(run))
 
@@ -160,8 +161,8 @@ class EnginePair:
 
 
 class _Start:
-    """The context engine, except that a row's prompt counts as read up to its last token, and that
-    all rows begin to decode at the same moment."""
+    """The context engine, but prefill reads the last token of a prompt only, and returns when the
+    prefill of every row has ended."""
 
     def __init__(self, engine: ContextEngine, barrier: asyncio.Barrier) -> None:
         self.barrier = barrier
@@ -176,15 +177,15 @@ class _Start:
     async def prefill(
         self, row_id: str, prompt: Sequence[int], generated: Sequence[int], params: GenerationParams
     ) -> Prefilled:
-        """Reads the prompt's last token; see `ContextService`."""
+        """As `ContextService.prefill`, for the last token of the prompt."""
         prefilled = await self._prefill(row_id, prompt[-1:], generated, params)
         await self.barrier.wait()
         return prefilled
 
 
 class _Race:
-    """When each row committed each of its blocks, and what the engines had done at the end of the
-    warm-up and of the last block that counts."""
+    """Times of each row's blocks, and the engines' counters at the end of the warm-up and of the
+    last counted block of the slowest row."""
 
     def __init__(self, run: Run, counters: Callable[[], Counters]) -> None:
         self._run = run
@@ -195,11 +196,11 @@ class _Race:
 
     @property
     def over(self) -> bool:
-        """Whether every row has done what it had to."""
+        """True if every row has committed all of its counted blocks."""
         return self._end is not None
 
     def note(self, row: int, block: Block) -> None:
-        """A row has committed a block just now."""
+        """Notes that a row has committed a block now."""
         self._blocks[row].append((time.perf_counter(), block))
         slowest = min(map(len, self._blocks))
         if self._begin is None and slowest >= self._run.warm:
@@ -208,7 +209,7 @@ class _Race:
             self._end = self._counters()
 
     def decoded(self) -> Decoded:
-        """Means over the blocks that count."""
+        """Figures over the counted blocks."""
         assert self._begin is not None
         assert self._end is not None
         first, last = self._run.warm - 1, self._run.warm + self._run.blocks - 1
@@ -217,7 +218,7 @@ class _Race:
         tokens = [sum(len(block.token_ids) for block in row) for row in rows]
         counted = self._run.rows * self._run.blocks
         return Decoded(
-            tokens_per_s=sum(own / spent for own, spent in zip(tokens, seconds, strict=True)),
+            tokens_per_s=sum(count / spent for count, spent in zip(tokens, seconds, strict=True)),
             tokens_a_block=sum(tokens) / counted,
             nfe_a_block=sum(block.nfe for row in rows for block in row) / counted,
             seconds_a_block=sum(seconds) / counted,
@@ -226,8 +227,8 @@ class _Race:
         )
 
 
-def _passes(before: EngineStats, after: EngineStats) -> Passes:
+def _passes(before: EngineStats, after: EngineStats) -> TowerPasses:
     passes = after.passes - before.passes
     rows = after.pass_rows - before.pass_rows
     seconds = after.pass_seconds - before.pass_seconds
-    return Passes(passes, rows / max(1, passes), seconds / max(1, passes))
+    return TowerPasses(passes, rows / max(1, passes), seconds / max(1, passes))

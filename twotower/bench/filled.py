@@ -1,7 +1,6 @@
-"""Rows that are far into their context without anything having been read: random memory.
+"""A state pool whose rows begin with a long context of random values, so that nothing is read.
 
-Speed does not depend on what a state holds as long as it is of a usual size, so a row of 32 K
-tokens is there at once.
+The speed of a pass does not depend on the values of a state as long as they are of a usual size.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from twotower.towers.state.pool import StatePool
 
 
 class FilledPool(StatePool):
-    """A pool whose rows open at `context` tokens, with random K/V, histories and SSM states of
-    `state_scale`. K/V are drawn once: every row finds some in its pages."""
+    """A pool whose rows open at `context` tokens, with conv and SSM states and K/V of
+    normally distributed values. K/V are drawn once, for all pages."""
 
     def __init__(
         self,
@@ -28,16 +27,14 @@ class FilledPool(StatePool):
         num_pages: int,
         device: torch.device,
         dtype: torch.dtype,
-        state_scale: float = 1.0,
     ) -> None:
         super().__init__(config, num_slots, num_pages, device, dtype)
         self.context = 0
-        self.state_scale = state_scale
         self.k.normal_()
         self.v.normal_()
 
     def open(self, capacity: int) -> ContextState:
-        """A state with room for `capacity` tokens that stands at `context`.
+        """A state with room for `capacity` tokens, `context` of which count as read.
 
         Raises CapacityError without a slot and the pages for it, ValueError if `context` tokens
         do not fit.
@@ -46,13 +43,14 @@ class FilledPool(StatePool):
             raise ValueError(f"context: got {self.context}, expected at most {capacity}")
         state = super().open(capacity)
         state.conv.normal_()
-        state.ssm.normal_(0.0, self.state_scale)
+        state.ssm.normal_()
         state.position = state.length = self.context
         return state
 
     @contextmanager
     def rows_at(self, context: int, count: int, room: int) -> Iterator[list[ContextState]]:
-        """`count` rows of `context` tokens with room for `room` more, taken back at the end."""
+        """States of `count` rows of `context` tokens with room for `room` more, closed at the end
+        of the `with` block."""
         self.context = context
         states: list[ContextState] = []
         try:

@@ -1,4 +1,4 @@
-"""A report as markdown, to be pasted into a page."""
+"""Formats a report as Markdown tables."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ Entry = dict[str, Any]
 
 
 def markdown(report: Entry) -> str:
-    """All sections that hold something, and what is missing."""
+    """The report's sections that have entries, and the steps that failed or were left out."""
     parts = [
         _head(report),
         _section("Decoding", _DECODE, _once(map(_decode_row, report["decode"]), 4)),
         _section("Passes of the engines", _PASSES, _once(_pass_rows(report["decode"]), 4)),
-        _section("mask_diffusion over AR", _RATIOS, [_ratio_row(own) for own in report["ratios"]]),
+        _section(
+            "mask_diffusion over AR", _RATIOS, [_ratio_row(entry) for entry in report["ratios"]]
+        ),
         _section("Against plain PyTorch", _BASELINE, map(_baseline_row, report["baseline"])),
-        *(_operators(own) for own in report["operators"]),
-        *(_attention(own) for own in report["attention"]),
-        *(_scans(own) for own in report["scans"]),
+        *(_operators(entry) for entry in report["operators"]),
+        *(_attention(entry) for entry in report["attention"]),
+        *(_scans(entry) for entry in report["scans"]),
         _missing(report["steps"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -73,13 +75,14 @@ _OPERATORS = ("operator", "calls", "us", "floor us", "share of floor")
 
 
 def _head(report: Entry) -> str:
-    own, ceilings, options = report["hardware"], report["ceilings"], report["options"]
-    device = own["device"] if own["device"] == "CPU" else f"one {own['device']}"
+    hardware, ceilings, options = report["hardware"], report["ceilings"], report["options"]
+    device = hardware["device"] if hardware["device"] == "CPU" else f"one {hardware['device']}"
     unique = options["unique"]
     routing = f"narrowed to {unique:g} experts for one row" if unique else "as the weights have it"
     return (
-        f"Measured on {report['date']} on {device} (host {own['cpu']}), torch {own['torch']}, "
-        f"Triton {own['triton']}: random weights at preset {options['preset']}, "
+        f"Measured on {report['date']} on {device} (host {hardware['cpu']}), torch "
+        f"{hardware['torch']}, Triton {hardware['triton']}: random weights at preset "
+        f"{options['preset']}, "
         f"{options['dtype']}, experts {options['experts']}, the denoiser's routing {routing}. "
         f"Ceilings of the same run: copy {ceilings['bytes_per_s'] / 1e12:.3g} TB/s, products "
         f"{ceilings['matmul_flops'] / 1e12:.3g} TFLOP/s, fp32 products "
@@ -95,7 +98,7 @@ def _section(title: str, names: Sequence[str], rows: Iterable[Sequence[object]])
 
 
 def _once(rows: Iterable[list[object]], names: int) -> list[list[object]]:
-    """The first of all rows that agree in their first `names` cells: AR runs beside everything."""
+    """The rows, less those whose first `names` cells came before: AR runs beside every profile."""
     first: dict[tuple[object, ...], list[object]] = {}
     for row in rows:
         first.setdefault(tuple(row[:names]), row)
@@ -114,20 +117,20 @@ def _cell(value: object) -> str:
     return str(value)
 
 
-def _profile(own: Entry) -> str | None:
-    return f"{own['profile']}, {own['sync']}" if own["profile"] else None
+def _profile(entry: Entry) -> str | None:
+    return f"{entry['profile']}, {entry['sync']}" if entry["profile"] else None
 
 
-def _decode_row(own: Entry) -> list[object]:
-    passes = own["passes"]
+def _decode_row(entry: Entry) -> list[object]:
+    passes = entry["passes"]
     return [
-        own["mode"],
-        _profile(own),
-        own["rows"],
-        own["context"],
-        own["tokens_per_s"],
-        own["spread"],
-        own["nfe_a_block"],
+        entry["mode"],
+        _profile(entry),
+        entry["rows"],
+        entry["context"],
+        entry["tokens_per_s"],
+        entry["spread"],
+        entry["nfe_a_block"],
         passes[0]["rows_a_pass"] if passes else None,
     ]
 
@@ -135,20 +138,20 @@ def _decode_row(own: Entry) -> list[object]:
 def _pass_rows(decode: Sequence[Entry]) -> list[list[object]]:
     return [
         [
-            own["kind"],
+            passes["kind"],
             entry["mode"],
             entry["rows"],
             entry["context"],
-            *(own[name] for name in ("ms", "unique_experts", "gigabytes", "floor_ms")),
-            *(own[name] for name in ("share_of_floor", "terabytes_per_s", "share_of_copy")),
+            *(passes[name] for name in ("ms", "unique_experts", "gigabytes", "floor_ms")),
+            *(passes[name] for name in ("share_of_floor", "terabytes_per_s", "share_of_copy")),
         ]
         for entry in decode
-        for own in entry["passes"]
-        if "floor_ms" in own
+        for passes in entry["passes"]
+        if "floor_ms" in passes
     ]
 
 
-def _ratio_row(own: Entry) -> list[object]:
+def _ratio_row(entry: Entry) -> list[object]:
     names = (
         "rows",
         "context",
@@ -159,41 +162,42 @@ def _ratio_row(own: Entry) -> list[object]:
         "diffusion_share_of_floor",
         "ar_share_of_floor",
     )
-    return [_profile(own), *(own[name] for name in names)]
+    return [_profile(entry), *(entry[name] for name in names)]
 
 
-def _baseline_row(own: Entry) -> list[object]:
+def _baseline_row(entry: Entry) -> list[object]:
     names = ("eager_ms", "compiled_ms", "compiled_graph_ms", "ours_ms", "speedup")
-    known = [own["kind"], own["rows"], own["context"], own["unique_experts"]]
-    return [*known, *(own.get(name) for name in names)]
+    known = [entry["kind"], entry["rows"], entry["context"], entry["unique_experts"]]
+    return [*known, *(entry.get(name) for name in names)]
 
 
-def _operators(own: Entry) -> str:
+def _operators(entry: Entry) -> str:
     title = (
-        f"Operators: {own['kind']}, {own['rows']} rows, context {own['context']}, "
-        f"{own['unique_experts']:.3g} unique experts"
+        f"Operators: {entry['kind']}, {entry['rows']} rows, context {entry['context']}, "
+        f"{entry['unique_experts']:.3g} unique experts"
     )
     names = ("name", "calls", "us", "floor_us", "share_of_floor")
-    rows = [[line[name] for name in names] for line in own["operators"]]
+    rows = [[line[name] for name in names] for line in entry["operators"]]
     return _section(title, _OPERATORS, rows)
 
 
-def _attention(own: Entry) -> str:
-    title = f"Block attention, {own['rows']} rows"
-    rows = [(line["context"], line["attention_ms"]) for line in own["contexts"]]
+def _attention(entry: Entry) -> str:
+    title = f"Block attention, {entry['rows']} rows"
+    rows = [(line["context"], line["attention_ms"]) for line in entry["contexts"]]
     table = _section(title, ("context", "attention ms a pass"), rows)
     return (
-        f"{table}\n\nAt {own['context']} tokens attention is {100 * own['share_of_pass']:.1f} % of "
-        f"a pass of {own['pass_ms']:.3g} ms ({own['share_of_floor']:.2f} of its floor, "
-        f"{own['unique_experts']:.3g} unique experts); {own['growth_of_context']:g} times the "
-        f"context takes {own['growth']:.2f} times as long."
+        f"{table}\n\nAt {entry['context']} tokens attention is "
+        f"{100 * entry['share_of_pass']:.1f} % of "
+        f"a pass of {entry['pass_ms']:.3g} ms ({entry['share_of_floor']:.2f} of its floor, "
+        f"{entry['unique_experts']:.3g} unique experts); {entry['growth_of_context']:g} times the "
+        f"context takes {entry['growth']:.2f} times as long."
     )
 
 
-def _scans(own: Entry) -> str:
+def _scans(entry: Entry) -> str:
     return (
-        f"{own['scans']} seeded block scans with states up to {own['largest_state']:g}: "
-        f"{own['bad_rows']} rows with anything that is not finite."
+        f"{entry['scans']} seeded block scans with states up to {entry['largest_state']:g}: "
+        f"{entry['bad_rows']} rows with anything that is not finite."
     )
 
 

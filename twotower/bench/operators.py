@@ -1,8 +1,8 @@
-"""Where the time of a pass goes, operator by operator.
+"""Times of the operators of a pass.
 
-Operators are timed inside a real pass, so that weights and states come from memory as they do in
-earnest. On a GPU the device is kept busy until the host is far ahead, so that a time holds no
-launch; what two events cost is still in it, about a microsecond a call.
+Operators are timed inside a real pass, so that weights and states come from memory as in a service.
+On a GPU the device is kept busy until the host is far ahead, so that a time includes no launch; it
+still includes the cost of two events, about a microsecond a call.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from twotower.planner.floors import Ceilings, Work
 from twotower.towers.model.weights import TowerWeights
 
 _SCAN_AND_REPLAY = "mamba_scan and replay"
-# The operators of the floor that each measured one does. The shared expert belongs to `experts`
-# where it is computed with the routed ones, otherwise to `mlp`.
+# The operators of the floor that each measured operator computes. The shared expert belongs to
+# `experts` where it is computed with the routed experts, otherwise to `mlp`.
 _FLOOR_OF: dict[str, tuple[str, ...]] = {
     "add_norm": ("norm",),
     "mamba_scan": ("scan",),
@@ -40,13 +40,15 @@ _FLOOR_OF: dict[str, tuple[str, ...]] = {
     "head": ("head",),
 }
 _SHARED = ("shared_up", "shared_down")
+_REPEATS = 5
 _HOLD_SIDE = 8192
 _LONG_HOLD, _SHORT_HOLD = 32, 2
 
 
 @dataclass(frozen=True)
 class OperatorTime:
-    """All launches of one operator in a pass: seconds, and the floor's (None: not in the floor)."""
+    """All calls of an operator in a pass: their seconds, and their floor in seconds (None: the
+    floor does not have the operator)."""
 
     name: str
     calls: int
@@ -55,8 +57,8 @@ class OperatorTime:
 
 
 class OperatorClock:
-    """While active, times every call of an operator from outside; calls inside calls belong to the
-    outer one. Products are named by the weight that they multiply."""
+    """While active, times every call of an operator; calls inside of a call belong to the outer
+    operator. Matrix products are named by their weight."""
 
     def __init__(self, device: torch.device, weights: TowerWeights) -> None:
         self._device = device
@@ -64,7 +66,7 @@ class OperatorClock:
         self._hold = _Hold(device)
         self._calls: list[tuple[str, int, int]] = []
         self._operators = {
-            id(own): name for name, own in vars(dispatch).items() if isinstance(own, Operator)
+            id(value): name for name, value in vars(dispatch).items() if isinstance(value, Operator)
         }
         self._weights = _names_of(weights)
         self._inside = False
@@ -119,19 +121,18 @@ def measure_operators(
     device: torch.device,
     floor: Sequence[Work],
     ceilings: Ceilings,
-    repeats: int = 5,
 ) -> list[OperatorTime]:
-    """Median times of the operators of one pass, beside their floors."""
+    """Median times of the operators of the pass `work`, and their floors."""
     work()
     rounds = []
-    for _ in range(repeats):
+    for _ in range(_REPEATS):
         with OperatorClock(device, weights) as clock:
             work()
         rounds.append(_joined(clock.totals()))
     floors = _floors_by_operator(rounds[0], floor, ceilings)
     return [
         OperatorTime(
-            name, calls, statistics.median(own[name][1] for own in rounds), floors.get(name)
+            name, calls, statistics.median(each[name][1] for each in rounds), floors.get(name)
         )
         for name, (calls, _) in rounds[0].items()
     ]
@@ -140,8 +141,8 @@ def measure_operators(
 def _floors_by_operator(
     measured: Mapping[str, tuple[int, float]], floor: Sequence[Work], ceilings: Ceilings
 ) -> dict[str, float]:
-    """The floor of each measured operator that has one."""
-    works = {own.name: own for own in floor}
+    """Seconds of the floor by measured operator, without operators that the floor does not have."""
+    works = {work.name: work for work in floor}
     parts = {name: _FLOOR_OF[name] for name in measured if name in _FLOOR_OF}
     dense = works["mlp_up"].launches if "mlp_up" in works else 0
     if measured.get("mlp", (0, 0.0))[0] > dense:
@@ -149,22 +150,23 @@ def _floors_by_operator(
     elif "experts" in parts:
         parts["experts"] += _SHARED
     return {
-        name: sum(works[part].seconds(ceilings) for part in own if part in works)
-        for name, own in parts.items()
+        name: sum(works[part].seconds(ceilings) for part in names if part in works)
+        for name, names in parts.items()
     }
 
 
 def _joined(totals: dict[str, tuple[int, float]]) -> dict[str, tuple[int, float]]:
-    """The floor's scan moves its state; where a replay does that, the two belong together."""
+    """The totals with scan and replay added up if there is a replay: the floor's scan includes
+    writing the state, which is the replay's work then."""
     if not {"mamba_scan", "replay"} <= totals.keys():
         return totals
     (scans, scan), (replays, replay) = totals["mamba_scan"], totals["replay"]
-    rest = {name: own for name, own in totals.items() if name not in ("mamba_scan", "replay")}
+    rest = {name: total for name, total in totals.items() if name not in ("mamba_scan", "replay")}
     return {**rest, _SCAN_AND_REPLAY: (scans + replays, scan + replay)}
 
 
 def _names_of(weights: TowerWeights) -> dict[int, str]:
-    """The name of each matrix by its place in memory."""
+    """Names of the matrices by the addresses of their data."""
     names = {weights.head.data_ptr(): "head"}
     for layer in weights.layers:
         for field in dataclasses.fields(layer.mixer):
@@ -175,7 +177,8 @@ def _names_of(weights: TowerWeights) -> dict[int, str]:
 
 
 class _Hold:
-    """Keeps a GPU busy with products; a CPU needs no such thing."""
+    """Keeps a GPU busy with products, so that the host can queue launches ahead; does nothing on a
+    CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._pair: tuple[Tensor, Tensor] | None = None

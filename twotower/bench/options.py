@@ -1,4 +1,4 @@
-"""What to measure."""
+"""Options of a benchmark run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from twotower.planner.schedules import BLOCK, PROFILES
 from twotower.planner.shapes import PRESETS
 from twotower.towers.checkpoint.weights import DTYPES
 
-# Every section of a report that has steps of its own, the most important first.
+# The sections of a report for which there are steps, the most important first.
 SECTIONS = (
     "speed",
     "baseline",
@@ -21,17 +21,18 @@ SECTIONS = (
     "profiles",
     "verified",
 )
-# What counts rows and tokens holds no more.
+# Rows and tokens are counted in int32.
 _MOST = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Raises ValueError on construction.
+    """Measurements and their sizes. Raises ValueError for values out of range.
 
-    `batches` are numbers of rows, `context` and `long_context` tokens of each. `unique` is the
-    number of experts a layer that one row's block should read, 0 to leave routing alone. `rounds`
-    times each measured run goes through its profile. Steps that begin after `minutes` are left out.
+    `batches` are numbers of rows, `context` and `long_context` tokens of each row. `unique` is the
+    number of experts per layer that the block of one row should read, 0 for the routing as the
+    weights give it. A run goes through its profile `rounds` times. Steps that would begin after
+    `minutes` are left out.
     """
 
     preset: str = "tiny"
@@ -62,7 +63,7 @@ class BenchOptions:
         for section in self.sections:
             _one_of("sections", section, SECTIONS)
         for name in ("context", "long_context"):
-            # A row reads its last token; the short context of probes lies before it.
+            # A row reads the last token of its context, after at least one token of random state.
             _at_least(name, getattr(self, name), 2)
         for name in ("long_rows", "rounds", "repeats", "scans", "scan_rows"):
             _at_least(name, getattr(self, name), 1)

@@ -1,4 +1,4 @@
-"""A whole pass in plain PyTorch: the denominator of every comparison, and what counts experts."""
+"""A whole pass in plain PyTorch, to compare passes of the engines with, and to count experts."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class PlainState:
-    """Copies of rows' states: per Mamba layer conv [B, K-1, Cd] and ssm [B, H, P, N], per attention
-    layer K and V [B, nkv, S + L, hd] with room for a pass of L tokens."""
+    """Copies of the states of B rows: per Mamba layer conv [B, K-1, Cd] and ssm [B, H, P, N], per
+    attention layer K and V [B, nkv, S + L, hd] with room for a pass of L tokens."""
 
     conv: list[Tensor]
     ssm: list[Tensor]
@@ -45,15 +45,15 @@ class PlainState:
 def copy_states(
     states: Sequence[ContextState], config: TwoTowerConfig, length: int, seen: int | None = None
 ) -> PlainState:
-    """What a plain pass of `length` tokens a row needs; `seen` is the part of the rows' common
-    context that is copied, None for all of it."""
+    """Copies states for a plain pass of `length` tokens a row; `seen` is the number of context
+    tokens whose K/V are copied, None for all."""
     mamba, attention = len(config.layers_of(MAMBA)), len(config.layers_of(ATTENTION))
     stop = states[0].position if seen is None else min(seen, states[0].position)
     k, v = [], []
     for layer in range(attention):
         parts = [state.kv(layer, 0, stop) for state in states]
-        k.append(F.pad(torch.stack([own for own, _ in parts]), (0, 0, 0, length)))
-        v.append(F.pad(torch.stack([own for _, own in parts]), (0, 0, 0, length)))
+        k.append(F.pad(torch.stack([keys for keys, _ in parts]), (0, 0, 0, length)))
+        v.append(F.pad(torch.stack([values for _, values in parts]), (0, 0, 0, length)))
     return PlainState(
         [torch.stack([state.conv[layer] for state in states]) for layer in range(mamba)],
         [torch.stack([state.ssm[layer] for state in states]) for layer in range(mamba)],
@@ -63,11 +63,11 @@ def copy_states(
 
 
 class PlainPass:
-    """Passes of one tower over rows of one length, from copies of their states.
+    """Passes of one tower over rows of equal length, from copies of their states.
 
-    A denoiser's rows see their whole block and leave their state as it is; a context tower's see
-    what came before and move their Mamba states. `compiled` turns each kind of layer into one
-    compiled function.
+    In a denoiser, attention within a block is bidirectional and the states stay as they are; in a
+    context tower it is causal and the Mamba states are advanced. `compiled` compiles a function
+    per kind of layer.
     """
 
     def __init__(self, tower: Tower, state: PlainState, *, compiled: bool = False) -> None:
@@ -90,9 +90,9 @@ class PlainPass:
         self.experts_chosen = []
         mamba = attention = 0
         hidden = weights.embedding[tokens]
-        for index, own in enumerate(weights.layers):
-            layer = Layer(config, own.norm, _modulation(modulation, index, own.kind))
-            mixer = own.mixer
+        for index, layer_weights in enumerate(weights.layers):
+            kind, mixer = layer_weights.kind, layer_weights.mixer
+            layer = Layer(config, layer_weights.norm, _modulation(modulation, index, kind))
             if isinstance(mixer, MambaWeights):
                 conv, ssm = self._state.conv[mamba], self._state.ssm[mamba]
                 hidden = self._mamba(hidden, layer, mixer, conv, ssm, self._causal)
@@ -102,7 +102,7 @@ class PlainPass:
                 hidden = self._attention(hidden, layer, mixer, k, v, self._causal)
                 attention += 1
             elif isinstance(mixer, MoeWeights):
-                up, down = (_stacked(own, hidden.dtype) for own in (mixer.up, mixer.down))
+                up, down = (_stacked(experts, hidden.dtype) for experts in (mixer.up, mixer.down))
                 hidden, ids = self._moe(hidden, layer, mixer, up, down)
                 self.experts_chosen.append(ids)
             else:
@@ -112,7 +112,7 @@ class PlainPass:
 
     @torch.inference_mode()
     def predict(self, tokens: Tensor, modulation: Tensor | None, wanted: Tensor) -> Tensor:
-        """The same through the head: the best token of positions `wanted` [M] of all B * L, [M]."""
+        """`hidden`, then the head at positions `wanted` [M] of all B * L; their best tokens [M]."""
         hidden = self.hidden(tokens, modulation).flatten(0, 1)
         return F.linear(hidden[wanted], self._tower.weights.head).argmax(-1)
 
@@ -129,7 +129,7 @@ def _modulation(modulation: Tensor | None, index: int, kind: str) -> Modulation 
 
 
 def _stacked(experts: ExpertWeights, dtype: torch.dtype) -> Tensor:
-    """Experts as one stacked tensor; quantized ones are widened, which no plain product does."""
+    """Experts as one stacked tensor [E, out, in]; quantized experts are converted to `dtype`."""
     if isinstance(experts, QuantizedExperts):
         return experts.values.to(dtype) * experts.scale.to(dtype).unsqueeze(-1)
     if not isinstance(experts, Tensor):

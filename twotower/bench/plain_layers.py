@@ -1,8 +1,8 @@
-"""The layers of both towers in plain PyTorch: what a good port without own kernels would run.
+"""The layers of both towers in plain PyTorch, as a good port without custom kernels would run them.
 
-Rows have one length and one context, so they stand in a batch without padding: x [B, L, H]. All
-experts of a layer in one grouped product, grouped heads through scaled dot product attention, the
-scan of a block as one chunk of matrix products. No host sync, so each function compiles whole.
+Rows have equal lengths and contexts, so they form a batch without padding: x [B, L, H]. All experts
+of a layer are one grouped product, grouped heads go through scaled dot product attention, the scan
+of a block is one chunk of matrix products. There is no host sync, so each function compiles whole.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from twotower.towers.model.weights import AttentionWeights, MambaWeights, MlpWei
 
 @dataclass(frozen=True)
 class Modulation:
-    """A denoiser layer's shift, scale and gate [B, 1, H]; `first` if they come before the norm."""
+    """Shift, scale and gate [B, 1, H] of a denoiser's layer; `first` if shift and scale come before
+    the norm."""
 
     shift: Tensor
     scale: Tensor
@@ -29,20 +30,20 @@ class Modulation:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's norm [H] and constants; a context tower's has no modulation."""
+    """A layer's norm weight [H] and modulation, which a context tower does not have."""
 
     config: TwoTowerConfig
     norm: Tensor
     modulation: Modulation | None
 
     def normed(self, hidden: Tensor) -> Tensor:
-        """The mixer's input."""
-        own, eps = self.modulation, self.config.layer_norm_epsilon
-        if own is None:
+        """The mixer's input: `hidden` normed and modulated."""
+        by, eps = self.modulation, self.config.layer_norm_epsilon
+        if by is None:
             return rms_norm(hidden, self.norm, eps)
-        if own.first:
-            return rms_norm(hidden * (1.0 + own.scale) + own.shift, self.norm, eps)
-        return rms_norm(hidden, self.norm, eps) * (1.0 + own.scale) + own.shift
+        if by.first:
+            return rms_norm(hidden * (1.0 + by.scale) + by.shift, self.norm, eps)
+        return rms_norm(hidden, self.norm, eps) * (1.0 + by.scale) + by.shift
 
     def add(self, hidden: Tensor, mixed: Tensor) -> Tensor:
         """The residual stream after the mixer."""
@@ -50,7 +51,7 @@ class Layer:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Over the last dimension, in fp32."""
+    """RMS norm over the last dimension, computed in fp32."""
     wide = x.float()
     unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (unit * weight.float()).to(x.dtype)
@@ -59,7 +60,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def mamba_layer(
     hidden: Tensor, layer: Layer, weights: MambaWeights, conv: Tensor, ssm: Tensor, moves: bool
 ) -> Tensor:
-    """conv [B, K-1, Cd] and ssm [B, H, P, N]; written back if `moves`."""
+    """A Mamba-2 layer. conv [B, K-1, Cd] and ssm [B, H, P, N] are advanced in place if `moves`."""
     config = layer.config
     inner, heads = config.d_inner, config.mamba_num_heads
     shared = config.n_groups * config.ssm_state_size
@@ -89,7 +90,8 @@ def mamba_layer(
 def attention_layer(
     hidden: Tensor, layer: Layer, weights: AttentionWeights, k: Tensor, v: Tensor, causal: bool
 ) -> Tensor:
-    """k and v [B, nkv, S + L, hd]: the last L places take the new tokens' own."""
+    """An attention layer. k and v [B, nkv, S + L, hd]: their last L positions are overwritten with
+    K/V of the L tokens of `hidden`."""
     config, length = layer.config, hidden.shape[1]
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     qkv = F.linear(layer.normed(hidden), weights.qkv, weights.qkv_bias)
@@ -109,7 +111,8 @@ def attention_layer(
 def moe_layer(
     hidden: Tensor, layer: Layer, weights: MoeWeights, up: Tensor, down: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """up [E, F, H] and down [E, H, F]. Also gives the experts chosen, [B * L, k]."""
+    """A mixture of experts with up [E, F, H] and down [E, H, F]; also returns the experts chosen,
+    [B * L, k]."""
     config = layer.config
     normed = layer.normed(hidden)
     x = normed.flatten(0, 1)
@@ -132,7 +135,7 @@ def moe_layer(
 
 
 def mlp_layer(hidden: Tensor, layer: Layer, weights: MlpWeights) -> Tensor:
-    """A dense MLP."""
+    """A dense MLP layer."""
     return layer.add(hidden, _mlp(layer.normed(hidden), weights))
 
 

@@ -1,4 +1,4 @@
-"""A report as one picture; needs matplotlib, which comes with the extra `bench`."""
+"""Plots a report; needs matplotlib, which comes with the extra `bench`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NO_MATPLOTLIB = "plot: needs matplotlib; pip install 'twotower[bench]'"
 
 
 def can_plot() -> bool:
-    """Whether matplotlib is there."""
+    """True if matplotlib is installed."""
     try:
         import_module("matplotlib")
     except ImportError:
@@ -20,9 +20,9 @@ def can_plot() -> bool:
 
 
 def plot(report: Entry, path: Path) -> None:
-    """Tokens/s and the ratio to AR over the number of rows, and shares of the floors, as PNG."""
+    """Writes a PNG: tokens/s, their ratio to AR and shares of the floors, by number of rows."""
     matplotlib = import_module("matplotlib")
-    # Without a display.
+    # A backend that needs no display.
     matplotlib.use("agg")
     pyplot = import_module("matplotlib.pyplot")
     figure, (speed, ratio, share) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
@@ -30,8 +30,8 @@ def plot(report: Entry, path: Path) -> None:
         speed.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=label)
     for label, pairs in _ratios(report["ratios"]).items():
         rows = sorted(pairs)
-        (line,) = ratio.plot(rows, [pairs[own][0] for own in rows], marker="o", label=label)
-        ceilings = [pairs[own][1] for own in rows]
+        (line,) = ratio.plot(rows, [pairs[count][0] for count in rows], marker="o", label=label)
+        ceilings = [pairs[count][1] for count in rows]
         ratio.plot(rows, ceilings, linestyle=":", color=line.get_color())
     for label, points in _shares(report["decode"]).items():
         share.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=label)
@@ -51,30 +51,30 @@ def plot(report: Entry, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _label(own: Entry) -> str:
-    profile = own.get("profile")
-    return f"{profile}, {own['sync']}" if profile else str(own["mode"])
+def _label(entry: Entry) -> str:
+    profile = entry.get("profile")
+    return f"{profile}, {entry['sync']}" if profile else str(entry["mode"])
 
 
 def _speeds(decode: list[Entry]) -> dict[str, dict[int, float]]:
     lines: dict[str, dict[int, float]] = {}
-    for own in decode:
-        if own["mode"] != "verified":
-            lines.setdefault(_label(own), {})[own["rows"]] = own["tokens_per_s"]
+    for entry in decode:
+        if entry["mode"] != "verified":
+            lines.setdefault(_label(entry), {})[entry["rows"]] = entry["tokens_per_s"]
     return lines
 
 
 def _ratios(ratios: list[Entry]) -> dict[str, dict[int, tuple[float, float]]]:
     lines: dict[str, dict[int, tuple[float, float]]] = {}
-    for own in ratios:
-        lines.setdefault(_label(own), {})[own["rows"]] = (own["ratio"], own["ceiling"])
+    for entry in ratios:
+        lines.setdefault(_label(entry), {})[entry["rows"]] = (entry["ratio"], entry["ceiling"])
     return lines
 
 
 def _shares(decode: list[Entry]) -> dict[str, dict[int, float]]:
     lines: dict[str, dict[int, float]] = {}
     for entry in decode:
-        for own in entry["passes"]:
-            if "share_of_floor" in own:
-                lines.setdefault(own["kind"], {}).setdefault(entry["rows"], own["share_of_floor"])
+        for each in entry["passes"]:
+            if "share_of_floor" in each:
+                lines.setdefault(each["kind"], {}).setdefault(entry["rows"], each["share_of_floor"])
     return lines

@@ -1,4 +1,4 @@
-"""Single passes over rows of one context: of our towers, and the same in plain PyTorch."""
+"""Single passes over rows of equal context, through a tower's modules and in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ROWS_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Probe:
-    """A pass of one kind over rows that stand at their states' common position."""
+    """A pass of a kind over `tokens` [B, L] of rows whose states are at the same position."""
 
     kind: PassKind
     tower: Tower
@@ -41,7 +41,8 @@ class Probe:
         block: int,
         seed: int = 0,
     ) -> Probe:
-        """Random tokens [B, L]; a denoiser's are partly masked. An AR step has one a row."""
+        """A pass over random tokens, `block` a row, or 1 in an AR step; a denoiser's are partly
+        masked."""
         length = 1 if kind == "ar" else block
         generator = torch.Generator().manual_seed(seed)
         vocab, mask = tower.config.vocab_size, tower.config.mask_token_id
@@ -53,15 +54,14 @@ class Probe:
 
     @torch.inference_mode()
     def run(self) -> Tensor:
-        """The pass and, unless it extends, the head over all positions, as one call -> hidden
-        states [B * L, H] of a denoiser, [B, H] of a context tower. A context tower's rows are moved
-        on by its tokens."""
+        """Runs the pass and, unless it is an extension, the head over all positions. Returns hidden
+        states, [B * L, H] of a denoiser, [B, H] of a context tower, whose states are advanced."""
         rows = self.tokens.tolist()
         if isinstance(self.tower, DenoiserTower):
             hidden = self.tower.forward(rows, [self.timestep] * len(rows), list(self.states))
         else:
             assert isinstance(self.tower, ContextTower)
-            works = [ContextWork(*own) for own in zip(self.states, rows, strict=True)]
+            works = [ContextWork(*pair) for pair in zip(self.states, rows, strict=True)]
             results = ContextPass(self.tower).run(works)
             hidden = torch.stack([_hidden_of(result) for result in results])
         if self.kind != "extend":
@@ -70,22 +70,23 @@ class Probe:
 
     @property
     def timestep(self) -> float:
-        """The rows' masked fraction."""
+        """The masked fraction of the rows' tokens, which a denoiser takes as its timestep."""
         mask = self.tower.config.mask_token_id
         return float((self.tokens[0] == mask).float().mean())
 
     def wanted(self) -> Tensor:
-        """The positions that go through the head, of all B * L: masked ones, or every row's."""
+        """The positions of all B * L that go through the head: a denoiser's masked positions, all
+        of a context tower's."""
         if self.kind != "denoise":
             return torch.arange(self.tokens.numel())
         return (self.tokens.flatten() == self.tower.config.mask_token_id).nonzero().squeeze(1)
 
     def modulation(self) -> Tensor | None:
-        """What a plain pass of a denoiser needs, [B, layers, 3, H]."""
+        """Shift, scale and gate of a denoiser's layers, [B, layers, 3, H]; else None."""
         if not isinstance(self.tower, DenoiserTower):
             return None
-        own = self.tower.modulation(self.timestep)
-        return own.unsqueeze(0).expand(len(self.states), *own.shape)
+        modulation = self.tower.modulation(self.timestep)
+        return modulation.unsqueeze(0).expand(len(self.states), *modulation.shape)
 
     def plain(self, *, compiled: bool = False, seen: int | None = None) -> PlainPass:
         """The same pass in plain PyTorch, from copies of the states."""
@@ -94,15 +95,15 @@ class Probe:
         return PlainPass(self.tower, copies, compiled=compiled)
 
     def experts_chosen(self) -> list[Tensor]:
-        """The experts that the rows' tokens choose, [B * L, k] per MoE layer."""
+        """The experts that the tokens choose, [B * L, k] per MoE layer."""
         plain = self.plain(seen=_SHORT_CONTEXT)
         plain.hidden(self.tokens.to(self.tower.device), self.modulation())
         return plain.experts_chosen
 
 
 def measured_unique(kind: PassKind, tower: Tower, pool: FilledPool, rows: int, block: int) -> float:
-    """Experts that a layer of a pass over fresh rows reads, averaged over its layers; 0 without
-    MoE layers. Rows choose independently, so a few at a time are asked."""
+    """Different experts that a pass over fresh rows reads per MoE layer, in the mean of all layers;
+    0 without MoE layers. Rows choose independently, so some of them at a time are computed."""
     chosen: list[list[Tensor]] = []
     at_once = min(_ROWS_AT_ONCE, pool.slots.num_slots)
     for begin in range(0, rows, at_once):

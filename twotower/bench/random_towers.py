@@ -1,7 +1,7 @@
-"""Towers of random weights, made where they will be used: no file, no copy, one tensor at a time.
+"""Towers of random weights, drawn on their device tensor by tensor, without a file or a copy.
 
-Every matrix is drawn so that inputs of unit size give outputs of unit size; decays and time steps
-lie where trained ones do. So activations stay finite at any depth.
+Every matrix is drawn so that inputs of unit variance give outputs of unit variance; decays and time
+steps have the sizes of trained ones. So activations stay finite at any depth.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from twotower.towers.model.weights import (
 )
 
 EXPERT_FORMATS = ("full", "fp8")
-# A time step of softplus(-3) = 0.05 is in the middle of those that training starts from.
+# softplus(-3) = 0.05 is in the middle of the time steps that training starts from.
 _DT_BIAS = -3.0
 _SMALL = 0.02
 
 
 @dataclass(frozen=True)
 class TowerMaker:
-    """Draws the weights of towers of one shape, all tensors from one generator.
+    """Draws the weights of towers of one shape from one generator.
 
-    `experts` is the format of routed experts: that of all weights (`full`), or `fp8`.
+    `experts` is the format of routed experts: `full` for `dtype`, as all other weights, or `fp8`.
     """
 
     config: TwoTowerConfig

@@ -1,4 +1,4 @@
-"""What was measured, as one JSON object that grows step by step."""
+"""A report of measurements: a JSON object that is written after every step."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SECTIONS = ("decode", "ratios", "baseline", "operators", "attention", "scans")
 
 
 class Report:
-    """Options and hardware, the ceilings of the run, a list of entries per section, and what became
-    of every step: done, failed or left out."""
+    """Options, hardware and ceilings of a run, a list of entries per section, and the status of
+    every step: done, failed or left out."""
 
     def __init__(self, options: Mapping[str, Any], hardware: Mapping[str, Any]) -> None:
         self.options = dict(options)
@@ -27,15 +27,15 @@ class Report:
         self._date = time.strftime("%Y-%m-%d")
 
     def add(self, section: str, *entries: Entry) -> None:
-        """Puts entries behind those of a section."""
+        """Appends entries to a section."""
         self.sections[section] += entries
 
     def ended(self, step: str, seconds: float) -> None:
-        """Notes that a step is done."""
+        """Notes that a step was done in so many seconds."""
         self.steps.append({"step": step, "status": "done", "seconds": round(seconds, 1)})
 
     def failed(self, step: str, error: Exception) -> None:
-        """Notes that a step has failed."""
+        """Notes that a step has raised an error."""
         reason = f"{type(error).__name__}: {error}"
         where = "".join(traceback.format_exception(error))
         self.steps.append({"step": step, "status": "failed", "reason": reason, "traceback": where})
@@ -48,21 +48,22 @@ class Report:
         return any(step["status"] == "failed" for step in self.steps)
 
     def last_step(self) -> str:
-        """The last step in a line."""
+        """The last step and its status, as a line."""
         step = self.steps[-1]
         return f"{step['step']}: {step['status']}, {step.get('reason', step.get('seconds'))}"
 
     def pass_seconds(self, kind: str, rows: int) -> float | None:
-        """What an engine needed for a pass with all rows in it, if that was measured."""
+        """Seconds of an engine's pass of a kind over all rows of a run, if one was measured."""
         for entry in self.sections["decode"]:
-            for own in entry["passes"]:
-                whole = own["kind"] == kind and entry["rows"] == rows and "floor_ms" in own
+            for passes in entry["passes"]:
+                # Passes have a floor if all rows were in each.
+                whole = passes["kind"] == kind and entry["rows"] == rows and "floor_ms" in passes
                 if whole:
-                    return float(own["ms"]) / 1e3
+                    return float(passes["ms"]) / 1e3
         return None
 
     def to_dict(self) -> Entry:
-        """Everything, ready for JSON."""
+        """The whole report, ready for JSON."""
         return {
             "date": self._date,
             "hardware": self.hardware,
@@ -73,7 +74,7 @@ class Report:
         }
 
     def write(self, path: Path) -> None:
-        """Replaces `path` in one go: a reader never sees half a report."""
+        """Replaces `path` atomically, so that a reader never sees half a report."""
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f"{path.name}.part")
         scratch.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False), encoding="utf-8")

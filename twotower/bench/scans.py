@@ -1,13 +1,14 @@
-"""Block scans by the hundred thousand from large random states: none may give a NaN.
+"""Counts block scans from large random states that give a value which is not finite.
 
-A tower of Mamba layers alone runs whole passes, so that the scan is the one that the engines use.
-A non-finite value anywhere in a scan stays in its row's residual stream to the end.
+A tower of Mamba layers alone runs whole passes, so that the scan is the engines' scan. A non-finite
+value anywhere in a scan stays in its row's residual stream to the end.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -20,24 +21,14 @@ from twotower.towers.state.context_state import ContextState
 
 _PATTERN = "MMMM"
 _CONTEXT = 64
-# From a state as after a short prompt to the largest that long contexts leave.
+# Standard deviations of SSM states: from those after a short prompt to those of long contexts.
 STATE_SCALES = (1.0, 30.0, 1000.0)
-# Time steps after softplus, over a layer's heads: from nearly none to one that forgets everything.
+# Time steps after softplus, over a layer's heads: from nearly 0 to one that forgets the state.
 _SMALLEST_DT, _LARGEST_DT = 1e-4, 50.0
 
 
-@dataclass(frozen=True)
-class Scans:
-    """How many scans of one row's block in one layer ran, and in how many rows' passes anything
-    was not finite."""
-
-    scans: int
-    bad_rows: int
-    largest_state: float
-
-
 def scan_config(config: TwoTowerConfig) -> TwoTowerConfig:
-    """Mamba layers of a model's shape in a narrow tower of nothing else."""
+    """The config of a narrow tower of nothing but Mamba layers of a model's shape."""
     return replace(config, layer_pattern=_PATTERN, hidden_size=256, vocab_size=256)
 
 
@@ -50,8 +41,12 @@ def count_bad_scans(
     rows: int,
     block: int = 16,
     seed: int = 0,
-) -> Scans:
-    """Runs at least `scans` block scans, `rows` rows a pass, each pass from fresh states."""
+) -> dict[str, Any]:
+    """Runs at least `scans` block scans, `rows` rows a pass, each pass from fresh states.
+
+    Returns the number of scans (a row's block in a layer), of rows whose pass gave a value that is
+    not finite, and the largest state's standard deviation.
+    """
     narrow = scan_config(config)
     generator = torch.Generator(device).manual_seed(seed)
     tower = TowerMaker(narrow, device, dtype, generator).denoiser()
@@ -60,7 +55,7 @@ def count_bad_scans(
     tokens = torch.Generator().manual_seed(seed)
     with pool.rows_at(_CONTEXT, rows, block) as states:
         done, bad = _run(tower, pool, states, scans, block, generator, tokens)
-    return Scans(done, bad, STATE_SCALES[-1])
+    return {"scans": done, "bad_rows": bad, "largest_state": STATE_SCALES[-1]}
 
 
 def _run(
@@ -72,7 +67,7 @@ def _run(
     generator: torch.Generator,
     tokens: torch.Generator,
 ) -> tuple[int, int]:
-    """Scans done and rows with anything not finite."""
+    """The number of scans done, and of rows with a value that is not finite."""
     rows, vocab = len(states), tower.config.vocab_size
     done = 0
     bad = torch.zeros((), dtype=torch.int64, device=tower.device)

@@ -1,4 +1,4 @@
-"""Passes on their own: against plain PyTorch, operator by operator, and over long contexts."""
+"""Measures single passes: against plain PyTorch, by operator, and over long contexts."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from twotower.planner.schedules import PROFILES, masked_share, shuffled_rows
 
 Entry = dict[str, Any]
 _REPEATS = 7
-# Context passes move their rows on: room for every repeat.
+# Context passes advance their rows: room in tokens for all repeats.
 _ROOM = 128
 _LONG_BLOCKS = 2
-# Compilation, and whatever libraries set up at first use.
+# Calls before a capture: compilation, and libraries' setup at first use.
 _BEFORE_CAPTURE = 3
 
 
 def measure_baseline(bench: Workbench, kind: PassKind, rows: int, ours: float) -> Entry:
-    """One pass in plain PyTorch: eager, compiled, and the compiled one as a CUDA graph.
+    """Times a pass in plain PyTorch: eager, compiled, and compiled as a CUDA graph.
 
-    `ours` is what the engine needs for the same pass, in seconds; the better of eager and compiled
-    is what it is compared with. A form that cannot be built is named with its error.
+    `ours` are the engine's seconds for the same pass, which are compared with the better of eager
+    and compiled. A form that cannot be built is listed with its error.
     """
     bench.steer(rows)
     options = bench.options
@@ -42,7 +42,7 @@ def measure_baseline(bench: Workbench, kind: PassKind, rows: int, ours: float) -
         "rows": rows,
         "context": options.context,
         "unique_experts": unique,
-        **{f"{name}_ms": 1e3 * own for name, own in seconds.items()},
+        **{f"{name}_ms": 1e3 * spent for name, spent in seconds.items()},
         "errors": errors,
         "ours_ms": 1e3 * ours,
         "speedup": best / ours,
@@ -50,7 +50,7 @@ def measure_baseline(bench: Workbench, kind: PassKind, rows: int, ours: float) -
 
 
 def _time_plain(probe: Probe, bench: Workbench) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds of each form that could be built, and why others could not."""
+    """Seconds of each form that could be built, and the errors of the others."""
     forms: dict[str, Callable[[], Callable[[], object]]] = {
         "eager": lambda: _plain_call(probe, compiled=False)
     }
@@ -73,7 +73,7 @@ def _time_plain(probe: Probe, bench: Workbench) -> tuple[dict[str, float], dict[
 
 
 def measure_breakdown(bench: Workbench, kind: PassKind, rows: int) -> Entry:
-    """A pass operator by operator, head over all positions."""
+    """Times the operators of a pass, with the head over all positions."""
     bench.steer(rows)
     times = _operators(bench, kind, rows, bench.options.context)
     return {
@@ -81,24 +81,24 @@ def measure_breakdown(bench: Workbench, kind: PassKind, rows: int) -> Entry:
         "rows": rows,
         "context": bench.options.context,
         "unique_experts": bench.unique(kind, rows),
-        "operators": [_operator_entry(own) for own in times],
+        "operators": [_operator_entry(time) for time in times],
     }
 
 
 def measure_attention(bench: Workbench, rows: int) -> Entry:
-    """Block attention over growing contexts, and its part of a whole pass at the longest."""
+    """Times block attention over growing contexts, and a whole pass at the longest."""
     bench.steer(rows)
     longest = bench.options.long_context
     contexts = [longest >> shift for shift in (3, 2, 1, 0)]
     lines = []
     for context in contexts:
         times = _operators(bench, "denoise", rows, context)
-        attention = sum(own.seconds for own in times if own.name == "attention")
+        attention = sum(time.seconds for time in times if time.name == "attention")
         lines.append(
             {
                 "context": context,
                 "attention_ms": 1e3 * attention,
-                "operators_ms": 1e3 * sum(own.seconds for own in times),
+                "operators_ms": 1e3 * sum(time.seconds for time in times),
             }
         )
     seconds = _engine_pass(bench, rows, longest)
@@ -119,7 +119,7 @@ def measure_attention(bench: Workbench, rows: int) -> Entry:
 
 
 def _engine_pass(bench: Workbench, rows: int, context: int) -> float:
-    """Seconds of a denoiser pass of the engine, all rows in it."""
+    """Seconds of the engine's denoiser pass over all rows."""
     block = bench.options.block
     schedules = shuffled_rows("headline", rows, bench.options.seed, in_step=True)
     run = Run("mask_diffusion", rows, context, _LONG_BLOCKS, 1, block, schedules)
@@ -136,20 +136,20 @@ def _operators(bench: Workbench, kind: PassKind, rows: int, context: int) -> lis
         return measure_operators(probe.run, tower.weights, bench.device, works, bench.ceilings)
 
 
-def _operator_entry(own: OperatorTime) -> Entry:
-    floor = own.floor_seconds
+def _operator_entry(time: OperatorTime) -> Entry:
+    floor = time.floor_seconds
     return {
-        "name": own.name,
-        "calls": own.calls,
-        "us": 1e6 * own.seconds,
+        "name": time.name,
+        "calls": time.calls,
+        "us": 1e6 * time.seconds,
         "floor_us": None if floor is None else 1e6 * floor,
-        "share_of_floor": None if floor is None else floor / own.seconds,
+        "share_of_floor": None if floor is None else floor / time.seconds,
     }
 
 
 def _plain_call(probe: Probe, *, compiled: bool) -> Callable[[], object]:
-    """A plain pass with the head over the positions that the engine's has: the masked ones of a
-    denoiser, every row's of an AR step."""
+    """A plain pass with the head over the same positions as the engine's pass: a denoiser's masked
+    positions, all rows of an AR step."""
     plain = probe.plain(compiled=compiled)
     tokens, modulation = probe.tokens.to(probe.tower.device), probe.modulation()
     wanted = probe.wanted().to(tokens.device)
@@ -157,7 +157,7 @@ def _plain_call(probe: Probe, *, compiled: bool) -> Callable[[], object]:
 
 
 def _graph(work: Callable[[], object]) -> Callable[[], object]:
-    """The same launches as one CUDA graph."""
+    """The launches of `work` as one CUDA graph."""
     for _ in range(_BEFORE_CAPTURE):
         work()
     torch.cuda.synchronize()
@@ -167,7 +167,7 @@ def _graph(work: Callable[[], object]) -> Callable[[], object]:
 
     def replay() -> object:
         graph.replay()
-        # Kept: it owns the tensors that the graph reads and writes.
+        # Keeps `work` alive, which owns the tensors that the graph reads and writes.
         return work
 
     return replay

@@ -1,4 +1,4 @@
-"""Tokens/s and passes of the engines, each beside what the same run's ceilings allow."""
+"""Measures tokens/s and passes of the engines, with floors from the ceilings of the same run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from twotower.bench.decode import Decoded, Passes, Run
+from twotower.bench.decode import Decoded, Run, TowerPasses
 from twotower.bench.workbench import WARM_BLOCKS, PassFloor, Workbench
 from twotower.planner.floors import Ceilings, PassKind
-from twotower.planner.schedules import PROFILES, Schedule, masked_share, shuffled_rows
+from twotower.planner.schedules import (
+    PROFILES,
+    Schedule,
+    masked_share,
+    mean_steps,
+    shuffled_rows,
+)
 from twotower.planner.speedup import PassSeconds, best_tokens_per_s, in_step_tokens_per_s
 
 Entry = dict[str, Any]
@@ -27,7 +33,7 @@ _CONTEXT_PASS: dict[str, PassKind] = {
 
 @dataclass(frozen=True)
 class Diffusion:
-    """What mask_diffusion replays; `in_step` if all rows commit the same in every step."""
+    """The profile that mask_diffusion replays; `in_step` if all rows commit alike in every step."""
 
     profile: str
     in_step: bool
@@ -43,44 +49,43 @@ class Diffusion:
 def measure_speed(
     bench: Workbench, rows: int, wanted: Sequence[Diffusion]
 ) -> tuple[list[Entry], list[Entry]]:
-    """AR and diffusion by turns, `repeats` times: what was decoded, and the ratios of each pair.
-
-    The first run of everything does not count: kernels are compiled in it.
+    """Runs AR and diffusion in turn, `repeats` times. Returns entries of the sections `decode` and
+    `ratios`. The first run of each does not count: it compiles kernels.
     """
     bench.steer(rows)
     bench.pair.warm_up(bench.options.block, rows)
-    runs = {own: _diffusion_run(bench, rows, own) for own in wanted}
+    runs = {diffusion: _diffusion_run(bench, rows, diffusion) for diffusion in wanted}
     ar = Run("ar", rows, bench.options.context, _AR_BLOCKS, 1, bench.options.block)
     bench.pair.decode(replace(ar, blocks=_PRIMING))
-    for own, run in runs.items():
+    for diffusion, run in runs.items():
         # Rows out of step share passes of many sizes: only the same run meets all of them.
-        bench.pair.decode(replace(run, blocks=_PRIMING) if own.in_step else run)
+        bench.pair.decode(replace(run, blocks=_PRIMING) if diffusion.in_step else run)
     ar_done: list[Decoded] = []
-    done: dict[Diffusion, list[Decoded]] = {own: [] for own in wanted}
+    done: dict[Diffusion, list[Decoded]] = {diffusion: [] for diffusion in wanted}
     for _ in range(bench.options.repeats):
         ar_done.append(bench.pair.decode(ar))
-        for own, run in runs.items():
-            done[own].append(bench.pair.decode(run))
+        for diffusion, run in runs.items():
+            done[diffusion].append(bench.pair.decode(run))
     decoded = [_entry(bench, ar, ar_done)]
     ratios = []
-    for own, run in runs.items():
-        decoded.append(_entry(bench, run, done[own], own))
-        ratios.append(_ratio(bench, run, own, done[own], ar_done))
+    for diffusion, run in runs.items():
+        decoded.append(_entry(bench, run, done[diffusion], diffusion))
+        ratios.append(_ratio(bench, run, diffusion, done[diffusion], ar_done))
     return decoded, ratios
 
 
 def measure_verified(bench: Workbench, rows: int) -> Entry:
-    """A draft and its check by turns. Random towers never agree, so one token a cycle is accepted;
-    what speed other numbers of accepted tokens would give follows from the time of a cycle."""
+    """Runs verified decoding. Random towers never agree, so a draft and its check give one token;
+    the speed at other numbers of accepted tokens follows from the time of that cycle."""
     bench.steer(rows)
     options = bench.options
     run = Run("verified", rows, options.context, _VERIFIED_BLOCKS, 1, options.block)
     bench.pair.warm_up(options.block, rows)
-    # A whole one: checks of drafts become graphs once they have come often.
+    # A whole run: checks of drafts become graphs once they have come often.
     bench.pair.decode(run)
     done = [bench.pair.decode(run) for _ in range(options.repeats)]
     entry = _entry(bench, run, done)
-    cycle = statistics.median(own.seconds_a_block for own in done)
+    cycle = statistics.median(decoded.seconds_a_block for decoded in done)
     entry["cycle_ms"] = 1e3 * cycle
     entry["tokens_per_s_if_accepted"] = {
         str(count): rows * count / cycle for count in (1, 2, 4, 8, options.block)
@@ -88,24 +93,24 @@ def measure_verified(bench: Workbench, rows: int) -> Entry:
     return entry
 
 
-def _diffusion_run(bench: Workbench, rows: int, own: Diffusion) -> Run:
+def _diffusion_run(bench: Workbench, rows: int, diffusion: Diffusion) -> Run:
     options = bench.options
     return Run(
         "mask_diffusion",
         rows,
         options.context,
-        options.rounds * len(PROFILES[own.profile]),
+        options.rounds * len(PROFILES[diffusion.profile]),
         WARM_BLOCKS,
         options.block,
-        own.schedules(rows, options.seed),
+        diffusion.schedules(rows, options.seed),
     )
 
 
 def _entry(
     bench: Workbench, run: Run, done: Sequence[Decoded], diffusion: Diffusion | None = None
 ) -> Entry:
-    """A row of the section `decode`: medians over repeats, and how far these lie apart."""
-    speeds = [own.tokens_per_s for own in done]
+    """An entry of the section `decode`: medians over repeats, and their relative spread."""
+    speeds = [decoded.tokens_per_s for decoded in done]
     last = done[-1]
     entry: Entry = {
         "mode": run.mode,
@@ -122,18 +127,18 @@ def _entry(
     }
     masked = masked_share(PROFILES[diffusion.profile]) if diffusion else 1.0
     if run.mode != "ar":
-        own = [each.denoiser for each in done]
-        entry["passes"].append(_pass_entry(bench, "denoise", own, run, masked))
-    own = [each.context for each in done]
-    entry["passes"].append(_pass_entry(bench, _CONTEXT_PASS[run.mode], own, run, masked))
+        passes = [decoded.denoiser for decoded in done]
+        entry["passes"].append(_pass_entry(bench, "denoise", passes, run, masked))
+    passes = [decoded.context for decoded in done]
+    entry["passes"].append(_pass_entry(bench, _CONTEXT_PASS[run.mode], passes, run, masked))
     return entry
 
 
 def _pass_entry(
-    bench: Workbench, kind: PassKind, passes: Sequence[Passes], run: Run, masked: float
+    bench: Workbench, kind: PassKind, passes: Sequence[TowerPasses], run: Run, masked: float
 ) -> Entry:
-    """A tower's passes in a run; with their floor where every pass had all rows."""
-    seconds = statistics.median(own.seconds_a_pass for own in passes)
+    """The passes of a tower in a run, with their floor if every pass had all rows."""
+    seconds = statistics.median(each.seconds_a_pass for each in passes)
     rows = passes[-1].rows_a_pass
     entry: Entry = {"kind": kind, "rows_a_pass": rows, "ms": 1e3 * seconds}
     if round(rows, 3) == run.rows:
@@ -145,7 +150,7 @@ def _pass_entry(
 
 
 def floor_entry(floor: PassFloor, seconds: float, ceilings: Ceilings) -> Entry:
-    """A measured pass beside its floor and the copy bandwidth."""
+    """A measured pass compared with its floor and the copy bandwidth."""
     bytes_per_s = floor.num_bytes / seconds
     return {
         "unique_experts": floor.unique,
@@ -160,22 +165,23 @@ def floor_entry(floor: PassFloor, seconds: float, ceilings: Ceilings) -> Entry:
 def _ratio(
     bench: Workbench,
     run: Run,
-    own: Diffusion,
+    diffusion: Diffusion,
     done: Sequence[Decoded],
     ar_done: Sequence[Decoded],
 ) -> Entry:
-    """mask_diffusion over AR, pair by pair, beside the ratio of their ceilings."""
+    """An entry of the section `ratios`: the median of mask_diffusion over AR, pair by pair, and the
+    ratio of their ceilings."""
     ratios = [a.tokens_per_s / b.tokens_per_s for a, b in zip(done, ar_done, strict=True)]
     ratio = statistics.median(ratios)
     ar_ceiling = run.rows / bench.floor("ar", run.rows, run.context).seconds
-    ceiling = ceiling_tokens_per_s(bench, run, own)
+    ceiling = ceiling_tokens_per_s(bench, run, diffusion)
     speed = statistics.median(a.tokens_per_s for a in done)
     ar_speed = statistics.median(b.tokens_per_s for b in ar_done)
     return {
         "rows": run.rows,
         "context": run.context,
-        "profile": own.profile,
-        "sync": own.sync,
+        "profile": diffusion.profile,
+        "sync": diffusion.sync,
         "nfe_a_block": done[-1].nfe_a_block,
         "ratio": ratio,
         "spread": max(ratios) / min(ratios) - 1.0,
@@ -186,9 +192,9 @@ def _ratio(
     }
 
 
-def ceiling_tokens_per_s(bench: Workbench, run: Run, own: Diffusion) -> float:
+def ceiling_tokens_per_s(bench: Workbench, run: Run, diffusion: Diffusion) -> float:
     """Tokens/s of a run whose passes all take their floor."""
-    masked = masked_share(PROFILES[own.profile])
+    masked = masked_share(PROFILES[diffusion.profile])
 
     @cache
     def denoise(rows: int) -> float:
@@ -198,8 +204,8 @@ def ceiling_tokens_per_s(bench: Workbench, run: Run, own: Diffusion) -> float:
     def extend(rows: int) -> float:
         return bench.floor("extend", rows, run.context).seconds
 
-    if own.in_step:
-        steps = sum(map(len, run.schedules[0])) / len(run.schedules[0])
+    if diffusion.in_step:
+        steps = mean_steps(run.schedules[0])
         return in_step_tokens_per_s(
             run.rows, run.block_size, steps, denoise(run.rows), extend(run.rows)
         )

@@ -1,7 +1,6 @@
-"""The order of all measurements: the most important first, as many as the time allows.
+"""Runs the measurements, the most important first, as many as the time allows.
 
-After each step the report is written again, so that whatever ends the program leaves what was
-measured until then.
+The report is written after each step, so that a program that is ended leaves all finished steps.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ HEADLINE_CONTINUOUS = Diffusion("headline", in_step=False)
 
 @dataclass(frozen=True)
 class Step:
-    """A measurement by name: takes the workbench, puts what it finds into the report."""
+    """A measurement of a section: `run` takes the workbench and adds entries to the report."""
 
     section: str
     name: str
@@ -37,17 +36,18 @@ class Step:
 
 
 def run_suite(options: BenchOptions, out: Path | None, say: Callable[[str], None]) -> Report:
-    """Measures everything that `options` ask for, writes it to `out` as it comes."""
+    """Runs all steps of `options`, each announced with `say`; writes the report to `out` after
+    each."""
     deadline = time.monotonic() + 60.0 * options.minutes
     report = Report(asdict(options), hardware(torch.device(options.device)))
     begun = time.monotonic()
     ceilings = device_ceilings(options)
     report.ceilings = asdict(ceilings)
-    say(_on_what(report))
+    say(_device_line(report))
     try:
         bench = Workbench(options, ceilings)
     except Exception as error:
-        # Towers that do not fit must not cost what is known of the device.
+        # If the towers do not fit, the report still has the device's ceilings.
         report.failed("setup", error)
         say(report.last_step())
         if out is not None:
@@ -99,12 +99,12 @@ def _run_step(step: Step, bench: Workbench, report: Report, say: Callable[[str],
     try:
         step.run(bench, report)
     except Exception as error:
-        # One measurement that fails, for want of memory say, must not cost the others.
+        # A measurement that fails, for lack of memory say, must not end the others.
         report.failed(step.name, error)
     else:
         report.ended(step.name, time.monotonic() - begun)
     if bench.device.type == "cuda":
-        # The towers leave little room: the next step may need it in other pieces.
+        # The towers leave little memory, which the next step may need in pieces of other sizes.
         torch.cuda.empty_cache()
     say(report.last_step())
 
@@ -115,7 +115,7 @@ def _speed_step(section: str, rows: int, wanted: tuple[Diffusion, ...]) -> Step:
         report.add("decode", *decoded)
         report.add("ratios", *ratios)
 
-    names = " and ".join(f"{own.profile} {own.sync}" for own in wanted)
+    names = " and ".join(f"{diffusion.profile} {diffusion.sync}" for diffusion in wanted)
     return Step(section, f"ar and {names}, {rows} rows", run)
 
 
@@ -160,14 +160,14 @@ def _scans(bench: Workbench, report: Report) -> None:
         block=options.block,
         seed=options.seed,
     )
-    report.add("scans", asdict(done))
+    report.add("scans", done)
 
 
-def _on_what(report: Report) -> str:
-    own: dict[str, Any] = report.hardware
+def _device_line(report: Report) -> str:
+    found: dict[str, Any] = report.hardware
     ceilings = report.ceilings
     return (
-        f"{own['device']} ({own['cpu']}), torch {own['torch']}: "
+        f"{found['device']} ({found['cpu']}), torch {found['torch']}: "
         f"copy {ceilings['bytes_per_s'] / 1e12:.3f} TB/s, "
         f"products {ceilings['matmul_flops'] / 1e12:.3g} TFLOP/s"
     )

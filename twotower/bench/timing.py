@@ -1,4 +1,4 @@
-"""Clocks of a device, and the ceilings that it reaches."""
+"""Times of work on a device, and the device's ceilings."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from torch import Tensor
 
 from twotower.planner.floors import Ceilings
 
-# Copies beyond any cache, products that fill the device; a CPU has neither.
+# Copies larger than a GPU's caches and products that fill it; on a CPU they would take too long.
 _COPY_BYTES = {"cuda": 4 << 30, "cpu": 64 << 20}
 _PRODUCT_SIDE = {"cuda": 8192, "cpu": 768}
 _REPEATS = {"cuda": 10, "cpu": 3}
+_WARM_UPS = 2
 
 
 class Stopwatch:
-    """Marks moments in a device's own order of work: events on CUDA, the host's clock elsewhere."""
+    """Marks moments in the order of a device's work: events on CUDA, the host's clock elsewhere."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._marks: list[torch.cuda.Event | float] = []
 
     def mark(self) -> int:
-        """Notes the present moment; returns its number."""
+        """Marks the present moment; returns the mark's number."""
         if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -35,7 +36,7 @@ class Stopwatch:
         return len(self._marks) - 1
 
     def seconds(self, first: int, last: int) -> float:
-        """Between two marks; waits for the device."""
+        """Seconds between two marks; waits for the device."""
         begin, end = self._marks[first], self._marks[last]
         if isinstance(begin, torch.cuda.Event):
             assert isinstance(end, torch.cuda.Event)
@@ -51,12 +52,10 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def median_seconds(
-    work: Callable[[], object], device: torch.device, repeats: int, warmups: int = 2
-) -> float:
-    """Median time of a call, each begun on an idle device; launches that the device waits for
-    count."""
-    for _ in range(warmups):
+def median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median seconds of a call. Each begins on an idle device, so launches that the device waits
+    for count."""
+    for _ in range(_WARM_UPS):
         work()
     times = []
     for _ in range(repeats):
@@ -69,7 +68,7 @@ def median_seconds(
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Copy bandwidth, and rates of a large product in `dtype` and in plain fp32, on random data."""
+    """Measures the copy bandwidth, and the rates of a large product in `dtype` and in fp32."""
     side = _PRODUCT_SIDE[device.type]
     return Ceilings(
         _copy_bytes_per_s(device),

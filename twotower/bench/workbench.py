@@ -1,4 +1,4 @@
-"""Everything that measurements share: towers, memory, engines, and what a pass costs at least."""
+"""Shared by all measurements: both towers, the pool, the engines, and floors of passes."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower
 
 WARM_BLOCKS = 2
-# Closer to all experts than this needs no search.
+# If at most this many experts would be barred, the routing is left alone.
 _NEARLY_ALL = 1.5
 
 
 @dataclass(frozen=True)
 class PassFloor:
-    """The least time of a pass in seconds, the bytes that it must move, and the experts a layer
-    for which they hold."""
+    """The least time of a pass in seconds, the bytes that it must move, the experts per layer that
+    it reads, and its operators."""
 
     seconds: float
     num_bytes: float
@@ -46,7 +46,7 @@ class PassFloor:
 
 
 def device_ceilings(options: BenchOptions) -> Ceilings:
-    """What the device of a benchmark reaches; leaves its memory as it was."""
+    """Measures the ceilings of the benchmark's device, and frees the memory that this took."""
     device = torch.device(options.device)
     ceilings = measure_ceilings(device, parse_dtype(options.dtype))
     if device.type == "cuda":
@@ -55,14 +55,14 @@ def device_ceilings(options: BenchOptions) -> Ceilings:
 
 
 class Workbench:
-    """Both towers on one device, with a pool for the largest of all measurements."""
+    """Both towers on one device, with a pool that is large enough for all measurements."""
 
     def __init__(self, options: BenchOptions, ceilings: Ceilings | None = None) -> None:
         self.options = options
         self.config = PRESETS[options.preset]
         self.device = torch.device(options.device)
         self.dtype = parse_dtype(options.dtype)
-        # Before the towers take the memory.
+        # Measured before the towers take the memory.
         self.ceilings = ceilings or device_ceilings(options)
         # States are drawn from the default generator.
         torch.manual_seed(options.seed)
@@ -81,7 +81,8 @@ class Workbench:
         return self.denoiser if kind == "denoise" else self.context
 
     def steer(self, rows: int) -> None:
-        """Makes the denoiser's routing over so many rows as narrow as asked for."""
+        """Narrows the denoiser's routing for passes over so many rows, as if the block of a single
+        row read `options.unique` experts per layer."""
         options, every = self.options, self.config.n_routed_experts
         for key in [key for key in self._unique if key[0] == "denoise"]:
             del self._unique[key]
@@ -97,23 +98,24 @@ class Workbench:
             self._unique["denoise", rows] = measured
 
     def unique(self, kind: PassKind, rows: int) -> float:
-        """Experts a layer that a pass over so many rows reads: measured at powers of two and at
-        the batches measured, between them on a line."""
+        """Experts per layer that a pass over so many rows reads: measured for powers of two and for
+        the batches of the options, interpolated for other numbers."""
         known = self._unique.get((kind, rows))
         if known is not None:
             return known
         below = 1 << (rows.bit_length() - 1)
         if rows in (below, *self.options.batches):
             tower, block = self.tower(kind), self.options.block
-            own = measured_unique(kind, tower, self.pool, rows, block)
-            return self._unique.setdefault((kind, rows), own)
+            measured = measured_unique(kind, tower, self.pool, rows, block)
+            return self._unique.setdefault((kind, rows), measured)
         low, high = self.unique(kind, below), self.unique(kind, 2 * below)
         return low + (high - low) * (rows - below) / below
 
     def floor(
         self, kind: PassKind, rows: int, context: int | None = None, masked: float = 1.0
     ) -> PassFloor:
-        """What a pass costs at least; `masked` of a denoiser's positions go through the head."""
+        """The floor of a pass over `rows` rows of `context` tokens (None: that of the options);
+        `masked` is the share of a denoiser's positions that goes through the head."""
         unique = self.unique(kind, rows)
         size = self.dtype.itemsize
         shape = shape_of(

@@ -1,1 +1,1 @@
-"""What a service of two towers needs and gives on a kind of GPU, before anyone rents one."""
+"""Capacity planning: memory and tokens/s of a two-tower service on a kind of GPU."""

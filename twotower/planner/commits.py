@@ -1,4 +1,4 @@
-"""How many tokens a denoiser pass commits: by threshold and kind of text, and block by block."""
+"""Tokens that a denoiser pass commits: by threshold and kind of text, and block by block."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _RECORDED = (*PROFILES["mixed"], *LOOP)
 
 
 def tokens_per_nfe(text: str, gamma: float) -> float:
-    """Measured tokens per pass, on a line between measured thresholds.
+    """Tokens per denoiser pass at threshold `gamma`, interpolated between measured thresholds.
 
-    Raises ConfigError for an unknown kind of text and outside of what was measured.
+    Raises ConfigError for an unknown kind of text and outside of the measured thresholds.
     """
     if text not in TOKENS_PER_NFE:
         raise ConfigError(f"text: got {text!r}, expected one of {', '.join(TOKENS_PER_NFE)}")
@@ -49,21 +49,20 @@ def tokens_per_nfe(text: str, gamma: float) -> float:
 
 
 def steps_for(tokens: float) -> float:
-    """Denoiser passes a block at so many tokens per pass. Raises ConfigError outside of 1 to 16."""
+    """Denoiser passes per block at `tokens` per pass. Raises ConfigError outside of 1 to 16."""
     if not 1.0 <= tokens <= BLOCK:
         raise ConfigError(f"tokens_per_nfe: got {tokens:g}, expected 1 to {BLOCK}")
     return BLOCK / tokens
 
 
 def rows_of_blocks(steps: float, rows: int, blocks: int, seed: int = 0) -> list[list[Schedule]]:
-    """Schedules of `rows` rows of `blocks` blocks each, recorded ones, so weighted that a block
-    takes `steps` passes in the mean: a weight falls or rises with the steps by a constant factor.
-    """
+    """Recorded schedules for `rows` rows of `blocks` blocks each, with `steps` passes per block in
+    the mean. A schedule is weighted by a constant to the power of its number of steps."""
     chances = _chances(steps)
     draw = random.Random(seed)
     found = []
     for _ in range(rows):
-        # Evenly spaced over the chances: every row has nearly the mean itself.
+        # Evenly spaced over the weights: every row has nearly the mean itself.
         row = _spread(chances, blocks, draw.random())
         draw.shuffle(row)
         found.append(row)
@@ -71,6 +70,8 @@ def rows_of_blocks(steps: float, rows: int, blocks: int, seed: int = 0) -> list[
 
 
 def _spread(chances: Sequence[float], count: int, offset: float) -> list[Schedule]:
+    """`count` schedules at evenly spaced points of the cumulated chances, from `offset` (0 to 1)
+    of a space on."""
     picked = []
     total, index = chances[0], 0
     for place in range(count):
@@ -82,15 +83,16 @@ def _spread(chances: Sequence[float], count: int, offset: float) -> list[Schedul
 
 
 def _chances(steps: float) -> list[float]:
+    """The chance of each recorded schedule for a mean of `steps`, by bisection."""
     low, high = -8.0, 8.0
     for _ in range(60):
         tilt = (low + high) / 2
         chances = _tilted(tilt)
-        mean = sum(own * len(block) for own, block in zip(chances, _RECORDED, strict=True))
+        mean = sum(p * len(block) for p, block in zip(chances, _RECORDED, strict=True))
         low, high = (tilt, high) if mean < steps else (low, tilt)
     return chances
 
 
 def _tilted(tilt: float) -> list[float]:
     weights = [math.exp(tilt * (len(block) - BLOCK)) for block in _RECORDED]
-    return [own / sum(weights) for own in weights]
+    return [weight / sum(weights) for weight in weights]

@@ -1,4 +1,4 @@
-"""GPUs by name: what their makers say of them, and what was measured."""
+"""GPUs by name: figures of their datasheets, and measured ceilings where there are any."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from twotower.planner.floors import Ceilings
 from twotower.towers.errors import ConfigError
 
-# What a copy, a large product and fp32 work reach of the datasheet's figures where nobody has
-# measured: an H200 copies at 4.3 of 4.8 TB/s, multiplies at 790 of 989 TFLOP/s.
+# Shares of the datasheet's figures that a copy, a large product and fp32 work are taken to reach on
+# GPUs without measurements: an H200 copies at 4.3 of 4.8 TB/s, multiplies at 790 of 989 TFLOP/s.
 COPY_REACH, PRODUCT_REACH, WIDE_REACH = 0.9, 0.8, 0.9
 _MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU. Bytes as its driver reports them, bytes/s and dense FLOP/s (bf16, fp32) of its
-    datasheet, and the ceilings that were measured on one, if any."""
+    """A kind of GPU: memory in bytes as the driver reports it, bytes/s and dense FLOP/s (bf16,
+    fp32) of the datasheet, and measured ceilings if there are any."""
 
     name: str
     title: str
@@ -29,7 +29,7 @@ class Device:
     measured_source: str = ""
 
     def ceilings(self) -> Ceilings:
-        """Measured ones, otherwise what the datasheet's figures usually come to."""
+        """Measured ceilings, otherwise the usual shares of the datasheet's figures."""
         return self.measured or Ceilings(
             COPY_REACH * self.bandwidth,
             PRODUCT_REACH * self.bf16_flops,
@@ -37,7 +37,7 @@ class Device:
         )
 
     def ceilings_source(self) -> str:
-        """Where those come from, for a reader."""
+        """The source of the ceilings, as text of a plan."""
         if self.measured is not None:
             return self.measured_source
         shares = f"{COPY_REACH:g} of its bandwidth, {PRODUCT_REACH:g} of its bf16 rate"
@@ -107,7 +107,7 @@ DEVICES = {device.name: device for device in _ALL}
 
 
 def device_named(name: str) -> Device:
-    """Raises ConfigError for a name that is not in the table."""
+    """The GPU of that name. Raises ConfigError if it is not in the table."""
     if name not in DEVICES:
         raise ConfigError(f"gpu: got {name!r}, expected one of {', '.join(DEVICES)}")
     return DEVICES[name]

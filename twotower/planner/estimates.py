@@ -1,4 +1,4 @@
-"""Ways to place the towers, and what each of them needs and gives."""
+"""Placements of the towers: memory and tokens/s of each."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from twotower.planner.schedules import BLOCK
 from twotower.planner.speedup import PassSeconds, best_tokens_per_s, in_step_tokens_per_s
 from twotower.towers.config.model_config import TwoTowerConfig
 
-# Blocks of each row in a simulation, of which it replays two rounds.
+# Blocks in a simulated row's schedule, which is replayed twice.
 _BLOCKS = 16
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One way to place the towers.
+    """A placement of the towers, its memory and its speed.
 
-    `denoisers` 0: AR alone; `colocated`: both towers on one GPU. `tokens_per_s` is expected of all
-    its GPUs under continuous batching, `in_step` if rows ended their blocks together, `ceiling` is
-    `in_step` with every pass at its floor. All 0 where it does not fit. `break_even` tokens per
-    denoiser pass make it as fast as AR on as many GPUs, in step; None if none do.
+    `denoisers` is 0 for AR alone; `colocated` means both towers on one GPU. `tokens_per_s` is that
+    of all `gpus` under continuous batching, `in_step` that of rows which all end their blocks
+    together, `ceiling` is `in_step` with every pass at its floor; all are 0 where the placement
+    does not fit. `over_ar` is `tokens_per_s` over that of AR on as many GPUs. With `break_even`
+    tokens per denoiser pass the placement is as fast as AR in step; None if with no number.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        return all(own.fits for own in self.memory)
+        return all(gpu.fits for gpu in self.memory)
 
     @property
     def per_gpu(self) -> float:
@@ -57,7 +58,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PassTimes:
-    """Expected milliseconds and floors of the passes of one format, over all rows of a batch."""
+    """Expected milliseconds and floors of passes over a whole batch, by kind of pass, for one
+    format of the experts."""
 
     experts: Experts
     expected_ms: dict[str, float]
@@ -65,7 +67,7 @@ class PassTimes:
 
 
 class Estimator:
-    """All estimates of one format."""
+    """Estimates of all placements for one format of the experts."""
 
     def __init__(
         self,
@@ -81,14 +83,13 @@ class Estimator:
         self._weights = tower_bytes(config, fp8=fp8)
         known = measured.ceilings if measured else None
         ceilings = known or device.ceilings()
-        passes = measured.passes if measured else {}
         context = question.context
-        self._expected = Passes(config, ceilings, context, fp8, reached, passes)
+        self._expected = Passes(config, ceilings, context, fp8, reached, measured)
         self._floor = Passes(config, ceilings, context, fp8, FLOOR)
 
     def estimates(self) -> Iterator[Estimate]:
-        """AR, both towers on one GPU, and one context tower with 1, 2, ... denoisers up to the
-        first that does not fit."""
+        """AR, both towers on one GPU, and one context tower with 1, 2, ... denoisers, up to the
+        first placement that does not fit."""
         ar = self._ar()
         yield ar
         yield self._over(self._colocated(), ar)
@@ -99,7 +100,7 @@ class Estimator:
                 return
 
     def times(self) -> PassTimes:
-        """What passes over a whole batch take."""
+        """Times of passes over a whole batch."""
         return PassTimes(
             self._experts, self._milliseconds(self._expected), self._milliseconds(self._floor)
         )
@@ -111,12 +112,13 @@ class Estimator:
         return {**found, "land": 1e3 * passes.land(rows), "prefill": 1e3 * self._prefill(passes)}
 
     def _prefill(self, passes: Passes) -> float:
-        """Seconds of reading one row's prompt; 0 if only decoding counts."""
+        """Seconds of reading the prompt of one row; 0 if only decoding counts."""
         output = self._question.output_tokens
         return 0.0 if output is None else passes.prefill(self._question.context - output)
 
     def _pass_seconds(self, passes: Passes) -> PassSeconds:
-        """Passes by rows, where each block also pays its part of the prompt's."""
+        """Seconds of passes by rows; an extension includes the block's share of its row's
+        prefill."""
         output = self._question.output_tokens
         share = 0.0 if output is None else self._prefill(passes) * BLOCK / output
 
@@ -142,13 +144,13 @@ class Estimator:
 
     def _ar(self) -> Estimate:
         rows, weights = self._question.batch, self._weights
-        memory = self._memory("AR", weights.context, rows)
-        own = Estimate("AR", self._experts, 0, False, 1, rows, (memory,))
-        if not own.fits:
-            return own
+        memory = self._memory("AR", weights["context"], rows)
+        estimate = Estimate("AR", self._experts, 0, False, 1, rows, (memory,))
+        if not estimate.fits:
+            return estimate
         expected, floor = self._ar_speed(self._expected), self._ar_speed(self._floor)
         return replace(
-            own,
+            estimate,
             tokens_per_s=expected,
             in_step=expected,
             ceiling=floor,
@@ -163,42 +165,41 @@ class Estimator:
 
     def _colocated(self) -> Estimate:
         rows, weights = self._question.batch, self._weights
-        both = weights.context + weights.denoiser
+        both = sum(weights.values())
         memory = self._memory("shared", both, rows, sides=("context", "denoiser"))
-        own = Estimate("colocated", self._experts, 1, True, 1, rows, (memory,))
-        if not own.fits:
-            return own
-
-        def in_step(passes: Passes) -> float:
-            seconds = self._pass_seconds(passes)
-            steps, extend = self._question.steps, seconds.extend(rows)
-            return in_step_tokens_per_s(rows, BLOCK, steps, seconds.denoise(rows), extend)
-
-        schedules = commits.rows_of_blocks(self._question.steps, rows, _BLOCKS)
+        estimate = Estimate("colocated", self._experts, 1, True, 1, rows, (memory,))
+        if not estimate.fits:
+            return estimate
+        steps = self._question.steps
+        schedules = commits.rows_of_blocks(steps, rows, _BLOCKS)
         speed = best_tokens_per_s(schedules, self._pass_seconds(self._expected), rounds=2)
         busy = speed / BLOCK / rows * self._pass_seconds(self._expected).extend(rows)
         return replace(
-            own,
+            estimate,
             tokens_per_s=speed,
-            in_step=in_step(self._expected),
-            ceiling=in_step(self._floor),
+            in_step=self._colocated_in_step(self._expected, steps),
+            ceiling=self._colocated_in_step(self._floor, steps),
             context_busy=min(1.0, busy),
             denoiser_busy=max(0.0, 1.0 - busy),
         )
 
+    def _colocated_in_step(self, passes: Passes, steps: float) -> float:
+        rows, seconds = self._question.batch, self._pass_seconds(passes)
+        return in_step_tokens_per_s(rows, BLOCK, steps, seconds.denoise(rows), seconds.extend(rows))
+
     def _pair(self, denoisers: int) -> Estimate:
         rows, weights = self._question.batch, self._weights
         memory = (
-            self._memory("context", weights.context, denoisers * rows),
-            self._memory("denoiser", weights.denoiser, rows, sides=("denoiser",)),
+            self._memory("context", weights["context"], denoisers * rows),
+            self._memory("denoiser", weights["denoiser"], rows, sides=("denoiser",)),
         )
         name, gpus, total = f"1:{denoisers}", 1 + denoisers, denoisers * rows
-        own = Estimate(name, self._experts, denoisers, False, gpus, total, memory)
-        if not own.fits:
-            return own
+        estimate = Estimate(name, self._experts, denoisers, False, gpus, total, memory)
+        if not estimate.fits:
+            return estimate
         flow = self._flow(denoisers)
         return replace(
-            own,
+            estimate,
             tokens_per_s=flow.tokens_per_s,
             in_step=self._pair_in_step(self._expected, denoisers, self._question.steps),
             ceiling=self._pair_in_step(self._floor, denoisers, self._question.steps),
@@ -213,28 +214,28 @@ class Estimator:
     def _flow(self, denoisers: int) -> Flow:
         rows, steps = self._question.batch, self._question.steps
         schedules = [
-            commits.rows_of_blocks(steps, rows, _BLOCKS, seed=own) for own in range(denoisers)
+            commits.rows_of_blocks(steps, rows, _BLOCKS, seed=seed) for seed in range(denoisers)
         ]
         seconds = self._pass_seconds(self._expected)
         return simulate_pair(schedules, seconds, cache(self._expected.land))
 
-    def _over(self, own: Estimate, ar: Estimate) -> Estimate:
-        """With its speed against AR on as many GPUs, which may not fit where others do."""
-        if not own.fits or not ar.fits:
-            return own
-        wanted = own.gpus * ar.tokens_per_s
-        even = break_even(lambda steps: self._in_step(own, steps), wanted)
-        return replace(own, over_ar=own.tokens_per_s / wanted, break_even=even)
+    def _over(self, estimate: Estimate, ar: Estimate) -> Estimate:
+        """The estimate with `over_ar` and `break_even`, unless it or AR does not fit."""
+        if not estimate.fits or not ar.fits:
+            return estimate
+        wanted = estimate.gpus * ar.tokens_per_s
+        even = break_even(lambda steps: self._in_step(estimate, steps), wanted)
+        return replace(estimate, over_ar=estimate.tokens_per_s / wanted, break_even=even)
 
-    def _in_step(self, own: Estimate, steps: float) -> float:
-        if not own.colocated:
-            return self._pair_in_step(self._expected, own.denoisers, steps)
-        rows, seconds = self._question.batch, self._pass_seconds(self._expected)
-        return in_step_tokens_per_s(rows, BLOCK, steps, seconds.denoise(rows), seconds.extend(rows))
+    def _in_step(self, estimate: Estimate, steps: float) -> float:
+        if estimate.colocated:
+            return self._colocated_in_step(self._expected, steps)
+        return self._pair_in_step(self._expected, estimate.denoisers, steps)
 
 
 def break_even(speed: Callable[[float], float], wanted: float) -> float | None:
-    """Tokens per pass at which a falling function of the steps a block gives `wanted`."""
+    """Tokens per pass at which `speed`, which falls with the steps per block, is `wanted`; None if
+    it is lower even at one step."""
     if speed(1.0) < wanted:
         return None
     low, high = 1.0, float(BLOCK)

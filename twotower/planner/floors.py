@@ -1,4 +1,4 @@
-"""The least time that a pass can take, from its shapes and a machine's own ceilings.
+"""Floors: the least time that a pass can take, from its shapes and a device's ceilings.
 
 Every operator is one launch that reads each of its inputs once and writes each of its outputs
 once; it takes the largest of its bytes over the copy bandwidth, its products over the matrix rate
@@ -16,15 +16,15 @@ from twotower.towers.config.model_config import ATTENTION, MAMBA, MLP, MOE, TwoT
 
 # An extension reads a block into the context; a verification puts it through the head as well.
 PassKind = Literal["denoise", "ar", "extend", "verify"]
-# Of a block's positions, those that are masked in the mean of all passes of recorded blocks.
+# The share of a block's positions that is masked, averaged over all passes of recorded blocks.
 MASKED = 0.6
 _FP32, _SCORE = 4, 8
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device reached: bytes/s of a copy (read and written), FLOP/s of a large product in the
-    model's dtype, and FLOP/s of one in fp32."""
+    """Measured rates of a device: bytes/s of a copy (read and written), FLOP/s of a large matrix
+    product in the model's dtype, and FLOP/s of such a product in fp32."""
 
     bytes_per_s: float
     matmul_flops: float
@@ -33,9 +33,10 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class PassShape:
-    """A pass over `rows` rows of `length` tokens after `context` tokens each, in which a layer's
-    tokens chose `unique` experts. `head_tokens` go through the head; `moves_state` if the states
-    are written back. Bytes per value of weights and activations, and of routed experts."""
+    """A pass over `rows` rows of `length` tokens after `context` tokens each, in which the tokens
+    of a layer chose `unique` different experts. `head_tokens` go through the head; `moves_state`
+    means that the Mamba states are written back. `value_bytes` are those of a value of weights and
+    activations, `expert_bytes` those of a routed expert's."""
 
     rows: int
     length: int
@@ -83,8 +84,8 @@ def shape_of(
     value_bytes: int = 2,
     expert_bytes: int = 2,
 ) -> PassShape:
-    """The shape of a pass for its floor. `unique` None: as if all tokens chose independently;
-    `masked` is the part of a denoiser's positions that goes through the head."""
+    """The shape of a pass of a kind. `unique` None means that all tokens choose independently;
+    `masked` is the share of a denoiser's positions that goes through the head."""
     length = 1 if kind == "ar" else block
     if unique is None:
         unique = expected_unique(config, rows * length)
@@ -103,7 +104,7 @@ def shape_of(
 
 
 def pass_works(config: TwoTowerConfig, shape: PassShape) -> list[Work]:
-    """The operators of a pass, those that it does not have left out."""
+    """The operators that a pass launches."""
     works = [
         _norms(config, shape),
         *_mamba(config, shape),
@@ -128,14 +129,14 @@ def num_bytes(works: Sequence[Work]) -> float:
 
 
 def expected_unique(config: TwoTowerConfig, draws: float) -> float:
-    """Experts that at least one of `draws` tokens chose, if all choose independently."""
+    """Mean number of experts chosen by at least one of `draws` tokens that choose independently."""
     experts = config.n_routed_experts
     missed: float = (1.0 - config.num_experts_per_tok / experts) ** draws
     return experts * (1.0 - missed)
 
 
 def _norms(config: TwoTowerConfig, shape: PassShape) -> Work:
-    """Residual, gate, norm and modulation in one: two tensors read, two written."""
+    """Residual, gate, norm and modulation in one launch: two tensors read, two written."""
     return Work(
         "norm", config.num_layers, 4 * shape.tokens * config.hidden_size * shape.value_bytes
     )
@@ -224,7 +225,7 @@ def _attention(config: TwoTowerConfig, shape: PassShape) -> list[Work]:
 def _product(
     name: str, layers: int, inputs: int, outputs: int, shape: PassShape, tokens: float
 ) -> Work:
-    """One dense product; the head's outputs are never written, only what is decided from them."""
+    """A dense product; the head's outputs are not written, only the tokens chosen from them."""
     written = 0 if name == "head" else outputs
     moved = inputs * outputs + tokens * (inputs + written)
     return Work(name, layers, moved * shape.value_bytes, 2 * tokens * inputs * outputs)

@@ -1,4 +1,4 @@
-"""Tokens/s of rows that go to and fro between one context tower and its denoisers."""
+"""Tokens/s of rows that are passed between one context tower and its denoisers block by block."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CONTEXT = -1
 
 @dataclass(frozen=True)
 class Flow:
-    """What was reached, and the shares of the time that towers were busy (denoisers: the mean)."""
+    """Tokens/s, and the shares of the time that the towers were busy (denoisers: the mean)."""
 
     tokens_per_s: float
     context_busy: float
@@ -24,8 +24,9 @@ class Flow:
 def in_step_pair(
     rows: int, block: int, steps: float, denoisers: int, passes: PassSeconds, land: float
 ) -> float:
-    """Tokens/s if all `rows` rows of a denoiser start and end every block together, denoisers one
-    after another; the context tower may be what holds all back."""
+    """Tokens/s if all `rows` rows of a denoiser start and end every block together. The context
+    tower extends one denoiser's rows at a time and may be the bottleneck. `land`: seconds in which
+    a denoiser takes over its rows' updates."""
     extend = passes.extend(rows)
     cycle = steps * passes.denoise(rows) + land + extend
     return denoisers * rows * block / max(cycle, denoisers * extend)
@@ -37,15 +38,18 @@ def simulate_pair(
     land: Callable[[int], float],
     rounds: int = 2,
 ) -> Flow:
-    """Continuous batching: schedules[denoiser][row] are a row's blocks, over and over.
+    """Simulates continuous batching; schedules[denoiser][row] are a row's blocks, repeated.
 
-    A tower that is free takes all rows that wait for it. A row's first pass of a block also costs
-    `land` seconds for its update. The first round of every row does not count.
+    A free tower takes all rows that wait for it. The first pass of a block also costs `land`
+    seconds, by rows, for their updates. A round is each row's schedules once; the first does not
+    count.
     """
     return _Simulation(schedules, passes, land).run(rounds)
 
 
 class _Row:
+    """A row's place in its schedules: `left` passes of the current block, after `done` blocks."""
+
     def __init__(self, denoiser: int, schedules: Sequence[Schedule]) -> None:
         self.denoiser = denoiser
         self.length = len(schedules)
@@ -55,7 +59,7 @@ class _Row:
         self._schedules = schedules
 
     def next_block(self) -> int:
-        """Begins the next block; the tokens of the one that ended."""
+        """Begins the next block; returns the tokens of the block that ended."""
         ended = self._schedules[self.done % self.length]
         self.done += 1
         self.left = len(self._schedules[self.done % self.length])
@@ -64,6 +68,8 @@ class _Row:
 
 
 class _Simulation:
+    """A queue of rows for each tower, and the passes that run, by the time of their end."""
+
     def __init__(
         self,
         schedules: Sequence[Sequence[Sequence[Schedule]]],
@@ -71,7 +77,9 @@ class _Simulation:
         land: Callable[[int], float],
     ) -> None:
         self._passes, self._land = passes, land
-        self._rows = [_Row(own, row) for own, rows in enumerate(schedules) for row in rows]
+        self._rows = [
+            _Row(denoiser, row) for denoiser, rows in enumerate(schedules) for row in rows
+        ]
         towers = [*range(len(schedules)), _CONTEXT]
         self._queues: dict[int, list[_Row]] = {tower: [] for tower in towers}
         self._busy: dict[int, float] = dict.fromkeys(towers, 0.0)
@@ -82,6 +90,7 @@ class _Simulation:
             self._queues[row.denoiser].append(row)
 
     def run(self, rounds: int) -> Flow:
+        """Runs until every row has ended `rounds` rounds."""
         clock = begun = 0.0
         tokens = 0
         settled = False

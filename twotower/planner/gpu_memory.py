@@ -1,8 +1,8 @@
-"""Bytes that each GPU of a layout needs, by the same rules by which the service takes them."""
+"""Bytes that each GPU of a placement needs, by the rules by which the service allocates them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -17,9 +17,9 @@ from twotower.towers.engine.pass_memory import working_bytes
 from twotower.towers.state.pages import pages_for
 from twotower.towers.state.tensors import page_bytes, slot_bytes
 
-# CUDA's own context, kernels, graphs and NCCL's buffers; assumed, not measured.
+# CUDA context, kernels, graphs and NCCL's buffers; assumed, not measured.
 RUNTIME_BYTES = 2 << 30
-# As the service: states take at most this share of what weights and passes leave.
+# As in the service: states take at most this share of what weights and passes leave.
 STATE_SHARE = 0.95
 PREFIX_CACHE_BYTES = 256 << 20
 _VALUE, _SCALE = 2, 4
@@ -27,17 +27,9 @@ Side = Literal["context", "denoiser"]
 
 
 @dataclass(frozen=True)
-class TowerBytes:
-    """Weights of each tower with its head, and of the denoiser with its time conditioning."""
-
-    context: int
-    denoiser: int
-
-
-@dataclass(frozen=True)
 class GpuMemory:
-    """What one GPU holds, in bytes: weights; states, K/V and logs of its rows; tensors of a pass;
-    the runtime's own. `there` is its whole memory."""
+    """Bytes on one GPU: weights; states, K/V and logs of its rows; tensors of a pass; the CUDA
+    runtime. `there` is the GPU's whole memory."""
 
     role: str
     rows: int
@@ -49,7 +41,7 @@ class GpuMemory:
 
     @property
     def needed(self) -> int:
-        """All parts together, and what must stay free beside the states."""
+        """All parts together, and the bytes that must stay free beside the states."""
         spare = self.work + round(self.states * (1 / STATE_SHARE - 1))
         return self.weights + self.states + spare + self.runtime
 
@@ -58,7 +50,7 @@ class GpuMemory:
         return self.needed <= self.there
 
     def arithmetic(self) -> str:
-        """The sum, for whoever is told that it does not fit."""
+        """The sum of the parts as a sentence."""
         spare = self.needed - self.weights - self.states - self.runtime
         return (
             f"{self.role} GPU: needs {self.needed} bytes ({self.weights} weights + {self.states} "
@@ -68,26 +60,28 @@ class GpuMemory:
 
 
 @lru_cache
-def tower_bytes(config: TwoTowerConfig, *, fp8: bool) -> TowerBytes:
-    """Weights in bf16, routed experts in 8 bits with fp32 scales if `fp8`."""
+def tower_bytes(config: TwoTowerConfig, *, fp8: bool) -> Mapping[Side, int]:
+    """Bytes of each tower's weights, head and time conditioning included: in bf16, with routed
+    experts in 8 bits and fp32 scales if `fp8`."""
     config = replace(config, quantized_experts=fp8)
     narrow = set(expert_matrices(config)) if fp8 else set()
     scales = {scale_name(name) for name in narrow}
-    sums = {True: 0, False: 0}
+    sums: dict[Side, int] = {"context": 0, "denoiser": 0}
     for name, shape in tensor_shapes(config).items():
         size = 1 if name in narrow else _SCALE if name in scales else _VALUE
-        sums[name.startswith(("context_tower.", "context_lm_head."))] += prod(shape) * size
-    return TowerBytes(sums[True], sums[False])
+        context = name.startswith(("context_tower.", "context_lm_head."))
+        sums["context" if context else "denoiser"] += prod(shape) * size
+    return sums
 
 
 def row_bytes(config: TwoTowerConfig, tokens: int) -> int:
-    """A row's slot and pages for so many tokens."""
+    """Bytes of a row's slot and of its pages for so many tokens."""
     pages = pages_for(tokens) * page_bytes(config, torch.bfloat16)
     return slot_bytes(config, torch.bfloat16) + pages
 
 
 def work_bytes(config: TwoTowerConfig, rows: int, block: int, side: Side) -> int:
-    """What the service reserves for a tower's passes, with its limits of a pass."""
+    """Bytes that the service reserves for a tower's passes at its default limits."""
     limits, reads_prompts = EngineOptions().pass_limits("cuda"), side == "context"
     tokens = max(rows * block, limits.max_num_batched_tokens)
     tokens += limits.max_prefill_tokens if reads_prompts else 0
@@ -107,8 +101,8 @@ def gpu_memory(
     *,
     sides: Sequence[Side],
 ) -> GpuMemory:
-    """One GPU with `rows` rows of `context` tokens and the towers `sides`; one that reads prompts
-    has logs and the prefix cache beside."""
+    """Memory of a GPU with `rows` rows of `context` tokens and the towers `sides`; with a context
+    tower it also holds the prefix cache."""
     states = rows * row_bytes(config, context + block)
     if "context" in sides:
         states += PREFIX_CACHE_BYTES

@@ -1,55 +1,45 @@
-"""Pass times that were measured: a report of `twotower bench`, or a running pair's stats."""
+"""Reads measured pass times: from a report of `twotower bench`, or from a running pair's stats."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from twotower.planner.devices import Device, device_named
 from twotower.planner.floors import Ceilings, PassKind
-from twotower.planner.passes import Measured
 from twotower.planner.question import Question
 from twotower.planner.schedules import BLOCK
 from twotower.planner.shapes import PRESETS
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.errors import ConfigError
 
-# More prompt tokens than this among a context tower's, and its mean pass says little of extensions.
+# With a larger share of prompt tokens, a context tower's mean pass says little of extensions.
 MOST_PREFILL = 0.1
-_KINDS: dict[str, PassKind] = {"denoise": "denoise", "ar": "ar", "extend": "extend"}
+_KINDS: tuple[PassKind, ...] = ("denoise", "ar", "extend")
 
 
 @dataclass(frozen=True)
 class MeasuredPasses:
-    """Passes by kind, and the ceilings of the same run if it had any. `fp8` None: not said."""
+    """Seconds of passes at `context` tokens a row: by kind, pairs of rows (ascending) and seconds.
+
+    `ceilings` are those of the same run, if any; `fp8` tells the experts' format, None if `source`
+    does not say it.
+    """
 
     source: str
-    passes: Mapping[PassKind, Measured]
+    context: int
+    seconds: Mapping[PassKind, Sequence[tuple[float, float]]]
     ceilings: Ceilings | None = None
     fp8: bool | None = None
 
 
-@dataclass
-class _Points:
-    """Seconds by rows; those of one number of rows are averaged."""
-
-    sums: dict[float, list[float]] = field(default_factory=dict)
-
-    def add(self, rows: float, seconds: float) -> None:
-        self.sums.setdefault(rows, []).append(seconds)
-
-    def measured(self, context: int) -> Measured:
-        means = [(rows, sum(own) / len(own)) for rows, own in sorted(self.sums.items())]
-        return Measured(context, means)
-
-
 def read_measured(path: Path, config: TwoTowerConfig, question: Question) -> MeasuredPasses:
-    """Reads either kind of file. Raises ConfigError for any other, and where the report is of
-    another shape, number format or GPU than planned for; a pair's stats do not say theirs, nor
-    their context, which is taken to be the question's."""
+    """Reads either kind of file. Raises ConfigError for any other file, and for a report of another
+    shape, number format or GPU than the planned ones. A pair's stats name neither these nor their
+    context, which is taken to be the question's."""
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -78,18 +68,25 @@ def _of_report(
         raise ConfigError(f"measured: got {hardware['device']!r}, expected a {device.title}")
     if options["dtype"] != "bfloat16":
         raise ConfigError(f"measured: got {options['dtype']!r}, expected 'bfloat16'")
-    points: dict[PassKind, _Points] = {}
-    for entry in body["decode"]:
-        for own in entry["passes"]:
-            if own["kind"] in _KINDS:
-                kind = _KINDS[own["kind"]]
-                points.setdefault(kind, _Points()).add(own["rows_a_pass"], own["ms"] / 1e3)
-    if not points:
+    seconds = {kind: _mean_seconds(body["decode"], kind) for kind in _KINDS}
+    seconds = {kind: points for kind, points in seconds.items() if points}
+    if not seconds:
         raise ConfigError(f"measured: {name} has no passes")
-    passes = {kind: own.measured(options["context"]) for kind, own in points.items()}
     ceilings = Ceilings(**body["ceilings"])
     source = f"{name}: {hardware['device']}, {body.get('date', 'undated')}"
-    return MeasuredPasses(source, passes, ceilings, options["experts"] == "fp8")
+    return MeasuredPasses(
+        source, options["context"], seconds, ceilings, options["experts"] == "fp8"
+    )
+
+
+def _mean_seconds(decode: Sequence[Mapping[str, Any]], kind: PassKind) -> list[tuple[float, float]]:
+    """Rows and mean seconds of a report's passes of a kind, by ascending rows."""
+    points: dict[float, list[float]] = {}
+    for entry in decode:
+        for measured in entry["passes"]:
+            if measured["kind"] == kind:
+                points.setdefault(measured["rows_a_pass"], []).append(measured["ms"] / 1e3)
+    return [(rows, sum(times) / len(times)) for rows, times in sorted(points.items())]
 
 
 def _of_stats(body: Mapping[str, Any], name: str, context: int) -> MeasuredPasses:
@@ -100,13 +97,14 @@ def _of_stats(body: Mapping[str, Any], name: str, context: int) -> MeasuredPasse
             f"measured: got {prompts:.0%} of prompt tokens among the context tower's, expected at "
             f"most {MOST_PREFILL:.0%}: its passes were not extensions"
         )
-    passes: dict[PassKind, Measured] = {
-        "denoise": _mean(denoiser, denoiser["pass_rows"], context),
-        "extend": _mean(tower, tower["pass_tokens"] / BLOCK, context),
+    seconds: dict[PassKind, list[tuple[float, float]]] = {
+        "denoise": _mean_pass(denoiser, denoiser["pass_rows"]),
+        "extend": _mean_pass(tower, tower["pass_tokens"] / BLOCK),
     }
-    return MeasuredPasses(f"{name}: stats of a running pair", passes)
+    return MeasuredPasses(f"{name}: stats of a running pair", context, seconds)
 
 
-def _mean(tower: Mapping[str, float], rows: float, context: int) -> Measured:
+def _mean_pass(tower: Mapping[str, float], rows: float) -> list[tuple[float, float]]:
+    """Rows and seconds of a tower's mean pass; `rows` are those of all its passes."""
     count = tower["passes"]
-    return Measured(context, [(rows / count, tower["pass_seconds"] / count)])
+    return [(rows / count, tower["pass_seconds"] / count)]

@@ -1,11 +1,11 @@
-"""Seconds of every kind of pass: its floor, what is usually reached of it, or what was measured."""
+"""Seconds of every kind of pass: modelled from its floor, and corrected by measured passes."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -20,12 +20,13 @@ from twotower.planner.floors import (
     pass_works,
     shape_of,
 )
+from twotower.planner.measured import MeasuredPasses
 from twotower.planner.schedules import BLOCK
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.state.tensors import slot_bytes
 
-# Independent draws that give 34 unique experts for one block of real text, as measured; without
-# likeness between a block's tokens they were 16.
+# Independent draws that give as many unique experts as one block of real text: 34, as measured. The
+# 16 tokens of a block count as fewer draws because they resemble each other.
 TEXT_DRAWS = 6.5
 # Tokens of a prefill pass, in which a scan walks over chunks of 64.
 _PREFILL_CHUNKS, _CHUNK = 16, 64
@@ -33,7 +34,7 @@ _PREFILL_CHUNKS, _CHUNK = 16, 64
 
 @dataclass(frozen=True)
 class Reached:
-    """What kernels reach of a device's ceilings, and seconds that each launch takes beside."""
+    """Shares of a device's ceilings that kernels reach, and seconds that each launch adds."""
 
     bandwidth: float = 0.85
     flops: float = 0.75
@@ -52,19 +53,11 @@ FLOOR = Reached(1.0, 1.0, 0.0)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Seconds of passes of one kind by rows, at a context of so many tokens; rows ascend."""
-
-    context: int
-    seconds: Sequence[tuple[float, float]]
-
-
-@dataclass(frozen=True)
 class Passes:
-    """All passes of a model on a device, for rows of `context` tokens.
+    """Seconds of all passes of a model on a device, for rows of `context` tokens.
 
-    Where passes were measured, the model's seconds are multiplied by how far it was off at the
-    nearest numbers of rows.
+    Kinds of pass that were measured: the modelled seconds times the ratio of measured to modelled
+    ones, interpolated between the numbers of rows that were measured.
     """
 
     config: TwoTowerConfig
@@ -72,10 +65,10 @@ class Passes:
     context: int
     fp8: bool
     reached: Reached = Reached()
-    measured: Mapping[PassKind, Measured] = field(default_factory=dict)
+    measured: MeasuredPasses | None = None
 
     def denoise(self, rows: int) -> float:
-        """One denoiser pass over the blocks of so many rows."""
+        """A denoiser pass over the blocks of so many rows."""
         return self._seconds("denoise", rows)
 
     def extend(self, rows: int) -> float:
@@ -87,12 +80,12 @@ class Passes:
         return self._seconds("ar", rows)
 
     def land(self, rows: int) -> float:
-        """Replay of so many rows' blocks into a denoiser's own copy of the states."""
+        """Replay of so many rows' blocks into the denoiser's mirrors of their states."""
         moved = 2 * rows * slot_bytes(self.config, torch.bfloat16)
         return moved / self.reached.of(self.ceilings).bytes_per_s
 
     def prefill(self, prompt: int) -> float:
-        """All passes over one prompt."""
+        """All passes over a prompt of so many tokens."""
         tokens = _PREFILL_CHUNKS * _CHUNK
         unique = expected_unique(self.config, tokens)
         size = 1 if self.fp8 else 2
@@ -102,7 +95,7 @@ class Passes:
         return prompt / tokens * self._of(pass_works(self.config, shape))
 
     def modelled(self, kind: PassKind, rows: float, context: int) -> float:
-        """A pass's seconds without regard to measurements."""
+        """Seconds of a pass without regard to measured ones."""
         whole = max(1, round(rows))
         shape = shape_of(
             kind,
@@ -117,14 +110,14 @@ class Passes:
         return self._of(pass_works(self.config, shape))
 
     def _seconds(self, kind: PassKind, rows: int) -> float:
-        own = self.modelled(kind, rows, self.context)
-        known = self.measured.get(kind)
-        if known is None:
-            return own
+        modelled, measured = self.modelled(kind, rows, self.context), self.measured
+        if measured is None or kind not in measured.seconds:
+            return modelled
         ratios = [
-            (at, seconds / self.modelled(kind, at, known.context)) for at, seconds in known.seconds
+            (at, seconds / self.modelled(kind, at, measured.context))
+            for at, seconds in measured.seconds[kind]
         ]
-        return own * _between(ratios, rows)
+        return modelled * _between(ratios, rows)
 
     def _of(self, works: Sequence[Work]) -> float:
         launches = sum(work.launches for work in works)
@@ -133,7 +126,8 @@ class Passes:
 
 
 def _between(points: Sequence[tuple[float, float]], rows: float) -> float:
-    """On a line over the logarithm of the rows; beyond the points, the nearest one's value."""
+    """Interpolates linearly over the logarithm of the rows; beyond the points, the value of the
+    nearest."""
     place = bisect_left([at for at, _ in points], rows)
     if place in (0, len(points)):
         return points[min(place, len(points) - 1)][1]

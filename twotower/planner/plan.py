@@ -1,4 +1,4 @@
-"""The answer to an operator's question, and what it rests on."""
+"""A plan: estimates of all placements, and the figures that they rest on."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.errors import ConfigError
 
 Basis = Literal["measured", "datasheet", "derived", "assumed", "given"]
-# A denoiser more must bring this much per GPU.
+# Another denoiser must raise tokens/s per GPU by this share.
 _WORTH = 0.01
 
 
 @dataclass(frozen=True)
 class Input:
-    """A figure that the answer rests on, and where it comes from."""
+    """A figure that a plan rests on, and where it comes from."""
 
     name: str
     value: str
@@ -35,8 +35,8 @@ class Input:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer: every estimate, the best number of denoisers per context tower by format (None
-    where no pair fits), and the estimate with most tokens/s per GPU."""
+    """Every estimate, the best number of denoisers per context tower by format of the experts (None
+    if no pair fits), and the estimate with most tokens/s per GPU."""
 
     question: Question
     steps_per_block: float
@@ -53,7 +53,7 @@ def make_plan(
     measured: MeasuredPasses | None = None,
     reached: Reached | None = None,
 ) -> Plan:
-    """Raises ConfigError, with the arithmetic, if nothing fits."""
+    """Answers a question. Raises ConfigError, with the arithmetic, if nothing fits."""
     reached = reached or Reached()
     device = device_named(question.gpu)
     formats = _formats(question, config, measured)
@@ -64,9 +64,9 @@ def make_plan(
         estimator = Estimator(question, config, experts, measured, reached)
         estimates += estimator.estimates()
         times.append(estimator.times())
-    fitting = [own for own in estimates if own.fits]
+    fitting = [estimate for estimate in estimates if estimate.fits]
     if not fitting:
-        sums = {own.arithmetic() for each in estimates for own in each.memory if not own.fits}
+        sums = {gpu.arithmetic() for each in estimates for gpu in each.memory if not gpu.fits}
         raise ConfigError("nothing fits: " + "; ".join(sorted(sums)))
     return Plan(
         question,
@@ -75,7 +75,7 @@ def make_plan(
         tuple(times),
         tuple(estimates),
         {experts: _best_denoisers(fitting, experts) for experts in formats},
-        max(fitting, key=lambda own: own.per_gpu),
+        max(fitting, key=lambda estimate: estimate.per_gpu),
     )
 
 
@@ -84,9 +84,9 @@ def _formats(
 ) -> tuple[Experts, ...]:
     stored = question.experts
     if config.quantized_experts:
-        stored = tuple(own for own in stored if own == "fp8")
+        stored = tuple(name for name in stored if name == "fp8")
     if measured is not None and measured.fp8 is not None:
-        stored = tuple(own for own in stored if (own == "fp8") == measured.fp8)
+        stored = tuple(name for name in stored if (name == "fp8") == measured.fp8)
     if not stored:
         raise ConfigError(
             f"experts: got {', '.join(question.experts)}, expected the format of the checkpoint "
@@ -97,11 +97,11 @@ def _formats(
 
 def _best_denoisers(fitting: Sequence[Estimate], experts: Experts) -> int | None:
     best: Estimate | None = None
-    for own in fitting:
-        if own.experts != experts or own.colocated or not own.denoisers:
+    for estimate in fitting:
+        if estimate.experts != experts or estimate.colocated or not estimate.denoisers:
             continue
-        if best is None or own.per_gpu > (1 + _WORTH) * best.per_gpu:
-            best = own
+        if best is None or estimate.per_gpu > (1 + _WORTH) * best.per_gpu:
+            best = estimate
     return best.denoisers if best else None
 
 
@@ -111,7 +111,7 @@ def _inputs(
     yield Input("memory", f"{device.memory_bytes} bytes", "datasheet", device.source)
     yield _ceilings_input(device, measured)
     yield _steps_input(question)
-    kinds = sorted(measured.passes) if measured else []
+    kinds = sorted(measured.seconds) if measured else []
     if measured is not None:
         yield Input("passes", ", ".join(kinds), "measured", measured.source)
     shares = (

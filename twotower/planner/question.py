@@ -1,4 +1,4 @@
-"""What an operator asks."""
+"""The question of a plan: GPU, load and commit rate."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def formats_named(name: str) -> tuple[Experts, ...]:
 
 
 def model_config(model: str | None) -> TwoTowerConfig:
-    """The shape of a checkpoint; of the released 30B model for None. Raises CheckpointError."""
+    """The config of a checkpoint, of the released 30B model for None. Raises CheckpointError."""
     if model is None:
         return LARGE
     return TwoTowerConfig.from_file(resolve_checkpoint(model) / "config.json")
@@ -37,12 +37,12 @@ def model_config(model: str | None) -> TwoTowerConfig:
 
 @dataclass(frozen=True)
 class Question:
-    """What is planned: `batch` rows at a time of `context` tokens each (prompt and output together)
-    on every denoiser, and on every GPU of AR.
+    """A load: `batch` rows at a time of `context` tokens each (prompt and output together) on every
+    denoiser, and on every GPU of AR.
 
     Tokens per denoiser pass are those of `text` at threshold `gamma`, unless `tokens_per_nfe` is
-    given. With `output_tokens` the rest of the context is a prompt that has to be read; without,
-    only decoding counts. Raises ConfigError on construction.
+    given. With `output_tokens` the rest of the context is a prompt that has to be read; without it
+    only decoding counts. Raises ConfigError for values out of range.
     """
 
     gpu: str = "h100"

@@ -1,15 +1,15 @@
-"""Commit schedules: how many tokens each step of a 16-token block committed.
+"""Commit schedules: the number of tokens that each step of a 16-token block committed.
 
 Measured at threshold 0.8, 16 steps, temperature 0 on the released 30B model by the public
-reproduction junze-eng/twotower-repro; one tuple a block. Random weights replay them, since their
-own confidences mean nothing. Profiles whose mean was published, but whose blocks were not, are made
-of recorded blocks of other texts, chosen so that the mean number of steps is the published one.
+reproduction junze-eng/twotower-repro; a tuple is a block. Random weights replay them, since their
+confidences mean nothing. Profiles whose mean was published, but whose blocks were not, are made of
+recorded blocks of other texts, chosen so that the mean number of steps is the published mean.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import cycle
 
 from twotower.towers.decoding.unmasking import CommitRule, ReplayRule
@@ -50,7 +50,7 @@ LOOP = ((16,), (15, 1), (6, 10))
 # recorded blocks of 14, 12, 10 and 12 steps.
 PROSE = (WORD_PROBLEM[0], FACT[0], FACT[1], ARITHMETIC[6])
 # HumanEval at 2.44 tokens a pass, so 6.5 steps. The four recorded blocks of code have 4.5, so two
-# of arithmetic, of 9 and 12 steps, are put to them.
+# of arithmetic, of 9 and 12 steps, are added.
 CODE_LONG = (*CODE, ARITHMETIC[0], ARITHMETIC[6])
 # The released model's 2.42x at equal cost of a pass: 2.85 tokens a pass, 5.6 steps. Ten recorded
 # blocks of all texts with 56 steps: code's four, two word problems, three of arithmetic, one fact.
@@ -84,7 +84,7 @@ def draw_rows(profile: str, rows: int, blocks: int, seed: int) -> list[list[Sche
 
 
 def shuffled_rows(profile: str, rows: int, seed: int, *, in_step: bool) -> list[list[Schedule]]:
-    """Every row's own order of a whole profile, so that any round of it has the profile's mean;
+    """A whole profile for each row, shuffled, so that any round of it has the profile's mean;
     `in_step` gives all rows the same order, so that they end every block together."""
     draw = random.Random(seed)
     orders = [draw.sample(PROFILES[profile], k=len(PROFILES[profile])) for _ in range(rows)]
@@ -92,12 +92,12 @@ def shuffled_rows(profile: str, rows: int, seed: int, *, in_step: bool) -> list[
 
 
 def mean_steps(blocks: Sequence[Schedule]) -> float:
-    """Denoiser passes a block."""
+    """Denoiser passes per block."""
     return sum(map(len, blocks)) / len(blocks)
 
 
 def masked_share(blocks: Sequence[Schedule]) -> float:
-    """The part of a block's positions that is still masked, averaged over all passes: those are
+    """The share of a block's positions that is still masked, averaged over all passes: those are
     the positions that go through the head."""
     masked = [
         (sum(block) - sum(block[:step])) / sum(block)
@@ -108,13 +108,14 @@ def masked_share(blocks: Sequence[Schedule]) -> float:
 
 
 class Replay:
-    """A denoiser engine's `rule` whose schedules can be changed between runs."""
+    """The `rule` of a denoiser engine that replays schedules, a block at a time: a row whose params
+    have seed i repeats rows[i]. The schedules can be changed between runs."""
 
-    def __init__(self) -> None:
-        self._blocks: list[cycle[Schedule]] = []
+    def __init__(self, rows: Sequence[Sequence[Schedule]] = ()) -> None:
+        self.load(rows)
 
     def load(self, rows: Sequence[Sequence[Schedule]]) -> None:
-        """From now on the row whose params have seed i replays rows[i], over and over."""
+        """Replaces the schedules of all rows."""
         self._blocks = [cycle(row) for row in rows]
 
     def __call__(self, params: GenerationParams) -> CommitRule:
@@ -122,17 +123,9 @@ class Replay:
         return ReplayRule(next(self._blocks[params.seed]))
 
 
-def replaying(rows: Sequence[Sequence[Schedule]]) -> Callable[[GenerationParams], CommitRule]:
-    """A denoiser engine's `rule`: the row whose params have seed i replays rows[i], over and over,
-    a block at a time."""
-    replay = Replay()
-    replay.load(rows)
-    return replay
-
-
 def lockstep_passes(rows: Sequence[Sequence[Schedule]], width: int) -> int:
-    """Denoiser passes if `width` rows at a time start a block together and all wait for the last
-    to end. Rows take turns, so that every round but the last is full."""
+    """Denoiser passes if `width` rows at a time start a block together and all wait until the last
+    of them has ended it. Rows take turns, so that every round but the last is full."""
     width = min(width, len(rows))
     longest = max(map(len, rows))
     steps = [len(row[index]) for index in range(longest) for row in rows if index < len(row)]

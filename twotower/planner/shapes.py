@@ -1,6 +1,8 @@
-"""Model shapes by name."""
+"""Model shapes of benchmarks and plans, by name."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from twotower.towers.config.model_config import TwoTowerConfig
 
@@ -30,28 +32,22 @@ LARGE = TwoTowerConfig(
     max_position_embeddings=262144,
 )
 # The same kinds of layers, small enough for a few seconds on a CPU.
-TINY = TwoTowerConfig(
+TINY = replace(
+    LARGE,
     vocab_size=256,
     hidden_size=64,
     layer_pattern="MEM*EM-",
     num_attention_heads=4,
-    num_key_value_heads=2,
     head_dim=16,
     mamba_num_heads=4,
     mamba_head_dim=16,
     n_groups=2,
     ssm_state_size=16,
-    conv_kernel=4,
     n_routed_experts=16,
     num_experts_per_tok=2,
     moe_intermediate_size=32,
     moe_shared_expert_intermediate_size=64,
     intermediate_size=64,
-    n_group=1,
-    topk_group=1,
-    norm_topk_prob=True,
-    routed_scaling_factor=2.5,
-    layer_norm_epsilon=1e-5,
     max_position_embeddings=65536,
 )
 PRESETS = {"30b": LARGE, "tiny": TINY}

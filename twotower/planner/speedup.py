@@ -1,8 +1,9 @@
-"""How fast rows could be decoded if every pass took exactly its floor.
+"""Tokens/s of rows on one device, from the seconds of its passes.
 
-In step, all rows of a batch start and end every block together. Without that, rows wait for an
-extension at different times; an extension of few rows reads as many experts as one of all rows, so
-how long to wait for company decides. The best share of waiting rows is found by simulation.
+In step, all rows of a batch start and end every block together. Otherwise rows wait for an
+extension at different times. An extension of a few rows reads as many experts as one of all rows,
+so the speed depends on the share of rows that must wait before an extension runs, the patience; the
+best share is found by simulation.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from dataclasses import dataclass
 
 from twotower.planner.schedules import Schedule
 
-# Shares of the rows that must wait for an extension before one is run.
+# Shares of the rows that must wait before an extension runs.
 _PATIENCE = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
 class PassSeconds:
-    """Seconds of a pass over so many rows: of the denoiser, and of an extension by a block."""
+    """Seconds of a denoiser pass and of an extension by a block, as functions of the rows."""
 
     denoise: Callable[[int], float]
     extend: Callable[[int], float]
@@ -34,7 +35,7 @@ def in_step_tokens_per_s(
 def best_tokens_per_s(
     schedules: Sequence[Sequence[Schedule]], seconds: PassSeconds, rounds: int = 4
 ) -> float:
-    """Tokens/s of rows that each replay their own blocks, with the best patience."""
+    """Tokens/s of rows that replay schedules[row] each, at the best patience."""
     return max(tokens_per_s(schedules, seconds, patience, rounds) for patience in _PATIENCE)
 
 
@@ -44,12 +45,12 @@ def tokens_per_s(
     patience: float,
     rounds: int = 4,
 ) -> float:
-    """The same for one patience, on one device: passes of both kinds take turns.
+    """Tokens/s of rows that replay schedules[row] each; passes of both kinds take turns.
 
-    An extension runs once more than `patience` of the rows wait for one, or nothing else is left
-    to do. Counted are blocks from the end of the first round of every row's schedules on.
+    An extension runs as soon as the share `patience` of the rows waits for it, or all of them do.
+    Blocks count from the end of the first round of every row's schedules on.
     """
-    rows = [_Row(own) for own in schedules]
+    rows = [_Row(row) for row in schedules]
     longest = max(map(len, schedules))
     clock = begun = 0.0
     tokens = 0
@@ -72,7 +73,7 @@ def tokens_per_s(
 
 
 class _Row:
-    """A row in a simulation: blocks done, and passes left of the present one."""
+    """A row in a simulation: `done` blocks, and `left` passes of the current block."""
 
     def __init__(self, schedules: Sequence[Schedule]) -> None:
         self._schedules = schedules
@@ -80,7 +81,7 @@ class _Row:
         self.left = len(schedules[0])
 
     def next_block(self) -> int:
-        """Begins the next block; the tokens of the one that ended."""
+        """Begins the next block; returns the tokens of the block that ended."""
         ended = self._schedules[self.done % len(self._schedules)]
         self.done += 1
         self.left = len(self._schedules[self.done % len(self._schedules)])

@@ -1,4 +1,4 @@
-"""A plan for readers: tables on a terminal, or one JSON object."""
+"""Shows a plan: as tables for a terminal, or as one JSON object."""
 
 from __future__ import annotations
 
@@ -14,34 +14,36 @@ _EXPERTS = {"full": "bf16", "fp8": "fp8 experts"}
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:
-    """Everything, ready for JSON; what follows from other figures included."""
+    """The whole plan, ready for JSON, with the properties that follow from its fields."""
     body = asdict(plan)
-    body["estimates"] = [_estimate(own) for own in plan.estimates]
+    body["estimates"] = [_estimate(estimate) for estimate in plan.estimates]
     body["best"] = _estimate(plan.best)
     return body
 
 
 def to_text(plan: Plan) -> str:
-    """Question, speeds, what does not fit, advice, and the inputs with their sources."""
-    own = plan.question
+    """The plan as text: question, speeds, placements that do not fit, advice, and inputs with their
+    sources."""
+    asked = plan.question
     head = (
-        f"{own.gpu}, rows of a denoiser: {own.batch}, tokens of each: {own.context}, "
+        f"{asked.gpu}, rows of a denoiser: {asked.batch}, tokens of each: {asked.context}, "
         f"denoiser passes a block: {plan.steps_per_block:.3g}"
     )
     parts = [head, _passes(plan), _speeds(plan), _refused(plan), _advice(plan), _inputs(plan)]
     return "\n\n".join(part for part in parts if part)
 
 
-def _estimate(own: Estimate) -> dict[str, Any]:
-    memory = [{**asdict(part), "needed": part.needed, "fits": part.fits} for part in own.memory]
-    return {**asdict(own), "memory": memory, "fits": own.fits, "per_gpu": own.per_gpu}
+def _estimate(estimate: Estimate) -> dict[str, Any]:
+    memory = [{**asdict(gpu), "needed": gpu.needed, "fits": gpu.fits} for gpu in estimate.memory]
+    plain = asdict(estimate)
+    return {**plain, "memory": memory, "fits": estimate.fits, "per_gpu": estimate.per_gpu}
 
 
 def _passes(plan: Plan) -> str:
     names = list(plan.passes[0].expected_ms)
     rows = [
-        [_EXPERTS[own.experts], *(_pair(own.expected_ms[n], own.floor_ms[n]) for n in names)]
-        for own in plan.passes
+        [_EXPERTS[times.experts], *(_pair(times.expected_ms[n], times.floor_ms[n]) for n in names)]
+        for times in plan.passes
     ]
     return _table(["ms a pass (floor)", *names], rows)
 
@@ -53,28 +55,34 @@ def _pair(expected: float, floor: float) -> str:
 def _speeds(plan: Plan) -> str:
     names = ["placement", "", "GPUs", "rows", "GB a GPU", "tokens/s", "per GPU", "over AR"]
     names += ["in step", "ceiling", "busy context, denoiser", "equals AR at"]
-    return _table(names, [_speed(own) for own in plan.estimates])
+    return _table(names, [_speed(estimate) for estimate in plan.estimates])
 
 
-def _speed(own: Estimate) -> list[str]:
-    needed = ", ".join(f"{part.needed / _GB:.1f}" for part in own.memory)
-    first = [own.name, _EXPERTS[own.experts], str(own.gpus), str(own.rows), needed]
-    if not own.fits:
+def _speed(estimate: Estimate) -> list[str]:
+    needed = ", ".join(f"{part.needed / _GB:.1f}" for part in estimate.memory)
+    first = [
+        estimate.name,
+        _EXPERTS[estimate.experts],
+        str(estimate.gpus),
+        str(estimate.rows),
+        needed,
+    ]
+    if not estimate.fits:
         return [*first, "does not fit"]
     return [
         *first,
-        f"{own.tokens_per_s:.0f}",
-        f"{own.per_gpu:.0f}",
-        f"{own.over_ar:.2f}" if own.over_ar else "-",
-        f"{own.in_step:.0f}",
-        f"{own.ceiling:.0f}",
-        f"{own.context_busy:.2f}, {own.denoiser_busy:.2f}" if own.denoisers else "-",
-        f"{own.break_even:.2f} tokens a pass" if own.break_even is not None else "-",
+        f"{estimate.tokens_per_s:.0f}",
+        f"{estimate.per_gpu:.0f}",
+        f"{estimate.over_ar:.2f}" if estimate.over_ar else "-",
+        f"{estimate.in_step:.0f}",
+        f"{estimate.ceiling:.0f}",
+        f"{estimate.context_busy:.2f}, {estimate.denoiser_busy:.2f}" if estimate.denoisers else "-",
+        f"{estimate.break_even:.2f} tokens a pass" if estimate.break_even is not None else "-",
     ]
 
 
 def _refused(plan: Plan) -> str:
-    sums = [part.arithmetic() for own in plan.estimates for part in own.memory if not part.fits]
+    sums = [gpu.arithmetic() for each in plan.estimates for gpu in each.memory if not gpu.fits]
     return "\n".join(dict.fromkeys(sums))
 
 
@@ -91,12 +99,12 @@ def _advice(plan: Plan) -> str:
 
 
 def _inputs(plan: Plan) -> str:
-    rows = [[own.name, own.basis, own.value, own.source] for own in plan.inputs]
+    rows = [[given.name, given.basis, given.value, given.source] for given in plan.inputs]
     return _table(["input", "basis", "value", "source"], rows)
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell; a row may end early."""
+    """Text in columns as wide as their widest cell; a row may have fewer cells."""
     lines = [list(names), *map(list, rows)]
     widths = [
         max(len(line[column]) for line in lines if column < len(line))
