@@ -40,7 +40,8 @@ from twotower.towers.engine.options import PREFILL_CHUNK, EngineOptions
 from twotower.towers.errors import CheckpointError, cut_off
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower, timestep_features
-from twotower.towers.request.params import GenerationParams, Mode
+from twotower.towers.request.modes import Mode
+from twotower.towers.request.params import GenerationParams
 from twotower.towers.state.context_state import ContextState
 
 LOGIT_TOLERANCE = 2e-3
