@@ -66,13 +66,13 @@ WINGS = {
     "client": "protos",
     "planner": "towers/state towers/checkpoint towers/engine towers/decoding",
     "bench": "towers/state towers/model towers/decoding towers/checkpoint towers/engine planner",
-    "interrupts": "",
-    "api": "towers/text towers/decoding towers/checkpoint towers/engine interrupts",
+    "loop_thread": "",
+    "streams": "towers/decoding loop_thread",
+    "api": "towers/text towers/decoding towers/checkpoint towers/engine loop_thread streams",
     "agreement": "api",
-    "in_process": "towers/text towers/decoding towers/checkpoint towers/engine",
     "cli": "towers/text towers/checkpoint towers/training towers/verify cluster/placement "
-    "deployments/config deployments/router deployments/server client planner bench agreement "
-    "in_process",
+    "deployments/config deployments/router deployments/server client planner bench api "
+    "agreement",
 }
 # A door: its names lead to the public ones.
 PUBLIC = "__init__"

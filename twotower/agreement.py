@@ -8,7 +8,8 @@ from itertools import takewhile
 from pathlib import Path
 
 from twotower.api import GenerationResult, Request, TwoTower
-from twotower.towers.request.params import GenerationParams, Mode
+from twotower.towers.request.modes import Mode
+from twotower.towers.request.params import GenerationParams
 from twotower.towers.request.token_ids import Prompt
 
 # Beginnings of code, reports and explanations, for a first look at any model.

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Sequence
+import itertools
+import weakref
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, Unpack
 
 import torch
 
-from twotower.interrupts import run_to_end
+from twotower.loop_thread import LoopThread
+from twotower.streams import AsyncLocalStream, LocalStream
 from twotower.towers.checkpoint.weights import parse_device, parse_dtype, resolve_checkpoint
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.decoding.generation import generate_blocks
-from twotower.towers.decoding.output_text import OutputText
+from twotower.towers.decoding.output import Output
 from twotower.towers.decoding.services import Block
 from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
 from twotower.towers.engine.load import load_engines
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.limits import limit_threads
-from twotower.towers.request.params import FinishReason, GenerationParams, Mode
+from twotower.towers.request.modes import FinishReason, Mode
+from twotower.towers.request.params import GenerationParams, Sampling
 from twotower.towers.request.token_ids import (
     PROMPT,
     Array,
@@ -81,8 +85,10 @@ class TwoTower:
         self.tokenizer = tokenizer
         self._context = context
         self._denoiser = denoiser
-        # An engine belongs to one event loop at a time, and every call brings its own.
-        self._calling = threading.Lock()
+        self._row_numbers = itertools.count()
+        # An engine belongs to one event loop; calls from any thread or loop share its passes.
+        self._loop = LoopThread()
+        weakref.finalize(self, self._loop.close)
 
     @classmethod
     def from_pretrained(
@@ -152,15 +158,35 @@ class TwoTower:
 
     def generate_requests(self, requests: Sequence[Request]) -> list[GenerationResult]:
         """The same for requests that each have their own mode, lengths, seed and limits."""
-        rows = []
-        for request in requests:
-            prompt = self.encode(request.prompt)
-            params = request.params.with_seed()
-            params.check_row(
-                prompt, self.config.vocab_size, self.config.max_position_embeddings, []
-            )
-            rows.append((prompt, params, OutputText(self.tokenizer, params)))
-        return run_to_end(self._generate_rows(rows), self._calling)
+        return self._loop.run(self._generate_rows([self._row(request) for request in requests]))
+
+    def stream(
+        self, prompt: Prompt, *, generated_token_ids: TokenIds = (), **sampling: Unpack[Sampling]
+    ) -> LocalStream:
+        """The blocks of one completion as they are committed, the same that a service streams.
+
+        `sampling` are the fields of GenerationParams. `generated_token_ids` are those of an earlier
+        stream of the same prompt, parameters and seed, with which this one goes on. Reading starts
+        the work; between two blocks nothing is computed ahead. Streams and other calls of the model
+        may overlap, also in one thread. Raises InvalidRequestError.
+        """
+        return self.stream_request(_request(prompt, sampling), generated_token_ids)
+
+    def astream(
+        self, prompt: Prompt, *, generated_token_ids: TokenIds = (), **sampling: Unpack[Sampling]
+    ) -> AsyncLocalStream:
+        """As `stream`, for `async for` on any event loop."""
+        return self.astream_request(_request(prompt, sampling), generated_token_ids)
+
+    def stream_request(self, request: Request, generated_token_ids: TokenIds = ()) -> LocalStream:
+        """As `stream`, for a request."""
+        return LocalStream(self, self._loop, *self._begin(request, generated_token_ids))
+
+    def astream_request(
+        self, request: Request, generated_token_ids: TokenIds = ()
+    ) -> AsyncLocalStream:
+        """As `astream`, for a request."""
+        return AsyncLocalStream(self, self._loop, *self._begin(request, generated_token_ids))
 
     def score(self, token_ids: TokenIds) -> list[float]:
         """The context tower's natural-log probabilities of tokens 1..n-1, given those before.
@@ -170,7 +196,7 @@ class TwoTower:
         ids = id_row("prompt", token_ids)
         limits = GenerationParams(mode="ar", max_tokens=1)
         limits.check_row(ids, self.config.vocab_size, self.config.max_position_embeddings + 1, [])
-        return run_to_end(self._context.score(ids), self._calling)
+        return self._loop.run(self._context.score(ids))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: of a text those that the tokenizer gives, with the special tokens
@@ -188,13 +214,32 @@ class TwoTower:
             raise InvalidRequestError("token_ids", ids, "none, as this model has no tokenizer")
         return self.tokenizer.decode(ids)
 
-    async def _generate_rows(
-        self, rows: Sequence[tuple[list[int], GenerationParams, OutputText]]
-    ) -> list[GenerationResult]:
-        tasks = [
-            asyncio.ensure_future(self._generate_row(f"row-{index}", *row))
-            for index, row in enumerate(rows)
-        ]
+    def _row(self, request: Request, generated: Sequence[int] = ()) -> _Row:
+        """A request within the model's limits, with its output so far."""
+        prompt, params = self.encode(request.prompt), request.params.with_seed()
+        vocab_size, max_context = self.config.vocab_size, self.config.max_position_embeddings
+        params.check_row(prompt, vocab_size, max_context, [])
+        check_ids("generated_token_ids", generated, vocab_size)
+        output = Output(self.tokenizer, params, len(prompt), generated)
+        if output.finish_reason is None:
+            params.check_row(prompt, vocab_size, max_context, list(generated))
+        return _Row(prompt, params, output)
+
+    def _begin(
+        self, request: Request, generated_token_ids: TokenIds
+    ) -> tuple[Output, AsyncGenerator[Block, None], int]:
+        generated = id_row("generated_token_ids", generated_token_ids)
+        row = self._row(request, generated)
+        assert row.params.seed is not None
+        return row.output, self._blocks(row, generated), row.params.seed
+
+    def _blocks(self, row: _Row, generated: Sequence[int] = ()) -> AsyncGenerator[Block, None]:
+        row_id = f"row-{next(self._row_numbers)}"
+        towers = self._context, self._denoiser
+        return generate_blocks(*towers, row_id, row.prompt, row.params, generated)
+
+    async def _generate_rows(self, rows: Sequence[_Row]) -> list[GenerationResult]:
+        tasks = [asyncio.ensure_future(self._generate_row(row)) for row in rows]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
@@ -202,50 +247,60 @@ class TwoTower:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _generate_row(
-        self, row_id: str, prompt: list[int], params: GenerationParams, output: OutputText
-    ) -> GenerationResult:
-        blocks, text = [], ""
-        stream = generate_blocks(self._context, self._denoiser, row_id, prompt, params)
-        async with aclosing(stream):
-            async for block in stream:
-                cut, shown = output.take(block)
-                blocks.append(cut)
-                text += shown
-                if output.matched_stop is not None:
-                    break
-        whole = _joined(blocks)
-        assert whole.finish_reason is not None
+    async def _generate_row(self, row: _Row) -> GenerationResult:
+        blocks, text = list[Block](), ""
+        async with aclosing(row.output.commit(self._blocks(row))) as committed:
+            async for block, piece in committed:
+                blocks.append(block)
+                text += piece
+        usage, params = row.output.log.usage(), row.params
+        assert row.output.finish_reason is not None
         assert params.seed is not None
         return GenerationResult(
-            list(whole.token_ids),
-            text,
-            whole.finish_reason,
-            whole.nfe,
-            whole.context_passes,
-            params.seed,
-            [whole] if params.mode in ("ar", "mock_ar") else blocks,
-            output.matched_stop,
-            whole.cached_tokens,
-            whole.accepted_tokens,
-            whole.drafted_tokens,
-            list(whole.log_probs),
+            token_ids=list(row.output.log.token_ids),
+            text=text,
+            finish_reason=row.output.finish_reason,
+            nfe=usage.nfe,
+            context_passes=usage.context_passes,
+            seed=params.seed,
+            blocks=blocks if params.traits.by_block else [_joined(row.output, blocks)],
+            matched_stop=row.output.matched_stop,
+            cached_tokens=usage.cached_tokens,
+            accepted_tokens=usage.accepted_tokens,
+            drafted_tokens=usage.drafted_tokens,
+            log_probs=[value for block in blocks for value in block.log_probs],
         )
 
 
-def _joined(blocks: Sequence[Block]) -> Block:
-    """All tokens of a row as one block, with one step per token over the whole row."""
-    token_ids = tuple(token for block in blocks for token in block.token_ids)
-    return replace(
-        blocks[-1],
-        start=blocks[0].start,
-        token_ids=token_ids,
-        commit_steps=tuple(range(len(token_ids))),
+class _Row(NamedTuple):
+    """A checked request: its token ids, its parameters with a seed, and its output."""
+
+    prompt: list[int]
+    params: GenerationParams
+    output: Output
+
+
+def _request(prompt: Prompt, sampling: Sampling) -> Request:
+    given = {name: value for name, value in sampling.items() if name != "stop"}
+    stop = sampling.get("stop")
+    params = GenerationParams(**given, stop=() if stop is None else stop)  # type: ignore[arg-type]
+    return Request(prompt, params)
+
+
+def _joined(output: Output, blocks: Sequence[Block]) -> Block:
+    """The tokens of a row that commits one at a time as one block, with one step per token."""
+    log = output.log
+    return Block(
+        start=log.prompt_tokens,
+        token_ids=log.token_ids,
+        commit_steps=tuple(range(len(log.token_ids))),
         confidences=tuple(value for block in blocks for value in block.confidences),
+        nfe=log.nfe,
+        context_passes=log.context_passes,
+        finish_reason=log.finish_reason,
         log_probs=tuple(value for block in blocks for value in block.log_probs),
-        nfe=sum(block.nfe for block in blocks),
-        context_passes=sum(block.context_passes for block in blocks),
-        accepted_tokens=sum(block.accepted_tokens for block in blocks),
-        drafted_tokens=sum(block.drafted_tokens for block in blocks),
-        cached_tokens=sum(block.cached_tokens for block in blocks),
+        accepted_tokens=log.accepted_tokens,
+        drafted_tokens=log.drafted_tokens,
+        cached_tokens=log.cached_tokens,
+        eased=blocks[-1].eased,
     )

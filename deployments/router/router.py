@@ -23,7 +23,6 @@ from twotower.deployments.config import ServiceConfig
 from twotower.deployments.pair.tower_pair import Job
 from twotower.deployments.router import codec
 from twotower.deployments.router.encoding import TextReader
-from twotower.deployments.router.resumed import resumed_text
 from twotower.deployments.router.status import refuse
 from twotower.deployments.routing.attempts import Attempts, PairClient, attempt_id
 from twotower.deployments.routing.policy import Room
@@ -33,10 +32,10 @@ from twotower.protos.refusals import RequestRefusedError, marked
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.checkpoint.weights import resolve_checkpoint
 from twotower.towers.config.model_config import TwoTowerConfig
-from twotower.towers.decoding.commit_log import CommitLog
-from twotower.towers.decoding.output_text import OutputText
+from twotower.towers.decoding.output import Output
 from twotower.towers.errors import InvalidRequestError
-from twotower.towers.request.params import MODES, GenerationParams
+from twotower.towers.request.modes import MODES
+from twotower.towers.request.params import GenerationParams
 from twotower.towers.request.token_ids import check_ids
 from twotower.towers.text.text_limit import longest_token_bytes
 from twotower.towers.text.tokenizer import load_tokenizer
@@ -146,21 +145,18 @@ class Router:
         self, request: pb.GenerateRequest
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         request_id = codec.request_id_of(request.request_id)
-        job, text, log = await self._admit(request)
+        job, output = await self._admit(request)
         log_probs = request.sampling_params.logprobs
         yield codec.started_event(job, request_id)
-        if log.finish_reason is None:
-            async with aclosing(self._attempts.blocks(job, log)) as blocks:
-                async for block in blocks:
-                    cut, shown = text.take(block)
-                    log.append(cut)
-                    yield codec.block_event(log, cut, shown, job.params, log_probs=log_probs)
-                    if text.matched_stop is not None:
-                        break
-        yield codec.complete_event(log, text.matched_stop)
+        if output.finish_reason is None:
+            log = output.log
+            async with aclosing(output.commit(self._attempts.blocks(job, log))) as committed:
+                async for block, text in committed:
+                    yield codec.block_event(log, block, text, job.params, log_probs=log_probs)
+        yield codec.complete_event(output)
 
-    async def _admit(self, request: pb.GenerateRequest) -> tuple[Job, OutputText, CommitLog]:
-        """The request as a job within the model's limits, with its text and log so far.
+    async def _admit(self, request: pb.GenerateRequest) -> tuple[Job, Output]:
+        """The request as a job within the model's limits, with its output so far.
 
         What is too long is refused before anything is done with it. Raises InvalidRequestError,
         and QueueFullError if too many texts wait to be read.
@@ -175,13 +171,11 @@ class Router:
         check = partial(params.check_row, prompt, self._model.vocab_size, self._max_context)
         check([])
         check_ids("generated_token_ids", generated, self._model.vocab_size)
-        resumed = partial(resumed_text, self._tokenizer, params, generated)
-        text, finish_reason = await self._reader.run(_work_of(params, generated), resumed)
-        log = CommitLog(len(prompt), generated)
-        log.finish_reason = finish_reason
-        if finish_reason is None:
+        begun = partial(Output, self._tokenizer, params, len(prompt), generated)
+        output = await self._reader.run(_work_of(params, generated), begun)
+        if output.finish_reason is None:
             check(list(generated))
-        return Job(attempt_id(), tuple(prompt), generated, params), text, log
+        return Job(attempt_id(), tuple(prompt), generated, params), output
 
     async def _scored(self, request: pb.ScoreRequest) -> pb.ScoreResponse:
         codec.request_id_of(request.request_id)

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
+from twotower.deployments.router.resumed import resumed_text
 
 from twotower.client import (
     AsyncClient,
@@ -22,7 +23,6 @@ from twotower.client import (
     TextBlock,
     completion,
 )
-from twotower.deployments.router.resumed import resumed_text
 from twotower.protos.backoff import backoff_s
 from twotower.protos.refusals import (
     INTERNAL_TEXT,

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from twotower.towers.decoding.services import Block
 from twotower.towers.errors import UnavailableError
-from twotower.towers.request.params import FinishReason, GenerationParams
+from twotower.towers.request.modes import FinishReason
+from twotower.towers.request.params import GenerationParams
+from twotower.towers.request.results import Usage
 
 
 class CommitLog:
@@ -38,12 +40,24 @@ class CommitLog:
         """Absolute position of the next token."""
         return self.prompt_tokens + len(self._token_ids)
 
+    def usage(self) -> Usage:
+        """Cost of the committed blocks."""
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=len(self._token_ids),
+            nfe=self.nfe,
+            context_passes=self.context_passes,
+            cached_tokens=self.cached_tokens,
+            accepted_tokens=self.accepted_tokens,
+            drafted_tokens=self.drafted_tokens,
+        )
+
     def served(self, asked: GenerationParams) -> GenerationParams:
-        """What the blocks are made with: settled by the first, as asked before."""
+        """The parameters that blocks are made with: those of the first block, `asked` before it."""
         return asked if self._eased is None else asked.eased(self._eased)
 
     def has(self, block: Block) -> bool:
-        """Whether the block is committed already; otherwise it is the next one.
+        """True if the block is committed already; otherwise it is the next block.
 
         Raises UnavailableError for a gap: the attempt that it came from cannot go on.
         """

@@ -17,12 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from twotower.towers.request.params import FinishReason, GenerationParams
-
-if TYPE_CHECKING:
-    pass
+from twotower.towers.request.modes import FinishReason
+from twotower.towers.request.params import GenerationParams
 
 
 @dataclass(frozen=True)

@@ -153,9 +153,9 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         state = state_of(row.state)
         pieces = prefill_pieces(prompt, generated, params, self.prefill_chunk)
         # mock_ar reads the context as it was before its last token: that one stays in the log.
-        held = [pieces.pop()] if params.mode == "mock_ar" else []
+        held = [pieces.pop()] if params.traits.holds_last_token else []
         feed = None
-        if self.link is not None and params.mode != "ar":
+        if self.link is not None and params.traits.needs_denoiser:
             feed = KvFeed(self.link, row.row_id, state)
         try:
             hidden, saved = self._restore(row, pieces)
@@ -169,9 +169,9 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
                 await feed.close()
         for piece in held:
             await self._submit(ContextWork(state, piece, advance=False, prefill=True))
-        if params.mode == "verified" and generated:
+        if params.traits.drafts and generated:
             row.token, row.committed = Token(generated[-1], 1.0, 0.0), True
-        elif params.mode in ("ar", "verified"):
+        elif not params.traits.extends:
             assert hidden is not None
             row.token = self._first_token(hidden, state.position, params)
         return Prefilled(len(pieces) - saved + len(held), cached)

@@ -156,15 +156,15 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
     ) -> Block:
         state = await self._at(row, position)
         sampler, rule = Sampler.from_params(params), self._rule(params)
-        verified = params.mode == "verified"
-        domain = DOMAIN_AUTOREGRESSIVE if verified else DOMAIN_DENOISE
+        drafts = params.traits.drafts
+        domain = DOMAIN_AUTOREGRESSIVE if drafts else DOMAIN_DENOISE
         masked = params.block_size - len(known)
         if self._steps is not None and masked and on_device(rule, sampler, params.block_size):
             assert isinstance(rule, ThresholdRule | ReplayRule)
-            kept = DeviceDraft(params.block_size, position, known, rule, sampler, domain, verified)
+            kept = DeviceDraft(params.block_size, position, known, rule, sampler, domain, drafts)
             return await self._denoise_on_device(state, kept)
         draft = BlockDraft(params.block_size, self.tower.config.mask_token_id, rule, known)
-        return await self._denoise_on_host(state, draft, position, sampler, domain, verified)
+        return await self._denoise_on_host(state, draft, position, sampler, domain, drafts)
 
     async def _denoise_on_device(self, state: ContextState, draft: DeviceDraft) -> Block:
         while True:
@@ -180,14 +180,14 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
         position: int,
         sampler: Sampler,
         domain: int,
-        verified: bool,
+        drafts: bool,
     ) -> Block:
         mask = self.tower.config.mask_token_id
         while not draft.done:
             positions = [position + offset for offset in draft.masked]
             # A draft is drawn with the noise of the check: the closer the two towers'
             # distributions, the more often both then take the same token.
-            step = 0 if verified else draft.step
+            step = 0 if drafts else draft.step
             work = _DrawWork(
                 state,
                 list(draft.token_ids),
@@ -274,5 +274,5 @@ def _block(start: int, nfe: int, draft: BlockDraft | StepResult) -> Block:
 
 def commit_rule(params: GenerationParams) -> CommitRule:
     """The commit rule of a request's parameters."""
-    steps = params.draft_steps if params.mode == "verified" else params.steps_per_block
+    steps = params.draft_steps if params.traits.drafts else params.steps_per_block
     return ThresholdRule(params.confidence_threshold, steps)

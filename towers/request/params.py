@@ -1,24 +1,44 @@
-"""What one request asks for, checked once."""
+"""The sampling parameters of a request, checked once: their list, defaults and limits."""
 
 from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import TypedDict
 
 from twotower.towers.errors import InvalidRequestError
+from twotower.towers.request.modes import MODES, Mode, ModeTraits, traits_of
 from twotower.towers.request.number_checks import check_real, check_whole
 from twotower.towers.request.token_ids import check_ids, check_text, plain_number, text_list
 
-Mode = Literal["mask_diffusion", "ar", "mock_ar", "verified"]
-FinishReason = Literal["stop", "length"]
-MODES: tuple[str, ...] = get_args(Mode)
 MAX_BLOCK_SIZE = 256
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 SEED_BITS = 63
 _NO_NUMBERS = ("mode", "stop")
+
+
+class Sampling(TypedDict, total=False):
+    """The fields of GenerationParams that a caller may give, as keyword arguments."""
+
+    mode: Mode
+    max_tokens: int
+    block_size: int
+    steps_per_block: int
+    confidence_threshold: float
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    seed: int | None
+    eos_token_id: int | None
+    draft_steps: int
+    min_tokens: int
+    stop: Sequence[str] | None
+    min_steps_per_block: int | None
+    min_confidence_threshold: float | None
 
 
 @dataclass(frozen=True)
@@ -98,10 +118,15 @@ class GenerationParams:
         return replace(self, eos_from=prompt_tokens + self.min_tokens)
 
     @property
+    def traits(self) -> ModeTraits:
+        """The traits of the mode."""
+        return traits_of(self.mode)
+
+    @property
     def may_be_eased(self) -> bool:
-        """Whether the row declares a floor that matters to its mode."""
+        """True if the row declares a floor that matters to its mode."""
         floors = (self.min_steps_per_block, self.min_confidence_threshold)
-        return self.mode == "mask_diffusion" and floors != (None, None)
+        return self.traits.commits_blocks and floors != (None, None)
 
     def eased(self, share: float) -> GenerationParams:
         """The same parameters, `share` (0 to 1) of the way to the floors, and those gone: what a
@@ -123,10 +148,10 @@ class GenerationParams:
 
     def context_tokens(self, prompt_tokens: int) -> int:
         """Context positions that the row may need: prompt and output, up to whole blocks."""
-        if self.mode == "verified":
+        if self.traits.drafts:
             # A draft is a whole block wherever it starts, so the last may reach past max_tokens.
             return prompt_tokens + self.max_tokens + self.block_size
-        unit = self.block_size if self.mode == "mask_diffusion" else 1
+        unit = self.block_size if self.traits.by_block else 1
         return prompt_tokens + -(-self.max_tokens // unit) * unit
 
     def check_row(
@@ -147,7 +172,7 @@ class GenerationParams:
             raise InvalidRequestError(
                 "generated_token_ids", f"{len(generated)} ids", f"fewer than {self.max_tokens}"
             )
-        if self.mode == "mask_diffusion" and len(generated) % self.block_size:
+        if self.traits.commits_blocks and len(generated) % self.block_size:
             raise InvalidRequestError(
                 "generated_token_ids",
                 f"{len(generated)} ids",
@@ -169,9 +194,9 @@ class GenerationParams:
             )
 
 
-def row_key(seed: int, choice: int = 0) -> int:
-    """The 64-bit random key of a row: a hash of the request's seed and the choice's index."""
-    digest = hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()
+def row_key(seed: int) -> int:
+    """The 64-bit random key of a row: a hash of the request's seed."""
+    digest = hashlib.blake2b(f"{seed}/0".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 

@@ -24,7 +24,8 @@ from twotower.towers.engine.options import EngineOptions
 from twotower.towers.engine.stats import EngineStats
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower
-from twotower.towers.request.params import GenerationParams, Mode
+from twotower.towers.request.modes import Mode
+from twotower.towers.request.params import GenerationParams
 
 # Times the counted blocks that a row may write: where rows end blocks at different times, the
 # fastest must not end before the slowest has done its blocks.

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,22 +132,25 @@ def generate_here(
     logprobs: bool,
 ) -> None:
     """Streams a completion of a model in this process to stdout."""
-    from twotower.in_process import InProcessModel
-    from twotower.towers.checkpoint.weights import parse_dtype, resolve_checkpoint
+    from twotower.api import Request, TwoTower
+    from twotower.towers.checkpoint.weights import parse_dtype
     from twotower.towers.request.params import GenerationParams
 
     # Both before a checkpoint is fetched for nothing.
     params = GenerationParams(**sampling)
     parse_dtype(dtype)
-    loaded = InProcessModel(resolve_checkpoint(model), device, dtype)
+    loaded = TwoTower.from_pretrained(model, device, dtype)
+    if not ignore_eos:
+        params = replace(params, eos_token_id=loaded.config.eos_token_id)
     begin = time.perf_counter()
-    stream = loaded.stream(prompt, params, ignore_eos=ignore_eos)
-    for text in stream:
-        write(text)
+    stream = loaded.stream_request(Request(prompt, params))
+    for block in stream:
+        write(block.text)
+    assert stream.usage is not None, "a stream that ended well has its usage"
     seconds = time.perf_counter() - begin
-    _report(len(stream.log.token_ids), stream.log.nfe, seconds, stream.seed)
+    _report(stream.usage.completion_tokens, stream.usage.nfe, seconds, stream.seed)
     if logprobs:
-        _report_log_probs(stream.log.token_ids, stream.log_probs)
+        _report_log_probs(stream.token_ids, stream.log_probs)
 
 
 def verify(folder: Path, device: str, dtype: str) -> None:

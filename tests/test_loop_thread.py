@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from twotower import TwoTower
-from twotower.interrupts import run_to_end
+from twotower.loop_thread import LoopThread
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "golden" / "tiny_a"
@@ -128,54 +128,93 @@ def test_a_call_in_another_thread_goes_on_and_ends() -> None:
         assert process.wait(20) == 0
 
 
-async def test_results_and_errors_come_out_of_a_running_loop() -> None:
-    async def work(value: Any) -> Any:
-        await asyncio.sleep(0)
-        if isinstance(value, Exception):
-            raise value
-        return value
+async def work(value: Any) -> Any:
+    await asyncio.sleep(0)
+    if isinstance(value, Exception):
+        raise value
+    return value
 
-    lock = threading.Lock()
-    assert run_to_end(work(7), lock) == 7
-    assert run_to_end(work(None), lock) is None
+
+@pytest.fixture
+def loop_thread() -> Iterator[LoopThread]:
+    thread = LoopThread()
+    yield thread
+    thread.close()
+    assert not [other for other in threading.enumerate() if other.name == "twotower-loop"]
+
+
+async def test_results_and_errors_come_out_of_a_running_loop(loop_thread: LoopThread) -> None:
+    assert loop_thread.run(work(7)) == 7
+    assert loop_thread.run(work(None)) is None
+    assert await loop_thread.await_(work(8)) == 8
     with pytest.raises(ZeroDivisionError, match="own"):
-        run_to_end(work(ZeroDivisionError("own")), lock)
-    assert not lock.locked()
+        loop_thread.run(work(ZeroDivisionError("own")))
+    with pytest.raises(ZeroDivisionError, match="own"):
+        await loop_thread.await_(work(ZeroDivisionError("own")))
 
 
-async def test_an_interrupted_call_holds_the_model_until_it_has_ended(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A second Ctrl-C does not wait for the pass; the next call does."""
-    cleaned, go_on = threading.Event(), threading.Event()
+def test_a_closed_loop_begins_anew(loop_thread: LoopThread) -> None:
+    assert loop_thread.run(work(1)) == 1
+    loop_thread.close()
+    loop_thread.close()
+    assert loop_thread.run(work(2)) == 2
 
-    async def work() -> None:
+
+class Cleanup:
+    """Work without an end, whose cleanup takes until `go_on` is set."""
+
+    def __init__(self) -> None:
+        self.begun, self.go_on, self.cleaned = (threading.Event() for _ in range(3))
+
+    async def work(self) -> None:
+        self.begun.set()
         try:
             await asyncio.sleep(3600)
         finally:
             # A pass that still runs.
-            go_on.wait(10)
-            cleaned.set()
+            self.go_on.wait(10)
+            self.cleaned.set()
 
-    lock = threading.Lock()
-    waited = threading.Event.wait
 
-    def interrupted_wait(event: threading.Event, timeout: float | None = None) -> bool:
-        if threading.current_thread() is threading.main_thread() and event not in (cleaned, go_on):
-            if not waited(event, 0.05):
-                raise KeyboardInterrupt
-            return True
-        return waited(event, timeout)
+async def test_a_cancelled_call_has_cleaned_up(loop_thread: LoopThread) -> None:
+    cleanup = Cleanup()
+    call = asyncio.create_task(loop_thread.await_(cleanup.work()))
+    while not cleanup.begun.is_set():
+        await asyncio.sleep(0.01)
+    call.cancel()
+    await asyncio.sleep(0.05)
+    assert not call.done()
+    cleanup.go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert cleanup.cleaned.is_set()
 
-    monkeypatch.setattr(threading.Event, "wait", interrupted_wait)
+
+@pytest.mark.parametrize("interrupts", [1, 2])
+def test_an_interrupted_call_has_cleaned_up_unless_it_is_interrupted_again(
+    loop_thread: LoopThread, interrupts: int
+) -> None:
+    cleanup, main = Cleanup(), threading.main_thread().ident
+    assert main is not None
+
+    def interrupt() -> None:
+        cleanup.begun.wait(10)
+        for _ in range(interrupts):
+            time.sleep(0.1)
+            # To the thread that waits, as the system does it for Ctrl-C.
+            signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.1)
+        if interrupts == 1:
+            cleanup.go_on.set()
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
     with pytest.raises(KeyboardInterrupt):
-        run_to_end(work(), lock)
-    monkeypatch.undo()
-    assert not cleaned.is_set()
-    assert lock.locked()
-    go_on.set()
-    assert cleaned.wait(10)
-    assert lock.acquire(timeout=10)
+        loop_thread.run(cleanup.work())
+    assert cleanup.cleaned.is_set() == (interrupts == 1)
+    cleanup.go_on.set()
+    assert cleanup.cleaned.wait(10)
+    interrupting.join()
 
 
 def test_a_program_that_handles_ctrl_c_itself_keeps_its_handler(tiny_a: Path) -> None:
