@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.demo import PROMPT
 from benchmarks.figures import median, percentile
 from benchmarks.machine import machine
-from benchmarks.pairs import pair_states, pair_stats
+from tests.support.pairs import pair_states, pair_stats
 from twotower.client import Client
 from twotower.deployments.config import PairAutoscaling, ServiceConfig
 from twotower.deployments.server.server import LocalService, free_port

@@ -26,8 +26,8 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.chaos_cluster import ChaosCluster, chaos_cluster
-from benchmarks.processes import own_processes
+from tests.support.chaos_cluster import ChaosCluster, chaos_cluster
+from tests.support.processes import own_processes
 from twotower import TwoTower
 from twotower.client import Client, Usage
 from twotower.cluster.topology import LinkFaults

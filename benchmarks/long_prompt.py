@@ -33,10 +33,10 @@ import torch
 from benchmarks.figures import median, percentile
 from benchmarks.machine import machine
 from benchmarks.memory import anonymous_bytes
-from benchmarks.processes import own_processes
 from benchmarks.random_checkpoint import write_random_checkpoint
 from benchmarks.scheduling import BLOCK
 from benchmarks.scheduling import SHAPE as MIXED_SHAPE
+from tests.support.processes import own_processes
 from twotower.cluster.placement.start import start_towers
 from twotower.cluster.services.remote import PairServices
 from twotower.cluster.topology import PairTopology

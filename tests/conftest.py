@@ -14,8 +14,8 @@ import pytest
 import torch
 
 # Before what reads the environment is imported.
-import tests.environment  # noqa: F401
-from tests.products import ALL_PRODUCTS, multiplied_by
+import tests.support.environment  # noqa: F401
+from tests.support.products import ALL_PRODUCTS, multiplied_by
 from twotower import TwoTower
 from twotower.kernels.products import Products, best_products
 from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.comparing import assert_relative_rms, normal
+from tests.support.comparing import assert_relative_rms, normal
 from tests.towers.engine.test_batching_bits import mixed_requests
 from tests.towers.test_training import TINY, TINY_SHAPE, random_parameters
 from twotower import TwoTower

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
 import twotower
-from tests.towers.text.tokenizer_families import llama, saved, word_level
+from tests.support.tokenizer_families import llama, saved, word_level
 from twotower import GenerationParams, GenerationResult, Request, TwoTower
 from twotower.towers.errors import CheckpointError, ConfigError, InvalidRequestError
 from twotower.towers.text.tokenizer import load_tokenizer

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.nodes import add_node, deploy, local_cluster, raylet_of
-from benchmarks.processes import ancestors, own_processes
+from tests.support.nodes import add_node, deploy, local_cluster, raylet_of
+from tests.support.processes import ancestors, own_processes
 from twotower import TwoTower
 from twotower.client import Client
 from twotower.deployments.app import build_app

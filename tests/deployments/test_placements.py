@@ -15,8 +15,8 @@ from typing import Any
 import grpc
 import pytest
 
-from benchmarks.processes import own_processes
 from tests.deployments.test_service import await_no_rows
+from tests.support.processes import own_processes
 from twotower import TwoTower
 from twotower.client import Client, ServiceError
 from twotower.deployments.config import ServiceConfig

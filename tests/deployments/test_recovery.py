@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from benchmarks.chaos import MODES, TEXTS, disturbed
-from benchmarks.chaos_cluster import PAIRS
-from benchmarks.pairs import left_over
-from benchmarks.processes import own_processes
+from tests.support.chaos_cluster import PAIRS
+from tests.support.pairs import left_over
+from tests.support.processes import own_processes
 from twotower import GenerationResult, TwoTower
 from twotower.deployments.config import ServiceConfig
 from twotower.deployments.server.server import LocalService, free_port

@@ -12,7 +12,7 @@ import pytest
 from ray import serve
 
 from benchmarks.autoscale import PROMPTS, scaling_config, scenario
-from benchmarks.pairs import pair_states
+from tests.support.pairs import pair_states
 from twotower.client import Client, ServiceError
 from twotower.deployments.app import PAIR_DEPLOYMENT, build_app
 from twotower.deployments.config import PairAutoscaling, ServiceConfig

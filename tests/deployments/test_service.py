@@ -23,7 +23,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from ray import serve
 from safetensors.torch import load_file, save_file
 
-from benchmarks.processes import own_processes
+from tests.support.processes import own_processes
 from twotower import TwoTower
 from twotower.client import Client, GenerationStream, ServiceError
 from twotower.deployments.config import APP_NAME, ServiceConfig

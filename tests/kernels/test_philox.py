@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats  # type: ignore[import-untyped]
 
-from tests.comparing import assert_same_bits
+from tests.support.comparing import assert_same_bits
 from twotower.kernels import philox
 from twotower.kernels.philox import philox4x32, uniforms
 

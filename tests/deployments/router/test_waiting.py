@@ -11,8 +11,8 @@ import ray
 from ray import serve
 from ray.util import placement_group, remove_placement_group
 
-from benchmarks.nodes import local_cluster
-from benchmarks.pairs import await_whole
+from tests.support.nodes import local_cluster
+from tests.support.pairs import await_whole
 from twotower.deployments.app import build_app_from_settings
 from twotower.deployments.config import APP_NAME, ServiceConfig
 from twotower.deployments.router import waiting

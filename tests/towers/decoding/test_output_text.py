@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.towers.text.tokenizer_families import FAMILIES, saved
+from tests.support.tokenizer_families import FAMILIES, saved
 from twotower.towers.decoding.output_text import OutputText, StopSearch
 from twotower.towers.decoding.services import Block
 from twotower.towers.errors import InvalidRequestError

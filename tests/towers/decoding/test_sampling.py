@@ -11,7 +11,7 @@ import torch
 from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 
-from tests.comparing import assert_rows_are_independent, normal
+from tests.support.comparing import assert_rows_are_independent, normal
 from twotower.kernels.philox import uniforms
 from twotower.towers.decoding.sampling import (
     DOMAIN_AUTOREGRESSIVE,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.towers.rows import Pair, tokens_of
+from tests.support.rows import Pair, tokens_of
 from twotower.towers.decoding.services import Block
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower

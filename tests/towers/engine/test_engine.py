@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.rows import PROMPT, Pair, Towers, params_of, tokens_of
 from tests.towers.decoding.test_sampling import chi_square
-from tests.towers.rows import PROMPT, Pair, Towers, params_of, tokens_of
 from twotower.towers.decoding.services import Block
 from twotower.towers.engine.prefill import prefill_pieces
 from twotower.towers.errors import CapacityError

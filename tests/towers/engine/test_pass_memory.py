@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.random_model import small_config
+from tests.support.random_model import small_config
 from twotower.planner.shapes import LARGE
 from twotower.towers.engine import engine
 from twotower.towers.engine.engine import EngineOptions

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from tests.towers.text.tokenizer_families import FAMILIES, LETTERS, WAITING, saved
+from tests.support.tokenizer_families import FAMILIES, LETTERS, WAITING, saved
 from twotower.towers.errors import CheckpointError, InvalidRequestError
 from twotower.towers.text.fast_tokenizer import FastTokenizer as Fast
 from twotower.towers.text.tokenizer import TextStream, Tokenizer, load_tokenizer, text_ids

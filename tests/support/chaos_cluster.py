@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from ray.cluster_utils import Cluster
 
-from benchmarks.nodes import add_node, deploy, local_cluster, raylet_of
-from benchmarks.pairs import await_whole, left_over
-from benchmarks.processes import ancestors, own_processes
+from tests.support.nodes import add_node, deploy, local_cluster, raylet_of
+from tests.support.pairs import await_whole, left_over
+from tests.support.processes import ancestors, own_processes
 from twotower.cluster.topology import LinkFaults
 from twotower.deployments.config import ServiceConfig
 from twotower.deployments.server.server import free_port
