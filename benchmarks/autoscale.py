@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.demo import PROMPT
 from benchmarks.figures import median, percentile
 from benchmarks.machine import machine
-from tests.support.pairs import pair_states, pair_stats
+from tests.support.pairs import pair_states, prompt_tokens_read
 from twotower.client import Client
 from twotower.deployments.config import PairAutoscaling, ServiceConfig
 from twotower.deployments.server.server import LocalService, free_port
@@ -37,8 +37,6 @@ PROMPTS = (PROMPT, f"{PROMPT}\n        # read")
 # Clients that go on, in one pair's worth of rows: together they want one pair, wherever they are.
 TAIL = 0.75
 TARGET_ROWS = 8
-# Questions, one of which each pair answers all but certainly.
-ASKED_PER_PAIR = 16
 
 
 @dataclass(frozen=True)
@@ -239,19 +237,6 @@ def one_burst(
         "share_on_new_pairs": round(sum(read[1:]) / sum(read), 3),
         "shares": [round(tokens / sum(read), 3) for tokens in read],
     }
-
-
-def prompt_tokens_read(pairs: int) -> list[float]:
-    """Prompt tokens that each pair has read, the pair that began first in front. To be asked when
-    nothing runs: Serve chooses who answers, and a pair is known by what it has done, if anything.
-    """
-    found: dict[float, tuple[float, float]] = {}
-    for stats in pair_stats(ASKED_PER_PAIR * pairs):
-        tower = stats["context"]
-        age = tower["pass_seconds"] / tower["busy_share"] if tower["passes"] else 0.0
-        found[tower["pass_seconds"]] = age, tower["prefill_tokens"]
-    read = [tokens for _, tokens in sorted(found.values(), reverse=True) if tokens]
-    return read + [0.0] * (pairs - len(read))
 
 
 def levels(samples: Sequence[Sample]) -> list[dict[str, Any]]:

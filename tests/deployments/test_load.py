@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from ray import serve
 
-from tests.deployments.test_service import await_no_rows
+from tests.support.pairs import await_no_rows
 from twotower import TwoTower
 from twotower.client import Client, GenerationStream, ServiceError
 from twotower.deployments.app import build_app

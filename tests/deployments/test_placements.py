@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.deployments.test_service import await_no_rows
+from tests.support.pairs import await_no_rows
 from tests.support.processes import own_processes
 from twotower import TwoTower
 from twotower.client import Client, ServiceError
