@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 COPIED = ("*.toml", "kernels", "towers", "cluster", "deployments", "protos", "twotower", "tests")
 COPIED += ("benchmarks", "tools")
 # Many times what the slowest named tests take: a fault may make them wait without an end.
-TIMEOUT_S = 240.0
+TIMEOUT_S = 120.0
 
 
 class FaultError(Exception):
