@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 
 from tests.support.chaos_cluster import ChaosCluster, chaos_cluster
 from tests.support.processes import own_processes
@@ -130,25 +131,20 @@ def run_round(
 def run(
     disturbances: Sequence[str], streams: int, tokens: int, rounds: int, first_seed: int = 0
 ) -> list[Round]:
-    """Rounds of every disturbance; those of the link get a cluster of their own each time."""
-    seeds = range(first_seed, first_seed + rounds)
+    """Rounds of every disturbance, on one cluster. Pairs have the faults of a link from their
+    beginning: they are replaced before and after a round that has any."""
     requests = requests_of(streams, tokens)
     want = alone(requests)
     done = []
-    # Faults of the link are there from its beginning: a cluster for each of those rounds.
-    shared = [name for name in disturbances if faults_of(name, 0) is None]
-    plans = [(None, [(name, seed) for name in shared for seed in seeds])] if shared else []
-    plans += [
-        (faults_of(name, seed), [(name, seed)])
-        for name in disturbances
-        if name not in shared
-        for seed in seeds
-    ]
-    for faults, plan in plans:
-        with chaos_cluster(faults) as cluster:
-            for name, seed in plan:
-                done.append(run_round(cluster, name, requests, want, seed))
-                print(json.dumps(asdict(done[-1])), flush=True)
+    with chaos_cluster() as cluster:
+        present: LinkFaults | None = None
+        for name, seed in product(disturbances, range(first_seed, first_seed + rounds)):
+            faults = faults_of(name, seed)
+            if faults is not None or present is not None:
+                cluster.link_with(faults)
+                present = faults
+            done.append(run_round(cluster, name, requests, want, seed))
+            print(json.dumps(asdict(done[-1])), flush=True)
     return done
 
 

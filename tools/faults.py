@@ -315,13 +315,6 @@ PAIR_TOWERS = [
         "test_pair_towers",
     ),
     Fault(
-        "pair towers: a row that was released is moved",
-        "cluster",
-        "if moves == MOST_MOVES or row_id not in self._places:",
-        "if moves == MOST_MOVES:",
-        "test_pair_towers",
-    ),
-    Fault(
         "pair towers: a moved row counts at both denoisers",
         "cluster",
         "        place.seat.rows.discard(row_id)\n        place.seat = seat",

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from ray import serve
 from ray.cluster_utils import Cluster
 
-from tests.support.nodes import add_node, deploy, local_cluster, raylet_of
+from tests.support.nodes import add_node, deploy, local_cluster, raylet_of, redeploy
 from tests.support.pairs import await_whole, left_over
 from tests.support.processes import ancestors, own_processes
 from twotower.cluster.topology import LinkFaults
-from twotower.deployments.config import ServiceConfig
+from twotower.deployments.config import APP_NAME, ServiceConfig
 from twotower.deployments.server.server import free_port
 
 PAIRS = 2
@@ -24,11 +25,22 @@ WHOLE_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class ChaosCluster:
-    """A head, and nodes with two pretended GPUs each, so that each holds one pair. `address` is the
-    service's gRPC target."""
+    """A head, and nodes with two pretended GPUs each, so that each holds one pair."""
 
-    address: str
+    config: ServiceConfig
     cluster: Cluster
+
+    @property
+    def address(self) -> str:
+        """The service's gRPC target."""
+        return f"127.0.0.1:{self.config.grpc_port}"
+
+    def link_with(self, faults: LinkFaults | None) -> None:
+        """Replaces all pairs by pairs whose links have these faults from their beginning."""
+        # Both at once: pairs of both kinds would take more GPUs than there are.
+        serve.delete(APP_NAME)
+        redeploy(self.config, replace(self.config.topology(), faults=faults))
+        await_whole(PAIRS, WHOLE_TIMEOUT_S)
 
     def kill_node(self, draw: random.Random) -> None:
         """Kills a node that has a pair, with all its processes; a fresh one joins."""
@@ -47,7 +59,7 @@ class ChaosCluster:
 
 
 @contextmanager
-def chaos_cluster(faults: LinkFaults | None = None) -> Iterator[ChaosCluster]:
+def chaos_cluster() -> Iterator[ChaosCluster]:
     """The service with all pairs up, for as long as a `with` block lasts."""
     config = ServiceConfig(
         num_pairs=PAIRS,
@@ -63,6 +75,6 @@ def chaos_cluster(faults: LinkFaults | None = None) -> Iterator[ChaosCluster]:
     with local_cluster() as cluster:
         for _ in range(NODES):
             add_node(cluster, NODE)
-        deploy(config, replace(config.topology(), faults=faults))
+        deploy(config)
         await_whole(PAIRS, WHOLE_TIMEOUT_S)
-        yield ChaosCluster(f"127.0.0.1:{config.grpc_port}", cluster)
+        yield ChaosCluster(config, cluster)

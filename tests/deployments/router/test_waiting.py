@@ -121,7 +121,7 @@ def test_a_cluster_without_room_and_one_that_is_taken() -> None:
             await_whole(1, 60)
             time.sleep(1)
             count = len(said)
-            time.sleep(2)
+            time.sleep(1)
             assert len(said) == count
         # The router has its tenth of a CPU by then, or has not; the last line may be of the moment
         # between room and place.
