@@ -352,10 +352,10 @@ BREAKER = [
         "test_breaker",
     ),
     Fault(
-        "moves: a full pair has room",
+        "moves: one row moves for each pair that has room",
         "deployments",
-        "if count < room.share}",
-        "if count <= room.share}",
+        "first + sum(free.values()))",
+        "first + len(free))",
         "test_moves",
     ),
     Fault(
@@ -446,14 +446,14 @@ ROUTER = [
         "deployments",
         "log.append(cut)",
         "log.append(block)",
-        "test_router",
+        "test_router test_router_stopping",
     ),
     Fault(
         "router: it reads on after a stop string",
         "deployments",
         "                    if text.matched_stop is not None:\n                        break\n",
         "",
-        "test_router",
+        "test_router test_router_stopping",
     ),
     Fault(
         "router: modes that are not served are let in",
