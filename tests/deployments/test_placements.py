@@ -13,14 +13,13 @@ from typing import Any
 
 import grpc
 import pytest
-from ray import serve
 
-from tests.support.nodes import redeploy
+from tests.support.nodes import deploy_anew
 from tests.support.pairs import await_no_rows
 from tests.support.processes import own_processes
 from twotower import TwoTower
 from twotower.client import Client, ServiceError
-from twotower.deployments.config import APP_NAME, ServiceConfig
+from twotower.deployments.config import ServiceConfig
 from twotower.deployments.server.server import LocalService, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
@@ -60,8 +59,7 @@ def service(tiny_text: Path) -> Iterator[LocalService]:
 
 def place(service: LocalService, **settings: Any) -> None:
     """Replaces the service's pair by one that is placed otherwise."""
-    serve.delete(APP_NAME)
-    redeploy(service.config.model_copy(update={"denoisers_per_context": 1, **settings}))
+    deploy_anew(service.config.model_copy(update={"denoisers_per_context": 1, **settings}))
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from ray import serve
 from ray.cluster_utils import Cluster
 
-from tests.support.nodes import add_node, deploy, local_cluster, raylet_of, redeploy
+from tests.support.nodes import add_node, deploy, deploy_anew, local_cluster, raylet_of
 from tests.support.pairs import await_whole, left_over
 from tests.support.processes import ancestors, own_processes
 from twotower.cluster.topology import LinkFaults
-from twotower.deployments.config import APP_NAME, ServiceConfig
+from twotower.deployments.config import ServiceConfig
 from twotower.deployments.server.server import free_port
 
 PAIRS = 2
@@ -37,9 +36,7 @@ class ChaosCluster:
 
     def link_with(self, faults: LinkFaults | None) -> None:
         """Replaces all pairs by pairs whose links have these faults from their beginning."""
-        # Both at once: pairs of both kinds would take more GPUs than there are.
-        serve.delete(APP_NAME)
-        redeploy(self.config, replace(self.config.topology(), faults=faults))
+        deploy_anew(self.config, replace(self.config.topology(), faults=faults))
         await_whole(PAIRS, WHOLE_TIMEOUT_S)
 
     def kill_node(self, draw: random.Random) -> None:

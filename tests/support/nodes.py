@@ -57,8 +57,14 @@ def deploy(config: ServiceConfig, topology: PairTopology | None = None) -> None:
 
 
 def redeploy(config: ServiceConfig, topology: PairTopology | None = None) -> None:
-    """Replaces routers and pairs where Serve runs already, on the ports that Serve has."""
+    """Replaces routers and pairs one after the other, under requests; Serve keeps its ports."""
     serve.run(build_app(config, topology), name=APP_NAME, route_prefix="/")
+
+
+def deploy_anew(config: ServiceConfig, topology: PairTopology | None = None) -> None:
+    """Ends all routers and pairs, then starts others: saves a test the start of Ray and Serve."""
+    serve.delete(APP_NAME)
+    redeploy(config, topology)
 
 
 def raylet_of(node: Any) -> int:
