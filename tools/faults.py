@@ -53,8 +53,8 @@ SCHEDULER = [
     Fault(
         "scheduler: prefill alone has its share only",
         "towers",
-        "else:\n            pieces = _fitting(self._prefill.items(), limits.max_tokens,",
-        "else:\n            pieces = _fitting(self._prefill.items(), limits.prefill_tokens,",
+        "        elif taken:\n            pieces",
+        "        elif True:\n            pieces",
         "test_scheduler",
     ),
 ]
@@ -134,8 +134,8 @@ REPLAY = [
     Fault(
         "replay: heads take other groups",
         "kernels",
-        "keys = keys.reshape(-1, heads, 1, n)",
-        "keys = keys.transpose(1, 2).reshape(-1, heads, 1, n)",
+        "keys = keys.reshape(-1, heads, 1,",
+        "keys = keys.transpose(1, 2).reshape(-1, heads, 1,",
         "test_replay",
     ),
     Fault(
@@ -178,8 +178,8 @@ ADMISSION = [
     Fault(
         "admission: one row too many waits",
         "towers",
-        "len(self._queue) >= self._max_waiting:",
-        "len(self._queue) > self._max_waiting:",
+        "len(self._queue) >= self._max",
+        "len(self._queue) > self._max",
         "test_admission",
     ),
     Fault(
@@ -266,8 +266,8 @@ PREFIX_CACHE = [
     Fault(
         "prefix cache: an entry that is used does not become younger",
         "towers",
-        "self._entries.move_to_end(key)\n        self._hits += 1",
-        "self._hits += 1",
+        "self._entries.move_to_end(key)\n        self",
+        "self",
         "test_prefix_cache",
     ),
     Fault(
@@ -443,16 +443,16 @@ COMMIT_LOG = [
 ROUTER = [
     Fault(
         "router: what follows a stop string is committed",
-        "deployments",
+        "deployments towers",
         "log.append(cut)",
         "log.append(block)",
         "test_router test_router_stopping",
     ),
     Fault(
         "router: it reads on after a stop string",
-        "deployments",
-        "                    if text.matched_stop is not None:\n                        break\n",
-        "",
+        "deployments towers",
+        "if text.matched_stop is not None:",
+        "if False:",
         "test_router test_router_stopping",
     ),
     Fault(
