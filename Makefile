@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 # A test file stays with one process; tests with real processes have the machine to themselves.
 PARALLEL := -n auto --dist loadfile
 
-.PHONY: help env demo test quick quick-products lint format types layering proto check-proto verify check house bench gpu-dry chaos clean
+.PHONY: help env demo test quick quick-products lint format types layering proto check-proto verify check house mutants bench gpu-dry chaos clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -63,6 +63,9 @@ check: lint types layering check-proto verify ## What CI runs besides test and d
 
 house: $(STAMP) ## Figures of the source, as the table of docs/architecture.md
 	@$(BIN)/python -m tools.house
+
+mutants: $(STAMP) ## Seed faults into a copy of the source: the tests must catch each
+	$(BIN)/python -m tools.mutants
 
 bench: $(STAMP) ## Speed and memory on this machine
 	$(BIN)/twotower bench --preset tiny --out runs/bench.json

@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.demo import PROMPT
 from benchmarks.figures import median, percentile
 from benchmarks.machine import machine
-from benchmarks.pairs import pair_states, pair_stats
+from tests.support.pairs import pair_states, prompt_tokens_read
 from twotower.client import Client
 from twotower.deployments.config import ServiceConfig
 from twotower.deployments.pair.autoscaling import PairAutoscaling
@@ -38,8 +38,6 @@ PROMPTS = (PROMPT, f"{PROMPT}\n        # read")
 # Clients that go on, as a share of a pair's target rows: together they want a single pair.
 TAIL = 0.75
 TARGET_ROWS = 8
-# Questions per pair, enough for an answer from each pair almost certainly.
-ASKED_PER_PAIR = 16
 
 
 @dataclass(frozen=True)
@@ -250,19 +248,6 @@ def one_burst(
         "share_on_new_pairs": round(sum(read[1:]) / sum(read), 3),
         "shares": [round(tokens / sum(read), 3) for tokens in read],
     }
-
-
-def prompt_tokens_read(pairs: int) -> list[float]:
-    """Prompt tokens that each pair has read, the oldest pair first. To be called when nothing runs:
-    Serve chooses the pair that answers, and pairs are told apart by their counters.
-    """
-    found: dict[float, tuple[float, float]] = {}
-    for stats in pair_stats(ASKED_PER_PAIR * pairs):
-        tower = stats["context"]
-        age = tower["pass_seconds"] / tower["busy_share"] if tower["passes"] else 0.0
-        found[tower["pass_seconds"]] = age, tower["prefill_tokens"]
-    read = [tokens for _, tokens in sorted(found.values(), reverse=True) if tokens]
-    return read + [0.0] * (pairs - len(read))
 
 
 def levels(samples: Sequence[Sample]) -> list[dict[str, Any]]:

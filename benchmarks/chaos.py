@@ -20,38 +20,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
-from typing import Any
+from itertools import product
 
-from benchmarks.chaos_cluster import ChaosCluster, chaos_cluster
-from benchmarks.processes import own_processes
-from twotower import TwoTower
-from twotower.client import Client, Usage
+from tests.support.chaos_cluster import ChaosCluster, chaos_cluster
+from tests.support.processes import own_processes
+from tests.support.streams import Request, alone, disturbed, requests_of
+from twotower import GenerationResult
 from twotower.cluster.topology import LinkFaults
-
-MODES = ("mask_diffusion", "ar", "verified", "mask_diffusion", "mock_ar")
-TEXTS = ("def main():\n    ", "class Reader:\n", "import os\nimport sys\n", "# the first", "x = [")
-Request = tuple[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A stream as its client received it; gapless if each block began where the last had ended.
-
-    `starts` of the blocks count from the output's first token.
-    """
-
-    token_ids: list[int]
-    text: str
-    starts: list[int]
-    indexes: list[int]
-    gapless: bool
-    usage: Usage | None
-    longest_pause_s: float
-    resumes: int
 
 
 @dataclass(frozen=True)
@@ -120,81 +97,11 @@ def faults_of(disturbance: str, seed: int) -> LinkFaults | None:
     return LinkFaults(delay_s=0.15) if disturbance == "link slow" else None
 
 
-def requests_of(count: int, tokens: int) -> list[Request]:
-    """Requests of all modes, every other request at temperature 1."""
-    return [
-        (
-            TEXTS[index % len(TEXTS)],
-            {
-                "mode": MODES[index % len(MODES)],
-                "max_tokens": tokens if MODES[index % len(MODES)] != "mock_ar" else tokens // 3,
-                "block_size": 8,
-                "temperature": float(index % 2),
-                "seed": index,
-            },
-        )
-        for index in range(count)
-    ]
-
-
-def alone(requests: Sequence[Request]) -> list[tuple[list[int], str]]:
-    """Tokens and text of each request in one process, undisturbed."""
-    model = TwoTower.from_pretrained()
-    results = [model.generate([text], **options)[0] for text, options in requests]
-    return [(list(result.token_ids), result.text) for result in results]
-
-
-def receive(address: str, request: Request, seen: list[int], timeout_s: float = 300.0) -> Stream:
-    """Reads a stream with a new client; appends each block's index to `seen` as it comes."""
-    text, options = request
-    with Client(address) as client:
-        stream = client.generate(text, ignore_eos=True, timeout=timeout_s, **options)
-        last, longest = time.monotonic(), 0.0
-        blocks = []
-        for block in stream:
-            now = time.monotonic()
-            longest, last = max(longest, now - last), now
-            blocks.append(block)
-            seen.append(block.index)
-        return Stream(
-            stream.token_ids,
-            "".join(block.text for block in blocks),
-            [block.start - (stream.prompt_tokens or 0) for block in blocks],
-            [block.index for block in blocks],
-            all(a.start + len(a.token_ids) == b.start for a, b in pairwise(blocks)),
-            stream.usage,
-            longest,
-            stream.resumes,
-        )
-
-
-def disturbed(
-    address: str,
-    requests: Sequence[Request],
-    draw: random.Random,
-    disturb: Callable[[], None],
-    timeout_s: float = 300.0,
-) -> tuple[list[Stream], int]:
-    """The streams of all requests at once, and how many were running at the disturbance, which
-    comes after a random number of blocks."""
-    seen: list[int] = []
-    with ThreadPoolExecutor(len(requests)) as pool:
-        streams = [pool.submit(receive, address, request, seen, timeout_s) for request in requests]
-        # In blocks: in seconds a fast machine would be done before.
-        moment = draw.randrange(4 * len(requests))
-        while len(seen) < moment and not all(stream.done() for stream in streams):
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0.0, 0.05))
-        running = sum(not stream.done() for stream in streams)
-        disturb()
-        return [stream.result(timeout=timeout_s) for stream in streams], running
-
-
 def run_round(
     cluster: ChaosCluster,
     disturbance: str,
     requests: Sequence[Request],
-    want: Sequence[tuple[list[int], str]],
+    want: Sequence[GenerationResult],
     seed: int,
 ) -> Round:
     """Sends all requests at once, disturbs once, and compares the streams with `want`."""
@@ -204,8 +111,9 @@ def run_round(
     received, running = disturbed(cluster.address, requests, draw, disturb)
     seconds = time.monotonic() - begin
     wrong = sum(
-        (stream.token_ids, stream.text) != wanted or not stream.gapless
-        for stream, wanted in zip(received, want, strict=True)
+        (stream.token_ids, stream.text) != (list(expected.token_ids), expected.text)
+        or not stream.gapless
+        for stream, expected in zip(received, want, strict=True)
     )
     return Round(
         disturbance,
@@ -224,25 +132,20 @@ def run_round(
 def run(
     disturbances: Sequence[str], streams: int, tokens: int, rounds: int, first_seed: int = 0
 ) -> list[Round]:
-    """Rounds of every disturbance; each round of a link's fault gets a fresh cluster."""
-    seeds = range(first_seed, first_seed + rounds)
+    """Rounds of every disturbance, on one cluster. Pairs have the faults of a link from their
+    beginning: they are replaced before and after a round that has any."""
     requests = requests_of(streams, tokens)
     want = alone(requests)
     done = []
-    # A link has its faults from the beginning.
-    shared = [name for name in disturbances if faults_of(name, 0) is None]
-    plans = [(None, [(name, seed) for name in shared for seed in seeds])] if shared else []
-    plans += [
-        (faults_of(name, seed), [(name, seed)])
-        for name in disturbances
-        if name not in shared
-        for seed in seeds
-    ]
-    for faults, plan in plans:
-        with chaos_cluster(faults) as cluster:
-            for name, seed in plan:
-                done.append(run_round(cluster, name, requests, want, seed))
-                print(json.dumps(asdict(done[-1])), flush=True)
+    with chaos_cluster() as cluster:
+        present: LinkFaults | None = None
+        for name, seed in product(disturbances, range(first_seed, first_seed + rounds)):
+            faults = faults_of(name, seed)
+            if faults is not None or present is not None:
+                cluster.link_with(faults)
+                present = faults
+            done.append(run_round(cluster, name, requests, want, seed))
+            print(json.dumps(asdict(done[-1])), flush=True)
     return done
 
 

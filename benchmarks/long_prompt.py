@@ -32,11 +32,11 @@ import torch
 
 from benchmarks.figures import median, percentile
 from benchmarks.machine import machine
-from benchmarks.processes import own_processes
 from benchmarks.random_checkpoint import write_random_checkpoint
 from benchmarks.scheduling import BLOCK
 from benchmarks.scheduling import SHAPE as MIXED_SHAPE
 from benchmarks.state_memory import anonymous_bytes
+from tests.support.processes import own_processes
 from twotower.cluster.placement.start import start_towers
 from twotower.cluster.services.tower_services import PairServices
 from twotower.cluster.topology import PairTopology

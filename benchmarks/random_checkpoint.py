@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
+from tests.support.random_model import write_checkpoint
 from twotower.planner.shapes import LARGE
-from twotower.towers.checkpoint.checkpoint import SINGLE_FILE, tensor_shapes
+from twotower.towers.checkpoint.checkpoint import tensor_shapes
 from twotower.towers.config.model_config import TwoTowerConfig
 
 MEDIUM = replace(
@@ -39,9 +38,7 @@ def write_random_checkpoint(folder: Path, config: TwoTowerConfig, seed: int = 0)
     tensors = {
         name: _random(name, shape, generator) for name, shape in tensor_shapes(config).items()
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
-    save_file(tensors, folder / SINGLE_FILE)
+    write_checkpoint(folder, config, tensors)
 
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -14,15 +14,20 @@ import pytest
 import torch
 
 # Before what reads the environment is imported.
-import tests.environment  # noqa: F401
-from tests.products import ALL_PRODUCTS, multiplied_by
+import tests.support.environment  # noqa: F401
+from tests.support.products import ALL_PRODUCTS, multiplied_by
 from twotower import TwoTower
 from twotower.kernels.products import Products, best_products
 from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
+from twotower.towers.engine.context_engine import ContextEngine
+from twotower.towers.engine.denoiser_engine import DenoiserEngine
+from twotower.towers.engine.load import load_engines
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower
+from twotower.towers.text.tokenizer import load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
+Engines = tuple[ContextEngine, DenoiserEngine]
 NAMES = ("tiny_a", "tiny_b")
 
 # Tiny matrices and a machine with other work on it: more threads only wait for each other.
@@ -67,8 +72,16 @@ def denoiser_tower(folder: Path) -> DenoiserTower:
 
 
 @pytest.fixture(scope="session")
-def model(folder: Path) -> TwoTower:
-    return TwoTower.from_pretrained(folder)
+def engines(folder: Path) -> Engines:
+    """Both engines of each recorded checkpoint, on this processor."""
+    cpu = torch.device("cpu")
+    return load_engines(folder, cpu, cpu, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def model(folder: Path, engines: Engines) -> TwoTower:
+    """The model that runs on `engines`."""
+    return TwoTower(*engines, load_tokenizer(folder))
 
 
 @pytest.fixture(scope="session")

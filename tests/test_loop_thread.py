@@ -25,11 +25,14 @@ LIMIT_S = 1.0
 # A call that takes far longer than the test, in the surroundings that are named.
 PROGRAM = """
 import asyncio, signal, sys, threading, time
+from pathlib import Path
 import torch
 from twotower import TwoTower
+from twotower.towers.engine.load import load_engines
 
 torch.set_num_threads(1)
-model = TwoTower.from_pretrained(sys.argv[2])
+engines = load_engines(Path(sys.argv[2]), "cpu", "cpu", torch.float32)
+model = TwoTower(*engines, None)
 alone = model.generate([[5, 6, 7]], max_tokens=20, seed=1)[0].token_ids
 
 def long_call():
@@ -42,7 +45,7 @@ def interrupted():
         long_call()
     except KeyboardInterrupt:
         print("interrupted", flush=True)
-        rows = model._context.num_rows, model._denoiser.num_rows
+        rows = [engine.num_rows for engine in engines]
         again = model.generate([[5, 6, 7]], max_tokens=20, seed=1)[0].token_ids
         print(*rows, again == alone, flush=True)
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
 import twotower
-from tests.towers.text.tokenizer_families import llama, saved, word_level
+from tests.conftest import Engines
+from tests.support.tokenizer_families import llama, saved, word_level
 from twotower import GenerationParams, GenerationResult, Request, TwoTower
 from twotower.towers.errors import CheckpointError, ConfigError, InvalidRequestError
 from twotower.towers.text.tokenizer import load_tokenizer
@@ -175,8 +176,8 @@ class Letters:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("length", [1, 3])
-def test_a_stop_string_ends_a_row(model: TwoTower, mode: Any, length: int) -> None:
-    writing = TwoTower(model._context, model._denoiser, Letters())
+def test_a_stop_string_ends_a_row(engines: Engines, mode: Any, length: int) -> None:
+    writing = TwoTower(*engines, Letters())
     how = {"mode": mode, "max_tokens": 40, "block_size": 4, "temperature": 1.0, "seed": 3}
     free = writing.generate([PROMPT], **how)[0]
     assert free.text == Letters().decode(free.token_ids)
@@ -190,7 +191,7 @@ def test_a_stop_string_ends_a_row(model: TwoTower, mode: Any, length: int) -> No
     assert result.text == free.text[: end - length]
     assert result.log_probs == free.log_probs[:end]
     assert [token for block in result.blocks for token in block.token_ids] == result.token_ids
-    assert model._context.num_rows == model._denoiser.num_rows == 0
+    assert [engine.num_rows for engine in engines] == [0, 0]
 
 
 def test_eos_waits_for_min_tokens(model: TwoTower) -> None:
@@ -279,11 +280,11 @@ async def test_it_works_inside_an_event_loop(model: TwoTower) -> None:
     ],
 )
 def test_bad_input_is_refused_and_leaves_nothing(
-    model: TwoTower, prompts: Any, changes: dict[str, Any], field: str
+    model: TwoTower, engines: Engines, prompts: Any, changes: dict[str, Any], field: str
 ) -> None:
     with pytest.raises(InvalidRequestError, match=rf"^{field}: got .*expected"):
         model.generate(prompts, **changes)
-    assert model._context.num_rows == model._denoiser.num_rows == 0
+    assert [engine.num_rows for engine in engines] == [0, 0]
 
 
 def test_ids_are_lists_arrays_or_tensors(model: TwoTower) -> None:
@@ -305,8 +306,8 @@ def test_ids_are_lists_arrays_or_tensors(model: TwoTower) -> None:
     ]
 
 
-def test_decoding(model: TwoTower) -> None:
-    writing = TwoTower(model._context, model._denoiser, Letters())
+def test_decoding(model: TwoTower, engines: Engines) -> None:
+    writing = TwoTower(*engines, Letters())
     for ids in (PROMPT, torch.tensor([PROMPT]), np.array(PROMPT)):
         assert writing.decode(ids) == Letters().decode(PROMPT)
     last = model.config.vocab_size
@@ -317,7 +318,9 @@ def test_decoding(model: TwoTower) -> None:
         model.decode(PROMPT)
 
 
-def test_a_vocabulary_of_another_size_than_the_models(model: TwoTower, tmp_path: Path) -> None:
+def test_a_vocabulary_of_another_size_than_the_models(
+    model: TwoTower, engines: Engines, tmp_path: Path
+) -> None:
     """Larger: a text that needs what the model lacks is refused. Smaller: the rest has no text."""
     size = model.config.vocab_size
     tools = [AddedToken(f"<tool {index}>", special=False) for index in range(size)]
@@ -327,13 +330,13 @@ def test_a_vocabulary_of_another_size_than_the_models(model: TwoTower, tmp_path:
     assert smaller is not None
     text = f"<tool {size - 1}>"
     assert larger.encode(text)[-1] > size
-    reading = TwoTower(model._context, model._denoiser, larger)
+    reading = TwoTower(*engines, larger)
     with pytest.raises(InvalidRequestError, match=rf"^prompt\[\d\]: got .*0\.\.{size - 1}$"):
         reading.generate([text])
     # An empty text is the special token that begins one.
     empty, begun = reading.generate(["", [1]], max_tokens=4)
     assert empty.token_ids == begun.token_ids
-    writing = TwoTower(model._context, model._denoiser, smaller)
+    writing = TwoTower(*engines, smaller)
     result = writing.generate([PROMPT], max_tokens=40, temperature=1.0, seed=1)[0]
     assert result.text == smaller.decode(result.token_ids)
     assert max(result.token_ids) > 20

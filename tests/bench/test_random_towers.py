@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.bench.conftest import CPU
-from tests.random_model import write_checkpoint
+from tests.support.random_model import write_checkpoint
 from twotower.bench.filled import FilledPool
 from twotower.bench.random_towers import TowerMaker
 from twotower.kernels.quantized import QuantizedExperts

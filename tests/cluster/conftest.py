@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.harness import LIVE, WatchedAssembly
+from tests.support.channel import LIVE, WatchedAssembly
 
 LIMIT_S = 60
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.nodes import add_node, deploy, local_cluster, raylet_of
-from benchmarks.processes import ancestors, own_processes
+from tests.support.nodes import add_node, deploy, local_cluster, raylet_of
+from tests.support.processes import ancestors, own_processes
 from twotower import TwoTower
 from twotower.client import Client
 from twotower.deployments.app import build_app
@@ -18,8 +18,6 @@ from twotower.deployments.server.server import (
 )
 from twotower.towers.errors import ConfigError
 
-pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
-
 LABEL = "example.com/gpu-domain"
 # With pretended GPUs: the host of the wrong domain could hold the whole pair.
 NODES = [
@@ -28,6 +26,8 @@ NODES = [
 ]
 
 
+@pytest.mark.cluster
+@pytest.mark.filterwarnings("default")
 def test_a_pair_spans_the_hosts_of_its_domain(tiny_text: Path) -> None:
     config = ServiceConfig(
         model=str(tiny_text),

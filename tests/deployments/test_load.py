@@ -5,18 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ray import serve
 
-from tests.deployments.test_service import await_no_rows
+from tests.support.nodes import redeploy
+from tests.support.pairs import await_no_rows
 from twotower import TwoTower
 from twotower.client import Client, GenerationStream, ServiceError
-from twotower.deployments.app import build_app
-from twotower.deployments.config import APP_NAME, ServiceConfig
+from twotower.deployments.config import ServiceConfig
 from twotower.deployments.pair.overload import NOTCHES
 from twotower.deployments.server.server import LocalService, free_port
 
@@ -28,16 +28,20 @@ HOW: dict[str, Any] = {"max_tokens": 48, "confidence_threshold": 0.5, "seed": 3}
 STEPS, FLOOR = 16, 4
 
 
-def config_of(folder: Path, **settings: Any) -> ServiceConfig:
-    return ServiceConfig(
-        model=str(folder),
+@pytest.fixture(scope="module")
+def service(tiny_text: Path) -> Iterator[LocalService]:
+    config = ServiceConfig(
+        model=str(tiny_text),
         grpc_port=free_port(),
         http_port=free_port(),
         num_threads=1,
         cpus_per_tower=0.1,
         health_check_period_s=1.0,
-        **settings,
+        max_num_seqs=8,
+        max_queued_requests=40,
     )
+    with LocalService(config) as running:
+        yield running
 
 
 def expected(folder: Path, steps: int = STEPS) -> list[list[int]]:
@@ -54,7 +58,7 @@ def received(client: Client, number: int, **floors: int) -> GenerationStream:
     return stream
 
 
-def test_two_hundred_streams_against_a_queue_limit(tiny_text: Path) -> None:
+def test_two_hundred_streams_against_a_queue_limit(service: LocalService, tiny_text: Path) -> None:
     """Each ends complete and correct, or refused with a hint when to come again.
 
     Every other one allows fewer steps: it is served with fewer while others wait, and its tokens
@@ -62,11 +66,10 @@ def test_two_hundred_streams_against_a_queue_limit(tiny_text: Path) -> None:
     """
     served = range(FLOOR, STEPS + 1, (STEPS - FLOOR) // NOTCHES)
     want = {steps: expected(tiny_text, steps) for steps in served}
-    config = config_of(tiny_text, max_num_seqs=8, max_queued_requests=40)
     together = threading.Barrier(200)
 
     def ask(number: int) -> str:
-        with Client(address) as client:
+        with Client(service.address) as client:
             together.wait(timeout=60)
             floors = {"min_steps_per_block": FLOOR} if number % 2 else {}
             try:
@@ -79,11 +82,10 @@ def test_two_hundred_streams_against_a_queue_limit(tiny_text: Path) -> None:
         right = stream.token_ids == want[steps][number % len(PROMPTS)]
         return f"complete, {steps} steps" if right else "wrong"
 
-    with LocalService(config) as service, ThreadPoolExecutor(200) as pool:
-        address = service.address
+    with ThreadPoolExecutor(200) as pool:
         outcomes = Counter(pool.map(ask, range(200), timeout=240))
         print(f"200 streams at once, 8 places, a queue of 40: {dict(outcomes)}")
-        await_no_rows()
+    await_no_rows()
     refused = outcomes.pop("RESOURCE_EXHAUSTED, with a hint")
     complete = {f"complete, {steps} steps" for steps in served}
     assert set(outcomes) <= complete
@@ -92,37 +94,37 @@ def test_two_hundred_streams_against_a_queue_limit(tiny_text: Path) -> None:
     assert outcomes.total() + refused == 200
 
 
-def test_a_new_config_fails_no_request(tiny_text: Path) -> None:
+def test_a_new_config_fails_no_request(service: LocalService, tiny_text: Path) -> None:
     """Routers and pairs are replaced one after the other under six clients that never stop."""
     want = expected(tiny_text)
-    config = config_of(tiny_text, num_pairs=2, max_num_seqs=8)
+    config = service.config.model_copy(update={"num_pairs": 2})
+    redeploy(config)
     done = threading.Event()
 
     def ask_on(worker: int) -> tuple[int, float]:
         count, longest = 0, 0.0
         while not done.is_set():
             began = time.monotonic()
-            with Client(address) as client:
+            with Client(service.address) as client:
                 stream = received(client, worker + count)
                 assert stream.token_ids == want[(worker + count) % len(PROMPTS)]
             longest = max(longest, time.monotonic() - began)
             count += 1
         return count, longest
 
-    with LocalService(config) as service, ThreadPoolExecutor(6) as pool:
-        address = service.address
+    with ThreadPoolExecutor(6) as pool:
         workers = [pool.submit(ask_on, worker) for worker in range(6)]
         time.sleep(2.0)
         began = time.monotonic()
         changed = config.model_copy(update={"max_context": 4096, "prefix_cache_mib": 8})
         try:
-            serve.run(build_app(changed), name=APP_NAME, route_prefix="/")
+            redeploy(changed)
             seconds = time.monotonic() - began
             time.sleep(2.0)
         finally:
             done.set()
         results = [worker.result(timeout=120) for worker in workers]
-        with Client(address) as client:
+        with Client(service.address) as client:
             assert client.model_info().max_context == 4096
         print(
             f"updated in {seconds:.1f} s under {sum(count for count, _ in results)} requests, the "

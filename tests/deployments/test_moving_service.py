@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.autoscale import prompt_tokens_read
-from benchmarks.pairs import held, pair_states
-from tests.deployments.test_service import await_true
+from tests.support.pairs import await_true, held, pair_states, prompt_tokens_read
 from twotower import TwoTower
 from twotower.client import Client
 from twotower.deployments.config import ServiceConfig

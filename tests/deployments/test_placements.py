@@ -8,15 +8,15 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
-from benchmarks.processes import own_processes
-from tests.deployments.test_service import await_no_rows
+from tests.support.nodes import deploy_anew
+from tests.support.pairs import await_no_rows
+from tests.support.processes import own_processes
 from twotower import TwoTower
 from twotower.client import Client, ServiceError
 from twotower.deployments.config import ServiceConfig
@@ -24,6 +24,7 @@ from twotower.deployments.server.server import LocalService, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
 
+DENOISERS = 2
 MODES = ("mask_diffusion", "verified", "ar", "mock_ar")
 REQUESTS: list[tuple[list[int], dict[str, Any]]] = [
     (
@@ -40,24 +41,32 @@ REQUESTS: list[tuple[list[int], dict[str, Any]]] = [
 ]
 
 
-@contextmanager
-def service(folder: Path, **settings: Any) -> Iterator[LocalService]:
+@pytest.fixture(scope="module")
+def service(tiny_text: Path) -> Iterator[LocalService]:
+    """The service with two denoisers for one context tower."""
     config = ServiceConfig(
-        model=str(folder),
+        model=str(tiny_text),
         grpc_port=free_port(),
         http_port=free_port(),
         num_threads=1,
         max_num_seqs=8,
         health_check_period_s=1.0,
-        **settings,
+        denoisers_per_context=DENOISERS,
     )
     with LocalService(config) as running:
         yield running
 
 
-def undisturbed(folder: Path, requests: list[tuple[list[int], dict[str, Any]]]) -> list[list[int]]:
-    model = TwoTower.from_pretrained(folder)
-    return [list(model.generate([prompt], **how)[0].token_ids) for prompt, how in requests]
+def place(service: LocalService, **settings: Any) -> None:
+    """Replaces the service's pair by one that is placed otherwise."""
+    deploy_anew(service.config.model_copy(update={"denoisers_per_context": 1, **settings}))
+
+
+@pytest.fixture(scope="module")
+def want(tiny_text: Path) -> list[list[int]]:
+    """The tokens of each request alone, in one process."""
+    model = TwoTower.from_pretrained(tiny_text)
+    return [list(model.generate([prompt], **how)[0].token_ids) for prompt, how in REQUESTS]
 
 
 def tokens(address: str, prompt: list[int], how: dict[str, Any]) -> list[int]:
@@ -70,46 +79,44 @@ def begun(address: str, pool: ThreadPoolExecutor) -> list[Future[list[int]]]:
     return [pool.submit(tokens, address, prompt, how) for prompt, how in REQUESTS]
 
 
-def test_a_killed_denoiser_is_started_again_in_its_place(tiny_text: Path) -> None:
+def test_a_killed_denoiser_is_started_again_in_its_place(
+    service: LocalService, want: list[list[int]]
+) -> None:
     """Twice, at random moments; the streams go on, on the same pair."""
-    denoisers = 2
-    want = undisturbed(tiny_text, REQUESTS)
-    draw = random.Random(denoisers)
-    with service(tiny_text, denoisers_per_context=denoisers) as running:
-        contexts = own_processes("ray::ContextTowerActor")
-        assert len(own_processes("ray::DenoiserTowerActor")) == denoisers
-        for _ in range(2):
-            with ThreadPoolExecutor(len(REQUESTS)) as pool:
-                started = time.monotonic()
-                streams = begun(running.address, pool)
-                time.sleep(draw.uniform(0.2, 1.5))
-                os.kill(draw.choice(own_processes("ray::DenoiserTowerActor")), signal.SIGKILL)
-                assert [stream.result(timeout=120) for stream in streams] == want
-                print(f"{denoisers} denoisers, one killed: {time.monotonic() - started:.1f} s")
-            await_no_rows()
-        assert own_processes("ray::ContextTowerActor") == contexts
-
-
-def test_both_towers_in_one_process(tiny_text: Path) -> None:
-    with service(tiny_text, placement="colocated") as running:
-        assert len(own_processes("ray::ColocatedActor")) == 1
-        assert not own_processes("ray::DenoiserTowerActor")
+    draw = random.Random(DENOISERS)
+    contexts = own_processes("ray::ContextTowerActor")
+    assert len(own_processes("ray::DenoiserTowerActor")) == DENOISERS
+    for _ in range(2):
         with ThreadPoolExecutor(len(REQUESTS)) as pool:
-            streams = begun(running.address, pool)
-            want = undisturbed(tiny_text, REQUESTS)
+            started = time.monotonic()
+            streams = begun(service.address, pool)
+            time.sleep(draw.uniform(0.2, 1.5))
+            os.kill(draw.choice(own_processes("ray::DenoiserTowerActor")), signal.SIGKILL)
             assert [stream.result(timeout=120) for stream in streams] == want
+            print(f"{DENOISERS} denoisers, one killed: {time.monotonic() - started:.1f} s")
+        await_no_rows()
+    assert own_processes("ray::ContextTowerActor") == contexts
 
 
-def test_the_context_tower_alone_serves_ar(tiny_text: Path) -> None:
-    with service(tiny_text, placement="ar_only") as running:
-        assert not own_processes("ray::DenoiserTowerActor")
-        own = [request for request in REQUESTS if request[1]["mode"] == "ar"]
-        got = [tokens(running.address, *request) for request in own]
-        assert got == undisturbed(tiny_text, own)
-        with pytest.raises(ServiceError) as caught:
-            tokens(running.address, *REQUESTS[0])
-        assert caught.value.code == grpc.StatusCode.INVALID_ARGUMENT
-        assert "mode: got 'mask_diffusion', expected ar alone" in str(caught.value)
-        with Client(running.address) as client:
-            assert client.model_info().modes == ("ar",)
-            assert client.score([5, 6, 7]).log_probs
+def test_both_towers_in_one_process(service: LocalService, want: list[list[int]]) -> None:
+    place(service, placement="colocated")
+    assert len(own_processes("ray::ColocatedActor")) == 1
+    assert not own_processes("ray::DenoiserTowerActor")
+    with ThreadPoolExecutor(len(REQUESTS)) as pool:
+        streams = begun(service.address, pool)
+        assert [stream.result(timeout=120) for stream in streams] == want
+
+
+def test_the_context_tower_alone_serves_ar(service: LocalService, want: list[list[int]]) -> None:
+    place(service, placement="ar_only")
+    assert not own_processes("ray::DenoiserTowerActor")
+    for request, expected in zip(REQUESTS, want, strict=True):
+        if request[1]["mode"] == "ar":
+            assert tokens(service.address, *request) == expected
+    with pytest.raises(ServiceError) as caught:
+        tokens(service.address, *REQUESTS[0])
+    assert caught.value.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert "mode: got 'mask_diffusion', expected ar alone" in str(caught.value)
+    with Client(service.address) as client:
+        assert client.model_info().modes == ("ar",)
+        assert client.score([5, 6, 7]).log_probs

@@ -7,21 +7,21 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
-from benchmarks.chaos import MODES, TEXTS, disturbed
-from benchmarks.chaos_cluster import PAIRS
-from benchmarks.pairs import left_over
-from benchmarks.processes import own_processes
-from twotower import GenerationResult, TwoTower
+from tests.support.chaos_cluster import PAIRS
+from tests.support.pairs import left_over
+from tests.support.processes import own_processes
+from tests.support.streams import alone, disturbed, requests_of
+from twotower import GenerationResult
 from twotower.deployments.config import ServiceConfig
 from twotower.deployments.server.server import LocalService, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
 
-MAX_TOKENS = 64
+# Five requests of all modes, some of them drawn at a temperature.
+REQUESTS = requests_of(5, tokens=64)
 TITLES = {
     "a context tower": "ray::ContextTowerActor",
     "a denoiser tower": "ray::DenoiserTowerActor",
@@ -45,28 +45,10 @@ def service() -> Iterator[LocalService]:
         yield running
 
 
-def asked() -> list[tuple[str, dict[str, Any]]]:
-    """Five requests of all modes, some of them drawn at a temperature."""
-    return [
-        (
-            text,
-            {
-                "mode": mode,
-                "max_tokens": MAX_TOKENS if mode != "mock_ar" else 24,
-                "block_size": 8,
-                "temperature": float(index % 2),
-                "seed": index,
-            },
-        )
-        for index, (text, mode) in enumerate(zip(TEXTS, MODES, strict=True))
-    ]
-
-
 @pytest.fixture(scope="module")
 def undisturbed() -> list[GenerationResult]:
     """What each request gives alone, in one process."""
-    model = TwoTower.from_pretrained()
-    return [model.generate([text], **options)[0] for text, options in asked()]
+    return alone(REQUESTS)
 
 
 @pytest.mark.parametrize("victim", TITLES, ids=list(TITLES))
@@ -74,7 +56,7 @@ def test_a_death_under_ten_streams_changes_no_token(
     service: LocalService, undisturbed: list[GenerationResult], victim: str
 ) -> None:
     moments = random.Random(victim)
-    requests = asked() * 2
+    requests = REQUESTS * 2
 
     def kill() -> None:
         os.kill(moments.choice(sorted(own_processes(TITLES[victim]))), signal.SIGKILL)
@@ -89,13 +71,13 @@ def test_a_death_under_ten_streams_changes_no_token(
         f"resumed by clients {sum(one.resumes for one in received)}"
     )
     assert running > 0
-    for one, alone in zip(received, undisturbed * 2, strict=True):
-        assert one.token_ids == alone.token_ids
-        assert one.text == alone.text
+    for one, expected in zip(received, undisturbed * 2, strict=True):
+        assert one.token_ids == expected.token_ids
+        assert one.text == expected.text
         assert one.indexes == list(range(len(one.indexes)))
         assert one.starts[0] == 0
         assert one.starts == sorted(set(one.starts))
         assert one.usage is not None
-        assert one.usage.completion_tokens == len(alone.token_ids)
-        assert one.usage.nfe == alone.nfe
+        assert one.usage.completion_tokens == len(expected.token_ids)
+        assert one.usage.nfe == expected.nfe
     assert left_over(PAIRS, timeout_s=60.0) == 0

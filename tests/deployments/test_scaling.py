@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 from ray import serve
 
 from benchmarks.autoscale import PROMPTS, scaling_config, scenario
-from benchmarks.pairs import pair_states
+from tests.support.nodes import deploy_anew
+from tests.support.pairs import pair_states
 from twotower.client import Client, ServiceError
 from twotower.deployments.app import PAIR_DEPLOYMENT, build_app
 from twotower.deployments.config import ServiceConfig
@@ -50,12 +52,18 @@ def test_a_fixed_number_of_pairs_has_no_policy() -> None:
     assert (pair.num_replicas, pair._deployment_config.autoscaling_config) == (2, None)
 
 
+@pytest.fixture(scope="module")
+def service() -> Iterator[LocalService]:
+    """The shipped model with one pair, which may become three."""
+    with LocalService(scaling_config(None, 3)) as running:
+        yield running
+
+
 @pytest.mark.cluster
 @pytest.mark.filterwarnings("default")
-def test_idle_burst_idle() -> None:
+def test_idle_burst_idle(service: LocalService) -> None:
     """1 -> 3 -> 1 pairs, the last step while rows run: they end with the tokens they have alone."""
-    with LocalService(scaling_config(None, 3)) as service:
-        found = scenario(service, clients=20, tokens=64, tail_tokens=320, timeout_s=150)
+    found = scenario(service, clients=20, tokens=64, tail_tokens=320, timeout_s=150)
     print(json.dumps(found))
     running = [level["running"] for level in found["pairs"]]
     wanted = [level["running"] + level["starting"] for level in found["pairs"]]
@@ -70,10 +78,10 @@ def test_idle_burst_idle() -> None:
 
 @pytest.mark.cluster
 @pytest.mark.filterwarnings("default")
-def test_from_zero() -> None:
+def test_from_zero(service: LocalService) -> None:
     """Without a pair requests wait in the router as far as its queue goes, and wake one."""
-    config = scaling_config(None, 1, min_pairs=0, zero_after_s=4.0, cold_start_queue=4)
-    with LocalService(config) as service, Client(service.address) as client:
+    deploy_anew(scaling_config(None, 1, min_pairs=0, zero_after_s=2.0, cold_start_queue=4))
+    with Client(service.address) as client:
 
         def ask(_: int) -> list[int]:
             stream = client.generate(PROMPTS[0], max_tokens=32, ignore_eos=True, timeout=150)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,13 +20,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
-from ray import serve
 from safetensors.torch import load_file, save_file
 
-from benchmarks.processes import own_processes
+from tests.support.pairs import await_no_rows, await_true, rows_held
+from tests.support.processes import own_processes
 from twotower import TwoTower
 from twotower.client import Client, GenerationStream, ServiceError
-from twotower.deployments.config import APP_NAME, ServiceConfig
+from twotower.deployments.config import ServiceConfig
 from twotower.deployments.router.router import SERVICE_NAME
 from twotower.deployments.server.server import LocalService, free_port
 from twotower.protos.refusals import LOST_TEXT
@@ -66,38 +66,6 @@ def service(tiny_text: Path) -> Iterator[LocalService]:
 def client(service: LocalService) -> Iterator[Client]:
     with Client(service.address) as connected:
         yield connected
-
-
-def rows_held() -> tuple[float, float, float]:
-    """Rows in the context actor and the denoiser actor, and rows that the link follows."""
-    handle = serve.get_deployment_handle("TowerPair", APP_NAME)
-    stats = handle.stats.remote().result(timeout_s=60)
-    denoiser = stats["denoiser"]
-    return stats["context"]["rows"], denoiser["rows"], denoiser["mirrors"]
-
-
-def await_true(condition: Callable[[], bool], what: str, timeout_s: float = 90.0) -> float:
-    begin = time.monotonic()
-    while not condition():
-        assert time.monotonic() - begin < timeout_s, what
-        time.sleep(0.05)
-    return time.monotonic() - begin
-
-
-def await_no_rows() -> None:
-    # Well below the time that a row of LONG tokens takes to its end, on a slow machine too.
-    await_true(lambda: rows_held() == (0, 0, 0), "rows are left", timeout_s=8)
-    # Slots and pages follow with the end of the pass that may have touched them.
-    await_true(lambda: memory_held() == 0, "memory is left", timeout_s=8)
-
-
-def memory_held() -> float:
-    """Slots of both towers, and pages of the denoiser: the context tower's may be cached."""
-    handle = serve.get_deployment_handle("TowerPair", APP_NAME)
-    stats = handle.stats.remote().result(timeout_s=60)
-    denoiser = stats["denoiser"]
-    used: float = stats["context"]["slots_used"] + denoiser["slots_used"] + denoiser["pages_used"]
-    return used
 
 
 def tokens(client: Client, prompt: list[int], **options: object) -> list[int]:

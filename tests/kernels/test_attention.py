@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comparing import assert_relative_rms, assert_same_bits, normal
+from tests.support.comparing import assert_relative_rms, assert_same_bits, normal
 from twotower.kernels.attention import PagedKeyValues, _tiles, page_runs, store_kv
 from twotower.kernels.attention import attention as paged_attention
 from twotower.kernels.rows import Rows

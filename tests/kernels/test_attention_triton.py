@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comparing import assert_relative_rms, assert_same_bits, normal
-from tests.kernels.hopper import Launch, compile_all
+from tests.support.comparing import assert_relative_rms, assert_same_bits, normal
+from tests.support.hopper import Launch, compile_all
 from twotower.kernels import attention as reference
 from twotower.kernels.attention import PagedKeyValues
 from twotower.kernels.attention_triton import SHORT_TOKENS, attention, store_kv

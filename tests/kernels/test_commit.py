@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comparing import assert_same_bits
-from tests.kernels.hopper import Launch, compile_all
+from tests.support.comparing import assert_same_bits
+from tests.support.hopper import Launch, compile_all
 from twotower.kernels import commit as reference
 from twotower.kernels import commit_triton as kernels
 from twotower.kernels.commit import Drafts, threshold_below

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comparing import assert_relative_rms, assert_same_bits, normal
+from tests.support.comparing import assert_relative_rms, assert_same_bits, normal
 from twotower.kernels.elementwise import relu_squared, sigmoid, silu, softplus
 
 Function = Callable[[Tensor], Tensor]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.hopper import Launch, compile_all
+from tests.support.hopper import Launch, compile_all
 from twotower.kernels.expert_tiles_triton import sort_by_expert
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comparing import (
+from tests.support.comparing import (
     assert_relative_rms,
     assert_rows_are_independent,
     assert_same_bits,
     normal,
 )
-from tests.kernels.hopper import Launch, compile_all
+from tests.support.hopper import Launch, compile_all
 from twotower.kernels import experts_triton, moe
 from twotower.kernels.experts_triton import experts, tiling_of
 from twotower.kernels.moe import ExpertWeights

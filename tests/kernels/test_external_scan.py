@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comparing import assert_relative_rms, assert_same_bits, normal
+from tests.support.comparing import assert_relative_rms, assert_same_bits, normal
 from twotower.kernels import external_scan
 from twotower.kernels.chunk_scan import chunk_scan, chunk_scan_recurrent
 from twotower.kernels.external_scan import CHUNK, MODULE, load_verified

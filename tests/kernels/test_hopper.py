@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.kernels.hopper import Compiled, CompileError, Launch, compile_all, compile_for_hopper
+from tests.support.hopper import Compiled, CompileError, Launch, compile_all, compile_for_hopper
 
-SAMPLES = "tests.kernels.hopper_samples"
+SAMPLES = "tests.support.hopper_samples"
 PRODUCT = {"a": "*bf16", "b": "*bf16", "out": "*fp32"}
 COPY = {"source": "*fp32", "target": "*fp32", "count": "i32"}
 SQUARE = {"rows": 64, "inner": 64, "columns": 64}

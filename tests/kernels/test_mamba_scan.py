@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comparing import assert_relative_rms, assert_same_bits, normal
+from tests.support.comparing import assert_relative_rms, assert_same_bits, normal
 from twotower.kernels.chunk_scan import chunk_scan_recurrent
 from twotower.kernels.mamba_scan import MambaScanWeights, mamba_scan
 from twotower.kernels.rows import Rows

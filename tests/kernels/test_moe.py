@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comparing import (
+from tests.support.comparing import (
     assert_relative_rms,
     assert_rows_are_independent,
     assert_same_bits,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comparing import assert_relative_rms, normal
-from tests.products import ALL_PRODUCTS, multiplied_by
+from tests.support.comparing import assert_relative_rms, normal
+from tests.support.products import ALL_PRODUCTS, multiplied_by
 from twotower.kernels import products as module
 from twotower.kernels.linear import linear, pack
 from twotower.kernels.products import Products, best_products, force_products, products

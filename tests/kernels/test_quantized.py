@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.comparing import assert_relative_rms, assert_same_bits, normal
+from tests.support.comparing import assert_relative_rms, assert_same_bits, normal
 from twotower.kernels.quantized import FP8, FP8_MAX, QuantizedExperts, quantize
 
 EXPERTS, ROWS, COLUMNS = 3, 5, 40

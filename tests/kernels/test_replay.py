@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comparing import assert_relative_rms, assert_same_bits, normal
+from tests.support.comparing import assert_relative_rms, assert_same_bits, normal
 from twotower.kernels.causal_conv1d import causal_conv1d
 from twotower.kernels.chunk_scan import chunk_scan
 from twotower.kernels.elementwise import softplus

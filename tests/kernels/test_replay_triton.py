@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comparing import assert_relative_rms, assert_same_bits, normal
-from tests.kernels.hopper import Launch, compile_all
-from tests.kernels.mamba_layer import (
+from tests.support.comparing import assert_relative_rms, assert_same_bits, normal
+from tests.support.hopper import Launch, compile_all
+from tests.support.mamba_layer import (
     DEVICE,
     NAN,
     NEMOTRON,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comparing import assert_rows_are_independent, assert_same_bits, normal
-from tests.kernels.hopper import Launch, compile_all
+from tests.support.comparing import assert_rows_are_independent, assert_same_bits, normal
+from tests.support.hopper import Launch, compile_all
 from twotower.kernels import moe, router_triton
 from twotower.kernels.moe import RouterRule, narrow_parts
 from twotower.kernels.router_triton import route

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comparing import assert_rows_are_independent, assert_same_bits, normal
+from tests.support.comparing import assert_rows_are_independent, assert_same_bits, normal
 from twotower.kernels.philox import uniforms
 from twotower.kernels.unmask import SamplingBatch, first_argmax, gumbel, predict, tempered, without
 

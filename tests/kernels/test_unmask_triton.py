@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tests.comparing import assert_relative_rms, assert_same_bits, normal
-from tests.kernels.hopper import Launch, compile_all
 from tests.kernels.test_philox import KNOWN
+from tests.support.comparing import assert_relative_rms, assert_same_bits, normal
+from tests.support.hopper import Launch, compile_all
 from twotower.kernels import unmask, unmask_triton
 from twotower.kernels.philox import uniforms
 from twotower.kernels.unmask import SamplingBatch

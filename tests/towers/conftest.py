@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.random_model import small_config, write_checkpoint
-from tests.towers.rows import Pair, Towers
+from tests.support.random_model import small_config, write_checkpoint
+from tests.support.rows import Pair, Towers
 from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
 
 

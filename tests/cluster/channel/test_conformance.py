@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cluster.harness import (
+from tests.support.channel import (
     CONFIG,
     DTYPE,
     NCCL,
@@ -422,7 +422,7 @@ async def test_a_sender_that_leaves_mid_update_leaves_nothing(channel: Channel) 
 
 DYING_SENDER = """
 import asyncio, os, sys
-from tests.cluster.harness import CONFIG, DTYPE, TOKEN, WEIGHTS, device_of, shares_of
+from tests.support.channel import CONFIG, DTYPE, TOKEN, WEIGHTS, device_of, shares_of
 from twotower.cluster.channel.grpc import GrpcStateLink, LinkSpec
 from twotower.towers.state.update import UpdatePlan
 

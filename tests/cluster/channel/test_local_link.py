@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cluster.harness import CONFIG, DTYPE
+from tests.support.channel import CONFIG, DTYPE
 from twotower.towers.engine.local_link import LocalLink
 from twotower.towers.state.update import UpdatePlan
 

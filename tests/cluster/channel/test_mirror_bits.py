@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cluster.harness import TRANSPORTS, Channel
-from tests.random_model import small_config, write_checkpoint
+from tests.support.channel import TRANSPORTS, Channel
+from tests.support.random_model import small_config, write_checkpoint
 from twotower.kernels.replay import ReplayWeights
 from twotower.towers.checkpoint.weights import load_context_tower
 from twotower.towers.config.model_config import ATTENTION

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cluster.harness import NCCL, device_of
+from tests.support.channel import NCCL, device_of
 from twotower.cluster.channel.nccl import settle
 from twotower.cluster.channel.process_group import GroupEnd, Rendezvous, join
 from twotower.cluster.topology import PairTopology, Transport

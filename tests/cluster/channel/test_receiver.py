@@ -9,7 +9,7 @@ import grpc
 import pytest
 import torch
 
-from tests.cluster.harness import CONFIG, DTYPE, Channel, Recorder, num_unfinished, send
+from tests.support.channel import CONFIG, DTYPE, Channel, Recorder, num_unfinished, send
 from twotower.cluster.channel import framing
 from twotower.protos.v1 import state_pb2
 from twotower.towers.state.update import UpdatePlan

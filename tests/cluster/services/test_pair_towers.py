@@ -213,12 +213,11 @@ async def test_rows_are_spread_and_get_what_they_get_in_one_process(
 
 
 @pytest.mark.parametrize("disturbance", ["kill", "hang", "cut"])
-@pytest.mark.parametrize("moment", range(2))
 async def test_no_row_notices_that_a_denoiser_was_lost(
-    service: Service, undisturbed: list[list[int]], disturbance: str, moment: int
+    service: Service, undisturbed: list[list[int]], disturbance: str
 ) -> None:
     """At a random moment, ten rows in all modes being anywhere between prefill and their end."""
-    draw = random.Random(f"{disturbance}{moment}")
+    draw = random.Random(disturbance)
     working = asyncio.create_task(service.all_rows())
     await asyncio.sleep(draw.uniform(0.05, 0.5))
     index = draw.randrange(len(service.keeper.towers))
@@ -279,3 +278,41 @@ async def test_a_denoiser_that_does_not_come_back_ends_the_pair(single: Service)
     row.cancel()
     await asyncio.gather(row, return_exceptions=True)
     assert (await single.context.stats()).rows == 0
+
+
+async def test_repairs_that_failed_before_one_that_worked_are_forgotten(
+    single: Service, undisturbed: list[list[int]]
+) -> None:
+    single.watching.cancel()
+    for _ in range(2):
+        await single.keeper.towers[0].kill()
+        single.keeper.fails = True
+        for _ in range(MOST_REPAIRS - 1):
+            await single.pair.check()
+            # For the repair to fail, in the background.
+            await asyncio.sleep(0.05)
+        single.keeper.fails = False
+        await single.pair.check()
+        # Waits for the tower in the first one's place.
+        assert await single.tokens("row", *ROWS[0]) == undisturbed[0]
+        await single.pair.check()
+
+
+async def test_a_row_that_was_moved_counts_where_it_is_and_nowhere_else(
+    undisturbed: list[list[int]],
+) -> None:
+    service = await service_with(2)
+    try:
+        service.watching.cancel()
+        # Nobody has noticed when the row is assigned to it.
+        await service.keeper.towers[0].kill()
+        assert await service.tokens("row", *ROWS[0]) == undisturbed[0]
+        for _ in range(500):
+            place = service.pair.assign("next", 16)
+            service.pair.drop("next")
+            if place == 0:
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError("the tower that came back looks busier than the other, without a row")
+    finally:
+        await service.close()

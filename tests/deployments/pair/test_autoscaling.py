@@ -118,6 +118,7 @@ def test_a_load_that_trembles_around_a_border_moves_nothing() -> None:
     assert changes(found[20:]) == []
 
 
+# So many that all pairs of options occur.
 @pytest.mark.parametrize("seed", range(20))
 def test_more_load_never_gives_fewer_pairs(seed: int) -> None:
     draw = random.Random(seed)
@@ -134,7 +135,7 @@ def test_more_load_never_gives_fewer_pairs(seed: int) -> None:
         assert fewer <= wanted, (step, rows)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(4))
 def test_bounds_hold_whatever_comes(seed: int) -> None:
     draw = random.Random(seed)
     options = changed(min_pairs=2, max_pairs=7)

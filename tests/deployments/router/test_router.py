@@ -467,3 +467,20 @@ def test_model_info(tiny_text: Path) -> None:
     assert (info.vocab_size, info.max_context) == (config.vocab_size, 64)
     assert (info.eos_token_id, info.has_tokenizer) == (2, True)
     assert list(info.modes) == ["mask_diffusion", "ar", "mock_ar", "verified"]
+
+
+def test_the_context_is_that_of_the_model_at_most(tiny_text: Path) -> None:
+    config = TwoTowerConfig.from_file(tiny_text / "config.json")
+    longer = config.max_position_embeddings + 1
+    router = Router(ServiceConfig(model=str(tiny_text), max_context=longer), Handle())
+    info = asyncio.run(router.GetModelInfo(pb.GetModelInfoRequest()))
+    assert info.max_context == config.max_position_embeddings
+
+
+def test_without_a_denoiser_other_modes_are_refused(tiny_text: Path) -> None:
+    router = Router(ServiceConfig(model=str(tiny_text), placement="ar_only"), Handle())
+    assert list(asyncio.run(router.GetModelInfo(pb.GetModelInfoRequest())).modes) == ["ar"]
+    context = Context()
+    with pytest.raises(RequestRefusedError):
+        asyncio.run(first(router.Generate(ask(mode="verified"), context)))
+    assert context.details == "mode: got 'verified', expected ar alone"

@@ -11,8 +11,8 @@ import ray
 from ray import serve
 from ray.util import placement_group, remove_placement_group
 
-from benchmarks.nodes import local_cluster
-from benchmarks.pairs import await_whole
+from tests.support.nodes import local_cluster
+from tests.support.pairs import await_whole
 from twotower.deployments.app import build_app_from_settings
 from twotower.deployments.config import APP_NAME, ServiceConfig
 from twotower.deployments.router import waiting
@@ -121,7 +121,7 @@ def test_a_cluster_without_room_and_one_that_is_taken() -> None:
             await_whole(1, 60)
             time.sleep(1)
             count = len(said)
-            time.sleep(2)
+            time.sleep(1)
             assert len(said) == count
         # The router has its tenth of a CPU by then, or has not; the last line may be of the moment
         # between room and place.

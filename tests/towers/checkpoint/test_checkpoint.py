@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.comparing import assert_same_bits
-from tests.random_model import (
+from tests.support.comparing import assert_same_bits
+from tests.support.random_model import (
     SMALL,
     random_tensors,
     small_config,

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.comparing import assert_same_bits
+from tests.support.comparing import assert_same_bits
 from twotower.towers.checkpoint.tensor_file import StoredTensor, TensorFile
 
 TENSORS = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.random_model import SMALL, small_config
+from tests.support.random_model import SMALL, small_config
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.config.quantization_config import FP8_EXPERTS
 from twotower.towers.errors import ConfigError

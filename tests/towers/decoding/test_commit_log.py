@@ -32,6 +32,12 @@ def test_the_counts_of_all_blocks_are_added_up() -> None:
     assert (log.accepted_tokens, log.drafted_tokens, log.cached_tokens) == (3, 7, 2)
 
 
+def test_what_an_attempt_finds_in_the_cache_beyond_the_prompt_does_not_count() -> None:
+    log = CommitLog(3, (5, 6))
+    log.append(replace(block(5, 7), cached_tokens=5))
+    assert log.cached_tokens == 3
+
+
 def test_the_first_block_settles_what_the_rest_is_made_with() -> None:
     asked = GenerationParams(steps_per_block=16, min_steps_per_block=4, seed=1)
     log = CommitLog(3, ())

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 
-from tests.comparing import assert_rows_are_independent, normal
+from tests.support.comparing import assert_rows_are_independent, normal
+from tests.support.statistics import chi_square
 from twotower.kernels.philox import uniforms
 from twotower.towers.decoding.sampling import (
     DOMAIN_AUTOREGRESSIVE,
@@ -121,19 +120,6 @@ def test_a_huge_temperature_is_uniform() -> None:
 def test_rows_of_the_scores_are_independent() -> None:
     how = sampler(0.7, top_k=40, top_p=0.9, min_p=0.01)
     assert_rows_are_independent(lambda x: scores_of(x, how, 3), normal(40, 515, scale=3.0))
-
-
-def chi_square(tokens: list[int], expected: Tensor) -> float:
-    """p-value of the counts; what is expected less than 5 times is put together."""
-    counts = torch.bincount(torch.tensor(tokens), minlength=len(expected)).double()
-    wanted = expected.double() * len(tokens)
-    assert float(counts[wanted == 0].sum()) == 0
-    rare = (wanted < 5) & (wanted > 0)
-    common = wanted >= 5
-    got = [*counts[common].tolist(), float(counts[rare].sum())]
-    want = [*wanted[common].tolist(), float(wanted[rare].sum())]
-    kept = np.array(want) > 0
-    return float(stats.chisquare(np.array(got)[kept], np.array(want)[kept]).pvalue)
 
 
 @pytest.mark.parametrize(

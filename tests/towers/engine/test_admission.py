@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from tests.random_model import SMALL
+from tests.support.random_model import SMALL
 from twotower.towers.engine.admission import Admission
 from twotower.towers.errors import CapacityError, QueueFullError, UnavailableError
 from twotower.towers.state.context_state import ContextState

@@ -9,6 +9,7 @@ import torch
 
 from twotower import GenerationParams, Request, TwoTower
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
+from twotower.towers.engine.load import load_engines
 from twotower.towers.engine.local_link import LocalLink
 from twotower.towers.engine.options import PREFILL_CHUNK, EngineOptions
 from twotower.towers.engine.prefill import prefill_pieces
@@ -49,7 +50,8 @@ def mixed_requests(vocab_size: int) -> list[Request]:
 
 @pytest.mark.parametrize("name", ["tiny_a", "tiny_b"])
 def test_a_mixed_batch_gives_what_its_rows_give_alone(name: str) -> None:
-    model = TwoTower.from_pretrained(GOLDEN / name)
+    engines = load_engines(GOLDEN / name, "cpu", "cpu", torch.float32)
+    model = TwoTower(*engines, None)
     requests = mixed_requests(model.config.vocab_size)
     together = model.generate_requests(requests)
     alone = [model.generate_requests([request])[0] for request in requests]
@@ -58,8 +60,7 @@ def test_a_mixed_batch_gives_what_its_rows_give_alone(name: str) -> None:
         # Equal floats, not close ones: confidences are compared with thresholds.
         assert [b.confidences for b in joint.blocks] == [b.confidences for b in single.blocks]
         assert [b.commit_steps for b in joint.blocks] == [b.commit_steps for b in single.blocks]
-    assert model._context.num_rows == 0
-    assert model._denoiser.num_rows == 0
+    assert [engine.num_rows for engine in engines] == [0, 0]
 
 
 def test_two_threads_give_what_one_gives() -> None:
@@ -77,9 +78,10 @@ def test_two_threads_give_what_one_gives() -> None:
 
 
 def test_the_batch_really_shared_passes() -> None:
-    model = TwoTower.from_pretrained(GOLDEN / "tiny_a")
+    context, denoiser = load_engines(GOLDEN / "tiny_a", "cpu", "cpu", torch.float32)
+    model = TwoTower(context, denoiser, None)
     model.generate_requests(mixed_requests(model.config.vocab_size))
-    stats = model._denoiser.stats()
+    stats = denoiser.stats()
     assert stats.pass_rows > 1.5 * stats.passes
 
 
@@ -87,10 +89,10 @@ def test_the_batch_really_shared_passes() -> None:
 def test_separate_devices_give_what_shared_ones_give(mode: str) -> None:
     """A copied mirror against a shared state: the copy path has the same bits."""
     shared = TwoTower.from_pretrained(GOLDEN / "tiny_b")
-    copied = TwoTower.from_pretrained(GOLDEN / "tiny_b")
-    tower = copied._denoiser.tower
-    copied._denoiser = DenoiserEngine(tower, pool=EngineOptions().pool_for(tower))
-    copied._context.link = LocalLink(copied._context.tower, copied._denoiser, shared=False)
+    context, denoiser = load_engines(GOLDEN / "tiny_b", "cpu", "cpu", torch.float32)
+    mirroring = DenoiserEngine(denoiser.tower, pool=EngineOptions().pool_for(denoiser.tower))
+    context.link = LocalLink(context.tower, mirroring, shared=False)
+    copied = TwoTower(context, mirroring, None)
     params = GenerationParams(mode=mode, max_tokens=24, seed=3, temperature=0.8)  # type: ignore[arg-type]
     request = Request([7, 8, 9, 3, 1], params)
     left = shared.generate_requests([request])[0]

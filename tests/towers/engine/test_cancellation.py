@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.towers.rows import OPTIONS, Pair, Towers, tokens_of
+from tests.support.rows import OPTIONS, Pair, Towers, tokens_of
 from twotower.towers.decoding.generation import generate_blocks
 from twotower.towers.engine.local_link import LocalLink
 from twotower.towers.errors import CapacityError

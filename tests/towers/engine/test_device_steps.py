@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.random_model import small_config, write_checkpoint
+from tests.support.random_model import small_config, write_checkpoint
 from twotower.kernels.dispatch import force
 from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
 from twotower.towers.decoding.generation import generate_blocks

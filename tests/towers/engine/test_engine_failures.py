@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from tests.towers.rows import PROMPT, Pair, params_of, tokens_of
+from tests.support.rows import PROMPT, Pair, params_of, tokens_of
 from twotower.towers.decoding.generation import generate_blocks
 from twotower.towers.decoding.services import Block
 from twotower.towers.engine import denoiser_engine as module

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.towers.rows import Towers
+from tests.support.rows import Towers
 from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
 from twotower.towers.decoding.generation import generate_blocks
 from twotower.towers.engine.context_engine import ContextEngine

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.random_model import small_config
+from tests.support.random_model import small_config
 from twotower.planner.shapes import LARGE
 from twotower.towers.engine.pass_memory import layer_bytes, log_bytes, partial_bytes, working_bytes
 from twotower.towers.state import budget as memory

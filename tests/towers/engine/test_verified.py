@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.towers.rows import Pair, tokens_of
+from tests.support.rows import Pair, tokens_of
 from twotower.towers.decoding.generation import generate_blocks
 from twotower.towers.decoding.services import Block
 from twotower.towers.model.context_tower import ContextTower
@@ -60,8 +60,9 @@ def own_tokens(pair: Pair, prompt: list[int], params: GenerationParams) -> list[
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("draft_steps", [1, 3, 8])
-@pytest.mark.parametrize("prompt", PROMPTS, ids=len)
+@pytest.mark.parametrize(
+    ("draft_steps", "prompt"), [(1, PROMPTS[0]), (3, PROMPTS[1]), (8, PROMPTS[2])]
+)
 def test_the_output_is_that_of_ar(
     pair: Pair, params: GenerationParams, draft_steps: int, prompt: list[int]
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comparing import BATCH_SIZES, assert_relative_rms, assert_same_bits
+from tests.support.comparing import BATCH_SIZES, assert_relative_rms, assert_same_bits
 from twotower.kernels import dispatch
 from twotower.kernels.rows import Rows
 from twotower.towers.model.backbone import MixerInputs, Tower

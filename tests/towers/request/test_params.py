@@ -139,14 +139,15 @@ def test_easing_goes_from_what_was_asked_to_the_floors(
 
 
 def test_easing_never_passes_a_floor() -> None:
+    """Of these floors a quarter would be missed by their last bit; halves are always met."""
     for asked in range(1, 1000):
         params = GenerationParams(
-            confidence_threshold=asked / 999, min_confidence_threshold=asked / 1998
+            confidence_threshold=asked / 999, min_confidence_threshold=asked / 3000
         )
         for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-            assert asked / 1998 <= params.eased(share).confidence_threshold <= asked / 999
+            assert asked / 3000 <= params.eased(share).confidence_threshold <= asked / 999
         assert params.eased(0.0).confidence_threshold == asked / 999
-        assert params.eased(1.0).confidence_threshold == pytest.approx(asked / 1998, rel=1e-12)
+        assert params.eased(1.0).confidence_threshold == pytest.approx(asked / 3000, rel=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["ar", "mock_ar", "verified"])

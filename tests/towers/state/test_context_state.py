@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comparing import assert_same_bits, normal
-from tests.random_model import SMALL
+from tests.support.comparing import assert_same_bits, normal
+from tests.support.random_model import SMALL
 from twotower.kernels.attention import attention, store_kv
 from twotower.kernels.replay import ReplayWeights, replay
 from twotower.kernels.rows import Rows

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.random_model import SMALL
+from tests.support.random_model import SMALL
 from twotower.towers.errors import CapacityError, ConfigError
 from twotower.towers.state import budget as memory
 from twotower.towers.state.budget import affordable_pages, free_bytes, pool_for

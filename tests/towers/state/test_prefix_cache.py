@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.comparing import assert_same_bits, normal
-from tests.random_model import SMALL, small_config, write_checkpoint
+from tests.support.comparing import assert_same_bits, normal
+from tests.support.random_model import SMALL, small_config, write_checkpoint
 from twotower.towers.checkpoint.weights import load_context_tower
 from twotower.towers.errors import CapacityError
 from twotower.towers.model.context_tower import ContextTower

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers, processors
 
-from tests.towers.text.tokenizer_families import (
+from tests.support.tokenizer_families import (
     FAMILIES,
     LETTERS,
     WAITING,

@@ -52,8 +52,19 @@ def add_node(cluster: Cluster, options: Mapping[str, Any]) -> Any:
 def deploy(config: ServiceConfig, topology: PairTopology | None = None) -> None:
     """Starts the service on the cluster that this process has joined, its proxy on the head."""
     start_serve(config, proxy_location="HeadOnly")
-    serve.run(build_app(config, topology), name=APP_NAME, route_prefix="/")
+    redeploy(config, topology)
     await_proxy(f"127.0.0.1:{config.grpc_port}")
+
+
+def redeploy(config: ServiceConfig, topology: PairTopology | None = None) -> None:
+    """Replaces routers and pairs one after the other, under requests; Serve keeps its ports."""
+    serve.run(build_app(config, topology), name=APP_NAME, route_prefix="/")
+
+
+def deploy_anew(config: ServiceConfig, topology: PairTopology | None = None) -> None:
+    """Ends all routers and pairs, then starts others: saves a test the start of Ray and Serve."""
+    serve.delete(APP_NAME)
+    redeploy(config, topology)
 
 
 def raylet_of(node: Any) -> int:

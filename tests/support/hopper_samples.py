@@ -1,4 +1,4 @@
-"""Kernels whose machine code is known beforehand, for the tests of tests/kernels/hopper.py."""
+"""Kernels whose machine code is known beforehand, for the tests of tests/support/hopper.py."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.random_model import small_config
+from tests.support.random_model import small_config
 from twotower.cluster.channel.assembly import Assembly
 from twotower.cluster.channel.grpc import METHOD, TOKEN_KEY, TRANSPORT_KEY, GrpcStateLink, LinkSpec
 from twotower.cluster.channel.receiver import StateReceiver

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from ray.cluster_utils import Cluster
 
-from benchmarks.nodes import add_node, deploy, local_cluster, raylet_of
-from benchmarks.pairs import await_whole, left_over
-from benchmarks.processes import ancestors, own_processes
+from tests.support.nodes import add_node, deploy, deploy_anew, local_cluster, raylet_of
+from tests.support.pairs import await_whole, left_over
+from tests.support.processes import ancestors, own_processes
 from twotower.cluster.topology import LinkFaults
 from twotower.deployments.config import ServiceConfig
 from twotower.deployments.server.server import free_port
@@ -24,11 +24,20 @@ WHOLE_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class ChaosCluster:
-    """A head, and nodes with two pretended GPUs each, so that each holds one pair. `address` is the
-    service's gRPC target."""
+    """A head, and nodes with two pretended GPUs each, so that each holds one pair."""
 
-    address: str
+    config: ServiceConfig
     cluster: Cluster
+
+    @property
+    def address(self) -> str:
+        """The service's gRPC target."""
+        return f"127.0.0.1:{self.config.grpc_port}"
+
+    def link_with(self, faults: LinkFaults | None) -> None:
+        """Replaces all pairs by pairs whose links have these faults from their beginning."""
+        deploy_anew(self.config, replace(self.config.topology(), faults=faults))
+        await_whole(PAIRS, WHOLE_TIMEOUT_S)
 
     def kill_node(self, draw: random.Random) -> None:
         """Kills a node that has a pair, with all its processes; a fresh one joins."""
@@ -47,7 +56,7 @@ class ChaosCluster:
 
 
 @contextmanager
-def chaos_cluster(faults: LinkFaults | None = None) -> Iterator[ChaosCluster]:
+def chaos_cluster() -> Iterator[ChaosCluster]:
     """The service with all pairs up, for as long as a `with` block lasts."""
     config = ServiceConfig(
         num_pairs=PAIRS,
@@ -63,6 +72,6 @@ def chaos_cluster(faults: LinkFaults | None = None) -> Iterator[ChaosCluster]:
     with local_cluster() as cluster:
         for _ in range(NODES):
             add_node(cluster, NODE)
-        deploy(config, replace(config.topology(), faults=faults))
+        deploy(config)
         await_whole(PAIRS, WHOLE_TIMEOUT_S)
-        yield ChaosCluster(f"127.0.0.1:{config.grpc_port}", cluster)
+        yield ChaosCluster(config, cluster)

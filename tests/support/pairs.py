@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 
 from ray import serve
 
@@ -12,6 +13,8 @@ from twotower.deployments.config import APP_NAME
 
 # Rows go with their streams, slots with the pass that may still touch them.
 GONE_S = 10.0
+# Questions, one of which each pair answers all but certainly.
+ASKED_PER_PAIR = 16
 
 
 def pair_states() -> Counter[str]:
@@ -30,6 +33,19 @@ def pair_stats(times: int) -> list[dict[str, dict[str, float]]]:
     finally:
         # It reports to the controller, from a thread that would outlive this service.
         asking.shutdown()
+
+
+def prompt_tokens_read(pairs: int) -> list[float]:
+    """Prompt tokens that each pair has read, the pair that began first in front. To be asked when
+    nothing runs: Serve chooses who answers, and a pair is known by what it has done, if anything.
+    """
+    found: dict[float, tuple[float, float]] = {}
+    for stats in pair_stats(ASKED_PER_PAIR * pairs):
+        tower = stats["context"]
+        age = tower["pass_seconds"] / tower["busy_share"] if tower["passes"] else 0.0
+        found[tower["pass_seconds"]] = age, tower["prefill_tokens"]
+    read = [tokens for _, tokens in sorted(found.values(), reverse=True) if tokens]
+    return read + [0.0] * (pairs - len(read))
 
 
 def held(pairs: int) -> float:
@@ -63,3 +79,39 @@ def left_over(pairs: int, timeout_s: float) -> float:
         time.sleep(0.1)
         left = await_whole(pairs, timeout_s)
     return left
+
+
+def rows_held() -> tuple[float, float, float]:
+    """Rows in a pair's context actor and its denoiser actor, and rows that the link follows."""
+    (stats,) = pair_stats(1)
+    return stats["context"]["rows"], stats["denoiser"]["rows"], stats["denoiser"]["mirrors"]
+
+
+def memory_held() -> float:
+    """Slots of both towers, and pages of the denoiser: the context tower's may be cached."""
+    (stats,) = pair_stats(1)
+    return sum(
+        stats[tower][name]
+        for tower, name in (
+            ("context", "slots_used"),
+            ("denoiser", "slots_used"),
+            ("denoiser", "pages_used"),
+        )
+    )
+
+
+def await_no_rows() -> None:
+    """Waits until the only pair holds no row and no memory of one."""
+    # Well below the time that the longest rows of tests take to their end, on a slow machine too.
+    await_true(lambda: rows_held() == (0, 0, 0), "rows are left", timeout_s=8)
+    # Slots and pages follow with the end of the pass that may have touched them.
+    await_true(lambda: memory_held() == 0, "memory is left", timeout_s=8)
+
+
+def await_true(condition: Callable[[], bool], what: str, timeout_s: float = 90.0) -> float:
+    """Seconds until a condition holds. AssertionError with `what` after `timeout_s`."""
+    begin = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begin < timeout_s, what
+        time.sleep(0.05)
+    return time.monotonic() - begin

@@ -101,7 +101,7 @@ def compile_all(launches: Sequence[Launch]) -> list[Compiled]:
         asked, answered = Path(folder, "launches"), Path(folder, "compiled")
         asked.write_bytes(pickle.dumps([vars(launch) for launch in launches]))
         done = subprocess.run(
-            [sys.executable, "-m", "tests.kernels.hopper", str(asked), str(answered)],
+            [sys.executable, "-m", "tests.support.hopper", str(asked), str(answered)],
             cwd=ROOT,
             env=environment,
             capture_output=True,

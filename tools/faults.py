@@ -1,0 +1,537 @@
+"""Faults that somebody might make, and the test files that should catch each.
+
+The text that is replaced stands once below `folders`. If that text has changed on purpose, change
+the fault with it, so that it stays the same mistake.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old` becomes `new` in the one file below `folders` that has it. `tests` are names of test
+    files without folder and ending. Folders and tests are separated by spaces."""
+
+    name: str
+    folders: str
+    old: str
+    new: str
+    tests: str
+
+
+SCHEDULER = [
+    Fault(
+        "scheduler: no limit of rows",
+        "towers",
+        "if taken and (cost > left or len(taken) == rows):",
+        "if taken and cost > left:",
+        "test_scheduler",
+    ),
+    Fault(
+        "scheduler: small work overtakes",
+        "towers",
+        "            break\n        taken.append(ticket)",
+        "            continue\n        taken.append(ticket)",
+        "test_scheduler",
+    ),
+    Fault(
+        "scheduler: prefill never rests",
+        "towers",
+        "self._prefill_rests = bool(pieces)",
+        "self._prefill_rests = False",
+        "test_scheduler",
+    ),
+    Fault(
+        "scheduler: begun blocks come last",
+        "towers",
+        "[*self._begun.items(), *self._other.items()]",
+        "[*self._other.items(), *self._begun.items()]",
+        "test_scheduler",
+    ),
+    Fault(
+        "scheduler: prefill alone has its share only",
+        "towers",
+        "        elif taken:\n            pieces",
+        "        elif True:\n            pieces",
+        "test_scheduler",
+    ),
+]
+UNMASKING = [
+    Fault(
+        "unmasking: a confidence at the threshold counts",
+        "towers",
+        "confidence > self.threshold for",
+        "confidence >= self.threshold for",
+        "test_unmasking",
+    ),
+    Fault(
+        "unmasking: not done within the steps",
+        "towers",
+        "max(confident, 1, -(-masked // remaining))",
+        "max(confident, 1, masked // remaining)",
+        "test_unmasking",
+    ),
+    Fault(
+        "unmasking: ties go to the right",
+        "towers",
+        "key=lambda i: -confidences[i])",
+        "key=lambda i: (-confidences[i], -i))",
+        "test_unmasking",
+    ),
+    Fault(
+        "unmasking: the timestep is the committed fraction",
+        "towers",
+        "return len(self.masked) / len(self.token_ids)",
+        "return 1 - len(self.masked) / len(self.token_ids)",
+        "test_unmasking",
+    ),
+    Fault(
+        "unmasking on device: ties go to the right",
+        "kernels",
+        "(index < index[:, None])",
+        "(index > index[:, None])",
+        "test_commit",
+    ),
+    Fault(
+        "unmasking on device: a committed position that is not finite fails the row",
+        "kernels",
+        "busy & (masked & ~finite).any(1)",
+        "busy & (~finite).any(1)",
+        "test_commit",
+    ),
+    Fault(
+        "unmasking on device: the threshold is rounded to nearest",
+        "kernels",
+        "if float(nearest) > threshold:",
+        "if False:",
+        "test_commit",
+    ),
+    Fault(
+        "unmasking on device: a finished block counts on",
+        "kernels",
+        "busy = (slots >= 0) & masked.any(1) & ",
+        "busy = (slots >= 0) & ",
+        "test_commit",
+    ),
+]
+REPLAY = [
+    Fault(
+        "replay: no dt bias",
+        "kernels",
+        "steps = softplus(dt.float() + weights.dt_bias[layer])",
+        "steps = softplus(dt.float())",
+        "test_replay",
+    ),
+    Fault(
+        "replay: the last token does not join the history",
+        "kernels",
+        "advance_history(history, xbc)",
+        "advance_history(history, xbc[:-1])",
+        "test_replay",
+    ),
+    Fault(
+        "replay: heads take other groups",
+        "kernels",
+        "keys = keys.reshape(-1, heads, 1,",
+        "keys = keys.transpose(1, 2).reshape(-1, heads, 1,",
+        "test_replay",
+    ),
+    Fault(
+        "replay: values are not scaled",
+        "kernels",
+        "values = x * steps[..., None, None]",
+        "values = x",
+        "test_replay",
+    ),
+    Fault(
+        "replay: the log's rest is kept from its beginning",
+        "towers",
+        "log.part(count, count + rest)",
+        "log.part(0, rest)",
+        "test_context_state test_engine",
+    ),
+    Fault(
+        "replay: a delta may begin behind the snapshot",
+        "towers",
+        'if plan.kind == "delta" and plan.start != self.position:',
+        "if False:",
+        "test_context_state",
+    ),
+    Fault(
+        "replay: a delta from anywhere",
+        "towers",
+        "if self._replayed is not None and self._replayed_from == start:",
+        "if self._replayed is not None:",
+        "test_context_state test_pair_towers",
+    ),
+]
+ADMISSION = [
+    Fault(
+        "admission: a small row overtakes the queue",
+        "towers",
+        "if not self._queue and self._has_room(capacity):",
+        "if self._has_room(capacity):",
+        "test_admission",
+    ),
+    Fault(
+        "admission: one row too many waits",
+        "towers",
+        "len(self._queue) >= self._max",
+        "len(self._queue) > self._max",
+        "test_admission",
+    ),
+    Fault(
+        "admission: a cancelled head holds up those behind it",
+        "towers",
+        "            self._queue.remove(waiter)\n            self.admit()\n            return",
+        "            self._queue.remove(waiter)\n            return",
+        "test_admission",
+    ),
+    Fault(
+        "admission: a place given to a cancelled row is lost",
+        "towers",
+        "            self.release(waiter.row_id)\n",
+        "            pass\n",
+        "test_admission",
+    ),
+    Fault(
+        "admission: a row released at its turn goes on",
+        "towers",
+        "if self.rows.get(waiter.row_id) is not state:",
+        "if False:",
+        "test_admission",
+    ),
+    Fault(
+        "admission: the cache is emptied where slots are missing",
+        "towers",
+        "if missing > 0 and pool.slots.num_free and",
+        "if missing > 0 and",
+        "test_admission",
+    ),
+]
+PARAMS = [
+    Fault(
+        "params: the last block may not fit",
+        "towers",
+        "-(-self.max_tokens // unit) * unit",
+        "self.max_tokens",
+        "test_params",
+    ),
+    Fault(
+        "params: a complete output may be resumed",
+        "towers",
+        "if len(generated) >= self.max_tokens:",
+        "if len(generated) > self.max_tokens:",
+        "test_params",
+    ),
+    Fault(
+        "params: a row that just fits is refused",
+        "towers",
+        "if needed > max_context:",
+        "if needed >= max_context:",
+        "test_params",
+    ),
+    Fault(
+        "params: half a block may be resumed",
+        "towers",
+        'if self.mode == "mask_diffusion" and len(generated) % self.block_size:',
+        "if False:",
+        "test_params",
+    ),
+    Fault(
+        "params: eased below the floor in its last bit",
+        "towers",
+        "max(floor, threshold - share * (threshold - floor))",
+        "threshold - share * (threshold - floor)",
+        "test_params",
+    ),
+    Fault(
+        "params: min_tokens count from the prompt's beginning",
+        "towers",
+        "eos_from=prompt_tokens + self.min_tokens",
+        "eos_from=self.min_tokens",
+        "test_params",
+    ),
+]
+PREFIX_CACHE = [
+    Fault(
+        "prefix cache: the shortest entry is taken",
+        "towers",
+        "for index in range(len(keys) - 1, -1, -1):",
+        "for index in range(len(keys)):",
+        "test_prefix_cache test_cached_rows",
+    ),
+    Fault(
+        "prefix cache: an entry that is used does not become younger",
+        "towers",
+        "self._entries.move_to_end(key)\n        self",
+        "self",
+        "test_prefix_cache",
+    ),
+    Fault(
+        "prefix cache: borders of passes are not in the key",
+        "towers",
+        'digest.update(len(piece).to_bytes(8, "little"))',
+        "pass",
+        "test_prefix_cache",
+    ),
+    Fault(
+        "prefix cache: pages that rows hold count as its own",
+        "towers",
+        "sum(allocator.holders(page) == count for",
+        "sum(allocator.holders(page) >= count for",
+        "test_prefix_cache",
+    ),
+    Fault(
+        "prefix cache: a partly filled page without a copy",
+        "towers",
+        "        if not rest:\n            return pages\n",
+        "        return pages\n",
+        "test_prefix_cache",
+    ),
+]
+PAIR_TOWERS = [
+    Fault(
+        "pair towers: a lost denoiser is the best",
+        "cluster",
+        "(not seat.ready.is_set(), len(seat.rows))",
+        "(len(seat.rows), not seat.ready.is_set())",
+        "test_pair_towers",
+    ),
+    Fault(
+        "pair towers: failures are never forgiven",
+        "cluster",
+        "            seat.failures = 0\n",
+        "            pass\n",
+        "test_pair_towers",
+    ),
+    Fault(
+        "pair towers: rows of a new link are not released",
+        "cluster",
+        "for row_id in list(seat.rows)]",
+        "for row_id in ()]",
+        "test_pair_towers",
+    ),
+    Fault(
+        "pair towers: a moved row counts at both denoisers",
+        "cluster",
+        "        place.seat.rows.discard(row_id)\n        place.seat = seat",
+        "        place.seat = seat",
+        "test_pair_towers",
+    ),
+    Fault(
+        "pair towers: a moved row's state is not sent",
+        "cluster",
+        "        await self.tower.move(row_id, seat.index)\n",
+        "",
+        "test_pair_towers",
+    ),
+]
+BREAKER = [
+    Fault(
+        "breaker: old losses count for ever",
+        "deployments",
+        "if now - at < WINDOW_S]",
+        "]",
+        "test_breaker",
+    ),
+    Fault(
+        "breaker: every attempt probes",
+        "deployments",
+        "        self._probed[due[0]] = self._clock()\n",
+        "",
+        "test_breaker",
+    ),
+    Fault(
+        "breaker: nothing to choose from if no pair works",
+        "deployments",
+        "        if not working:\n            return [list(pairs)]\n",
+        "",
+        "test_breaker",
+    ),
+    Fault(
+        "moves: one row moves for each pair that has room",
+        "deployments",
+        "first + sum(free.values()))",
+        "first + len(free))",
+        "test_moves",
+    ),
+    Fault(
+        "moves: rows that have a place move",
+        "deployments",
+        "max(0, room.places - len(here.begun))",
+        "0",
+        "test_moves",
+    ),
+]
+OUTPUT_TEXT = [
+    Fault(
+        "output text: of two stop strings the shorter",
+        "towers",
+        "(found[0], -len(found[1]))",
+        "(found[0], len(found[1]))",
+        "test_output_text",
+    ),
+    Fault(
+        "output text: a stop string that did not count ends the output later",
+        "towers",
+        "text.find(stop, max(0, len(self._held) - len(stop) + 1))",
+        "text.find(stop)",
+        "test_output_text",
+    ),
+    Fault(
+        "output text: a stop string counts one token late",
+        "towers",
+        "self._num_tokens >= self._params.min_tokens",
+        "self._num_tokens > self._params.min_tokens",
+        "test_output_text",
+    ),
+    Fault(
+        "output text: too little is held back",
+        "towers",
+        "min(self._longest - 1, len(text))",
+        "min(self._longest - 2, len(text))",
+        "test_output_text",
+    ),
+    Fault(
+        "output text: the last letters are lost",
+        "towers",
+        "                piece += self._stream.flush()\n",
+        "                pass\n",
+        "test_output_text",
+    ),
+    Fault(
+        "output text: a whole stop string that did not count begins no longer one",
+        "towers",
+        "if any(len(stop) > length and stop.startswith(tail)",
+        "if tail not in self._stop and any(len(stop) > length and stop.startswith(tail)",
+        "test_output_text",
+    ),
+]
+COMMIT_LOG = [
+    Fault(
+        "commit log: a gap is committed",
+        "towers deployments",
+        "if block.start > self.end:",
+        "if False:",
+        "test_commit_log",
+    ),
+    Fault(
+        "commit log: a block is committed twice",
+        "towers deployments",
+        "return block.start < self.end",
+        "return False",
+        "test_commit_log",
+    ),
+    Fault(
+        "commit log: the last attempt settles what was eased and cached",
+        "towers deployments",
+        "if not self.num_blocks:",
+        "if True:",
+        "test_commit_log",
+    ),
+    Fault(
+        "commit log: cached tokens beyond the prompt",
+        "towers deployments",
+        "min(block.cached_tokens, self.prompt_tokens)",
+        "block.cached_tokens",
+        "test_commit_log test_attempts",
+    ),
+]
+ROUTER = [
+    Fault(
+        "router: what follows a stop string is committed",
+        "deployments towers",
+        "log.append(cut)",
+        "log.append(block)",
+        "test_router test_router_stopping",
+    ),
+    Fault(
+        "router: it reads on after a stop string",
+        "deployments towers",
+        "if text.matched_stop is not None:",
+        "if False:",
+        "test_router test_router_stopping",
+    ),
+    Fault(
+        "router: modes that are not served are let in",
+        "deployments",
+        "if params.mode not in self._modes:",
+        "if False:",
+        "test_router",
+    ),
+    Fault(
+        "router: the model's own limit of context is passed over",
+        "deployments",
+        "min(config.max_context, self._model.max_position_embeddings)",
+        "config.max_context",
+        "test_router",
+    ),
+    Fault(
+        "attempts: a request that is complete is tried again",
+        "deployments",
+        "                    if log.finish_reason is not None:\n",
+        "                    if False:\n",
+        "test_attempts",
+    ),
+    Fault(
+        "attempts: the next attempt begins at the prompt",
+        "deployments",
+        "generated=log.token_ids, params=params)",
+        "params=params)",
+        "test_attempts",
+    ),
+    Fault(
+        "attempts: the next attempt is eased anew",
+        "deployments",
+        "params = log.served(job.params)",
+        "params = job.params",
+        "test_attempts test_overload",
+    ),
+    Fault(
+        "attempts: losses before a committed block count on",
+        "deployments",
+        "                                losses.forget()\n",
+        "",
+        "test_attempts",
+    ),
+]
+GENERATION = [
+    Fault(
+        "generation: a resumed row has all of max_tokens again",
+        "towers",
+        "left = params.max_tokens - len(generated)",
+        "left = params.max_tokens",
+        "test_generation",
+    ),
+    Fault(
+        "generation: EOS is cut off",
+        "towers",
+        "tokens = tokens[: tokens.index(eos_token_id) + 1]\n        reason",
+        "tokens = tokens[: tokens.index(eos_token_id)]\n        reason",
+        "test_generation",
+    ),
+    Fault(
+        "generation: passes of the prefill count with every block",
+        "towers",
+        "            prefilled = Prefilled(0)\n",
+        "",
+        "test_generation",
+    ),
+]
+FAULTS = (
+    *SCHEDULER,
+    *UNMASKING,
+    *REPLAY,
+    *ADMISSION,
+    *PARAMS,
+    *PREFIX_CACHE,
+    *PAIR_TOWERS,
+    *BREAKER,
+    *OUTPUT_TEXT,
+    *COMMIT_LOG,
+    *ROUTER,
+    *GENERATION,
+)
