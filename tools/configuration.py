@@ -23,9 +23,10 @@ INTRODUCTION = """<!-- Written by `make configuration` from deployments/config.p
 
 # Configuration
 
-The settings of a service. They stand in a YAML file (`twotower serve --config FILE`), under `args` of a
-Serve config (`cluster/manifests/serve.yaml`), or are options of `twotower serve`, which win over the
-file. A name that is not here and a value outside its limits are refused, with the name. Requests have
+The settings of a service. They stand in a YAML file (`twotower serve --config FILE`), under `args`
+of a Serve config (`cluster/manifests/serve.yaml`), or are options of `twotower serve`, which win
+over the file. A name that is not here and a value outside its limits are refused, with the name.
+A *row* is one sequence in the towers, a *pair* one context tower with its denoisers. Requests have
 parameters of their own: see [protos/v1/generation.proto](../protos/v1/generation.proto).
 
 ```yaml
