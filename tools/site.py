@@ -21,7 +21,9 @@ TOP_PAGES = {
     "CHANGELOG.md": "changes.md",
 }
 # ](target) and ](target#anchor) of links and pictures; addresses with a scheme are left alone.
-LINK = re.compile(r"(?P<text>!?\[(?:[^\[\]]|\[[^\]]*\])*\])\((?P<path>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)")
+LINK = re.compile(
+    r"(?P<text>!?\[(?:[^\[\]]|\[[^\]]*\])*\])\((?P<path>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)"
+)
 
 
 def on_files(files: Files, config: Any) -> Files:
