@@ -25,4 +25,5 @@ async def main() -> None:
         print(repr(text))
 
 
-asyncio.run(main())
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,6 @@ import pytest
 
 from twotower import TwoTower
 from twotower.client import Client
-from twotower.deployments.config import ServiceConfig
-from twotower.deployments.server.server import LocalService, free_port
 
 FOLDER = Path(__file__).parents[1] / "examples"
 Run = Callable[..., str]
@@ -71,6 +70,12 @@ def test_a_checkpoint_of_ones_own(run: Run, tiny_a: Path) -> None:
 @pytest.mark.cluster
 @pytest.mark.filterwarnings("default")
 def test_a_resumed_stream_has_the_text_of_one_that_was_not_left(run: Run) -> None:
+    # Imports Ray, which only this test needs and whose models use spellings that are deprecated.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from twotower.deployments.config import ServiceConfig
+        from twotower.deployments.server.server import LocalService, free_port
+
     config = ServiceConfig(grpc_port=free_port(), http_port=free_port())
     with LocalService(config) as service:
         *text, last = run("resume.py", service.address).splitlines()
@@ -82,4 +87,4 @@ def test_a_resumed_stream_has_the_text_of_one_that_was_not_left(run: Run) -> Non
             whole = client.generate("def read(path):\n", max_tokens=48, temperature=0.8, seed=seed)
             pieces = [block.text for block in whole]
     assert "\n".join(text) == "".join(pieces)
-    assert len(whole.token_ids) in (later, earlier + later)
+    assert len(whole.token_ids) == earlier + later
