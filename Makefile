@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 # A test file stays with one process; tests with real processes have the machine to themselves.
 PARALLEL := -n auto --dist loadfile
 
-.PHONY: help env demo test quick quick-products lint format types layering proto check-proto verify check house mutants bench gpu-dry chaos clean
+.PHONY: help env demo test quick quick-products lint format types layering proto check-proto configuration drawings docs-check docs verify check house mutants bench gpu-dry chaos clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "needs Python 3.11 or newer; try make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
 env: $(STAMP) ## Create .venv with everything in it
@@ -55,11 +55,24 @@ proto: $(STAMP) ## Regenerate the code of protos/
 check-proto: $(STAMP) ## Fail if generated code is not what protos/ gives
 	$(BIN)/python protos/generate.py --check
 
+configuration: $(STAMP) ## Rewrite docs/configuration.md from the settings
+	$(BIN)/python -m tools.configuration
+
+drawings: $(STAMP) ## Redraw the pictures of docs/
+	$(BIN)/python -m tools.drawing
+
+docs-check: $(STAMP) ## Fail if pages or pictures are not what the source gives
+	$(BIN)/python -m tools.configuration --check
+	$(BIN)/python -m tools.drawing --check
+
+docs: $(STAMP) ## The documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 verify: $(STAMP) ## Replay the recorded cases
 	$(BIN)/twotower verify tests/golden/tiny_a
 	$(BIN)/twotower verify tests/golden/tiny_b
 
-check: lint types layering check-proto verify ## What CI runs besides test and demo
+check: lint types layering check-proto docs-check verify ## What CI runs besides test and demo
 
 house: $(STAMP) ## Figures of the source, as the table of docs/architecture.md
 	@$(BIN)/python -m tools.house
