@@ -15,7 +15,7 @@ from twotower.towers.text.tokenizer import Tokenizer
 
 
 class Output:
-    """The committed tokens of a request in `log`, and their text.
+    """The committed tokens of a request in `log`, and their text in `text`.
 
     `generated` tokens of an earlier stream come first; if they are complete already,
     `finish_reason` is set from the start: a stream may break between its last block and its end,
@@ -31,7 +31,7 @@ class Output:
         generated: Sequence[int] = (),
     ) -> None:
         self.log = CommitLog(prompt_tokens, generated)
-        self._text = OutputText(tokenizer, params)
+        self.text = OutputText(tokenizer, params)
         self._params = params
         self.log.finish_reason = self._take_generated(tuple(generated))
 
@@ -43,7 +43,7 @@ class Output:
     @property
     def matched_stop(self) -> str | None:
         """The stop string that ended the output, if one has."""
-        return self._text.matched_stop
+        return self.text.matched_stop
 
     async def commit(
         self, blocks: AsyncGenerator[Block, None]
@@ -52,7 +52,7 @@ class Output:
         makes certain. Ends after a stop string; `blocks` is closed whatever ends it."""
         async with aclosing(blocks):
             async for block in blocks:
-                cut, text = self._text.take(block)
+                cut, text = self.text.take(block)
                 self.log.append(cut)
                 yield cut, text
                 if self.matched_stop is not None:
@@ -63,7 +63,7 @@ class Output:
         if not generated or params.eos_token_id in generated[:-1]:
             return None
         # The client has this text; what a stop string may begin with stays held back.
-        cut, _ = self._text.take(Block(0, generated, (), (), nfe=0))
+        cut, _ = self.text.take(Block(0, generated, (), (), nfe=0))
         kept = len(cut.token_ids)
         if kept < len(generated):
             raise InvalidRequestError(
