@@ -37,7 +37,7 @@ from benchmarks.machine import machine
 from benchmarks.phases import PhasedContext, PhasedDenoiser, PhasedLink, Phases
 from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
 from benchmarks.soak_requests import RequestMaker, SoakRequest
-from twotower.api import Request
+from twotower import Request
 from twotower.cluster.actors.tower_actors import ContextTowerActor, DenoiserTowerActor
 from twotower.cluster.channel.grpc import LinkSpec
 from twotower.cluster.services.remote import PairServices

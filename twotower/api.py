@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
+import itertools
 from collections.abc import Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from twotower.interrupts import run_to_end
+from twotower.call_loop import CallLoop
+from twotower.results import GenerationResult, results_of
+from twotower.streams import AsyncGenerationStream, GenerationStream
 from twotower.towers.checkpoint.weights import parse_device, parse_dtype, resolve_checkpoint
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.decoding.generation import generate_blocks
-from twotower.towers.decoding.output_text import OutputText
-from twotower.towers.decoding.services import Block
+from twotower.towers.decoding.output import Begun, begin_output, commit_blocks
 from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
 from twotower.towers.engine.load import load_engines
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.limits import limit_threads
-from twotower.towers.request.params import FinishReason, GenerationParams, Mode
+from twotower.towers.request.params import GenerationParams, Mode
 from twotower.towers.request.token_ids import (
     PROMPT,
     Array,
@@ -35,32 +34,6 @@ from twotower.towers.request.token_ids import (
 from twotower.towers.text.tokenizer import Tokenizer, load_tokenizer, text_ids
 
 Device = str | torch.device
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """What one prompt gave.
-
-    `token_ids` are the new tokens only, EOS and those of a stop string included; `text` is theirs
-    without either (empty without a tokenizer). `log_probs` are the natural-log probabilities of
-    the tokens: the denoiser's in mask_diffusion and mock_ar, the context tower's in ar and
-    verified. `matched_stop` is the stop string that ended the output, if one has. `nfe` counts
-    denoiser calls, `context_passes` passes of the context tower. `cached_tokens` of the prompt
-    came from the prefix cache; in verified, `accepted_tokens` of `drafted_tokens` were accepted.
-    """
-
-    token_ids: list[int]
-    text: str
-    finish_reason: FinishReason
-    nfe: int
-    context_passes: int
-    seed: int
-    blocks: list[Block]
-    matched_stop: str | None
-    cached_tokens: int
-    accepted_tokens: int
-    drafted_tokens: int
-    log_probs: list[float]
 
 
 @dataclass(frozen=True)
@@ -81,8 +54,8 @@ class TwoTower:
         self.tokenizer = tokenizer
         self._context = context
         self._denoiser = denoiser
-        # An engine belongs to one event loop at a time, and every call brings its own.
-        self._calling = threading.Lock()
+        self._calls = CallLoop()
+        self._row_numbers = itertools.count()
 
     @classmethod
     def from_pretrained(
@@ -98,7 +71,7 @@ class TwoTower:
         another `dtype`.
         """
         context_device, denoiser_device = device if isinstance(device, tuple) else (device, device)
-        places = parse_device(context_device), parse_device(denoiser_device)
+        places = _fixed(parse_device(context_device)), _fixed(parse_device(denoiser_device))
         working = parse_dtype(dtype)
         folder = resolve_checkpoint(path)
         limit_threads()
@@ -150,17 +123,95 @@ class TwoTower:
         )
         return self.generate_requests([Request(prompt, params) for prompt in rows])
 
+    def stream(
+        self,
+        prompt: Prompt,
+        mode: Mode = "mask_diffusion",
+        max_tokens: int = 64,
+        block_size: int = 16,
+        steps_per_block: int = 16,
+        confidence_threshold: float = 0.8,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        eos_token_id: int | None = None,
+        draft_steps: int = 1,
+        min_tokens: int = 0,
+        stop: Sequence[str] | None = None,
+        generated_token_ids: TokenIds = (),
+    ) -> GenerationStream:
+        """Starts a completion of one prompt; iterating over it gives its blocks as they are
+        committed.
+
+        Parameters are those of `generate`. `generated_token_ids` are output of an earlier stream:
+        this one goes on after them, with the same tokens if it gets the same `seed`. Any number of
+        streams and other calls, from any thread, share the towers' passes. A stream that is closed,
+        dropped or interrupted by Ctrl-C frees its row within a pass. Raises InvalidRequestError;
+        NumericalError while iterating.
+        """
+        params = GenerationParams(
+            mode,
+            max_tokens,
+            block_size,
+            steps_per_block,
+            confidence_threshold,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            seed,
+            eos_token_id,
+            draft_steps,
+            min_tokens,
+            () if stop is None else stop,  # type: ignore[arg-type]  # params check and keep a tuple
+        )
+        return GenerationStream(self._calls, self._begun(prompt, params, generated_token_ids))
+
+    def astream(
+        self,
+        prompt: Prompt,
+        mode: Mode = "mask_diffusion",
+        max_tokens: int = 64,
+        block_size: int = 16,
+        steps_per_block: int = 16,
+        confidence_threshold: float = 0.8,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        eos_token_id: int | None = None,
+        draft_steps: int = 1,
+        min_tokens: int = 0,
+        stop: Sequence[str] | None = None,
+        generated_token_ids: TokenIds = (),
+    ) -> AsyncGenerationStream:
+        """As `stream`, for `async for`. To be called inside a running event loop, which goes on
+        while the towers compute."""
+        params = GenerationParams(
+            mode,
+            max_tokens,
+            block_size,
+            steps_per_block,
+            confidence_threshold,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            seed,
+            eos_token_id,
+            draft_steps,
+            min_tokens,
+            () if stop is None else stop,  # type: ignore[arg-type]  # params check and keep a tuple
+        )
+        return AsyncGenerationStream(self._calls, self._begun(prompt, params, generated_token_ids))
+
     def generate_requests(self, requests: Sequence[Request]) -> list[GenerationResult]:
-        """The same for requests that each have their own mode, lengths, seed and limits."""
-        rows = []
-        for request in requests:
-            prompt = self.encode(request.prompt)
-            params = request.params.with_seed()
-            params.check_row(
-                prompt, self.config.vocab_size, self.config.max_position_embeddings, []
-            )
-            rows.append((prompt, params, OutputText(self.tokenizer, params)))
-        return run_to_end(self._generate_rows(rows), self._calling)
+        """As `generate`, for requests that each have their own mode, lengths, seed and limits."""
+        rows = [self._begun(request.prompt, request.params) for request in requests]
+        return self._calls.run(results_of(rows))
 
     def score(self, token_ids: TokenIds) -> list[float]:
         """The context tower's natural-log probabilities of tokens 1..n-1, given those before.
@@ -170,7 +221,7 @@ class TwoTower:
         ids = id_row("prompt", token_ids)
         limits = GenerationParams(mode="ar", max_tokens=1)
         limits.check_row(ids, self.config.vocab_size, self.config.max_position_embeddings + 1, [])
-        return run_to_end(self._context.score(ids), self._calling)
+        return self._calls.run(self._context.score(ids))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: of a text those that the tokenizer gives, with the special tokens
@@ -188,64 +239,28 @@ class TwoTower:
             raise InvalidRequestError("token_ids", ids, "none, as this model has no tokenizer")
         return self.tokenizer.decode(ids)
 
-    async def _generate_rows(
-        self, rows: Sequence[tuple[list[int], GenerationParams, OutputText]]
-    ) -> list[GenerationResult]:
-        tasks = [
-            asyncio.ensure_future(self._generate_row(f"row-{index}", *row))
-            for index, row in enumerate(rows)
-        ]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _generate_row(
-        self, row_id: str, prompt: list[int], params: GenerationParams, output: OutputText
-    ) -> GenerationResult:
-        blocks, text = [], ""
-        stream = generate_blocks(self._context, self._denoiser, row_id, prompt, params)
-        async with aclosing(stream):
-            async for block in stream:
-                cut, shown = output.take(block)
-                blocks.append(cut)
-                text += shown
-                if output.matched_stop is not None:
-                    break
-        whole = _joined(blocks)
-        assert whole.finish_reason is not None
-        assert params.seed is not None
-        return GenerationResult(
-            list(whole.token_ids),
-            text,
-            whole.finish_reason,
-            whole.nfe,
-            whole.context_passes,
-            params.seed,
-            [whole] if params.mode in ("ar", "mock_ar") else blocks,
-            output.matched_stop,
-            whole.cached_tokens,
-            whole.accepted_tokens,
-            whole.drafted_tokens,
-            list(whole.log_probs),
+    def _begun(
+        self, prompt: Prompt, params: GenerationParams, generated_token_ids: TokenIds = ()
+    ) -> Begun:
+        """A completion that has not been decoded yet. Raises InvalidRequestError."""
+        prompt_ids = self.encode(prompt)
+        generated = id_row("generated_token_ids", generated_token_ids)
+        params = params.with_seed()
+        limits = self.config.vocab_size, self.config.max_position_embeddings
+        params.check_row(prompt_ids, *limits, [])
+        check_ids("generated_token_ids", generated, self.config.vocab_size)
+        text, log = begin_output(self.tokenizer, params, len(prompt_ids), generated)
+        if log.finish_reason is None:
+            params.check_row(prompt_ids, *limits, generated)
+        row_id = f"row-{next(self._row_numbers)}"
+        blocks = generate_blocks(
+            self._context, self._denoiser, row_id, prompt_ids, params, generated
         )
+        return commit_blocks(blocks, text, log), text, log, params
 
 
-def _joined(blocks: Sequence[Block]) -> Block:
-    """All tokens of a row as one block, with one step per token over the whole row."""
-    token_ids = tuple(token for block in blocks for token in block.token_ids)
-    return replace(
-        blocks[-1],
-        start=blocks[0].start,
-        token_ids=token_ids,
-        commit_steps=tuple(range(len(token_ids))),
-        confidences=tuple(value for block in blocks for value in block.confidences),
-        log_probs=tuple(value for block in blocks for value in block.log_probs),
-        nfe=sum(block.nfe for block in blocks),
-        context_passes=sum(block.context_passes for block in blocks),
-        accepted_tokens=sum(block.accepted_tokens for block in blocks),
-        drafted_tokens=sum(block.drafted_tokens for block in blocks),
-        cached_tokens=sum(block.cached_tokens for block in blocks),
-    )
+def _fixed(device: torch.device) -> torch.device:
+    """The device by its number: `cuda` alone means another GPU in each thread."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

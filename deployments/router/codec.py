@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from twotower.deployments.pair.tower_pair import Job
 from twotower.deployments.router.encoding import TextReader
@@ -121,16 +122,8 @@ def complete_event(log: CommitLog, matched_stop: str | None) -> pb.GenerateRespo
 
 
 def usage_of(log: CommitLog) -> pb.Usage:
-    """What has been spent on the blocks of a log."""
-    return pb.Usage(
-        prompt_tokens=log.prompt_tokens,
-        completion_tokens=len(log.token_ids),
-        nfe=log.nfe,
-        context_passes=log.context_passes,
-        cached_tokens=log.cached_tokens,
-        accepted_tokens=log.accepted_tokens,
-        drafted_tokens=log.drafted_tokens,
-    )
+    """Cost of the blocks of a log."""
+    return pb.Usage(**asdict(log.usage))
 
 
 def score_response(token_ids: Sequence[int], log_probs: Sequence[float]) -> pb.ScoreResponse:

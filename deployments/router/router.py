@@ -23,7 +23,6 @@ from twotower.deployments.config import ServiceConfig
 from twotower.deployments.pair.tower_pair import Job
 from twotower.deployments.router import codec
 from twotower.deployments.router.encoding import TextReader
-from twotower.deployments.router.resumed import resumed_text
 from twotower.deployments.router.status import refuse
 from twotower.deployments.routing.attempts import Attempts, attempt_id
 from twotower.deployments.routing.moves import Room
@@ -35,6 +34,7 @@ from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.checkpoint.weights import resolve_checkpoint
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.decoding.commit_log import CommitLog
+from twotower.towers.decoding.output import begin_output, commit_blocks
 from twotower.towers.decoding.output_text import OutputText
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.request.params import MODES, GenerationParams
@@ -150,18 +150,14 @@ class Router:
         job, text, log = await self._admit(request)
         log_probs = request.sampling_params.logprobs
         yield codec.started_event(job, request_id)
-        if log.finish_reason is None:
-            async with aclosing(self._attempts.blocks(job, log)) as blocks:
-                async for block in blocks:
-                    cut, shown = text.take(block)
-                    log.append(cut)
-                    yield codec.block_event(log, cut, shown, job.params, log_probs=log_probs)
-                    if text.matched_stop is not None:
-                        break
+        blocks = commit_blocks(self._attempts.blocks(job, log), text, log)
+        async with aclosing(blocks):
+            async for block, shown in blocks:
+                yield codec.block_event(log, block, shown, job.params, log_probs=log_probs)
         yield codec.complete_event(log, text.matched_stop)
 
     async def _admit(self, request: pb.GenerateRequest) -> tuple[Job, OutputText, CommitLog]:
-        """The request as a job within the model's limits, with its text and log so far.
+        """The request as a job within the model's limits, with the text and log of its output.
 
         What is too long is refused before anything is done with it. Raises InvalidRequestError,
         and QueueFullError if too many texts wait to be read.
@@ -176,11 +172,9 @@ class Router:
         check = partial(params.check_row, prompt, self._model.vocab_size, self._max_context)
         check([])
         check_ids("generated_token_ids", generated, self._model.vocab_size)
-        resumed = partial(resumed_text, self._tokenizer, params, generated)
-        text, finish_reason = await self._reader.run(_work_of(params, generated), resumed)
-        log = CommitLog(len(prompt), generated)
-        log.finish_reason = finish_reason
-        if finish_reason is None:
+        begin = partial(begin_output, self._tokenizer, params, len(prompt), generated)
+        text, log = await self._reader.run(_work_of(params, generated), begin)
+        if log.finish_reason is None:
             check(list(generated))
         return Job(attempt_id(), tuple(prompt), generated, params), text, log
 

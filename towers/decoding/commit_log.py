@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from twotower.towers.decoding.services import Block
 from twotower.towers.errors import UnavailableError
 from twotower.towers.request.params import FinishReason, GenerationParams
+from twotower.towers.request.results import Usage
 
 
 class CommitLog:
@@ -38,12 +39,26 @@ class CommitLog:
         """Absolute position of the next token."""
         return self.prompt_tokens + len(self._token_ids)
 
+    @property
+    def usage(self) -> Usage:
+        """Cost of the committed blocks."""
+        return Usage(
+            self.prompt_tokens,
+            len(self._token_ids),
+            self.nfe,
+            self.context_passes,
+            self.cached_tokens,
+            self.accepted_tokens,
+            self.drafted_tokens,
+        )
+
     def served(self, asked: GenerationParams) -> GenerationParams:
-        """What the blocks are made with: settled by the first, as asked before."""
+        """Parameters that the blocks are made with: as asked, until the first block says how far
+        they are eased."""
         return asked if self._eased is None else asked.eased(self._eased)
 
     def has(self, block: Block) -> bool:
-        """Whether the block is committed already; otherwise it is the next one.
+        """True if the block is committed already; otherwise it is the next block.
 
         Raises UnavailableError for a gap: the attempt that it came from cannot go on.
         """
@@ -62,8 +77,8 @@ class CommitLog:
             return False
         self._token_ids.extend(block.token_ids)
         if not self.num_blocks:
-            # An attempt that takes over finds more in the cache, also of what came after the
-            # prompt; what the request itself was spared is what its first attempt found.
+            # A later attempt finds more in the cache, also of the output; the request has saved
+            # what its first attempt found of the prompt.
             self.cached_tokens = min(block.cached_tokens, self.prompt_tokens)
             self._eased = block.eased
         self.num_blocks += 1

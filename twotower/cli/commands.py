@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import closing, redirect_stdout
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
+    from twotower.client import GenerationStream as ServiceStream
     from twotower.deployments.config import ServiceConfig
+    from twotower.streams import GenerationStream
 
 _GRPC_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
+# Of no meaning without a service that may have too much to do.
+_FLOORS = ("min_steps_per_block", "min_confidence_threshold")
 
 
 def serve(config: Path | None, settings: dict[str, Any], verbose: bool) -> None:
@@ -98,9 +102,7 @@ def generate_remotely(
         stream = client.generate(prompt, **sampling, ignore_eos=ignore_eos, logprobs=logprobs)
         for block in stream:
             write(block.text)
-    assert stream.usage is not None, "a stream that ended well has its usage"
-    seconds = time.perf_counter() - begin
-    _report(stream.usage.completion_tokens, stream.usage.nfe, seconds, stream.seed)
+    _report(stream, time.perf_counter() - begin)
     if stream.steps_per_block is not None:
         used = f"{stream.steps_per_block} steps, threshold {stream.confidence_threshold:g}"
         typer.echo(f"served with {used}", err=True)
@@ -132,22 +134,26 @@ def generate_here(
     logprobs: bool,
 ) -> None:
     """Streams a completion of a model in this process to stdout."""
-    from twotower.in_process import InProcessModel
+    from twotower.api import TwoTower
     from twotower.towers.checkpoint.weights import parse_dtype, resolve_checkpoint
+    from twotower.towers.errors import InvalidRequestError
     from twotower.towers.request.params import GenerationParams
 
     # Both before a checkpoint is fetched for nothing.
-    params = GenerationParams(**sampling)
+    GenerationParams(**sampling)
     parse_dtype(dtype)
-    loaded = InProcessModel(resolve_checkpoint(model), device, dtype)
+    loaded = TwoTower.from_pretrained(resolve_checkpoint(model), device, dtype)
+    if loaded.tokenizer is None:
+        raise InvalidRequestError("prompt", prompt, "a model that has a tokenizer")
+    eos = None if ignore_eos else loaded.config.eos_token_id
+    here = {name: value for name, value in sampling.items() if name not in _FLOORS}
     begin = time.perf_counter()
-    stream = loaded.stream(prompt, params, ignore_eos=ignore_eos)
-    for text in stream:
-        write(text)
-    seconds = time.perf_counter() - begin
-    _report(len(stream.log.token_ids), stream.log.nfe, seconds, stream.seed)
+    with closing(loaded.stream(prompt, **here, eos_token_id=eos)) as stream:
+        for block in stream:
+            write(block.text)
+    _report(stream, time.perf_counter() - begin)
     if logprobs:
-        _report_log_probs(stream.log.token_ids, stream.log_probs)
+        _report_log_probs(stream.token_ids, stream.log_probs)
 
 
 def verify(folder: Path, device: str, dtype: str) -> None:
@@ -223,10 +229,14 @@ def write(text: str) -> None:
         sys.stdout.flush()
 
 
-def _report(tokens: int, nfe: int, seconds: float, seed: int | None) -> None:
+def _report(stream: GenerationStream | ServiceStream, seconds: float) -> None:
+    """Says what a stream that has ended cost, and the seed that repeats it."""
+    assert stream.usage is not None, "a stream that ended well has its usage"
+    tokens, nfe = stream.usage.completion_tokens, stream.usage.nfe
     per_pass = f"{tokens / nfe:.2f} tokens/NFE, " if nfe else ""
     typer.echo(
-        f"\n{tokens} tokens, {nfe} NFE, {per_pass}{tokens / seconds:.1f} tokens/s, seed {seed}",
+        f"\n{tokens} tokens, {nfe} NFE, {per_pass}{tokens / seconds:.1f} tokens/s, "
+        f"seed {stream.seed}",
         err=True,
     )
 

@@ -6,7 +6,8 @@ from twotower.client.client import (
     Client,
     GenerationStream,
 )
-from twotower.client.messages import ModelInfo, Score, ServiceError, TextBlock, Usage
+from twotower.client.messages import ModelInfo, Score, ServiceError
+from twotower.towers.request.results import TextBlock, Usage
 from twotower.towers.request.token_ids import Prompt
 
 __all__ = [

@@ -20,8 +20,6 @@ from twotower.client.messages import (
     ModelInfo,
     Score,
     ServiceError,
-    TextBlock,
-    Usage,
     generate_request,
     model_info_of,
     score_of,
@@ -31,20 +29,8 @@ from twotower.client.messages import (
 from twotower.client.wire_values import checked_seconds, checked_text
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.protos.v1 import generation_pb2_grpc
+from twotower.towers.request.results import TextBlock
 from twotower.towers.request.token_ids import Prompt, TokenIds
-
-__all__ = [
-    "AsyncClient",
-    "AsyncGenerationStream",
-    "Client",
-    "GenerationStream",
-    "ModelInfo",
-    "Prompt",
-    "Score",
-    "ServiceError",
-    "TextBlock",
-    "Usage",
-]
 
 S = TypeVar("S")
 

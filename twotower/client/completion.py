@@ -15,8 +15,6 @@ import grpc
 
 from twotower.client.messages import (
     ServiceError,
-    TextBlock,
-    Usage,
     service_error,
     text_block,
     usage_of,
@@ -24,6 +22,7 @@ from twotower.client.messages import (
 from twotower.protos.backoff import backoff_s
 from twotower.protos.refusals import is_lost, is_own_internal
 from twotower.protos.v1 import generation_pb2 as pb
+from twotower.towers.request.results import TextBlock, Usage
 
 MAX_BROKEN = 4
 # A server that is gone before it has said that it has begun may have gone because of the request.

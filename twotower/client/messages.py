@@ -12,6 +12,7 @@ from twotower.client.wire_values import checked_ids, checked_scalars, checked_te
 from twotower.protos.refusals import client_status, retry_after_of
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.errors import TwoTowerError
+from twotower.towers.request.results import TextBlock, Usage
 from twotower.towers.request.token_ids import PROMPT, Prompt, TokenIds, text_list
 
 
@@ -29,53 +30,6 @@ class ServiceError(TwoTowerError):
 
     def __reduce__(self) -> tuple[type[ServiceError], tuple[grpc.StatusCode, str]]:
         return type(self), (self.code, self.details)
-
-
-@dataclass(frozen=True)
-class TextBlock:
-    """One committed block; per token its denoising step and probability.
-
-    `log_probs` are their natural logs, empty unless they were asked for.
-    """
-
-    index: int
-    start: int
-    token_ids: tuple[int, ...]
-    text: str
-    commit_steps: tuple[int, ...]
-    confidences: tuple[float, ...]
-    log_probs: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a completion cost: tokens, denoiser passes (`nfe`) and context tower passes.
-
-    `cached_tokens` of the prompt came from the prefix cache; in verified, `accepted_tokens` of
-    `drafted_tokens` were accepted.
-    """
-
-    prompt_tokens: int
-    completion_tokens: int
-    nfe: int
-    context_passes: int
-    cached_tokens: int
-    accepted_tokens: int
-    drafted_tokens: int
-
-    def after(self, earlier: Usage | None) -> Usage:
-        """This stream's cost with that of the `earlier` ones that it has resumed."""
-        if earlier is None:
-            return self
-        return Usage(
-            self.prompt_tokens,
-            self.completion_tokens,
-            self.nfe + earlier.nfe,
-            self.context_passes + earlier.context_passes,
-            earlier.cached_tokens,
-            self.accepted_tokens + earlier.accepted_tokens,
-            self.drafted_tokens + earlier.drafted_tokens,
-        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,56 @@
+"""What a completion gives: blocks with their text, and what they cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TextBlock:
+    """A committed block; `commit_steps` and `confidences` are each token's denoising step and
+    probability.
+
+    `index` counts the blocks of a stream from 0, `start` is the absolute position of the first
+    token. `text` is what these tokens settle of the output's text, without EOS and stop string;
+    empty without a tokenizer. `log_probs` are the natural logs of the probabilities; a service
+    sends them if they were asked for.
+    """
+
+    index: int
+    start: int
+    token_ids: tuple[int, ...]
+    text: str
+    commit_steps: tuple[int, ...]
+    confidences: tuple[float, ...]
+    log_probs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a completion cost: tokens, denoiser passes (`nfe`) and context tower passes.
+
+    `cached_tokens` of the prompt came from the prefix cache; in verified, `accepted_tokens` of
+    `drafted_tokens` were accepted.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    nfe: int
+    context_passes: int
+    cached_tokens: int
+    accepted_tokens: int
+    drafted_tokens: int
+
+    def after(self, earlier: Usage | None) -> Usage:
+        """The cost of this stream together with that of the streams before it, which it resumes."""
+        if earlier is None:
+            return self
+        return Usage(
+            self.prompt_tokens,
+            self.completion_tokens,
+            self.nfe + earlier.nfe,
+            self.context_passes + earlier.context_passes,
+            earlier.cached_tokens,
+            self.accepted_tokens + earlier.accepted_tokens,
+            self.drafted_tokens + earlier.drafted_tokens,
+        )
