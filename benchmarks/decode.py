@@ -39,7 +39,8 @@ from twotower.towers.engine.denoiser_engine import DenoiserEngine, commit_rule
 from twotower.towers.engine.local_link import LocalLink
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower
-from twotower.towers.request.params import GenerationParams, Mode
+from twotower.towers.request.modes import Mode
+from twotower.towers.request.params import GenerationParams
 from twotower.towers.state.context_state import ContextState
 
 

@@ -21,7 +21,7 @@ from benchmarks.card_text import card
 from benchmarks.ngram import TrigramModel
 from benchmarks.prompts import Prompt, completes, held_out_prompts
 from twotower import GenerationResult, TwoTower
-from twotower.towers.request.params import Mode
+from twotower.towers.request.modes import Mode
 from twotower.towers.training.batches import BatchShape, draw_sequences
 from twotower.towers.training.corpus import (
     SourceFile,

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from twotower.towers.engine.prefill import PREFILL_CHUNK
-from twotower.towers.request.params import GenerationParams, Mode
+from twotower.towers.request.modes import Mode
+from twotower.towers.request.params import GenerationParams
 
 MAX_PROMPT, MAX_NEW = 80, 24
 CANCELLED_SHARE, CHECKED_SHARE = 0.2, 0.01

@@ -21,7 +21,7 @@ from twotower.client import Client
 from twotower.client import TextBlock as ClientBlock
 from twotower.client import Usage as ClientUsage
 from twotower.towers.errors import InvalidRequestError, NumericalError
-from twotower.towers.request.params import MODES
+from twotower.towers.request.modes import MODES
 
 PROMPT = [5, 3, 17, 3, 9]
 LONG: dict[str, Any] = {"max_tokens": 900, "seed": 1}

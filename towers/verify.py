@@ -40,7 +40,8 @@ from twotower.towers.engine.prefill import PREFILL_CHUNK
 from twotower.towers.errors import CheckpointError, cut_off
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower, timestep_features
-from twotower.towers.request.params import GenerationParams, Mode
+from twotower.towers.request.modes import TRAITS, Mode
+from twotower.towers.request.params import GenerationParams
 from twotower.towers.state.context_state import ContextState
 
 LOGIT_TOLERANCE = 2e-3
@@ -342,21 +343,21 @@ class _Replayer:
     def _autoregressive(
         self, case: Case, tensors: Mapping[str, Tensor], result: CaseReport
     ) -> None:
-        mode: Mode = "ar" if case["kind"] == "ar" else "mock_ar"
+        mode: Mode = case["kind"]
         eos = case["info"].get("eos_token_id")
         for row, prompt in enumerate(tensors["prompt"].tolist()):
             params = _params(case, mode, eos)
             tokens, nfe = self._generate(prompt, params)
             want = _up_to_eos(tensors["output"][row][len(prompt) :].tolist(), eos)
             result.same(f"output[{row}]", tokens, want)
-            result.same(f"nfe[{row}]", nfe, 0 if mode == "ar" else len(want))
+            result.same(f"nfe[{row}]", nfe, len(want) if TRAITS[mode].needs_denoiser else 0)
             logits = self._step_logits(prompt, want, mode)
             recorded = tensors["logits"][row]
             result.close(f"logits[{row}]", logits, recorded[: len(logits)], LOGIT_TOLERANCE)
 
     def _step_logits(self, prompt: list[int], output: list[int], mode: Mode) -> Tensor:
         """The logits that each output token was taken from, [n, V]."""
-        if mode == "ar":
+        if not TRAITS[mode].needs_denoiser:
             state = self.context.new_state(len(prompt) + len(output))
             hidden = self._read([*prompt, *output[:-1]], state)
             return self.context.logits(hidden[len(prompt) - 1 :])

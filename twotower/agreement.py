@@ -9,7 +9,8 @@ from pathlib import Path
 
 from twotower.api import Request, TwoTower
 from twotower.results import GenerationResult
-from twotower.towers.request.params import GenerationParams, Mode
+from twotower.towers.request.modes import Mode
+from twotower.towers.request.params import GenerationParams
 from twotower.towers.request.token_ids import Prompt
 
 # Beginnings of code, reports and explanations, for a first look at any model.

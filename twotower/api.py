@@ -21,7 +21,8 @@ from twotower.towers.engine.denoiser_engine import DenoiserEngine
 from twotower.towers.engine.load import load_engines
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.limits import limit_threads
-from twotower.towers.request.params import GenerationParams, Mode
+from twotower.towers.request.modes import Mode
+from twotower.towers.request.params import GenerationParams
 from twotower.towers.request.token_ids import (
     PROMPT,
     Array,

@@ -65,7 +65,7 @@ async def _result(
         log.nfe,
         log.context_passes,
         params.seed,
-        [_joined(blocks, log)] if params.mode in ("ar", "mock_ar") else blocks,
+        [_joined(blocks, log)] if params.traits.unit == "token" else blocks,
         text.matched_stop,
         log.cached_tokens,
         log.accepted_tokens,

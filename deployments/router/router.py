@@ -37,7 +37,8 @@ from twotower.towers.decoding.commit_log import CommitLog
 from twotower.towers.decoding.output import begin_output, commit_blocks
 from twotower.towers.decoding.output_text import OutputText
 from twotower.towers.errors import InvalidRequestError
-from twotower.towers.request.params import MODES, GenerationParams
+from twotower.towers.request.modes import served_modes
+from twotower.towers.request.params import GenerationParams
 from twotower.towers.request.token_ids import check_ids
 from twotower.towers.text.text_limit import longest_token_bytes
 from twotower.towers.text.tokenizer import load_tokenizer
@@ -65,7 +66,7 @@ class Router:
         self._attempts = Attempts(self._pairs, retry, room)
         self._max_message = config.message_bytes()
         _compare_limits(self._max_message)
-        self._modes = ("ar",) if config.placement == "ar_only" else MODES
+        self._modes = served_modes(with_denoiser=config.placement != "ar_only")
         self._from_zero = config.autoscaling is not None and config.autoscaling.min_pairs == 0
         self._max_context = min(config.max_context, self._model.max_position_embeddings)
         self._reader = TextReader(self._tokenizer, longest_token_bytes(folder), self._max_context)

@@ -10,7 +10,7 @@ from tests.bench.conftest import ROWS, TOKENS
 from twotower.bench.decode import EnginePair, Run
 from twotower.planner.schedules import PROFILES, mean_steps, shuffled_rows
 from twotower.towers.errors import CapacityError
-from twotower.towers.request.params import Mode
+from twotower.towers.request.modes import Mode
 
 HEADLINE = len(PROFILES["headline"])
 

@@ -27,7 +27,7 @@ async def generate_blocks(
     on the way to its floors if so many others wait when it gets its place. Whatever ends the
     iteration, the row is released on both sides.
     """
-    if params.mode != "ar" and denoiser is None:
+    if params.traits.needs_denoiser and denoiser is None:
         raise ValueError(f"mode: {params.mode} needs a denoiser")
     params = params.for_prompt(len(prompt))
     loop = _RowLoop(context, denoiser, row_id, params, len(prompt))
@@ -86,7 +86,7 @@ class _RowLoop:
     async def open(self) -> int:
         """Waits for the row's place on both sides; returns how many other rows wait for theirs."""
         waiting = await self._context.open(self._row_id, self._capacity)
-        if self._denoiser is not None and self._params.mode != "ar":
+        if self._denoiser is not None and self._params.traits.needs_denoiser:
             await self._denoiser.open(self._row_id, self._capacity)
         return waiting
 
@@ -98,7 +98,7 @@ class _RowLoop:
     def blocks(self, prompt: Sequence[int], generated: Sequence[int]) -> AsyncIterator[Block]:
         """Blocks as they come, without an end of their own."""
         position = len(prompt) + len(generated)
-        if self._params.mode == "verified":
+        if self._params.traits.unit == "draft":
             return self._verified_blocks(position - bool(generated), generated[-1:])
         return self._own_blocks(position, [*prompt, *generated][-1])
 
@@ -135,7 +135,7 @@ class _RowLoop:
 
     def read(self, block: Block) -> None:
         """Starts extending the context by a block that does not end the row."""
-        if self._params.mode in ("mask_diffusion", "mock_ar"):
+        if self._params.traits.tokens_from == "denoiser":
             extending = self._context.extend(self._row_id, block.token_ids)
             self._reading = asyncio.ensure_future(extending)
 
@@ -162,9 +162,9 @@ class _RowLoop:
 
     async def _next_block(self, position: int, last_token: int) -> Block:
         params = self._params
-        if params.mode == "ar":
+        if params.traits.tokens_from == "context":
             return await self._context.decode(self._row_id, params.block_size, params)
         assert self._denoiser is not None
-        if params.mode == "mock_ar":
+        if params.traits.unit == "token":
             return await self._denoiser.next_token(self._row_id, position, last_token, params)
         return await self._denoiser.denoise_block(self._row_id, position, params)

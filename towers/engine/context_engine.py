@@ -214,12 +214,12 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         state = state_of(row.state)
         pieces = prefill_pieces(prompt, generated, params, self.prefill_chunk)
         # mock_ar reads the context as it was before its last token: that one stays in the log.
-        held = [pieces.pop()] if params.mode == "mock_ar" else []
+        held = [pieces.pop()] if params.traits.holds_prompt_end else []
         own = Draw(Sampler.from_params(params), [len(prompt) + len(generated)])
-        fresh = params.mode == "verified" and not generated
-        draw = own if params.mode == "ar" or fresh else None
+        first_is_known = params.traits.holds_output_end and bool(generated)
+        draw = own if params.traits.tokens_from == "context" and not first_is_known else None
         feed = None
-        if self.link is not None and params.mode != "ar":
+        if self.link is not None and params.traits.needs_denoiser:
             feed = KvFeed(self.link, row.row_id, state)
         try:
             hidden, saved = self._restore(row, pieces)
@@ -236,7 +236,7 @@ class ContextEngine(Engine[_Row, ContextWork, ContextResult]):
         if draw is not None:
             assert hidden is not None
             row.own = self._first_token(draw, hidden)
-        if params.mode == "verified" and generated:
+        if first_is_known:
             row.own, row.committed = _Token(generated[-1], 1.0, 0.0), True
         return Prefilled(len(pieces) - saved + len(held), cached)
 

@@ -145,7 +145,7 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
     ) -> Block:
         state = await self._at(row, position)
         sampler, rule = Sampler.from_params(params), self._rule(params)
-        verified = params.mode == "verified"
+        verified = params.traits.unit == "draft"
         domain = DOMAIN_AUTOREGRESSIVE if verified else DOMAIN_DENOISE
         masked = params.block_size - len(known)
         if self._steps is not None and masked and on_device(rule, sampler, params.block_size):
@@ -235,5 +235,5 @@ def _block(start: int, nfe: int, draft: BlockDraft | StepResult) -> Block:
 
 def commit_rule(params: GenerationParams) -> CommitRule:
     """The rule that a request's own parameters ask for."""
-    steps = params.draft_steps if params.mode == "verified" else params.steps_per_block
+    steps = params.draft_steps if params.traits.unit == "draft" else params.steps_per_block
     return ThresholdRule(params.confidence_threshold, steps)

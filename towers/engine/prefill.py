@@ -38,12 +38,12 @@ def prefill_pieces(
     row is not read: it is the head of the next draft.
     """
     tokens = list(prompt)
-    unit = 1 if params.mode in ("ar", "mock_ar") else params.block_size
-    tail = [tokens.pop()] if params.mode == "mock_ar" else []
+    unit = 1 if params.traits.unit == "token" else params.block_size
+    tail = [tokens.pop()] if params.traits.holds_prompt_end else []
     pieces = [tokens[i : i + chunk] for i in range(0, len(tokens), chunk)]
     if tail:
         pieces.append(tail)
-    read = generated[:-1] if params.mode == "verified" else generated
+    read = generated[:-1] if params.traits.holds_output_end else generated
     pieces += [list(read[i : i + unit]) for i in range(0, len(read), unit)]
     return pieces
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import secrets
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import Literal
 
 from twotower.towers.errors import InvalidRequestError
+from twotower.towers.request.modes import MODES, TRAITS, Mode, ModeTraits
 from twotower.towers.request.number_checks import check_real, check_whole
 from twotower.towers.request.token_ids import check_ids, check_text, plain_number, text_list
 
-Mode = Literal["mask_diffusion", "ar", "mock_ar", "verified"]
 FinishReason = Literal["stop", "length"]
-MODES: tuple[str, ...] = get_args(Mode)
 MAX_BLOCK_SIZE = 256
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
@@ -87,6 +86,11 @@ class GenerationParams:
         check_whole("eos_from", self.eos_from, 0)
         object.__setattr__(self, "stop", _checked_stop(self.stop))
 
+    @property
+    def traits(self) -> ModeTraits:
+        """Properties of the mode."""
+        return TRAITS[self.mode]
+
     def with_seed(self) -> GenerationParams:
         """The same parameters with a seed: the given one, or one drawn now."""
         if self.seed is not None:
@@ -99,9 +103,9 @@ class GenerationParams:
 
     @property
     def may_be_eased(self) -> bool:
-        """Whether the row declares a floor that matters to its mode."""
+        """True if the request has a floor that matters to its mode."""
         floors = (self.min_steps_per_block, self.min_confidence_threshold)
-        return self.mode == "mask_diffusion" and floors != (None, None)
+        return self.traits.can_be_eased and floors != (None, None)
 
     def eased(self, share: float) -> GenerationParams:
         """The same parameters, `share` (0 to 1) of the way to the floors, and those gone: what a
@@ -123,10 +127,10 @@ class GenerationParams:
 
     def context_tokens(self, prompt_tokens: int) -> int:
         """Context positions that the row may need: prompt and output, up to whole blocks."""
-        if self.mode == "verified":
+        if self.traits.unit == "draft":
             # A draft is a whole block wherever it starts, so the last may reach past max_tokens.
             return prompt_tokens + self.max_tokens + self.block_size
-        unit = self.block_size if self.mode == "mask_diffusion" else 1
+        unit = self.block_size if self.traits.unit == "block" else 1
         return prompt_tokens + -(-self.max_tokens // unit) * unit
 
     def check_row(
@@ -147,7 +151,7 @@ class GenerationParams:
             raise InvalidRequestError(
                 "generated_token_ids", f"{len(generated)} ids", f"fewer than {self.max_tokens}"
             )
-        if self.mode == "mask_diffusion" and len(generated) % self.block_size:
+        if self.traits.unit == "block" and len(generated) % self.block_size:
             raise InvalidRequestError(
                 "generated_token_ids",
                 f"{len(generated)} ids",

@@ -23,7 +23,8 @@ from twotower.towers.engine.local_link import LocalLink
 from twotower.towers.engine.scheduler import PassLimits
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower
-from twotower.towers.request.params import GenerationParams, Mode
+from twotower.towers.request.modes import Mode
+from twotower.towers.request.params import GenerationParams
 
 # Where rows end blocks at different times, the fastest must not run dry before the slowest is done.
 SPARE = 2
