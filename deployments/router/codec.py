@@ -15,26 +15,11 @@ from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.decoding.commit_log import CommitLog
 from twotower.towers.decoding.services import Block
 from twotower.towers.errors import InvalidRequestError
-from twotower.towers.request.params import GenerationParams, check_stop_count
+from twotower.towers.request.params import SAMPLING_PARAMETERS, GenerationParams, check_stop_count
 
 MAX_REQUEST_ID = 128
 _REQUEST_ID = re.compile(rf"[!-~]{{1,{MAX_REQUEST_ID}}}")
-_OPTIONAL_SCALARS = (
-    "mode",
-    "max_tokens",
-    "block_size",
-    "steps_per_block",
-    "confidence_threshold",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "seed",
-    "draft_steps",
-    "min_tokens",
-    "min_steps_per_block",
-    "min_confidence_threshold",
-)
+_OPTIONAL_SCALARS = tuple(name for name in SAMPLING_PARAMETERS if name != "stop")
 
 
 def request_id_of(given: str) -> str:

@@ -18,6 +18,10 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 SEED_BITS = 63
 _NO_NUMBERS = ("mode", "stop")
+# Floors of a service under load; where nothing else waits they have no effect.
+FLOORS = ("min_steps_per_block", "min_confidence_threshold")
+# Not of a request: the model's token or none, and what the block loop sets.
+_NOT_SENT = ("eos_token_id", "eos_from")
 
 
 @dataclass(frozen=True)
@@ -173,9 +177,16 @@ class GenerationParams:
             )
 
 
-def row_key(seed: int, choice: int = 0) -> int:
-    """The 64-bit random key of a row: a hash of the request's seed and the choice's index."""
-    digest = hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()
+# The list of sampling parameters: proto, codec, client, Python API and command line follow it.
+SAMPLING_PARAMETERS = tuple(
+    field.name for field in fields(GenerationParams) if field.name not in _NOT_SENT
+)
+
+
+def row_key(seed: int) -> int:
+    """The 64-bit random key of a row, a hash of the request's seed."""
+    # The 0 was a row's number within its request; without it every key would be another one.
+    digest = hashlib.blake2b(f"{seed}/0".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
