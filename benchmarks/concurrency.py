@@ -28,7 +28,7 @@ from benchmarks.in_process import Local, load_local
 from benchmarks.machine import machine
 from benchmarks.prompts import held_out_prompts
 from benchmarks.service import MAX_CONTEXT, SERVICE_THREADS, pair_stats, service_config
-from twotower.api import Request
+from twotower import Request
 from twotower.client import Client
 from twotower.deployments.server.server import LocalService
 from twotower.towers.request.params import GenerationParams

@@ -19,8 +19,7 @@ import torch
 from benchmarks.card_text import card
 from benchmarks.ngram import trigram_loss
 from benchmarks.prompts import Prompt, completes, held_out_prompts
-from twotower import TwoTower
-from twotower.api import GenerationResult
+from twotower import GenerationResult, TwoTower
 from twotower.towers.request.modes import Mode
 from twotower.towers.training.batches import BatchShape, draw_sequences
 from twotower.towers.training.corpus import (

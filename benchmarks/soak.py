@@ -37,7 +37,7 @@ from benchmarks.machine import machine
 from benchmarks.phases import PhasedLink, PhasedTower, Phases
 from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
 from benchmarks.soak_requests import RequestMaker, SoakRequest
-from twotower.api import Request
+from twotower import Request
 from twotower.cluster.channel.grpc import LinkSpec
 from twotower.cluster.services.tower_services import (
     ContextTowerActor,

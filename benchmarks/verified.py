@@ -26,7 +26,7 @@ from benchmarks.figures import median
 from benchmarks.in_process import Local, load_local
 from benchmarks.machine import machine
 from benchmarks.prompts import held_out_prompts
-from twotower.api import GenerationResult, Request
+from twotower import GenerationResult, Request
 from twotower.towers.engine.options import PREFILL_CHUNK
 from twotower.towers.request.params import GenerationParams
 from twotower.towers.training.corpus import read_corpus, standard_library

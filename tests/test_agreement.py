@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from twotower import TwoTower
+from twotower import GenerationResult, TwoTower
 from twotower.agreement import Cost, agreement, common_prefix, compare
-from twotower.api import GenerationResult
 from twotower.towers.checkpoint.quantization import quantize_checkpoint
 from twotower.towers.request.params import GenerationParams
 

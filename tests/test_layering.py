@@ -66,12 +66,13 @@ WINGS = {
     "client": "protos",
     "planner": "towers/state towers/checkpoint towers/engine towers/decoding",
     "bench": "towers/state towers/model towers/decoding towers/checkpoint towers/engine planner",
-    "loop_thread": "",
-    "streams": "towers/decoding loop_thread",
-    "api": "towers/text towers/decoding towers/checkpoint towers/engine loop_thread streams",
-    "agreement": "api",
+    "call_loop": "",
+    "streams": "towers/decoding call_loop",
+    "results": "towers/decoding",
+    "api": "towers/text towers/decoding towers/checkpoint towers/engine call_loop streams results",
+    "agreement": "api results",
     "cli": "towers/text towers/checkpoint towers/training towers/verify cluster/placement "
-    "deployments/config deployments/router deployments/server client planner bench api "
+    "deployments/config deployments/router deployments/server client planner bench api streams "
     "agreement",
 }
 # A door: its names lead to the public ones.

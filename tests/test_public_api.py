@@ -38,11 +38,15 @@ def defaults_of(function: Any) -> list[tuple[str, Any]]:
 
 def test_exported_names() -> None:
     assert twotower.__all__ == [
+        "AsyncGenerationStream",
         "Block",
         "GenerationParams",
         "GenerationResult",
+        "GenerationStream",
         "Request",
+        "TextBlock",
         "TwoTower",
+        "Usage",
         "__version__",
     ]
     for name in twotower.__all__:
@@ -71,6 +75,11 @@ def test_the_signatures() -> None:
         ("min_tokens", 0),
         ("stop", None),
     ]
+    of_generate = defaults_of(TwoTower.generate)[2:]
+    for stream in (TwoTower.stream, TwoTower.astream):
+        head, *middle, last = defaults_of(stream)[1:]
+        assert (head, last) == (("prompt", empty), ("generated_token_ids", ()))
+        assert middle == of_generate
     assert defaults_of(TwoTower.from_pretrained) == [
         ("path", None),
         ("device", "cpu"),

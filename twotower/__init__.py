@@ -6,25 +6,36 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = [
+    "AsyncGenerationStream",
     "Block",
     "GenerationParams",
     "GenerationResult",
+    "GenerationStream",
     "Request",
+    "TextBlock",
     "TwoTower",
+    "Usage",
     "__version__",
 ]
 
 if TYPE_CHECKING:
-    from twotower.api import GenerationResult, Request, TwoTower
+    from twotower.api import Request, TwoTower
+    from twotower.results import GenerationResult
+    from twotower.streams import AsyncGenerationStream, GenerationStream
     from twotower.towers.decoding.services import Block
     from twotower.towers.request.params import GenerationParams
+    from twotower.towers.request.results import TextBlock, Usage
 
 _HOMES = {
+    "AsyncGenerationStream": "twotower.streams",
     "Block": "twotower.towers.decoding.services",
     "GenerationParams": "twotower.towers.request.params",
-    "GenerationResult": "twotower.api",
+    "GenerationResult": "twotower.results",
+    "GenerationStream": "twotower.streams",
     "Request": "twotower.api",
+    "TextBlock": "twotower.towers.request.results",
     "TwoTower": "twotower.api",
+    "Usage": "twotower.towers.request.results",
 }
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
-from twotower.api import GenerationResult, Request, TwoTower
+from twotower.api import Request, TwoTower
+from twotower.results import GenerationResult
 from twotower.towers.request.modes import Mode
 from twotower.towers.request.params import GenerationParams
 from twotower.towers.request.token_ids import Prompt

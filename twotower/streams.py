@@ -1,127 +1,140 @@
-"""A completion of towers in this process, block by block."""
+"""Completions of a model in this process, block by block, for `for` and for `async for`.
+
+A row is decoded in the model's own event loop, ahead of the reader: streams share their passes with
+all other calls, and a reader that is slow holds nothing up.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import suppress
+import queue
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
+from contextlib import aclosing, suppress
+from functools import partial
+from weakref import finalize
 
-from twotower.loop_thread import LoopThread
-from twotower.towers.decoding.output import Output
-from twotower.towers.decoding.services import Block
-from twotower.towers.request.modes import FinishReason
+from twotower.call_loop import CallLoop, interruptible
+from twotower.towers.decoding.commit_log import CommitLog
+from twotower.towers.decoding.output import Begun, Output, text_block
+from twotower.towers.request.params import FinishReason
 from twotower.towers.request.results import TextBlock, Usage
 
-Committed = AsyncGenerator[tuple[Block, str], None]
+Put = Callable[[TextBlock | None], None]
 
 
 class _Stream:
-    """A completion in the making.
-
-    `seed` and `prompt_tokens` are there from the start; `token_ids` and `log_probs` are those of
-    the blocks received so far, `finish_reason`, `matched_stop` (the stop string that ended the
-    output, or None) and `usage` are there after the last block. The names are those of the
-    client's streams.
+    """State of a stream: `token_ids` and `log_probs` of the blocks received so far and, after the
+    last, `finish_reason`, `matched_stop` (the stop string that ended the output, or None) and
+    `usage`. With `seed` and `token_ids` another stream can go on from here.
     """
 
-    def __init__(
-        self,
-        model: object,
-        loop: LoopThread,
-        output: Output,
-        blocks: AsyncGenerator[Block, None],
-        seed: int,
-    ) -> None:
-        self.seed = seed
-        self.prompt_tokens = output.log.prompt_tokens
+    def __init__(self, calls: CallLoop, begun: Begun, put: Put) -> None:
+        output, self._text, self._log, params = begun
+        assert params.seed is not None
+        self.seed = params.seed
+        self.prompt_tokens = self._log.prompt_tokens
         self.token_ids: list[int] = []
         self.log_probs: list[float] = []
         self.finish_reason: FinishReason | None = None
         self.matched_stop: str | None = None
         self.usage: Usage | None = None
-        # The loop ends with the model.
-        self._model = model
-        self._loop = loop
-        self._output = output
-        self._index = 0
-        self._committed = output.commit(blocks)
-        if output.finish_reason is not None:
-            self._take(None)
-        # A stream that nobody reads any more frees its row, too.
-        self._closing = weakref.finalize(self, _abandon, loop, self._committed)
-        self._closing.atexit = False
+        self._calls = calls
+        self._call: Future[None] = calls.start(_deliver(output, self._log, put))
+        self._call.add_done_callback(partial(_put_end, put))
+        # A stream that nobody holds any more frees its row.
+        self._dropped = finalize(self, calls.cancel, self._call)
+        self._closed = False
 
-    def _take(self, committed: tuple[Block, str] | None) -> TextBlock | None:
-        if committed is None:
-            self.finish_reason = self._output.finish_reason
-            self.matched_stop = self._output.matched_stop
-            self.usage = self._output.log.usage()
-            return None
-        block, text = committed
-        self.token_ids.extend(block.token_ids)
-        self.log_probs.extend(block.log_probs)
-        self._index += 1
-        return TextBlock(
-            self._index - 1,
-            block.start,
-            block.token_ids,
-            text,
-            block.commit_steps,
-            block.confidences,
-            block.log_probs,
-        )
+    def _take(self, block: TextBlock | None) -> TextBlock | None:
+        """Takes in what was delivered; None after the last block. Raises what ended the row."""
+        if block is not None:
+            self.token_ids.extend(block.token_ids)
+            self.log_probs.extend(block.log_probs)
+            return block
+        self._closed = True
+        self._call.result()
+        self.finish_reason = self._log.finish_reason
+        self.matched_stop = self._text.matched_stop
+        self.usage = self._log.usage
+        return None
 
 
-class LocalStream(_Stream):
-    """Iterates over the blocks of one completion."""
+class GenerationStream(_Stream, Iterator[TextBlock]):
+    """Iterates over the blocks of one completion, which has begun. Left before its end, it frees
+    its row when it is closed or dropped."""
 
-    def __iter__(self) -> Iterator[TextBlock]:
-        """Raises NumericalError. Leaving the loop early ends the completion."""
+    def __init__(self, calls: CallLoop, begun: Begun) -> None:
+        self._blocks: queue.SimpleQueue[TextBlock | None] = queue.SimpleQueue()
+        super().__init__(calls, begun, self._blocks.put)
+
+    def __next__(self) -> TextBlock:
+        """Raises NumericalError, and KeyboardInterrupt once the row is free."""
+        if self._closed:
+            raise StopIteration
         try:
-            while self.finish_reason is None:
-                block = self._take(self._loop.run(_next(self._committed)))
-                if block is not None:
-                    yield block
-        finally:
+            with interruptible():
+                delivered = self._blocks.get()
+        except BaseException:
             self.close()
+            raise
+        block = self._take(delivered)
+        if block is None:
+            self._calls.settle()
+            raise StopIteration
+        return block
 
     def close(self) -> None:
-        """Ends the completion and frees its row; after its end it does nothing."""
-        if self._closing.detach() is not None:
-            self._loop.run(_close(self._committed))
+        """Ends the stream and waits until its row is free. Does nothing after the end."""
+        self._closed = True
+        with interruptible():
+            self._calls.end(self._call)
+            self._calls.settle()
 
 
-class AsyncLocalStream(_Stream):
-    """As LocalStream, for `async for`. `aclose` it if you leave the loop before its end."""
+class AsyncGenerationStream(_Stream, AsyncIterator[TextBlock]):
+    """As GenerationStream, for `async for` in the event loop in which it was made."""
 
-    async def __aiter__(self) -> AsyncIterator[TextBlock]:
+    def __init__(self, calls: CallLoop, begun: Begun) -> None:
+        loop = asyncio.get_running_loop()
+        blocks: asyncio.Queue[TextBlock | None] = asyncio.Queue()
+        self._blocks = blocks
+
+        def put(block: TextBlock | None) -> None:
+            loop.call_soon_threadsafe(blocks.put_nowait, block)
+
+        super().__init__(calls, begun, put)
+
+    async def __anext__(self) -> TextBlock:
         """Raises NumericalError."""
+        if self._closed:
+            raise StopAsyncIteration
         try:
-            while self.finish_reason is None:
-                block = self._take(await self._loop.await_(_next(self._committed)))
-                if block is not None:
-                    yield block
-        finally:
-            await self.aclose()
+            delivered = await self._blocks.get()
+        except asyncio.CancelledError:
+            self._closed = True
+            self._calls.cancel(self._call)
+            raise
+        block = self._take(delivered)
+        if block is None:
+            raise StopAsyncIteration
+        return block
 
     async def aclose(self) -> None:
-        """Ends the completion and frees its row; after its end it does nothing."""
-        if self._closing.detach() is not None:
-            await self._loop.await_(_close(self._committed))
+        """As GenerationStream.close."""
+        self._closed = True
+        self._calls.cancel(self._call)
+        await asyncio.gather(asyncio.wrap_future(self._call), return_exceptions=True)
 
 
-async def _next(committed: Committed) -> tuple[Block, str] | None:
-    return await anext(committed, None)
+async def _deliver(output: Output, log: CommitLog, put: Put) -> None:
+    """Puts the blocks as they are committed."""
+    async with aclosing(output):
+        async for block, text in output:
+            put(text_block(log, block, text))
 
 
-async def _close(committed: Committed) -> None:
-    # After an interrupt that did not wait, the last call may still be on its way to its end.
-    while committed.ag_running:  # type: ignore[attr-defined]  # every async generator has it
-        await asyncio.sleep(0.01)
-    await committed.aclose()
-
-
-def _abandon(loop: LoopThread, committed: Committed) -> None:
+def _put_end(put: Put, _: Future[None]) -> None:
+    # A reader's event loop that has closed takes nothing more.
     with suppress(RuntimeError):
-        loop.start(_close(committed))
+        put(None)

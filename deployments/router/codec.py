@@ -13,19 +13,13 @@ from twotower.protos.refusals import too_long
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.decoding.commit_log import CommitLog
-from twotower.towers.decoding.output import Output
 from twotower.towers.decoding.services import Block
 from twotower.towers.errors import InvalidRequestError
-from twotower.towers.request.params import GenerationParams, check_stop_count
+from twotower.towers.request.params import SAMPLING_PARAMETERS, GenerationParams, check_stop_count
 
 MAX_REQUEST_ID = 128
 _REQUEST_ID = re.compile(rf"[!-~]{{1,{MAX_REQUEST_ID}}}")
-# Fields of the message that GenerationParams has under the same name; `stop` is a list.
-_SCALARS = [
-    field.name
-    for field in pb.SamplingParams.DESCRIPTOR.fields
-    if field.name in GenerationParams.__dataclass_fields__ and field.name != "stop"
-]
+_OPTIONAL_SCALARS = tuple(name for name in SAMPLING_PARAMETERS if name != "stop")
 
 
 def request_id_of(given: str) -> str:
@@ -45,7 +39,7 @@ def params_of(message: pb.SamplingParams, eos_token_id: int | None) -> Generatio
     """
     # Before each of them becomes a string of its own.
     check_stop_count(len(message.stop))
-    given = {name: getattr(message, name) for name in _SCALARS if message.HasField(name)}
+    given = {name: getattr(message, name) for name in _OPTIONAL_SCALARS if message.HasField(name)}
     eos = None if message.ignore_eos else eos_token_id
     return GenerationParams(**given, eos_token_id=eos, stop=tuple(message.stop)).with_seed()
 
@@ -102,21 +96,19 @@ def block_event(
     return pb.GenerateResponse(block=message)
 
 
-def complete_event(output: Output) -> pb.GenerateResponse:
-    """The last message of a stream. Raises RuntimeError if the output is not complete."""
-    if output.finish_reason is None:
+def complete_event(log: CommitLog, matched_stop: str | None) -> pb.GenerateResponse:
+    """The last message of a stream. Raises RuntimeError if the log has no end."""
+    if log.finish_reason is None:
         raise RuntimeError("the blocks ended without a finish reason")
     complete = pb.Complete(
-        finish_reason=output.finish_reason,
-        usage=usage_of(output.log),
-        matched_stop=output.matched_stop,
+        finish_reason=log.finish_reason, usage=usage_of(log), matched_stop=matched_stop
     )
     return pb.GenerateResponse(complete=complete)
 
 
 def usage_of(log: CommitLog) -> pb.Usage:
     """Cost of the blocks of a log."""
-    return pb.Usage(**asdict(log.usage()))
+    return pb.Usage(**asdict(log.usage))
 
 
 def score_response(token_ids: Sequence[int], log_probs: Sequence[float]) -> pb.ScoreResponse:

@@ -32,9 +32,11 @@ from twotower.protos.refusals import RequestRefusedError, marked
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.checkpoint.weights import resolve_checkpoint
 from twotower.towers.config.model_config import TwoTowerConfig
-from twotower.towers.decoding.output import Output
+from twotower.towers.decoding.commit_log import CommitLog
+from twotower.towers.decoding.output import begin_output, commit_blocks
+from twotower.towers.decoding.output_text import OutputText
 from twotower.towers.errors import InvalidRequestError
-from twotower.towers.request.modes import MODES
+from twotower.towers.request.modes import served_modes
 from twotower.towers.request.params import GenerationParams
 from twotower.towers.request.token_ids import check_ids
 from twotower.towers.text.text_limit import longest_token_bytes
@@ -63,7 +65,7 @@ class Router:
         self._attempts = Attempts(self._pairs, retry, room)
         self._max_message = config.message_bytes()
         _compare_limits(self._max_message)
-        self._modes = ("ar",) if config.placement == "ar_only" else MODES
+        self._modes = served_modes(with_denoiser=config.placement != "ar_only")
         self._from_zero = config.autoscaling is not None and config.autoscaling.min_pairs == 0
         self._max_context = min(config.max_context, self._model.max_position_embeddings)
         self._reader = TextReader(self._tokenizer, longest_token_bytes(folder), self._max_context)
@@ -145,18 +147,17 @@ class Router:
         self, request: pb.GenerateRequest
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         request_id = codec.request_id_of(request.request_id)
-        job, output = await self._admit(request)
+        job, text, log = await self._admit(request)
         log_probs = request.sampling_params.logprobs
         yield codec.started_event(job, request_id)
-        if output.finish_reason is None:
-            log = output.log
-            async with aclosing(output.commit(self._attempts.blocks(job, log))) as committed:
-                async for block, text in committed:
-                    yield codec.block_event(log, block, text, job.params, log_probs=log_probs)
-        yield codec.complete_event(output)
+        blocks = commit_blocks(self._attempts.blocks(job, log), text, log)
+        async with aclosing(blocks):
+            async for block, shown in blocks:
+                yield codec.block_event(log, block, shown, job.params, log_probs=log_probs)
+        yield codec.complete_event(log, text.matched_stop)
 
-    async def _admit(self, request: pb.GenerateRequest) -> tuple[Job, Output]:
-        """The request as a job within the model's limits, with its output so far.
+    async def _admit(self, request: pb.GenerateRequest) -> tuple[Job, OutputText, CommitLog]:
+        """The request as a job within the model's limits, with the text and log of its output.
 
         What is too long is refused before anything is done with it. Raises InvalidRequestError,
         and QueueFullError if too many texts wait to be read.
@@ -171,11 +172,11 @@ class Router:
         check = partial(params.check_row, prompt, self._model.vocab_size, self._max_context)
         check([])
         check_ids("generated_token_ids", generated, self._model.vocab_size)
-        begun = partial(Output, self._tokenizer, params, len(prompt), generated)
-        output = await self._reader.run(_work_of(params, generated), begun)
-        if output.finish_reason is None:
+        begin = partial(begin_output, self._tokenizer, params, len(prompt), generated)
+        text, log = await self._reader.run(_work_of(params, generated), begin)
+        if log.finish_reason is None:
             check(list(generated))
-        return Job(attempt_id(), tuple(prompt), generated, params), output
+        return Job(attempt_id(), tuple(prompt), generated, params), text, log
 
     async def _scored(self, request: pb.ScoreRequest) -> pb.ScoreResponse:
         codec.request_id_of(request.request_id)

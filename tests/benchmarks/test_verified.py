@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.verified import first_difference
-from twotower.api import GenerationResult
+from twotower import GenerationResult
 
 
 def result(token_ids: list[int], log_probs: list[float]) -> GenerationResult:

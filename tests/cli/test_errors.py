@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from twotower.bench.command import _parser
 from twotower.cli import errors as cli_errors
-from twotower.cli.commands import write
+from twotower.cli.generate import standard_input, write
 from twotower.cli.main import app
 
 ROOT = Path(__file__).parents[2]
@@ -396,14 +396,12 @@ def test_stdin_that_is_no_text() -> None:
 
 
 def test_stdin_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("twotower.cli.commands.standard_input", _with_stdin_closed(monkeypatch))
+    monkeypatch.setattr("twotower.cli.generate.standard_input", _with_stdin_closed(monkeypatch))
     assert "stdin closed" in the_line(invoke(["generate", "-"]))
 
 
 def _with_stdin_closed(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from twotower.cli import commands
-
-    read = commands.standard_input
+    read = standard_input
 
     def closed() -> str:
         monkeypatch.setattr(sys, "stdin", None)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from tests.client.test_client_resume import Mortal, Server
+from twotower import TwoTower
 from twotower.agreement import Comparison
 from twotower.cli.main import app
-from twotower.towers.decoding.commit_log import CommitLog
-from twotower.towers.decoding.services import Block
-from twotower.towers.request.params import GenerationParams
+from twotower.towers.request.results import TextBlock, Usage
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 INT_KEY = Path(__file__).parents[1] / "data" / "faults" / "int_key.yaml"
@@ -85,51 +86,61 @@ def test_errors_are_one_line(arguments: list[str], named: str) -> None:
 
 
 class Recorded:
-    """Stands for the in-process model; keeps what the command asked it for."""
+    """A model in this process that keeps what the command asked it for, and its stream."""
 
     def __init__(self) -> None:
-        self.params: GenerationParams | None = None
-        self.ignore_eos = False
-        self.log = CommitLog(1, ())
-        self.log_probs: list[float] = []
+        self.asked: dict[str, object] = {}
+        self.config = SimpleNamespace(eos_token_id=2)
+        self.tokenizer = "some"
+        self.usage = Usage(1, 2, 1, 1, 0, 0, 0)
         self.seed = 1
+        self.token_ids: list[int] = []
+        self.log_probs: list[float] = []
+        self.closed = 0
 
-    def __call__(self, *_: object) -> Recorded:
+    def from_pretrained(self, *_: object) -> Recorded:
         return self
 
-    def stream(self, _prompt: str, params: GenerationParams, *, ignore_eos: bool) -> Recorded:
-        self.params, self.ignore_eos = params, ignore_eos
+    def stream(self, prompt: str, **parameters: object) -> Recorded:
+        self.asked = {"prompt": prompt, **parameters}
         return self
 
-    def __iter__(self) -> Iterator[str]:
-        self.log.append(Block(1, (7, 8), (0, 0), (0.5, 0.25), nfe=1, finish_reason="length"))
-        self.log_probs += [-0.75, -1.5]
-        yield "text"
+    def __iter__(self) -> Iterator[TextBlock]:
+        self.token_ids, self.log_probs = [7, 8], [-0.75, -1.5]
+        yield TextBlock(0, 1, (7, 8), "text", (0, 0), (0.5, 0.25), (-0.75, -1.5))
+
+    def close(self) -> None:
+        self.closed += 1
 
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     model = Recorded()
-    monkeypatch.setattr("twotower.in_process.InProcessModel", model)
+    monkeypatch.setattr("twotower.api.TwoTower", model)
     return model
 
 
 def test_generate_passes_its_options_on(recorded: Recorded) -> None:
     plain = CliRunner().invoke(app, ["generate", "x"])
     assert (plain.exit_code, plain.stdout) == (0, "text")
-    assert (recorded.params, recorded.ignore_eos) == (GenerationParams(), False)
     assert "-0.75" not in plain.stderr
+    # Everything that a model in this process takes is given, at its default.
+    signature = inspect.signature(TwoTower.stream).parameters
+    parameters = {name: one.default for name, one in signature.items() if name != "self"}
+    del parameters["generated_token_ids"]
+    assert recorded.asked == {**parameters, "prompt": "x", "stop": [], "eos_token_id": 2}
     options = ["--mode", "verified", "--draft-steps", "3", "--min-tokens", "5", "--ignore-eos"]
     CliRunner().invoke(app, ["generate", "x", *options, "--stop", "a b", "--stop", "\n\n"])
-    want = GenerationParams(mode="verified", draft_steps=3, min_tokens=5, stop=("a b", "\n\n"))
-    assert (recorded.params, recorded.ignore_eos) == (want, True)
+    changed = {"mode": "verified", "draft_steps": 3, "min_tokens": 5, "eos_token_id": None}
+    assert recorded.asked == {**parameters, **changed, "prompt": "x", "stop": ["a b", "\n\n"]}
+    assert recorded.closed == 2
 
 
 def test_log_probabilities_are_printed_beside_the_text(recorded: Recorded) -> None:
     result = CliRunner().invoke(app, ["generate", "x", "--logprobs"])
     assert (result.exit_code, result.stdout) == (0, "text")
     assert result.stderr.endswith("7\t-0.750000\n8\t-1.500000\n")
-    assert recorded.log.token_ids == (7, 8)
+    assert recorded.token_ids == [7, 8]
 
 
 def test_what_a_service_has_used_is_said_where_a_floor_allows_less() -> None:

@@ -32,7 +32,7 @@ from twotower.protos.refusals import (
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.protos.v1 import generation_pb2_grpc
 from twotower.towers.decoding.commit_log import CommitLog
-from twotower.towers.decoding.output import Output
+from twotower.towers.decoding.output import begin_output
 from twotower.towers.decoding.services import Block
 from twotower.towers.request.params import GenerationParams
 
@@ -95,8 +95,7 @@ class Mortal(generation_pb2_grpc.GenerationServicer):
         generated = tuple(request.generated_token_ids)
         sampling = request.sampling_params
         params = GenerationParams(max_tokens=len(self.output), stop=tuple(sampling.stop))
-        output = Output(Bytes(), params, 3, generated)
-        text, log = output.text, output.log
+        text, log = begin_output(Bytes(), params, 3, generated)
         shift = self.shifts.pop(0) if self.shifts else 0
         seed = sampling.seed if sampling.HasField("seed") else 77
         started = pb.Started(request_id=request.request_id or "drawn", seed=seed, prompt_tokens=3)

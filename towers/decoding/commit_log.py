@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from twotower.towers.decoding.services import Block
 from twotower.towers.errors import UnavailableError
-from twotower.towers.request.modes import FinishReason
-from twotower.towers.request.params import GenerationParams
+from twotower.towers.request.params import FinishReason, GenerationParams
 from twotower.towers.request.results import Usage
 
 
@@ -40,20 +39,22 @@ class CommitLog:
         """Absolute position of the next token."""
         return self.prompt_tokens + len(self._token_ids)
 
+    @property
     def usage(self) -> Usage:
         """Cost of the committed blocks."""
         return Usage(
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=len(self._token_ids),
-            nfe=self.nfe,
-            context_passes=self.context_passes,
-            cached_tokens=self.cached_tokens,
-            accepted_tokens=self.accepted_tokens,
-            drafted_tokens=self.drafted_tokens,
+            self.prompt_tokens,
+            len(self._token_ids),
+            self.nfe,
+            self.context_passes,
+            self.cached_tokens,
+            self.accepted_tokens,
+            self.drafted_tokens,
         )
 
     def served(self, asked: GenerationParams) -> GenerationParams:
-        """The parameters that blocks are made with: those of the first block, `asked` before it."""
+        """Parameters that the blocks are made with: as asked, until the first block says how far
+        they are eased."""
         return asked if self._eased is None else asked.eased(self._eased)
 
     def has(self, block: Block) -> bool:
@@ -76,8 +77,8 @@ class CommitLog:
             return False
         self._token_ids.extend(block.token_ids)
         if not self.num_blocks:
-            # An attempt that takes over finds more in the cache, also of what came after the
-            # prompt; what the request itself was spared is what its first attempt found.
+            # A later attempt finds more in the cache, also of the output; the request has saved
+            # what its first attempt found of the prompt.
             self.cached_tokens = min(block.cached_tokens, self.prompt_tokens)
             self._eased = block.eased
         self.num_blocks += 1

@@ -8,8 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from twotower.towers.decoding.services import Block, ContextService, DenoiserService, Prefilled
-from twotower.towers.request.modes import FinishReason
-from twotower.towers.request.params import GenerationParams
+from twotower.towers.request.params import FinishReason, GenerationParams
 
 
 async def generate_blocks(
@@ -99,7 +98,7 @@ class _RowLoop:
     def blocks(self, prompt: Sequence[int], generated: Sequence[int]) -> AsyncIterator[Block]:
         """Blocks as they come, without an end of their own."""
         position = len(prompt) + len(generated)
-        if self._params.traits.drafts:
+        if self._params.traits.unit == "draft":
             return self._verified_blocks(position - bool(generated), generated[-1:])
         return self._own_blocks(position, [*prompt, *generated][-1])
 
@@ -136,7 +135,7 @@ class _RowLoop:
 
     def read(self, block: Block) -> None:
         """Starts extending the context by a block that does not end the row."""
-        if self._params.traits.extends:
+        if self._params.traits.tokens_from == "denoiser":
             extending = self._context.extend(self._row_id, block.token_ids)
             self._reading = asyncio.ensure_future(extending)
 
@@ -163,9 +162,9 @@ class _RowLoop:
 
     async def _next_block(self, position: int, last_token: int) -> Block:
         params = self._params
-        if not params.traits.needs_denoiser:
+        if params.traits.tokens_from == "context":
             return await self._context.decode(self._row_id, params.block_size, params)
         assert self._denoiser is not None
-        if params.traits.by_block:
-            return await self._denoiser.denoise_block(self._row_id, position, params)
-        return await self._denoiser.next_token(self._row_id, position, last_token, params)
+        if params.traits.unit == "token":
+            return await self._denoiser.next_token(self._row_id, position, last_token, params)
+        return await self._denoiser.denoise_block(self._row_id, position, params)

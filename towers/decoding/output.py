@@ -1,4 +1,4 @@
-"""The output of one request: its blocks are committed here, in the service and in one process."""
+"""From the blocks of a row to the committed output of a request: the one loop that does it."""
 
 from __future__ import annotations
 
@@ -9,68 +9,79 @@ from twotower.towers.decoding.commit_log import CommitLog
 from twotower.towers.decoding.output_text import OutputText
 from twotower.towers.decoding.services import Block
 from twotower.towers.errors import InvalidRequestError
-from twotower.towers.request.modes import FinishReason
-from twotower.towers.request.params import GenerationParams
+from twotower.towers.request.params import FinishReason, GenerationParams
+from twotower.towers.request.results import TextBlock
 from twotower.towers.text.tokenizer import Tokenizer
 
+# Committed blocks with the text that each settles.
+Output = AsyncGenerator[tuple[Block, str], None]
+# A completion that has not been decoded yet: its output, and what that is committed to.
+Begun = tuple[Output, OutputText, CommitLog, GenerationParams]
 
-class Output:
-    """The committed tokens of a request in `log`, and their text in `text`.
 
-    `generated` tokens of an earlier stream come first; if they are complete already,
-    `finish_reason` is set from the start: a stream may break between its last block and its end,
-    and its client cannot know that only the end is missing. Raises InvalidRequestError for tokens
-    after a stop string, and for stop strings without a tokenizer.
+def begin_output(
+    tokenizer: Tokenizer | None,
+    params: GenerationParams,
+    prompt_tokens: int,
+    generated: Sequence[int] = (),
+) -> tuple[OutputText, CommitLog]:
+    """Text and log of an output after the `generated` tokens of an earlier stream.
+
+    The log has a finish_reason if these are a complete output already: a stream may break between
+    its last block and its end, and its client cannot know that only the end is missing. Raises
+    InvalidRequestError for tokens after a stop string, and for stop strings without a tokenizer.
     """
+    text, log = OutputText(tokenizer, params), CommitLog(prompt_tokens, generated)
+    if generated and params.eos_token_id not in generated[:-1]:
+        log.finish_reason = _finish_reason(text, params, generated)
+    return text, log
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer | None,
-        params: GenerationParams,
-        prompt_tokens: int,
-        generated: Sequence[int] = (),
-    ) -> None:
-        self.log = CommitLog(prompt_tokens, generated)
-        self.text = OutputText(tokenizer, params)
-        self._params = params
-        self.log.finish_reason = self._take_generated(tuple(generated))
 
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """Why the output is complete; None while it is not."""
-        return self.log.finish_reason
+async def commit_blocks(
+    blocks: AsyncGenerator[Block, None], text: OutputText, log: CommitLog
+) -> Output:
+    """Commits each block to the log, cut at a stop string; yields it with the text that it settles.
 
-    @property
-    def matched_stop(self) -> str | None:
-        """The stop string that ended the output, if one has."""
-        return self.text.matched_stop
+    Ends after the first stop string, or when `blocks` end; does not ask for any if the output is
+    complete. `blocks` are closed in any case.
+    """
+    async with aclosing(blocks):
+        if log.finish_reason is not None:
+            return
+        async for block in blocks:
+            cut, settled = text.take(block)
+            log.append(cut)
+            yield cut, settled
+            if text.matched_stop is not None:
+                return
 
-    async def commit(
-        self, blocks: AsyncGenerator[Block, None]
-    ) -> AsyncGenerator[tuple[Block, str], None]:
-        """Commits blocks as they come; yields each, cut after a stop string, and the text that it
-        makes certain. Ends after a stop string; `blocks` is closed whatever ends it."""
-        async with aclosing(blocks):
-            async for block in blocks:
-                cut, text = self.text.take(block)
-                self.log.append(cut)
-                yield cut, text
-                if self.matched_stop is not None:
-                    return
 
-    def _take_generated(self, generated: tuple[int, ...]) -> FinishReason | None:
-        params = self._params
-        if not generated or params.eos_token_id in generated[:-1]:
-            return None
-        # The client has this text; what a stop string may begin with stays held back.
-        cut, _ = self.text.take(Block(0, generated, (), (), nfe=0))
-        kept = len(cut.token_ids)
-        if kept < len(generated):
-            raise InvalidRequestError(
-                f"generated_token_ids[{kept}]",
-                generated[kept],
-                f"no token after the stop string {self.matched_stop!r}",
-            )
-        if self.matched_stop is not None or params.eos_token_id in generated[-1:]:
-            return "stop"
-        return "length" if len(generated) == params.max_tokens else None
+def text_block(log: CommitLog, block: Block, text: str) -> TextBlock:
+    """The last block of a log, as users of a stream get it."""
+    return TextBlock(
+        log.num_blocks - 1,
+        block.start,
+        block.token_ids,
+        text,
+        block.commit_steps,
+        block.confidences,
+        block.log_probs,
+    )
+
+
+def _finish_reason(
+    text: OutputText, params: GenerationParams, generated: Sequence[int]
+) -> FinishReason | None:
+    """Reads the generated tokens into `text`; returns why they are complete, None if not."""
+    # The text that they settle was shown by the earlier stream; what was held back stays inside.
+    cut, _ = text.take(Block(0, tuple(generated), (), (), nfe=0))
+    kept = len(cut.token_ids)
+    if kept < len(generated):
+        raise InvalidRequestError(
+            f"generated_token_ids[{kept}]",
+            generated[kept],
+            f"no token after the stop string {text.matched_stop!r}",
+        )
+    if text.matched_stop is not None or params.eos_token_id in generated[-1:]:
+        return "stop"
+    return "length" if len(generated) == params.max_tokens else None

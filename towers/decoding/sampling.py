@@ -64,19 +64,12 @@ class Sampler:
         narrowed = (self.top_k, self.top_p, self.min_p) != (None, None, None)
         return self.temperature > 0 and narrowed
 
-    def draw(
-        self,
-        logits: Tensor,
-        positions: Sequence[int],
-        step: int,
-        domain: int,
-        excluded_token: int | None = None,
-    ) -> Drawn:
+    def draw(self, logits: Tensor, positions: Sequence[int], step: int, domain: int) -> Drawn:
         """logits [M, V] at M absolute positions -> a token at each.
 
         Raises NumericalError on non-finite logits.
         """
-        drawn = draw_tokens(logits, [Draw(self, positions, step, domain, excluded_token)])[0]
+        drawn = draw_tokens(logits, [Draw(self, positions, step, domain)])[0]
         if isinstance(drawn, NumericalError):
             raise drawn
         return drawn

@@ -19,8 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from twotower.towers.request.modes import FinishReason
-from twotower.towers.request.params import GenerationParams
+from twotower.towers.request.params import FinishReason, GenerationParams
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         state = state_of(row.state)
         pieces = prefill_pieces(prompt, generated, params, self.prefill_chunk)
         # mock_ar reads the context as it was before its last token: that one stays in the log.
-        held = [pieces.pop()] if params.traits.holds_last_token else []
+        held = [pieces.pop()] if params.traits.holds_prompt_end else []
         feed = None
         if self.link is not None and params.traits.needs_denoiser:
             feed = KvFeed(self.link, row.row_id, state)
@@ -169,9 +169,9 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
                 await feed.close()
         for piece in held:
             await self._submit(ContextWork(state, piece, advance=False, prefill=True))
-        if params.traits.drafts and generated:
+        if params.traits.holds_output_end and generated:
             row.token, row.committed = Token(generated[-1], 1.0, 0.0), True
-        elif not params.traits.extends:
+        elif params.traits.tokens_from == "context":
             assert hidden is not None
             row.token = self._first_token(hidden, state.position, params)
         return Prefilled(len(pieces) - saved + len(held), cached)

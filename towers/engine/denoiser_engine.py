@@ -156,7 +156,7 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
     ) -> Block:
         state = await self._at(row, position)
         sampler, rule = Sampler.from_params(params), self._rule(params)
-        drafts = params.traits.drafts
+        drafts = params.traits.unit == "draft"
         domain = DOMAIN_AUTOREGRESSIVE if drafts else DOMAIN_DENOISE
         masked = params.block_size - len(known)
         if self._steps is not None and masked and on_device(rule, sampler, params.block_size):
@@ -274,5 +274,5 @@ def _block(start: int, nfe: int, draft: BlockDraft | StepResult) -> Block:
 
 def commit_rule(params: GenerationParams) -> CommitRule:
     """The commit rule of a request's parameters."""
-    steps = params.draft_steps if params.traits.drafts else params.steps_per_block
+    steps = params.draft_steps if params.traits.unit == "draft" else params.steps_per_block
     return ThresholdRule(params.confidence_threshold, steps)

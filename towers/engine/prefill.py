@@ -25,12 +25,12 @@ def prefill_pieces(
     row is not read: it is the head of the next draft.
     """
     tokens = list(prompt)
-    unit = params.block_size if params.traits.by_block else 1
-    tail = [tokens.pop()] if params.traits.holds_last_token else []
+    unit = 1 if params.traits.unit == "token" else params.block_size
+    tail = [tokens.pop()] if params.traits.holds_prompt_end else []
     pieces = [tokens[i : i + chunk] for i in range(0, len(tokens), chunk)]
     if tail:
         pieces.append(tail)
-    read = generated[:-1] if params.traits.drafts else generated
+    read = generated[:-1] if params.traits.holds_output_end else generated
     pieces += [list(read[i : i + unit]) for i in range(0, len(read), unit)]
     return pieces
 

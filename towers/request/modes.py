@@ -1,4 +1,4 @@
-"""The decoding modes, and in which ways they differ."""
+"""The four ways of decoding, and in what they differ: a line of one table each."""
 
 from __future__ import annotations
 
@@ -6,46 +6,39 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Mode = Literal["mask_diffusion", "ar", "mock_ar", "verified"]
-FinishReason = Literal["stop", "length"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 @dataclass(frozen=True)
 class ModeTraits:
-    """One mode.
+    """Properties of a mode.
 
-    `needs_denoiser`: the denoiser tower draws its tokens or drafts. `by_block`: a draw fills a
-    block of `block_size` positions, otherwise one position. `drafts`: what the denoiser draws is a
-    draft that the context tower checks. `holds_last_token`: the context tower reads all tokens but
-    the last, which the denoiser reads instead.
+    `tokens_from` is the tower whose tokens are committed; those of the denoiser are read into the
+    context by an extension. `unit` is what one commit holds: a token, a block of `block_size`
+    tokens, or what is accepted of a draft of that length and the context tower's token after it. A
+    row can be resumed after any of its tokens, but with unit "block" after whole blocks only.
+
+    `holds_prompt_end`: the context ends before the last prompt token, which the denoiser reads.
+    `holds_output_end`: it ends before the last committed token, which is the first of the next
+    draft. `can_be_eased`: a request may give floors down to which it is served under load.
     """
 
     needs_denoiser: bool
-    by_block: bool
-    drafts: bool
-    holds_last_token: bool
-
-    @property
-    def commits_blocks(self) -> bool:
-        """True if only whole blocks are committed, so that a row resumes at a block's end."""
-        return self.by_block and not self.drafts
-
-    @property
-    def extends(self) -> bool:
-        """True if committed tokens reach the context tower by `extend`: it has not drawn or checked
-        them itself."""
-        return self.needs_denoiser and not self.drafts
+    tokens_from: Literal["context", "denoiser"]
+    unit: Literal["token", "block", "draft"]
+    holds_prompt_end: bool = False
+    holds_output_end: bool = False
+    can_be_eased: bool = False
 
 
-_TRAITS: dict[Mode, ModeTraits] = {
-    #                            needs_denoiser, by_block, drafts, holds_last_token
-    "mask_diffusion": ModeTraits(True, True, False, False),
-    "ar": ModeTraits(False, False, False, False),
-    "mock_ar": ModeTraits(True, False, False, True),
-    "verified": ModeTraits(True, True, True, False),
+TRAITS: dict[Mode, ModeTraits] = {
+    "mask_diffusion": ModeTraits(True, "denoiser", "block", can_be_eased=True),
+    "ar": ModeTraits(False, "context", "token"),
+    "mock_ar": ModeTraits(True, "denoiser", "token", holds_prompt_end=True),
+    "verified": ModeTraits(True, "context", "draft", holds_output_end=True),
 }
 
 
-def traits_of(mode: Mode) -> ModeTraits:
-    """The traits of a mode, one of MODES."""
-    return _TRAITS[mode]
+def served_modes(*, with_denoiser: bool) -> tuple[Mode, ...]:
+    """Modes that a context tower serves alone, or together with a denoiser."""
+    return tuple(mode for mode in MODES if with_denoiser or not TRAITS[mode].needs_denoiser)

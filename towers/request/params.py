@@ -1,44 +1,27 @@
-"""The sampling parameters of a request, checked once: their list, defaults and limits."""
+"""What one request asks for, checked once."""
 
 from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TypedDict
+from typing import Literal
 
 from twotower.towers.errors import InvalidRequestError
-from twotower.towers.request.modes import MODES, Mode, ModeTraits, traits_of
+from twotower.towers.request.modes import MODES, TRAITS, Mode, ModeTraits
 from twotower.towers.request.number_checks import check_real, check_whole
 from twotower.towers.request.token_ids import check_ids, check_text, plain_number, text_list
 
+FinishReason = Literal["stop", "length"]
 MAX_BLOCK_SIZE = 256
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 SEED_BITS = 63
 _NO_NUMBERS = ("mode", "stop")
-
-
-class Sampling(TypedDict, total=False):
-    """The fields of GenerationParams that a caller may give, as keyword arguments."""
-
-    mode: Mode
-    max_tokens: int
-    block_size: int
-    steps_per_block: int
-    confidence_threshold: float
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    seed: int | None
-    eos_token_id: int | None
-    draft_steps: int
-    min_tokens: int
-    stop: Sequence[str] | None
-    min_steps_per_block: int | None
-    min_confidence_threshold: float | None
+# Floors of a service under load; where nothing else waits they have no effect.
+FLOORS = ("min_steps_per_block", "min_confidence_threshold")
+# Not of a request: the model's token or none, and what the block loop sets.
+_NOT_SENT = ("eos_token_id", "eos_from")
 
 
 @dataclass(frozen=True)
@@ -107,6 +90,11 @@ class GenerationParams:
         check_whole("eos_from", self.eos_from, 0)
         object.__setattr__(self, "stop", _checked_stop(self.stop))
 
+    @property
+    def traits(self) -> ModeTraits:
+        """Properties of the mode."""
+        return TRAITS[self.mode]
+
     def with_seed(self) -> GenerationParams:
         """The same parameters with a seed: the given one, or one drawn now."""
         if self.seed is not None:
@@ -118,15 +106,10 @@ class GenerationParams:
         return replace(self, eos_from=prompt_tokens + self.min_tokens)
 
     @property
-    def traits(self) -> ModeTraits:
-        """The traits of the mode."""
-        return traits_of(self.mode)
-
-    @property
     def may_be_eased(self) -> bool:
-        """True if the row declares a floor that matters to its mode."""
+        """True if the request has a floor that matters to its mode."""
         floors = (self.min_steps_per_block, self.min_confidence_threshold)
-        return self.traits.commits_blocks and floors != (None, None)
+        return self.traits.can_be_eased and floors != (None, None)
 
     def eased(self, share: float) -> GenerationParams:
         """The same parameters, `share` (0 to 1) of the way to the floors, and those gone: what a
@@ -148,10 +131,10 @@ class GenerationParams:
 
     def context_tokens(self, prompt_tokens: int) -> int:
         """Context positions that the row may need: prompt and output, up to whole blocks."""
-        if self.traits.drafts:
+        if self.traits.unit == "draft":
             # A draft is a whole block wherever it starts, so the last may reach past max_tokens.
             return prompt_tokens + self.max_tokens + self.block_size
-        unit = self.block_size if self.traits.by_block else 1
+        unit = self.block_size if self.traits.unit == "block" else 1
         return prompt_tokens + -(-self.max_tokens // unit) * unit
 
     def check_row(
@@ -172,7 +155,7 @@ class GenerationParams:
             raise InvalidRequestError(
                 "generated_token_ids", f"{len(generated)} ids", f"fewer than {self.max_tokens}"
             )
-        if self.traits.commits_blocks and len(generated) % self.block_size:
+        if self.traits.unit == "block" and len(generated) % self.block_size:
             raise InvalidRequestError(
                 "generated_token_ids",
                 f"{len(generated)} ids",
@@ -194,8 +177,15 @@ class GenerationParams:
             )
 
 
+# The list of sampling parameters: proto, codec, client, Python API and command line follow it.
+SAMPLING_PARAMETERS = tuple(
+    field.name for field in fields(GenerationParams) if field.name not in _NOT_SENT
+)
+
+
 def row_key(seed: int) -> int:
-    """The 64-bit random key of a row: a hash of the request's seed."""
+    """The 64-bit random key of a row, a hash of the request's seed."""
+    # The 0 was a row's number within its request; without it every key would be another one.
     digest = hashlib.blake2b(f"{seed}/0".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 

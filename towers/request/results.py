@@ -1,4 +1,4 @@
-"""A completion as its caller gets it, whether from a service or from towers in this process."""
+"""What a completion gives: blocks with their text, and what they cost."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TextBlock:
-    """A committed block: number `index` of the completion, whose first token has the absolute
-    position `start`.
+    """A committed block; `commit_steps` and `confidences` are each token's denoising step and
+    probability.
 
-    `text` is what the block makes certain of the text, without end-of-text token and stop string.
-    Per token there are the 0-based denoising step at which it was committed, the probability that
-    the tower gave it and the natural logarithm of that; a service sends the logarithms only if they
-    were asked for.
+    `index` counts the blocks of a stream from 0, `start` is the absolute position of the first
+    token. `text` is what these tokens settle of the output's text, without EOS and stop string;
+    empty without a tokenizer. `log_probs` are the natural logs of the probabilities; a service
+    sends them if they were asked for.
     """
 
     index: int
@@ -27,7 +27,7 @@ class TextBlock:
 
 @dataclass(frozen=True)
 class Usage:
-    """Cost of a completion: tokens, denoiser passes (`nfe`) and context tower passes.
+    """What a completion cost: tokens, denoiser passes (`nfe`) and context tower passes.
 
     `cached_tokens` of the prompt came from the prefix cache; in verified, `accepted_tokens` of
     `drafted_tokens` were accepted.
@@ -42,7 +42,7 @@ class Usage:
     drafted_tokens: int
 
     def after(self, earlier: Usage | None) -> Usage:
-        """This stream's cost with that of the `earlier` streams that it has resumed."""
+        """The cost of this stream together with that of the streams before it, which it resumes."""
         if earlier is None:
             return self
         return Usage(

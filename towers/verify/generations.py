@@ -19,7 +19,7 @@ from twotower.towers.engine.local_link import LocalLink
 from twotower.towers.engine.options import EngineOptions
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower
-from twotower.towers.request.modes import Mode
+from twotower.towers.request.modes import TRAITS, Mode
 from twotower.towers.request.params import GenerationParams
 from twotower.towers.state.context_state import ContextState
 from twotower.towers.verify.report import (
@@ -130,7 +130,7 @@ def replay_autoregressive(
         tokens, nfe = asyncio.run(_generate(context, denoiser, prompt, params))
         want = _up_to_eos(tensors["output"][row][len(prompt) :].tolist(), eos)
         report.same(f"output[{row}]", tokens, want)
-        report.same(f"nfe[{row}]", nfe, 0 if mode == "ar" else len(want))
+        report.same(f"nfe[{row}]", nfe, len(want) if TRAITS[mode].needs_denoiser else 0)
         logits = _step_logits(context, denoiser, prompt, want, mode)
         recorded = tensors["logits"][row]
         report.close(f"logits[{row}]", logits, recorded[: len(logits)], LOGIT_TOLERANCE)
@@ -144,7 +144,7 @@ def _step_logits(
     mode: Mode,
 ) -> Tensor:
     """The logits from which each of the n output tokens was taken, [n, V]."""
-    if mode == "ar":
+    if not TRAITS[mode].needs_denoiser:
         state = context.new_state(len(prompt) + len(output))
         hidden = read_tokens(context, [*prompt, *output[:-1]], state)
         return context.logits(hidden[len(prompt) - 1 :])

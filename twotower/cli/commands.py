@@ -5,15 +5,13 @@ Heavy imports happen inside, so that a command brings no more than it needs.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +20,6 @@ import typer
 
 if TYPE_CHECKING:
     from twotower.deployments.config import ServiceConfig
-
-_GRPC_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
 
 
 def serve(config: Path | None, settings: dict[str, Any], verbose: bool) -> None:
@@ -86,73 +82,6 @@ def _stop_signals() -> int:
     return reader
 
 
-def generate_remotely(
-    target: str, prompt: str, sampling: dict[str, Any], ignore_eos: bool, logprobs: bool
-) -> None:
-    """Streams a completion of a service to stdout."""
-    from twotower.client import Client
-
-    _check_target(target)
-    begin = time.perf_counter()
-    with Client(target) as client:
-        stream = client.generate(prompt, **sampling, ignore_eos=ignore_eos, logprobs=logprobs)
-        for block in stream:
-            write(block.text)
-    assert stream.usage is not None, "a stream that ended well has its usage"
-    seconds = time.perf_counter() - begin
-    _report(stream.usage.completion_tokens, stream.usage.nfe, seconds, stream.seed)
-    if stream.steps_per_block is not None:
-        used = f"{stream.steps_per_block} steps, threshold {stream.confidence_threshold:g}"
-        typer.echo(f"served with {used}", err=True)
-    if logprobs:
-        _report_log_probs(stream.token_ids, stream.log_probs)
-
-
-def _check_target(target: str) -> None:
-    """`host:port`, or what gRPC knows by a scheme. Raises InvalidRequestError for anything else:
-    gRPC would try port 443, or 65535 for -1."""
-    from twotower.towers.errors import InvalidRequestError
-
-    if target.startswith(_GRPC_SCHEMES):
-        return
-    host, _, port = target.rpartition(":")
-    bare = ":" in host and not host.startswith("[")
-    known = port.isascii() and port.isdecimal() and 1 <= int(port[:6]) <= 65535
-    if not host.isascii() or not host or bare or not known:
-        raise InvalidRequestError("target", target, "host:port")
-
-
-def generate_here(
-    model: str | None,
-    device: str,
-    dtype: str,
-    prompt: str,
-    sampling: dict[str, Any],
-    ignore_eos: bool,
-    logprobs: bool,
-) -> None:
-    """Streams a completion of a model in this process to stdout."""
-    from twotower.api import Request, TwoTower
-    from twotower.towers.checkpoint.weights import parse_dtype
-    from twotower.towers.request.params import GenerationParams
-
-    # Both before a checkpoint is fetched for nothing.
-    params = GenerationParams(**sampling)
-    parse_dtype(dtype)
-    loaded = TwoTower.from_pretrained(model, device, dtype)
-    if not ignore_eos:
-        params = replace(params, eos_token_id=loaded.config.eos_token_id)
-    begin = time.perf_counter()
-    stream = loaded.stream_request(Request(prompt, params))
-    for block in stream:
-        write(block.text)
-    assert stream.usage is not None, "a stream that ended well has its usage"
-    seconds = time.perf_counter() - begin
-    _report(stream.usage.completion_tokens, stream.usage.nfe, seconds, stream.seed)
-    if logprobs:
-        _report_log_probs(stream.token_ids, stream.log_probs)
-
-
 def verify(folder: Path, device: str, dtype: str) -> None:
     """Replays recorded cases; ends with exit code 1 if one differs."""
     from twotower.towers.verify import verify_folder
@@ -201,40 +130,3 @@ def plan(settings: dict[str, Any], model: str | None, measured: Path | None, as_
     known = read_measured(measured, config, question) if measured is not None else None
     answer = make_plan(question, config, known)
     typer.echo(json.dumps(to_dict(answer), indent=2) if as_json else to_text(answer))
-
-
-def standard_input() -> str:
-    """All of stdin, as UTF-8 whatever the locale. Raises ValueError for other bytes."""
-    if sys.stdin is None:
-        raise ValueError("prompt: got - with stdin closed, expected a text there")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"prompt: got byte 0x{error.object[error.start]:02x} at {error.start} of stdin, "
-            "expected UTF-8"
-        ) from None
-
-
-def write(text: str) -> None:
-    """Shows a piece of text at once."""
-    # Not by `typer.echo`, which leaves out what it takes for colours.
-    if sys.stdout is not None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-
-def _report(tokens: int, nfe: int, seconds: float, seed: int | None) -> None:
-    per_pass = f"{tokens / nfe:.2f} tokens/NFE, " if nfe else ""
-    typer.echo(
-        f"\n{tokens} tokens, {nfe} NFE, {per_pass}{tokens / seconds:.1f} tokens/s, seed {seed}",
-        err=True,
-    )
-
-
-def _report_log_probs(token_ids: Sequence[int], log_probs: Sequence[float]) -> None:
-    """One line per token: its id and its natural-log probability."""
-    for token, log_prob in zip(token_ids, log_probs, strict=True):
-        typer.echo(f"{token}\t{log_prob:.6f}", err=True)

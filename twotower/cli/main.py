@@ -9,6 +9,8 @@ import typer
 
 from twotower.cli import commands
 from twotower.cli.errors import CommandGroup
+from twotower.cli.generate import generate
+from twotower.cli.options import Device, Dtype, Model
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -21,12 +23,6 @@ app = typer.Typer(
     "  twotower serve                       start the gRPC service on port 9000",
 )
 
-Model = Annotated[
-    str | None,
-    typer.Option(help="Checkpoint folder or Hugging Face id; the shipped model if left out."),
-]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="Number format: float32 or bfloat16.")]
 Config = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="YAML file of settings; options here win."),
@@ -87,79 +83,7 @@ def serve(
     commands.serve(config, settings, verbose)
 
 
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from stdin.")],
-    target: Annotated[
-        str | None, typer.Option(help="host:port of a running service; otherwise in process.")
-    ] = None,
-    model: Model = None,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    mode: Annotated[
-        str,
-        typer.Option(
-            help="mask_diffusion (blocks in parallel), ar (one by one, by the context tower), "
-            "verified (ar's tokens, drafted by the denoiser) or mock_ar (one by one, by the "
-            "denoiser)."
-        ),
-    ] = "mask_diffusion",
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 64,
-    block_size: Annotated[int, typer.Option(help="Tokens that are denoised together.")] = 16,
-    steps_per_block: Annotated[int, typer.Option(help="Most denoiser passes per block.")] = 16,
-    confidence_threshold: Annotated[
-        float, typer.Option(help="Commit a token at this probability; lower is faster.")
-    ] = 0.8,
-    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k best tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from this much probability.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Draw from tokens of this share of the best one's.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Repeats a draw exactly.")] = None,
-    draft_steps: Annotated[
-        int, typer.Option(help="Most denoiser passes per draft in verified.")
-    ] = 1,
-    min_tokens: Annotated[int, typer.Option(help="Nothing ends the text before so many.")] = 0,
-    min_steps_per_block: Annotated[
-        int | None, typer.Option(help="Fewest steps that a service with a long queue may take.")
-    ] = None,
-    min_confidence_threshold: Annotated[
-        float | None, typer.Option(help="Lowest threshold that such a service may use.")
-    ] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; may be given several times.")
-    ] = None,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")
-    ] = False,
-    logprobs: Annotated[
-        bool, typer.Option("--logprobs", help="Print each token's log-probability at the end.")
-    ] = False,
-) -> None:
-    """Complete a text: stdout gets the text as it is committed, stderr what it cost."""
-    sampling = {
-        "mode": mode,
-        "max_tokens": max_tokens,
-        "block_size": block_size,
-        "steps_per_block": steps_per_block,
-        "confidence_threshold": confidence_threshold,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "seed": seed,
-        "draft_steps": draft_steps,
-        "min_tokens": min_tokens,
-        "min_steps_per_block": min_steps_per_block,
-        "min_confidence_threshold": min_confidence_threshold,
-        "stop": stop or [],
-    }
-    text = commands.standard_input() if prompt == "-" else prompt
-    if target is not None:
-        commands.generate_remotely(target, text, sampling, ignore_eos, logprobs)
-    else:
-        commands.generate_here(model, device, dtype, text, sampling, ignore_eos, logprobs)
+app.command()(generate)
 
 
 @app.command()

@@ -1,12 +1,8 @@
 """Clients of the service over gRPC; they need no torch and no Ray."""
 
-from twotower.client.client import (
-    AsyncClient,
-    AsyncGenerationStream,
-    Client,
-    GenerationStream,
-)
+from twotower.client.client import AsyncClient, Client
 from twotower.client.messages import ModelInfo, Score, ServiceError
+from twotower.client.streams import AsyncGenerationStream, GenerationStream
 from twotower.towers.request.results import TextBlock, Usage
 from twotower.towers.request.token_ids import Prompt
 

@@ -1,13 +1,11 @@
-"""Clients of the service over gRPC, one that blocks and one for asyncio; need no torch, no ray."""
+"""Clients of the service over gRPC, a blocking one and one for asyncio, without torch and Ray."""
 
 from __future__ import annotations
 
-import asyncio
 import math
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -15,127 +13,23 @@ import grpc
 import grpc.aio
 
 from twotower.client.channels import channel_options
-from twotower.client.completion import Completion, Limits
+from twotower.client.completion import Limits
 from twotower.client.messages import (
     ModelInfo,
     Score,
-    ServiceError,
     generate_request,
     model_info_of,
     score_of,
     score_request,
     service_error,
 )
+from twotower.client.streams import AsyncGenerationStream, GenerationStream
 from twotower.client.wire_values import checked_seconds, checked_text
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.protos.v1 import generation_pb2_grpc
-from twotower.towers.request.results import TextBlock, Usage
 from twotower.towers.request.token_ids import Prompt, TokenIds
 
-__all__ = [
-    "AsyncClient",
-    "AsyncGenerationStream",
-    "Client",
-    "GenerationStream",
-    "ModelInfo",
-    "Prompt",
-    "Score",
-    "ServiceError",
-    "TextBlock",
-    "Usage",
-]
-
 S = TypeVar("S")
-
-
-class _Stream(Completion):
-    """A completion with the call that it is received by now."""
-
-    def __init__(
-        self, stub: Any, request: pb.GenerateRequest, limits: Limits, cancelled: Any
-    ) -> None:
-        super().__init__(request, limits)
-        self._stub = stub
-        self._cancelled = cancelled
-        self._call = self._begin()
-
-    def cancel(self) -> None:
-        """Ends the request; the service frees its row. Does nothing after the end."""
-        self._cancelled.set()
-        self._call.cancel()
-
-    def _begin(self) -> Any:
-        return self._stub.Generate(self._next_request(), timeout=self._time_left())
-
-    def _begin_again(self) -> None:
-        self._check_wanted()
-        self._call = self._begin()
-        # Another thread may have cancelled the call before.
-        if self._cancelled.is_set():
-            self._call.cancel()
-
-    def _check_wanted(self) -> None:
-        if self._cancelled.is_set():
-            raise ServiceError(grpc.StatusCode.CANCELLED, "cancelled by this client") from None
-
-
-class GenerationStream(_Stream):
-    """Iterates over the blocks of one completion; Completion says what else it knows."""
-
-    def __init__(self, stub: Any, request: pb.GenerateRequest, limits: Limits) -> None:
-        super().__init__(stub, request, limits, threading.Event())
-
-    def __iter__(self) -> Iterator[TextBlock]:
-        """Raises ServiceError."""
-        try:
-            while self.finish_reason is None:
-                try:
-                    for response in self._call:
-                        block = self._take(response)
-                        if block is not None:
-                            yield block
-                    self._check_end()
-                except (grpc.RpcError, ServiceError) as error:
-                    if self.finish_reason is not None:
-                        break
-                    self._call.cancel()
-                    self._check_wanted()
-                    self._cancelled.wait(self._pause_after(error))
-                    self._begin_again()
-        finally:
-            self.cancel()
-
-
-class AsyncGenerationStream(_Stream):
-    """As GenerationStream, for `async for`. `cancel` it if you leave the loop before its end."""
-
-    def __init__(self, stub: Any, request: pb.GenerateRequest, limits: Limits) -> None:
-        super().__init__(stub, request, limits, asyncio.Event())
-
-    async def __aiter__(self) -> AsyncIterator[TextBlock]:
-        """Raises ServiceError."""
-        try:
-            while self.finish_reason is None:
-                try:
-                    async for response in self._call:
-                        block = self._take(response)
-                        if block is not None:
-                            yield block
-                    self._check_end()
-                except (grpc.RpcError, ServiceError, asyncio.CancelledError) as ended:
-                    error = _ended_by(ended)
-                    if self.finish_reason is not None:
-                        break
-                    self._call.cancel()
-                    self._check_wanted()
-                    await self._sleep(self._pause_after(error))
-                    self._begin_again()
-        finally:
-            self.cancel()
-
-    async def _sleep(self, seconds: float) -> None:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._cancelled.wait(), seconds)
 
 
 class _Calls(ABC, Generic[S]):
@@ -311,13 +205,3 @@ def _plain_errors() -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         raise service_error(error) from None
-
-
-def _ended_by(error: BaseException) -> BaseException:
-    """The error that ended a stream of grpc.aio: it raises CancelledError for a status, too."""
-    if not isinstance(error, asyncio.CancelledError):
-        return error
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise error
-    return ServiceError(grpc.StatusCode.CANCELLED, "cancelled by the service")

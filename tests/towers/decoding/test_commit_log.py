@@ -10,6 +10,7 @@ from twotower.towers.decoding.commit_log import CommitLog
 from twotower.towers.decoding.services import Block
 from twotower.towers.errors import UnavailableError
 from twotower.towers.request.params import GenerationParams
+from twotower.towers.request.results import Usage
 
 
 def block(start: int, *token_ids: int, nfe: int = 1, passes: int = 1) -> Block:
@@ -30,6 +31,7 @@ def test_the_counts_of_all_blocks_are_added_up() -> None:
     log.append(replace(block(3, 7), accepted_tokens=1, drafted_tokens=4, cached_tokens=2))
     log.append(replace(block(4, 8, 9), accepted_tokens=2, drafted_tokens=3))
     assert (log.accepted_tokens, log.drafted_tokens, log.cached_tokens) == (3, 7, 2)
+    assert log.usage == Usage(3, 3, 2, 2, 2, 3, 7)
 
 
 def test_what_an_attempt_finds_in_the_cache_beyond_the_prompt_does_not_count() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -89,6 +90,19 @@ def test_ties_of_the_kth_are_kept_and_those_of_top_p_fall_from_the_right() -> No
     assert [p > 0 for p in probabilities(flat, sampler(top_p=0.5))] == [True, True, True, False]
 
 
+def drawn_without(
+    excluded: int | None,
+    how: Sampler,
+    logits: Tensor,
+    positions: Sequence[int],
+    step: int,
+    domain: int,
+) -> Drawn:
+    drawn = draw_tokens(logits, [Draw(how, positions, step, domain, excluded)])[0]
+    assert isinstance(drawn, Drawn)
+    return drawn
+
+
 def test_the_excluded_token_takes_no_part() -> None:
     assert probabilities(LOGITS, sampler(), excluded=1) == pytest.approx([1 / 3, 0, 1 / 6, 1 / 2])
     assert probabilities(LOGITS, sampler(top_k=1), excluded=1) == [0, 0, 0, 1]
@@ -108,8 +122,8 @@ def test_a_tiny_temperature_is_nearly_greedy_and_never_nan(temperature: float) -
     logits = normal(30, 50, scale=30.0)
     how = sampler(temperature=temperature)
     assert not bool(scores_of(logits, how, 3).isnan().any())
-    tokens = how.draw(logits, list(range(30)), 0, DOMAIN_DENOISE, 3).token_ids
-    assert tokens == GREEDY.draw(logits, list(range(30)), 0, DOMAIN_DENOISE, 3).token_ids
+    tokens = drawn_without(3, how, logits, list(range(30)), 0, DOMAIN_DENOISE).token_ids
+    assert tokens == drawn_without(3, GREEDY, logits, list(range(30)), 0, DOMAIN_DENOISE).token_ids
 
 
 def test_a_huge_temperature_is_uniform() -> None:
@@ -148,7 +162,9 @@ def test_frequencies_are_those_of_the_softmax(how: Sampler, excluded: int | None
     if how.min_p is not None:
         want[want < how.min_p * want.max()] = 0
     positions = list(range(20_000))
-    drawn = how.draw(logits.expand(20_000, -1), positions, 4, DOMAIN_AUTOREGRESSIVE, excluded)
+    drawn = drawn_without(
+        excluded, how, logits.expand(20_000, -1), positions, 4, DOMAIN_AUTOREGRESSIVE
+    )
     assert chi_square(drawn.token_ids, want / want.sum()) > 1e-3
 
 
@@ -168,15 +184,15 @@ def test_successive_draws_are_independent() -> None:
 def test_a_draw_depends_on_its_key_position_step_and_domain_only() -> None:
     logits = normal(40, 100)
     how = sampler()
-    drawn = how.draw(logits, list(range(40)), 2, DOMAIN_DENOISE, 3)
+    drawn = drawn_without(3, how, logits, list(range(40)), 2, DOMAIN_DENOISE)
     for i in (0, 13, 39):
-        alone = how.draw(logits[i : i + 1], [i], 2, DOMAIN_DENOISE, 3)
+        alone = drawn_without(3, how, logits[i : i + 1], [i], 2, DOMAIN_DENOISE)
         assert alone == Drawn([drawn.token_ids[i]], [drawn.confidences[i]], [drawn.log_probs[i]])
     others = [
-        sampler(key=2).draw(logits, list(range(40)), 2, DOMAIN_DENOISE, 3),
-        how.draw(logits, list(range(1, 41)), 2, DOMAIN_DENOISE, 3),
-        how.draw(logits, list(range(40)), 3, DOMAIN_DENOISE, 3),
-        how.draw(logits, list(range(40)), 2, DOMAIN_AUTOREGRESSIVE, 3),
+        drawn_without(3, sampler(key=2), logits, list(range(40)), 2, DOMAIN_DENOISE),
+        drawn_without(3, how, logits, list(range(1, 41)), 2, DOMAIN_DENOISE),
+        drawn_without(3, how, logits, list(range(40)), 3, DOMAIN_DENOISE),
+        drawn_without(3, how, logits, list(range(40)), 2, DOMAIN_AUTOREGRESSIVE),
     ]
     for other in others:
         same = zip(other.token_ids, drawn.token_ids, strict=True)
@@ -207,7 +223,7 @@ def test_logits_that_are_not_finite_are_an_error(how: Sampler, wrong: float) -> 
     logits = normal(4, 9)
     logits[2, 5] = wrong
     with pytest.raises(NumericalError, match="non-finite logits at position 30, step 6"):
-        how.draw(logits, [30, 31, 32, 33], 6, DOMAIN_DENOISE, 3)
+        how.draw(logits, [30, 31, 32, 33], 6, DOMAIN_DENOISE)
 
 
 def mixed_draws() -> list[Draw]:
@@ -239,14 +255,15 @@ def test_draws_of_any_kind_together_are_those_alone(which: str) -> None:
         start += len(draw.positions)
         # Equal floats, not close ones: confidences are compared with thresholds.
         assert got == draw_tokens(own, [draw])[0]
-        one = draw.sampler.draw(own, draw.positions, draw.step, draw.domain, draw.excluded_token)
-        assert got == one
+        assert isinstance(got, Drawn)
+        if draw.excluded_token is None:
+            assert got == draw.sampler.draw(own, draw.positions, draw.step, draw.domain)
         for line, position in enumerate(draw.positions):
             single = draw_tokens(own[line : line + 1], [replace(draw, positions=[position])])[0]
             assert isinstance(single, Drawn)
             assert (single.token_ids[0], single.log_probs[0]) == (
-                one.token_ids[line],
-                one.log_probs[line],
+                got.token_ids[line],
+                got.log_probs[line],
             )
 
 
@@ -291,13 +308,13 @@ def test_eos_comes_from_its_position_on_only(how: Sampler) -> None:
     logits = normal(60, 12, scale=0.5)
     logits[:, EOS] = 3.0
     positions = list(range(EOS_FROM - 30, EOS_FROM + 30))
-    plain = how.draw(logits, positions, 2, DOMAIN_DENOISE, 3)
-    drawn = without_eos(how).draw(logits, positions, 2, DOMAIN_DENOISE, 3)
+    plain = drawn_without(3, how, logits, positions, 2, DOMAIN_DENOISE)
+    drawn = drawn_without(3, without_eos(how), logits, positions, 2, DOMAIN_DENOISE)
     assert drawn.token_ids[30:] == plain.token_ids[30:]
     assert EOS in drawn.token_ids[30:]
     impossible = logits.clone()
     impossible[:, EOS] = -1e30
-    want = how.draw(impossible, positions, 2, DOMAIN_DENOISE, 3)
+    want = drawn_without(3, how, impossible, positions, 2, DOMAIN_DENOISE)
     assert drawn.token_ids[:30] == want.token_ids[:30]
     assert EOS not in drawn.token_ids[:30]
     # What is reported is the tower's own probability, in which EOS has its share.

@@ -1,0 +1,139 @@
+"""GenerationParams has the list of sampling parameters; whatever repeats it is held to it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from twotower import Request, TwoTower
+from twotower.call_loop import CallLoop
+from twotower.cli.main import app
+from twotower.client import Client
+from twotower.deployments.router import codec
+from twotower.protos.v1 import generation_pb2 as pb
+from twotower.towers.request.params import FLOORS, SAMPLING_PARAMETERS, GenerationParams
+
+# On the wire in place of the end-of-text token, which is the model's; and what shapes the answer.
+WIRE_ONLY = ("ignore_eos", "logprobs")
+NEITHER_IN_PROCESS = FLOORS
+
+
+def lacking(file: str, has: Collection[str], wanted: Collection[str]) -> list[str]:
+    """A sentence for each parameter that a file lacks."""
+    return [
+        f"{file} lacks the sampling parameter {name!r} of towers/request/params.py"
+        for name in wanted
+        if name not in has
+    ]
+
+
+def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
+def options() -> Mapping[str, Any]:
+    """Options of `twotower generate` with their defaults."""
+    command = typer.main.get_command(app).commands["generate"]  # type: ignore[attr-defined]
+    return {option.name: option.default for option in command.params}
+
+
+def test_everything_that_repeats_the_list_has_all_of_it() -> None:
+    sent = (*SAMPLING_PARAMETERS, *WIRE_ONLY)
+    here = [name for name in SAMPLING_PARAMETERS if name not in NEITHER_IN_PROCESS]
+    here.append("eos_token_id")
+    wire = [field.name for field in pb.SamplingParams.DESCRIPTOR.fields]
+    missing = [
+        *lacking("protos/v1/generation.proto (SamplingParams)", wire, sent),
+        *lacking("twotower/client/client.py", parameters_of(Client.generate), sent),
+        *lacking("twotower/cli/generate.py", options(), sent),
+        *lacking("twotower/api.py (generate)", parameters_of(TwoTower.generate), here),
+        *lacking("twotower/api.py (stream)", parameters_of(TwoTower.stream), here),
+        *lacking("twotower/api.py (astream)", parameters_of(TwoTower.astream), here),
+    ]
+    assert missing == []
+
+
+def test_the_wire_has_nothing_else() -> None:
+    wire = {field.name for field in pb.SamplingParams.DESCRIPTOR.fields}
+    assert wire - {*SAMPLING_PARAMETERS, *WIRE_ONLY} == set()
+
+
+def test_defaults_are_the_same_everywhere() -> None:
+    want = GenerationParams()
+    for name in SAMPLING_PARAMETERS:
+        default = getattr(want, name)
+        assert (options()[name] or default) == default, name
+        for function in (TwoTower.generate, TwoTower.stream, TwoTower.astream):
+            if name not in NEITHER_IN_PROCESS:
+                assert (parameters_of(function)[name].default or default) == default, name
+        # A client leaves its service the choice.
+        assert parameters_of(Client.generate)[name].default in (None, ())
+    unset = codec.params_of(pb.SamplingParams(seed=1), eos_token_id=None)
+    assert unset == GenerationParams(seed=1)
+
+
+VALUES: dict[str, Any] = {
+    "mode": "verified",
+    "max_tokens": 9,
+    "block_size": 8,
+    "steps_per_block": 7,
+    "confidence_threshold": 0.875,
+    "temperature": 0.75,
+    "top_k": 6,
+    "top_p": 0.625,
+    "min_p": 0.5,
+    "seed": 5,
+    "draft_steps": 4,
+    "min_tokens": 3,
+    "stop": ["x"],
+    "min_steps_per_block": 2,
+    "min_confidence_threshold": 0.375,
+}
+HERE = {name: value for name, value in VALUES.items() if name not in NEITHER_IN_PROCESS}
+
+
+def test_what_a_client_is_given_arrives_at_the_service() -> None:
+    assert set(VALUES) == set(SAMPLING_PARAMETERS)
+    with Client("127.0.0.1:1") as client:
+        request = client.generate([1], **VALUES, resume=False)._request
+    arrived = codec.params_of(request.sampling_params, eos_token_id=None)
+    assert arrived == GenerationParams(**VALUES)
+
+
+def test_what_the_command_line_is_given_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+    monkeypatch.setattr("twotower.cli.generate.generate_here", lambda *args: taken.append(args[4]))
+    given = {name: value[0] if name == "stop" else value for name, value in VALUES.items()}
+    options = [part for name, value in given.items() for part in (_option(name), str(value))]
+    assert CliRunner().invoke(app, ["generate", "x", *options]).exit_code == 0
+    assert taken == [VALUES]
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def test_what_a_model_here_is_given_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[GenerationParams] = []
+
+    def begun(_model: TwoTower, _prompt: Any, params: GenerationParams, *_: Any) -> None:
+        taken.append(params)
+
+    def requested(_model: TwoTower, requests: list[Request]) -> None:
+        taken.append(requests[0].params)
+
+    monkeypatch.setattr(TwoTower, "_begun", begun)
+    monkeypatch.setattr(TwoTower, "generate_requests", requested)
+    monkeypatch.setattr("twotower.api.GenerationStream", lambda *_: None)
+    monkeypatch.setattr("twotower.api.AsyncGenerationStream", lambda *_: None)
+    model = TwoTower.__new__(TwoTower)
+    model._calls = CallLoop()
+    model.stream([1], **HERE, eos_token_id=1)
+    model.astream([1], **HERE, eos_token_id=1)
+    model.generate([[1]], **HERE, eos_token_id=1)
+    assert taken == [GenerationParams(**HERE, eos_token_id=1)] * 3

@@ -1,0 +1,116 @@
+"""Streams of a client: a completion with the gRPC call that it is received by now."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from typing import Any
+
+import grpc
+
+from twotower.client.completion import Completion, Limits
+from twotower.client.messages import ServiceError
+from twotower.protos.v1 import generation_pb2 as pb
+from twotower.towers.request.results import TextBlock
+
+
+class _Stream(Completion):
+    """A completion with the call that it is received by now."""
+
+    def __init__(
+        self, stub: Any, request: pb.GenerateRequest, limits: Limits, cancelled: Any
+    ) -> None:
+        super().__init__(request, limits)
+        self._stub = stub
+        self._cancelled = cancelled
+        self._call = self._begin()
+
+    def cancel(self) -> None:
+        """Ends the request; the service frees its row. Does nothing after the end."""
+        self._cancelled.set()
+        self._call.cancel()
+
+    def _begin(self) -> Any:
+        return self._stub.Generate(self._next_request(), timeout=self._time_left())
+
+    def _begin_again(self) -> None:
+        self._check_wanted()
+        self._call = self._begin()
+        # Another thread may have cancelled the call before.
+        if self._cancelled.is_set():
+            self._call.cancel()
+
+    def _check_wanted(self) -> None:
+        if self._cancelled.is_set():
+            raise ServiceError(grpc.StatusCode.CANCELLED, "cancelled by this client") from None
+
+
+class GenerationStream(_Stream):
+    """Iterates over the blocks of one completion; Completion says what else it knows."""
+
+    def __init__(self, stub: Any, request: pb.GenerateRequest, limits: Limits) -> None:
+        super().__init__(stub, request, limits, threading.Event())
+
+    def __iter__(self) -> Iterator[TextBlock]:
+        """Raises ServiceError."""
+        try:
+            while self.finish_reason is None:
+                try:
+                    for response in self._call:
+                        block = self._take(response)
+                        if block is not None:
+                            yield block
+                    self._check_end()
+                except (grpc.RpcError, ServiceError) as error:
+                    if self.finish_reason is not None:
+                        break
+                    self._call.cancel()
+                    self._check_wanted()
+                    self._cancelled.wait(self._pause_after(error))
+                    self._begin_again()
+        finally:
+            self.cancel()
+
+
+class AsyncGenerationStream(_Stream):
+    """As GenerationStream, for `async for`. `cancel` it if you leave the loop before its end."""
+
+    def __init__(self, stub: Any, request: pb.GenerateRequest, limits: Limits) -> None:
+        super().__init__(stub, request, limits, asyncio.Event())
+
+    async def __aiter__(self) -> AsyncIterator[TextBlock]:
+        """Raises ServiceError."""
+        try:
+            while self.finish_reason is None:
+                try:
+                    async for response in self._call:
+                        block = self._take(response)
+                        if block is not None:
+                            yield block
+                    self._check_end()
+                except (grpc.RpcError, ServiceError, asyncio.CancelledError) as ended:
+                    error = _ended_by(ended)
+                    if self.finish_reason is not None:
+                        break
+                    self._call.cancel()
+                    self._check_wanted()
+                    await self._sleep(self._pause_after(error))
+                    self._begin_again()
+        finally:
+            self.cancel()
+
+    async def _sleep(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._cancelled.wait(), seconds)
+
+
+def _ended_by(error: BaseException) -> BaseException:
+    """The error that ended a stream of grpc.aio: it raises CancelledError for a status, too."""
+    if not isinstance(error, asyncio.CancelledError):
+        return error
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise error
+    return ServiceError(grpc.StatusCode.CANCELLED, "cancelled by the service")
