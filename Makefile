@@ -64,6 +64,7 @@ drawings: $(STAMP) ## Redraw the pictures of docs/
 docs-check: $(STAMP) ## Fail if pages or pictures are not what the source gives
 	$(BIN)/python -m tools.configuration --check
 	$(BIN)/python -m tools.drawing --check
+	$(BIN)/python -m tools.house --check
 
 docs: $(STAMP) ## The documentation as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -1,7 +1,8 @@
 """Writes docs/configuration.md from the pydantic models of the service's settings.
 
 `python -m tools.configuration` writes, `... --check` compares and exits with 1 on a difference.
-Names, types, defaults, limits and descriptions are read from the models alone.
+Names, types, defaults, limits and descriptions are read from the models, and the least values of
+what an engine checks from its options.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from twotower.deployments.config import ServiceConfig
+from twotower.towers.engine.options import LEAST
 
 Schema = dict[str, Any]
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
@@ -65,12 +67,19 @@ def _section(title: str, above: str, schema: Schema, models: Schema) -> Iterator
     for name, field in schema["properties"].items():
         kinds = [kind for kind in field.get("anyOf", [field]) if kind.get("type") != "null"]
         default = _default(field, name in required)
-        cells = [_kinds(kinds), default, _limits(kinds), field.get("description", "")]
+        limits = _limits([*_engine_limit(name, kinds), *kinds])
+        cells = [_kinds(kinds), default, limits, field.get("description", "")]
         yield f"| `{above}{name}` | " + " | ".join(_escaped(cell) for cell in cells) + " |"
         nested += [(name, kind["$ref"].rpartition("/")[2]) for kind in kinds if "$ref" in kind]
     for name, model in nested:
         yield ""
         yield from _section(f"`{above}{name}`", f"{above}{name}.", models[model], models)
+
+
+def _engine_limit(name: str, kinds: list[Schema]) -> list[Schema]:
+    """The least value of a setting that the model leaves to the engine to check."""
+    known = name in LEAST and not any("minimum" in kind for kind in kinds)
+    return [{"minimum": LEAST[name]}] if known else []
 
 
 def _kinds(kinds: list[Schema]) -> str:

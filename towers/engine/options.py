@@ -20,7 +20,8 @@ _MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 4096}
 _MAX_PREFILL_TOKENS = {"cpu": 64, "cuda": 1024}
 # A GPU's passes have their memory reserved before; on a CPU they and other programs need the rest.
 _MEMORY_FRACTION = {"cpu": 0.25, "cuda": 0.95}
-_LEAST = {
+# Least values; the documentation of the settings reads them here.
+LEAST = {
     "max_num_seqs": 1,
     "max_context": 1,
     "max_num_batched_tokens": 1,
@@ -68,7 +69,7 @@ class EngineOptions:
     prefix_cache_mib: int = 64
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
+        for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name}: got {value}, expected at least {least}")
