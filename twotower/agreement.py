@@ -1,4 +1,4 @@
-"""Two checkpoints of one model on the same prompts: what a change of its weights does."""
+"""Compares the outputs of two checkpoints of a model, before and after a change of weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODES: tuple[Mode, ...] = ("mask_diffusion", "ar")
 
 @dataclass(frozen=True)
 class Cost:
-    """What one checkpoint's outputs took; `tokens_per_nfe` is None without denoiser calls."""
+    """Cost of a checkpoint's outputs; `tokens_per_nfe` is None without denoiser passes."""
 
     tokens: int
     nfe: int
@@ -40,8 +40,8 @@ class Cost:
 class Agreement:
     """Outputs of two checkpoints in one mode.
 
-    `equal_outputs` of the `prompts` gave the same tokens; `equal_share` is the share of the first
-    one's tokens that lie before their output's first difference.
+    `equal_outputs` of the `prompts` gave the same tokens; `equal_share` is the share of the tokens
+    of the `before` outputs that come before the first difference.
     """
 
     mode: Mode
@@ -80,7 +80,7 @@ def compare(
     first, loss_before = _measure(before, prompts, scored, params, device, dtype)
     second, loss_after = _measure(after, prompts, scored, params, device, dtype)
     agreements = [
-        agreement(mode, one, other) for mode, one, other in zip(MODES, first, second, strict=True)
+        agreement(mode, old, new) for mode, old, new in zip(MODES, first, second, strict=True)
     ]
     return Comparison(tuple(agreements), loss_before, loss_after)
 
@@ -90,17 +90,17 @@ def agreement(
 ) -> Agreement:
     """Compares results prompt by prompt."""
     equal_outputs = equal_tokens = 0
-    for one, other in zip(before, after, strict=True):
-        equal_outputs += one.token_ids == other.token_ids
-        equal_tokens += common_prefix(one.token_ids, other.token_ids)
+    for old, new in zip(before, after, strict=True):
+        equal_outputs += old.token_ids == new.token_ids
+        equal_tokens += common_prefix(old.token_ids, new.token_ids)
     cost = _cost(before)
     share = equal_tokens / cost.tokens if cost.tokens else 1.0
     return Agreement(mode, len(before), equal_outputs, share, cost, _cost(after))
 
 
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two outputs share before their first difference."""
-    pairs = zip(one, other, strict=False)
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of tokens of two outputs before their first difference."""
+    pairs = zip(first, second, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 

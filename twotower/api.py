@@ -39,7 +39,7 @@ Device = str | torch.device
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt with its own parameters, for batches that mix them."""
+    """A prompt and its parameters."""
 
     prompt: Prompt
     params: GenerationParams

@@ -15,7 +15,7 @@ from twotower.towers.request.params import FinishReason, GenerationParams
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """The whole output of one prompt.
+    """The whole output of a prompt.
 
     `token_ids` are the new tokens only, EOS and those of a stop string included; `text` is theirs
     without either (empty without a tokenizer). `log_probs` are the natural-log probabilities of

@@ -1,4 +1,4 @@
-"""Between protobuf messages and the towers' dataclasses; no decisions are taken here."""
+"""Converts between protobuf messages and the dataclasses of towers and router."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def params_of(message: pb.SamplingParams, eos_token_id: int | None) -> Generatio
 
     Raises InvalidRequestError.
     """
-    # Before each of them becomes a string of its own.
+    # Before the strings are copied.
     check_stop_count(len(message.stop))
     given = {name: getattr(message, name) for name in _OPTIONAL_SCALARS if message.HasField(name)}
     eos = None if message.ignore_eos else eos_token_id
@@ -77,8 +77,8 @@ def started_event(job: Job, request_id: str) -> pb.GenerateResponse:
 def block_event(
     log: CommitLog, block: Block, text: str, asked: GenerationParams, *, log_probs: bool
 ) -> pb.GenerateResponse:
-    """The message of the log's last block: with log-probabilities if they were asked for, and with
-    what it was denoised with if what was asked for has floors."""
+    """The message of the log's last block, with log-probabilities if they were asked for, and with
+    the steps and threshold that were used if the request has floors."""
     message = pb.Block(
         index=log.num_blocks - 1,
         start=block.start,

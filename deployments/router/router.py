@@ -1,4 +1,4 @@
-"""The ingress: admits requests, hands them to a pair, commits and streams what comes back.
+"""The router: admits requests, sends them to a pair, commits and streams their blocks.
 
 Method names in capitals are RPC names: Serve finds them by name. The class is plain; `app.py`
 makes a deployment of it.
@@ -82,7 +82,7 @@ class Router:
     async def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, grpc_context: Any
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """Streams one completion."""
+        """Streams a completion."""
         request_id = _log_name(request.request_id)
         try:
             async with aclosing(self._completion(request)) as events:
@@ -94,7 +94,7 @@ class Router:
     async def Score(  # noqa: N802
         self, request: pb.ScoreRequest, grpc_context: Any
     ) -> pb.ScoreResponse:
-        """Scores one text."""
+        """Scores a text."""
         try:
             return await self._scored(request)
         except Exception as error:
@@ -103,7 +103,7 @@ class Router:
     async def GetModelInfo(  # noqa: N802
         self, _request: pb.GetModelInfoRequest
     ) -> pb.ModelInfo:
-        """Says what is served."""
+        """Model, limits and modes of the service."""
         return self._info
 
     async def Check(  # noqa: N802
@@ -159,8 +159,8 @@ class Router:
     async def _admit(self, request: pb.GenerateRequest) -> tuple[Job, OutputText, CommitLog]:
         """The request as a job within the model's limits, with the text and log of its output.
 
-        What is too long is refused before anything is done with it. Raises InvalidRequestError,
-        and QueueFullError if too many texts wait to be read.
+        Sizes are checked before anything else. Raises InvalidRequestError, and QueueFullError if
+        too many texts wait to be encoded.
         """
         codec.check_size(request, self._max_message)
         self._reader.check_count("generated_token_ids", len(request.generated_token_ids))
@@ -205,8 +205,8 @@ class Router:
 
 
 def _compare_limits(needed: int) -> None:
-    """Says in the log what this cluster's proxies should be told: what they let through and the
-    router refuses has cost them its way here."""
+    """Logs a warning if the proxies take longer messages than the router: those are received in
+    full before they are refused."""
     taken = message_limit(os.environ)
     if taken != needed:
         logger.warning(
@@ -216,8 +216,8 @@ def _compare_limits(needed: int) -> None:
 
 
 def _work_of(params: GenerationParams, generated: tuple[int, ...]) -> int:
-    """What it takes to write the text of a resumed output, as bytes of a text to be read: with stop
-    strings each token is looked at by itself."""
+    """Bytes of a prompt that take as long to encode as the text of a resumed output takes to
+    decode; with stop strings it is decoded token by token."""
     return len(generated) * (32 if params.stop else 4)
 
 

@@ -1,4 +1,4 @@
-"""The log of one request: the only place where a block becomes committed."""
+"""The commit log of a request: a block that is appended to it is committed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from twotower.towers.request.results import Usage
 
 
 class CommitLog:
-    """Appends blocks in order of position; what is committed never changes.
+    """Appends blocks in order of position; a committed token never changes.
 
-    `prompt_tokens` prompt tokens and the `generated` ones of a resumed request come first. Counts
-    are those of the committed blocks, whichever attempt at the request has made them.
+    The log begins after `prompt_tokens` tokens of the prompt and the `generated` tokens of an
+    earlier stream. Counts are sums over its blocks, whichever attempt at the request made them.
     """
 
     def __init__(self, prompt_tokens: int, generated: Sequence[int]) -> None:

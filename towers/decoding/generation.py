@@ -23,8 +23,8 @@ async def generate_blocks(
     """Yields the row's committed blocks, cut at the first EOS and at max_tokens.
 
     The last block has a finish_reason. `params` must have a seed; `generated` are tokens that an
-    earlier attempt has committed. `ease` says how far (GenerationParams.eased) the row is served
-    on the way to its floors if so many others wait when it gets its place. Whatever ends the
+    earlier attempt has committed. `ease` maps the number of rows that wait when this row is opened
+    to a share, 0 to 1, of the way to its floors (GenerationParams.eased). Whatever ends the
     iteration, the row is released on both sides.
     """
     if params.traits.needs_denoiser and denoiser is None:
@@ -56,7 +56,7 @@ async def generate_blocks(
 
 
 def cut(block: Block, left: int, eos_token_id: int | None) -> Block:
-    """The block up to its first EOS and to `left` tokens, with the reason if that ends the row."""
+    """The block up to its first EOS and to `left` tokens; with a finish_reason if the row ends."""
     tokens = block.token_ids[:left]
     reason: FinishReason | None = "length" if len(tokens) == left else None
     if eos_token_id in tokens:
@@ -66,7 +66,7 @@ def cut(block: Block, left: int, eos_token_id: int | None) -> Block:
 
 
 class _RowLoop:
-    """One row on both towers; its context is extended while its blocks are handed out."""
+    """A row on both towers. Its context is extended by a block while the caller handles it."""
 
     def __init__(
         self,
@@ -84,28 +84,28 @@ class _RowLoop:
         self._reading: asyncio.Task[int] | None = None
 
     async def open(self) -> int:
-        """Waits for the row's place on both sides; returns how many other rows wait for theirs."""
+        """Waits until the row is open on both sides; returns how many other rows still wait."""
         waiting = await self._context.open(self._row_id, self._capacity)
         if self._denoiser is not None and self._params.traits.needs_denoiser:
             await self._denoiser.open(self._row_id, self._capacity)
         return waiting
 
     def serve_eased(self, eased: float) -> GenerationParams:
-        """Settles the parameters of all blocks."""
+        """Sets the parameters of all blocks, eased by that share, and returns them."""
         self._params = self._params.eased(eased)
         return self._params
 
     def blocks(self, prompt: Sequence[int], generated: Sequence[int]) -> AsyncIterator[Block]:
-        """Blocks as they come, without an end of their own."""
+        """Blocks without end: the caller stops at an EOS or at max_tokens."""
         position = len(prompt) + len(generated)
         if self._params.traits.unit == "draft":
             return self._verified_blocks(position - bool(generated), generated[-1:])
-        return self._own_blocks(position, [*prompt, *generated][-1])
+        return self._drafted_blocks(position, [*prompt, *generated][-1])
 
-    async def _own_blocks(self, position: int, last_token: int) -> AsyncIterator[Block]:
+    async def _drafted_blocks(self, position: int, last_token: int) -> AsyncIterator[Block]:
         while True:
-            # The draft is asked for while the context is still being extended: the denoiser waits
-            # for its mirror by itself, and one round trip less stands between two blocks.
+            # Requested while the context is still being extended: the denoiser waits for its
+            # mirror, and a round trip between two blocks is saved.
             drafting = asyncio.ensure_future(self._next_block(position, last_token))
             try:
                 passes = await self._read_passes()
@@ -118,8 +118,8 @@ class _RowLoop:
             last_token = block.token_ids[-1]
 
     async def _verified_blocks(self, position: int, known: Sequence[int]) -> AsyncIterator[Block]:
-        """Drafts from `position`, where the context ends; `known` is the token that follows it
-        and is committed already, if there is one."""
+        """Blocks from `position` on, where the context ends; `known` is the committed token at
+        that position, or empty."""
         assert self._denoiser is not None
         while True:
             draft = await self._denoiser.denoise_block(
@@ -127,22 +127,22 @@ class _RowLoop:
             )
             block = await self._context.verify(self._row_id, draft.token_ids, self._params)
             fresh = len(block.token_ids)
-            # The last token is the context tower's own, committed once the draft was complete.
+            # The context tower draws the last token, after all passes of the draft.
             steps = (*draft.commit_steps[len(known) :][: fresh - 1], draft.nfe)
             yield replace(block, commit_steps=steps, nfe=draft.nfe)
             position += len(known) + fresh - 1
             known = block.token_ids[-1:]
 
     def read(self, block: Block) -> None:
-        """Starts extending the context by a block that does not end the row."""
+        """Starts to extend the context by a block, if the mode's tokens come from the denoiser."""
         if self._params.traits.tokens_from == "denoiser":
             extending = self._context.extend(self._row_id, block.token_ids)
             self._reading = asyncio.ensure_future(extending)
 
     async def close(self) -> None:
-        """Waits for what runs, then frees the row on both sides, whatever failed before.
+        """Waits for a running extension, then releases the row on both sides.
 
-        The denoiser first: on one device it reads the context tower's own state.
+        The denoiser is first: on one device it reads the context tower's state.
         """
         if self._reading is not None:
             self._reading.cancel()

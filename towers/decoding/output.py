@@ -1,4 +1,4 @@
-"""From the blocks of a row to the committed output of a request: the one loop that does it."""
+"""Commits the blocks of a row as the output of a request: log, text and stop strings."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ async def commit_blocks(
 ) -> Output:
     """Commits each block to the log, cut at a stop string; yields it with the text that it settles.
 
-    Ends after the first stop string, or when `blocks` end; does not ask for any if the output is
-    complete. `blocks` are closed in any case.
+    Ends after the first stop string or with `blocks`, which are closed in any case. If the output
+    is complete at the start, none is taken from them.
     """
     async with aclosing(blocks):
         if log.finish_reason is not None:

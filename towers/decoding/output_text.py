@@ -1,4 +1,4 @@
-"""The text of one request's output as its blocks come, and where a stop string ends it.
+"""Decodes a request's output block by block and finds the stop string that ends it.
 
 An occurrence of a stop string counts from the token that completes it, so what has been handed
 out never depends on what comes later: the occurrence that is complete first ends the output, and
@@ -53,7 +53,7 @@ class OutputText:
         """Tokens up to the end of a stop string, or all of them, and the text that they settle."""
         if self._stream is None:
             return len(token_ids), ""
-        # One by one only if it matters which token completes what: decoding has a cost per call.
+        # Token by token only with stop strings, as each call of the tokenizer has a cost.
         parts = [[token] for token in token_ids] if self._params.stop else [token_ids]
         kept, text = 0, ""
         for index, part in enumerate(parts, start=1):

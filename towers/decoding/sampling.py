@@ -1,4 +1,4 @@
-"""How a token is drawn from logits: temperature, filters, keyed noise.
+"""Draws tokens from logits: temperature, filters, keyed noise.
 
 Temperature, top-k, top-p and min-p apply in this order. Noise is keyed by the row, the absolute
 position and the step, so a draw repeats exactly in any batch and after any resume.
@@ -60,7 +60,7 @@ class Sampler:
 
     @property
     def filtered(self) -> bool:
-        """Whether a draw needs the whole distribution before its noise."""
+        """True if top-k, top-p or min-p apply, which need the whole distribution."""
         narrowed = (self.top_k, self.top_p, self.min_p) != (None, None, None)
         return self.temperature > 0 and narrowed
 
@@ -95,9 +95,9 @@ class Draw:
 
 
 def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn | NumericalError]:
-    """logits [M, V], the lines of one draw after those of another -> what each row gets.
+    """logits [M, V], the lines of the draws one after another -> the tokens of each draw.
 
-    A row with non-finite logits gets the error. Draws without filters share one launch.
+    A draw with non-finite logits gives the error. Draws without filters share one launch.
     """
     ends = list(accumulate(len(draw.positions) for draw in draws))
     spans = [slice(end - len(draw.positions), end) for draw, end in zip(draws, ends, strict=True)]
@@ -111,13 +111,13 @@ def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn | Numerical
         results = dict(zip(plain, shared, strict=True))
     for index, draw in enumerate(draws):
         if index not in results:
-            own = logits[spans[index]]
-            results[index] = _predicted(own, [draw], draw_scores(own, draw))[0]
+            lines = logits[spans[index]]
+            results[index] = _predicted(lines, [draw], draw_scores(lines, draw))[0]
     return [results[index] for index in range(len(draws))]
 
 
 def sampling_batch(draws: Sequence[Draw], device: torch.device) -> SamplingBatch:
-    """How each line of these draws is drawn, in order."""
+    """Key, position, step, temperature and excluded tokens of each line of the draws."""
     counts = [len(draw.positions) for draw in draws]
 
     def spread(values: Iterable[int]) -> list[int]:
@@ -166,11 +166,11 @@ def _predicted(
     results: list[Drawn | NumericalError] = []
     start = 0
     for draw in draws:
-        own = slice(start, start + len(draw.positions))
-        start = own.stop
-        if all(finite[own]):
-            ids = [int(token) for token in tokens[own]]
-            results.append(Drawn(ids, confidences[own], log_probs[own]))
+        lines = slice(start, start + len(draw.positions))
+        start = lines.stop
+        if all(finite[lines]):
+            ids = [int(token) for token in tokens[lines]]
+            results.append(Drawn(ids, confidences[lines], log_probs[lines]))
         else:
             where = f"position {draw.positions[0]}, step {draw.step}"
             results.append(NumericalError(f"non-finite logits at {where}"))
@@ -178,7 +178,7 @@ def _predicted(
 
 
 def signed(key: int) -> int:
-    """The same 64 bits as a signed number, which is what an int64 tensor takes."""
+    """The same 64 bits as a signed number, for an int64 tensor."""
     return key - (1 << 64) if key >> 63 else key
 
 

@@ -1,16 +1,16 @@
-"""The seams between the block loop, the two engines and the link between them.
+"""Protocols of the two towers, and the values that their calls give.
 
-`generation.py` drives a row through a `ContextService` and a `DenoiserService`; it passes names
-of rows around and never tensors. In one process the services are the engines themselves; in a
-deployment they are handles of two actors. Between the towers a `StateLink` carries state.
+`generation.py` drives a row through a `ContextService` and a `DenoiserService`; it passes ids of
+rows and never tensors. In one process the services are the engines themselves; in a deployment
+they are handles of two actors. Between the towers a `StateLink` carries state.
 
 Guarantees that every implementation gives:
 - a row exists on a side from `open` until `release`; `release` of an unknown row does nothing;
 - `open` waits, in order, until the row has its slot and pages;
-- calls for one row come one at a time, except that `denoise_block` and `next_token` may be
+- the caller makes one call for a row at a time, except that `denoise_block` and `next_token` may be
   called while `extend` runs; calls for different rows may overlap freely;
 - after `prefill`, `extend` or `verify` returns, the state up to that position has been handed to
-  the link in order; the denoiser's calls wait until their own side has it.
+  the link in order; a call of the denoiser waits until its mirror has that state.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from twotower.towers.request.params import FinishReason, GenerationParams
 
 @dataclass(frozen=True)
 class Block:
-    """Tokens that were committed together, with how each came about.
+    """Tokens that were committed together, with step and probability of each.
 
     `commit_steps[i]` is the 0-based step at which position i was committed, `confidences[i]` the
     probability that the tower gave token i then and `log_probs[i]` its natural logarithm: the
@@ -32,8 +32,8 @@ class Block:
     the absolute position of the first token, `nfe` the number of denoiser calls and
     `context_passes` that of context passes spent since the block before it. In verified,
     `drafted_tokens` were checked and `accepted_tokens` of them accepted. `cached_tokens` of the
-    prompt came from the prefix cache; the first block tells. `eased` is how far the row is served
-    on the way to its floors (GenerationParams.eased).
+    prompt came from the prefix cache (0 after the first block). `eased` is the share of the way to
+    its floors that the row is served with (GenerationParams.eased).
     """
 
     start: int
@@ -50,7 +50,7 @@ class Block:
     eased: float = 0.0
 
     def first(self, count: int) -> Block:
-        """The first `count` tokens with what is known of each; sums stay whole."""
+        """The block with its first `count` tokens only; counts of passes and drafts stay."""
         return replace(
             self,
             token_ids=self.token_ids[:count],
@@ -62,7 +62,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Prefilled:
-    """How a row was read: passes made, and tokens that came from the prefix cache."""
+    """Passes that read a row, and tokens of it that came from the prefix cache."""
 
     passes: int
     cached_tokens: int = 0
@@ -91,8 +91,8 @@ class ContextService(Protocol):
     async def verify(self, row_id: str, draft: Sequence[int], params: GenerationParams) -> Block:
         """Checks a draft by one pass over it and appends what it accepts to the row's context.
 
-        The block holds the accepted tokens that are new and the tower's own token after them,
-        which is the first of the next draft.
+        The block holds the accepted tokens that are new and the token that the tower draws after
+        them, which is the first of the next draft.
         """
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:

@@ -1,4 +1,4 @@
-"""The unmasking of one block, on the host: which positions to commit at which step.
+"""Unmasks a block on the host: chooses the positions that each step commits.
 
 A block starts as all masks (or with some positions committed). Each step the denoiser predicts
 every masked position; those above the confidence threshold are committed, at least enough to be
@@ -11,25 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-
-class CommitRule(Protocol):
-    """Decides how many of the masked positions a step commits."""
-
-    def count(self, confidences: Sequence[float], step: int) -> int:
-        """Confidences of the masked positions at step `step` -> 1 to len(confidences)."""
 
 
 @dataclass(frozen=True)
 class ThresholdRule:
-    """All above the threshold, at least one, and enough to be done within the steps."""
+    """Commits all positions above the threshold, at least one, and enough to be done within the
+    steps."""
 
     threshold: float
     steps_per_block: int
 
     def count(self, confidences: Sequence[float], step: int) -> int:
-        """See `CommitRule`."""
+        """Confidences of the masked positions at step `step` -> how many of them to commit."""
         masked = len(confidences)
         remaining = self.steps_per_block - step
         if remaining <= 1:
@@ -45,14 +38,17 @@ class ReplayRule:
     schedule: tuple[int, ...]
 
     def count(self, confidences: Sequence[float], step: int) -> int:
-        """See `CommitRule`; a schedule that runs out commits the rest."""
+        """As ThresholdRule.count; a schedule that runs out commits the rest."""
         if step >= len(self.schedule):
             return len(confidences)
         return min(len(confidences), self.schedule[step])
 
 
+CommitRule = ThresholdRule | ReplayRule
+
+
 class BlockDraft:
-    """A block on its way from masks to tokens; plain lists, no tensors.
+    """A block that is being unmasked, in plain lists without tensors.
 
     `known` tokens at its head are committed from the start, at step 0 with certainty.
     """
@@ -71,6 +67,7 @@ class BlockDraft:
 
     @property
     def done(self) -> bool:
+        """True if no position is masked."""
         return not self.masked
 
     @property
@@ -86,7 +83,7 @@ class BlockDraft:
     ) -> list[int]:
         """Takes predictions for the masked positions, in order; returns the positions committed.
 
-        Equal confidences go to the leftmost position. `log_probs` are kept for those who ask.
+        Of equal confidences the leftmost comes first. `log_probs` are stored beside them.
         """
         count = self._rule.count(confidences, self.step)
         ranked = sorted(range(len(self.masked)), key=lambda i: -confidences[i])[:count]

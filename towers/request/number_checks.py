@@ -9,7 +9,7 @@ from twotower.towers.errors import InvalidRequestError
 
 
 def check_whole(field: str, value: object, low: int, high: int | None = None) -> None:
-    """Raises InvalidRequestError for what is no whole number in [low, high]; a bool is none."""
+    """Raises InvalidRequestError unless the value is a whole number in [low, high], not a bool."""
     limit = f"a whole number of at least {low}" + ("" if high is None else f", at most {high}")
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidRequestError(field, value, limit)
@@ -20,7 +20,8 @@ def check_whole(field: str, value: object, low: int, high: int | None = None) ->
 def check_real(
     field: str, value: object, low: float, high: float = math.inf, open_below: bool = False
 ) -> None:
-    """Raises InvalidRequestError for what is no finite number in [low, high], or (low, high]."""
+    """Raises InvalidRequestError unless the value is a finite number in [low, high], or in
+    (low, high] if `open_below`."""
     bracket = "(" if open_below else "["
     limit = f"a finite number in {bracket}{low:g}, {high:g}]"
     if not is_real(value):
@@ -31,5 +32,5 @@ def check_real(
 
 
 def is_real(value: object) -> bool:
-    """Whether it is a number at all, a NaN or an infinity too; a bool is none."""
+    """True for a number, also NaN and infinity; False for a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""What one request asks for, checked once."""
+"""Sampling parameters of a request, checked on construction."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEED_BITS = 63
 _NO_NUMBERS = ("mode", "stop")
 # Floors of a service under load; where nothing else waits they have no effect.
 FLOORS = ("min_steps_per_block", "min_confidence_threshold")
-# Not of a request: the model's token or none, and what the block loop sets.
+# Not sent with a request: the first is the model's, the second is set by the block loop.
 _NOT_SENT = ("eos_token_id", "eos_from")
 
 
@@ -112,8 +112,8 @@ class GenerationParams:
         return self.traits.can_be_eased and floors != (None, None)
 
     def eased(self, share: float) -> GenerationParams:
-        """The same parameters, `share` (0 to 1) of the way to the floors, and those gone: what a
-        row is served with stays. Without floors nothing changes."""
+        """The parameters at `share` (0 to 1) of the way to their floors, without floors: a row is
+        served with the same parameters to its end."""
         steps, threshold = self.steps_per_block, self.confidence_threshold
         if self.may_be_eased and self.min_steps_per_block is not None:
             steps -= round(share * (steps - self.min_steps_per_block))

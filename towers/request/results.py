@@ -1,4 +1,4 @@
-"""What a completion gives: blocks with their text, and what they cost."""
+"""Blocks of a completion with their text, and its cost."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TextBlock:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a completion cost: tokens, denoiser passes (`nfe`) and context tower passes.
+    """Cost of a completion: tokens, denoiser passes (`nfe`) and context tower passes.
 
     `cached_tokens` of the prompt came from the prefix cache; in verified, `accepted_tokens` of
     `drafted_tokens` were accepted.

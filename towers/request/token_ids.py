@@ -1,6 +1,6 @@
-"""Token ids, numbers and texts as callers have them: Python's, numpy's or torch's, one or several.
+"""Reads token ids, numbers and texts that callers give as Python lists, numpy arrays or tensors.
 
-Needs neither library: arrays and tensors are told by their shape.
+Imports neither numpy nor torch: arrays and tensors are recognised by their attributes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Array(Protocol):
 
 TokenIds = Sequence[SupportsIndex] | Array
 Prompt = str | TokenIds
-# Iterable, but not in an order that is their ids', or not of ids at all.
+# Iterable, but not sequences of ids.
 _NO_ROWS = (str, bytes, bytearray, Mapping, Set)
 IDS = "a list or array of token ids"
 PROMPT = f"a text, or {IDS}"
@@ -38,7 +38,7 @@ def plain_number(value: object) -> object:
 def id_row(field: str, value: object, limit: str = IDS) -> list[int]:
     """One row of ids: any sequence of numbers, or an array [n] or [1, n].
 
-    What the numbers are is checked later. Raises InvalidRequestError for anything else, with the
+    The numbers are not checked yet. Raises InvalidRequestError for anything else, with the
     `limit`: PROMPT where a text would do too.
     """
     if _is_array(value):
@@ -68,10 +68,10 @@ def prompt_rows(prompts: object) -> list[Any]:
 
 
 def text_list(field: str, value: object) -> Sequence[Any]:
-    """Several texts; what each of them is is checked later.
+    """A list of texts, whose elements are not checked yet.
 
-    Raises InvalidRequestError for what is no list. A text is a sequence of texts too, but nobody
-    means its letters.
+    Raises InvalidRequestError for what is no list, and for a single text, although it is a
+    sequence of its letters.
     """
     if isinstance(value, str | bytes | bytearray) or not isinstance(value, Sequence):
         raise InvalidRequestError(field, value, "a list of strings")
@@ -79,8 +79,8 @@ def text_list(field: str, value: object) -> Sequence[Any]:
 
 
 def check_ids(field: str, ids: Sequence[object], vocab_size: int) -> None:
-    """Raises InvalidRequestError for the first that is no id of the vocabulary."""
-    # A prompt may have a hundred thousand ids: those that are all right are told at once.
+    """Raises InvalidRequestError for the first element that is no id of the vocabulary."""
+    # A prompt may have a hundred thousand ids: a valid list is recognised without a Python loop.
     if ids and set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size:  # type: ignore[type-var, operator]
         return
     for index, token in enumerate(ids):
@@ -89,8 +89,8 @@ def check_ids(field: str, ids: Sequence[object], vocab_size: int) -> None:
 
 
 def check_text(field: str, text: str) -> None:
-    """Raises InvalidRequestError for what is no Unicode text: neither a tokenizer nor the wire
-    takes half of a surrogate pair."""
+    """Raises InvalidRequestError for a text with a lone surrogate, which neither a tokenizer nor
+    the wire takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer as Library
 from twotower.towers.errors import CheckpointError, InvalidRequestError
 
 REPLACEMENT = "\ufffd"
-# How the vocabularies of byte fallback spell a byte.
+# Tokens of single bytes in vocabularies with byte fallback.
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# What joins tokens into one text, and what may then still work on it without looking ahead.
+# Decoders that join tokens into a text, and those that may follow as they do not look ahead.
 _JOINING = ("ByteFallback", "ByteLevel", "Fuse")
 _AFTER_JOINING = ("Fuse", "Metaspace", "Strip")
 
@@ -38,8 +38,8 @@ class FastTokenizer:
         tokenizer.encode_special_tokens = True
         added = tokenizer.get_added_tokens_decoder().values()
         self._special = frozenset(token.content for token in added if token.special)
-        own = tokenizer.get_vocab_size(with_added_tokens=False)
-        if not own or tokenizer.get_vocab_size() <= len(self._special):
+        size = tokenizer.get_vocab_size(with_added_tokens=False)
+        if not size or tokenizer.get_vocab_size() <= len(self._special):
             raise CheckpointError(f"{name}: its vocabulary is empty, but for added tokens")
         self._tokenizer = tokenizer
         try:
@@ -54,7 +54,7 @@ class FastTokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids; raises InvalidRequestError for a text that the vocabulary cannot spell."""
         try:
-            # As a batch of one: only then does the library let other threads run meanwhile.
+            # In a batch call the library releases the GIL.
             [encoding] = self._tokenizer.encode_batch_fast([text])
             return list(encoding.ids)
         except BaseException as error:  # the library raises bare Exception
@@ -93,7 +93,8 @@ class FastTokenizer:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a defect of the library was met: that is no Exception, and has no name to import."""
+    """True for a panic of the library: no subclass of Exception, and of a class without a name to
+    import."""
     return type(error).__name__ == "PanicException"
 
 
@@ -112,9 +113,9 @@ def _flat(decoder: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _keep_beginnings(decoders: Iterable[dict[str, Any]], tokenizer: Library) -> bool:
-    """Whether the text of tokens only grows as more come, an unfinished character apart.
+    """True if more tokens only append to the text, except to an unfinished character.
 
-    Not so where a step looks for a pattern in the joined text: what comes may complete one.
+    False where a step searches the joined text for a pattern, which a later token may complete.
     """
     joined = fused = False
     for decoder in decoders:
@@ -135,12 +136,13 @@ def _keep_beginnings(decoders: Iterable[dict[str, Any]], tokenizer: Library) -> 
 
 
 def _inside(suffix: str, tokens: Iterable[str]) -> bool:
-    """Whether a token has the end of a word before its own: only its last one is left out."""
+    """True if a token has the suffix of a word also before its end: decoding leaves out the last
+    only."""
     return any(suffix in token.removesuffix(suffix) for token in tokens)
 
 
 def _readable(tokens: Iterable[str]) -> list[str]:
-    """The same tokens, those of bytes that are no UTF-8 replaced, each by one U+FFFD."""
+    """The tokens, with each byte that is not part of valid UTF-8 replaced by U+FFFD."""
     readable: list[str] = []
     for is_byte, group in groupby(tokens, lambda token: _BYTE.fullmatch(token) is not None):
         if not is_byte:

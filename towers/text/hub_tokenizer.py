@@ -16,7 +16,7 @@ _CONFIG_FILE = "tokenizer_config.json"
 _FILE = "tokenizer.json"
 # Vocabularies that transformers finds by other names than those that a class gives.
 _OTHER_VOCABULARIES = ("*.model", "*.tiktoken", "tekken.json", "vocab.*")
-# What a class that could not be read may have missed.
+# Files that may be missing where a class could not be read.
 _ONE = {"tokenizer_file": _FILE}
 _PAIR = {"vocab_file": "vocab.json", "merges_file": "merges.txt"}
 _NO_VOCABULARY = ("normalizer.json", "added_tokens.json", _CONFIG_FILE)
@@ -61,7 +61,7 @@ def read_hub_tokenizer(folder: Path) -> FastTokenizer | SlowTokenizer:
 
 
 def _class_name(path: Path) -> str:
-    """What the tokenizer is called, empty if it does not say."""
+    """The tokenizer's class as the file names it, or an empty string."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

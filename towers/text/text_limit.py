@@ -1,7 +1,7 @@
-"""How much text one token can stand for, read from a checkpoint's tokenizer.json.
+"""The most text that a token can stand for, from a checkpoint's tokenizer.json.
 
-A text of more bytes than that times the number of tokens that a model takes cannot fit, which is
-known before a tokenizer has read it. The bound holds where no byte of a text is dropped: every one
+A text of more bytes than that times the number of tokens that a model takes cannot fit: it is
+refused before a tokenizer reads it. The bound holds where no byte of a text is dropped: every one
 is spelled by a token of the vocabulary, so that n tokens spell at most n times as many bytes as the
 longest of them. What may drop text, or make one token of text of any length, has no bound:
 vocabularies that do not spell every byte (WordPiece, WordLevel, Unigram and BPE with unknown
@@ -33,7 +33,7 @@ _KEEPING = ("ByteLevel", "Metaspace", "Digits", "UnicodeScripts", "Split", "Punc
 def longest_token_bytes(folder: Path) -> int | None:
     """The most bytes of UTF-8 text that one token of a checkpoint's tokenizer can stand for.
 
-    None if nothing is known about it. Raises CheckpointError for a tokenizer.json that is no JSON.
+    None if there is no bound. Raises CheckpointError for a tokenizer.json that is no JSON.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -46,7 +46,7 @@ def longest_token_bytes(folder: Path) -> int | None:
 
 
 def longest_of(tokenizer: Json) -> int | None:
-    """As longest_token_bytes, of what a tokenizer.json holds."""
+    """As longest_token_bytes, from the parsed tokenizer.json."""
     splits = _parts(tokenizer.get("pre_tokenizer"), "pretokenizers")
     normalizers = _parts(tokenizer.get("normalizer"), "normalizers")
     added = tokenizer.get("added_tokens") or ()
@@ -79,7 +79,7 @@ def _longest_spelled(model: Json, steps: list[Json]) -> int | None:
 
 
 def _shrinking(normalizers: list[Json]) -> float | None:
-    """By how much normalizers may shorten a text in bytes, one after the other; None = by any."""
+    """Factor by which normalizers, applied in turn, may shorten a text; None if unbounded."""
     factor = 1.0
     for normalizer in normalizers:
         kind = normalizer["type"]

@@ -14,7 +14,7 @@ from twotower.towers.request.token_ids import check_text
 from twotower.towers.text.fast_tokenizer import REPLACEMENT, FastTokenizer, is_panic
 
 TOKENIZER_FILE = "tokenizer.json"
-# Of the text so far, decoding begins anew with the last few tokens once there are many.
+# Once more than _WINDOW_TOKENS are held, only the last _CONTEXT_TOKENS are decoded again.
 _CONTEXT_TOKENS = 8
 _WINDOW_TOKENS = 16
 # A UTF-8 character has at most four bytes, so an unfinished one up to three.
@@ -22,7 +22,7 @@ _UNFINISHED_BYTES = 3
 
 
 class Tokenizer(Protocol):
-    """What the towers' users need of a tokenizer."""
+    """Encodes text as token ids, and decodes them."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer puts around one."""
@@ -71,25 +71,25 @@ def _read_file(path: Path) -> Tokenizer:
 
 
 class TextStream:
-    """Turns a growing list of token ids into text, holding back an unfinished character.
+    """Decodes token ids as they come, and holds back an unfinished character.
 
-    The pieces join to the text of all ids decoded at once, however they are cut, and what has
-    been returned depends on the ids so far alone. Where decoding may change its mind about the
-    text so far (`keeps_beginnings`), all of it comes with `flush`.
+    The pieces join to the text of all ids decoded at once, however the ids are split, and a piece
+    depends only on the ids up to it. Where a later token may change earlier text (not
+    `keeps_beginnings`), all of the text comes with `flush`.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._fast = tokenizer if isinstance(tokenizer, FastTokenizer) else None
         self._waits = self._fast is not None and not self._fast.keeps_beginnings
-        # Tokens from some place on, and what has been returned of their text.
+        # The tokens that are still decoded, and the part of their text that was returned.
         self._tokens: list[int] = []
         self._shown = ""
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Adds token ids; returns the text that is now certain and was not returned before."""
         before = len(self._tokens)
-        # Tokens without text would fill the window, and decoding is then left without context.
+        # Tokens without text would fill the window and leave decoding without context.
         fast = self._fast
         self._tokens.extend(t for t in token_ids if fast is None or fast.gives_text(t))
         if self._waits or len(self._tokens) == before:

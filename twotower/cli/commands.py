@@ -1,4 +1,4 @@
-"""What the commands of `twotower` do once their options are read, from settings to stdout.
+"""Work of the `twotower` commands, called with their parsed options.
 
 Heavy imports happen inside, so that a command brings no more than it needs.
 """
@@ -45,7 +45,7 @@ def serve(config: Path | None, settings: dict[str, Any], verbose: bool) -> None:
 def _run_service(
     config: ServiceConfig, folder: Path, verbose: bool, ready: Callable[[], None]
 ) -> int:
-    """The service, in a process of its own, until SIGTERM; returns the exit code."""
+    """Runs the service in this process until SIGINT or SIGTERM; returns the exit code."""
     from twotower.deployments.router.waiting import WaitingPairs
     from twotower.deployments.server.ray_messages import RayMessages
     from twotower.deployments.server.server import LocalService
@@ -57,7 +57,7 @@ def _run_service(
         WaitingPairs(lambda line: typer.echo(line, err=True)),
         LocalService(config, verbose=verbose, folder=folder) as service,
     ):
-        # Ray has its own idea of SIGTERM, so this comes after its start.
+        # Ray sets a handler of SIGTERM when it starts, so this comes after it.
         stop = _stop_signals()
         ready()
         command = f"twotower generate 'def main():' --target {service.address}"
@@ -71,8 +71,8 @@ def _run_service(
 def _stop_signals() -> int:
     """A descriptor from which a byte can be read for each SIGINT and SIGTERM from now on.
 
-    Not an event that a handler sets: the handler may interrupt whoever waits for the event while
-    he holds its lock, and it does not run while another thread has got the signal.
+    Not an event that a handler sets: the handler may interrupt a wait for the event that holds the
+    event's lock, and it does not run while another thread has got the signal.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

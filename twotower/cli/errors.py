@@ -1,4 +1,4 @@
-"""How the command line ends: what a user can mend is one line on stderr and no traceback.
+"""Errors and exit codes of the command line: an error of the user's is one line on stderr.
 
 Exit code 2 is for arguments, files and models that are wrong, 1 for an output that cannot be
 written, 130 for Ctrl-C. A reader that has gone (`| head -1`) ends a command quietly, with 1.
@@ -64,7 +64,7 @@ def _check_text(arguments: Sequence[str]) -> None:
 
 
 def _named(index: int, arguments: Sequence[str]) -> tuple[str, str]:
-    """An argument as an option's value, as far as can be told before they are parsed."""
+    """Name of an argument's option, and its value, before the arguments are parsed."""
     argument, before = arguments[index], arguments[index - 1] if index else ""
     option, equals, value = argument.partition("=")
     if equals and option.startswith("--") and option.isprintable():
@@ -73,7 +73,7 @@ def _named(index: int, arguments: Sequence[str]) -> tuple[str, str]:
 
 
 def _shown(error: Exception) -> int:
-    """Says what was wrong and returns the exit code. Raises the error if it is not a user's."""
+    """Prints an error and returns the exit code. Raises it again if it is not the user's."""
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         return _shown_usage(error)
     if isinstance(error, OSError):
@@ -93,7 +93,7 @@ def _shown(error: Exception) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """torch has an error of its own for GPUs, and for a CPU none that has a name."""
+    """True for MemoryError and for what torch raises: a class for GPUs, a RuntimeError on a CPU."""
     is_torch = isinstance(error, RuntimeError) and "allocate memory" in str(error)
     return isinstance(error, MemoryError) or is_torch or type(error).__name__ == "OutOfMemoryError"
 

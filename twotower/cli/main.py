@@ -1,4 +1,4 @@
-"""The `twotower` command and its options; what is heavy is imported by `commands`, where needed."""
+"""The `twotower` command and its options; `commands` does the work."""
 
 from __future__ import annotations
 

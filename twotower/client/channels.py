@@ -18,15 +18,15 @@ _SCHEMES = ("dns", "ipv4", "ipv6")
 def channel_options(target: str) -> tuple[tuple[str, int], ...]:
     """Options of a channel to `target`, in any of gRPC's forms.
 
-    gRPC takes a proxy from grpc_proxy, https_proxy or http_proxy, less what no_grpc_proxy or
-    no_proxy lists. For a service on this machine that is put aside: a proxy elsewhere would look
-    for it there.
+    gRPC takes a proxy from grpc_proxy, https_proxy or http_proxy, except for hosts in
+    no_grpc_proxy or no_proxy. A service on this machine is called without a proxy, which would look
+    for it on the proxy's machine.
     """
     return (*_RECONNECT, _NO_PROXY) if is_loopback(target) else _RECONNECT
 
 
 def is_loopback(target: str) -> bool:
-    """Whether all addresses of a target are this machine's own."""
+    """True if all addresses of a target lead to this machine."""
     scheme, colon, rest = target.partition(":")
     if colon and scheme.lower() in _SCHEMES:
         # The name comes after the server to ask: dns://SERVER/NAME.

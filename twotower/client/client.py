@@ -13,7 +13,6 @@ import grpc
 import grpc.aio
 
 from twotower.client.channels import channel_options
-from twotower.client.completion import Limits
 from twotower.client.messages import (
     ModelInfo,
     Score,
@@ -33,7 +32,7 @@ S = TypeVar("S")
 
 
 class _Calls(ABC, Generic[S]):
-    """What both clients have in common."""
+    """Starts completions, by the stub of a channel."""
 
     def __init__(self, channel: Any) -> None:
         self._channel = channel
@@ -72,12 +71,12 @@ class _Calls(ABC, Generic[S]):
         `stop` is a list of strings, `logprobs` asks for log-probabilities, `generated_token_ids`
         goes on with what an earlier program has received; `timeout` is in seconds, for the whole.
         `min_steps_per_block` and `min_confidence_threshold` are the floors down to which a service
-        that has too much to do may go before it refuses; the stream tells what it was.
+        with a long queue may go; the stream has the values that were used.
         With `resume` a stream whose service, router or connection is lost goes on by itself, for
         up to `resume_timeout` seconds from a loss to the next block (5 before the service has
-        first answered); then the last error is raised. What was refused is not sent again, nor
-        what has lost its server twice before that had begun. Raises InvalidRequestError for what
-        a message cannot carry: ids and numbers that are none, or a whole number of more bits.
+        first answered); then the last error is raised. A request that was refused is not sent
+        again, nor one that has twice lost its server before it had begun. Raises
+        InvalidRequestError for values that the message cannot hold.
         """
         scalars = {
             "mode": mode,
@@ -100,12 +99,12 @@ class _Calls(ABC, Generic[S]):
         request = generate_request(prompt, stop, generated_token_ids, request_id, scalars)
         timeout = checked_seconds("timeout", timeout)
         waits = checked_seconds("resume_timeout", resume_timeout)
-        limits = Limits(timeout, resume, math.inf if waits is None else waits)
-        return self._stream(request, limits)
+        waits = math.inf if waits is None else waits
+        return self._stream(request, timeout, waits if resume else None)
 
     @abstractmethod
-    def _stream(self, request: pb.GenerateRequest, limits: Limits) -> S:
-        """Starts a stream."""
+    def _stream(self, request: pb.GenerateRequest, *limits: float | None) -> S:
+        """Starts a stream; `limits` are those of Completion, in seconds."""
 
 
 class Client(_Calls[GenerationStream]):
@@ -124,12 +123,12 @@ class Client(_Calls[GenerationStream]):
 
     def score(self, text: Prompt, *, timeout: float | None = None) -> Score:
         """Log-probabilities of a text or of token ids ([n] or [1, n]). Raises ServiceError, and
-        InvalidRequestError for ids that are none."""
+        InvalidRequestError for invalid ids."""
         with _plain_errors():
             return score_of(self._stub.Score(score_request(text), timeout=_seconds(timeout)))
 
     def model_info(self, *, timeout: float | None = None) -> ModelInfo:
-        """What is served. Raises ServiceError."""
+        """Model, limits and modes of the service. Raises ServiceError."""
         with _plain_errors():
             return model_info_of(
                 self._stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=_seconds(timeout))
@@ -150,8 +149,8 @@ class Client(_Calls[GenerationStream]):
     ) -> None:
         self.close()
 
-    def _stream(self, request: pb.GenerateRequest, limits: Limits) -> GenerationStream:
-        return GenerationStream(self._stub, request, limits)
+    def _stream(self, request: pb.GenerateRequest, *limits: float | None) -> GenerationStream:
+        return GenerationStream(self._stub, request, *limits)
 
 
 class AsyncClient(_Calls[AsyncGenerationStream]):
@@ -191,8 +190,8 @@ class AsyncClient(_Calls[AsyncGenerationStream]):
     ) -> None:
         await self.close()
 
-    def _stream(self, request: pb.GenerateRequest, limits: Limits) -> AsyncGenerationStream:
-        return AsyncGenerationStream(self._stub, request, limits)
+    def _stream(self, request: pb.GenerateRequest, *limits: float | None) -> AsyncGenerationStream:
+        return AsyncGenerationStream(self._stub, request, *limits)
 
 
 def _seconds(timeout: float | None) -> float | None:

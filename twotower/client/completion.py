@@ -1,14 +1,13 @@
-"""One completion over as many streams as it takes: all that the two clients share, without I/O.
+"""A completion that is resumed after breaks, without I/O: what both clients share.
 
-A stream that breaks is gone on with by a request that has the same prompt, parameters and seed,
-and what has been received as `generated_token_ids`. The service then sends what comes after it:
-tokens and text go on without a seam.
+After a break the next request has the same prompt, parameters and seed, and the tokens received so
+far as `generated_token_ids`. The service sends what follows them: tokens and text continue without
+a gap.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -25,8 +24,8 @@ from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.request.results import TextBlock, Usage
 
 MAX_BROKEN = 4
-# A server that is gone before it has said that it has begun may have gone because of the request.
-# After the pause, a death that a proxy had not heard of yet is not counted as another one.
+# A server that is lost before it has begun a request may have been lost because of it. The pause
+# gives a proxy time to notice the loss, so that it is not counted twice.
 MAX_KILLED = 2
 KILLED_PAUSE_S = 2.0
 ADMISSION_TIMEOUT_S = 5.0
@@ -40,31 +39,23 @@ _BREAKS = (
 _NOT_THERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Seconds for the whole completion, None = no limit; whether and how long it is resumed.
-
-    `resume_timeout` counts from a break to the next block.
-    """
-
-    timeout: float | None = None
-    resume: bool = True
-    resume_timeout: float = 60.0
-
-
 class Completion:
-    """What has been received of one completion, and what to ask for next.
+    """State of a completion: the blocks received so far, and the request that resumes it.
 
     `request_id`, `seed` and `prompt_tokens` are there once the service has admitted the request
     (with the first block at the latest), `finish_reason`, `matched_stop` (the stop string that
     ended the output, or None) and `usage` after the last block. `token_ids` are those received so
-    far: with the seed, what a resume needs. `log_probs` are theirs, if they were asked for.
+    far, which with the seed resume it elsewhere. `log_probs` are theirs, if they were asked for.
     `steps_per_block` and `confidence_threshold` are those that the blocks were made with if the
-    request has declared a floor, else None. `resumes` is the number of streams that were gone on
-    with.
+    request has declared a floor, else None. `resumes` is the number of breaks so far.
+
+    `timeout` limits the whole completion, `resume_timeout` the time from a break to the next block,
+    in seconds; without a resume_timeout nothing is resumed.
     """
 
-    def __init__(self, request: pb.GenerateRequest, limits: Limits) -> None:
+    def __init__(
+        self, request: pb.GenerateRequest, timeout: float | None, resume_timeout: float | None
+    ) -> None:
         self.request_id: str | None = None
         self.seed: int | None = None
         self.prompt_tokens: int | None = None
@@ -77,7 +68,8 @@ class Completion:
         self.confidence_threshold: float | None = None
         self.resumes = 0
         self._request = request
-        self._limits = limits
+        self._timeout = timeout
+        self._resume_timeout = resume_timeout
         self._began = time.monotonic()
         self._blocks = 0
         self._spent: Usage | None = None
@@ -89,7 +81,7 @@ class Completion:
         self._killed = 0
 
     def _next_request(self) -> pb.GenerateRequest:
-        """What to send now: the request as given, or what resumes it."""
+        """The request to send now: as given, or resuming."""
         request = pb.GenerateRequest()
         request.CopyFrom(self._request)
         if self.seed is not None and self.request_id is not None:
@@ -101,7 +93,7 @@ class Completion:
         return request
 
     def _keep_service(self, params: pb.SamplingParams) -> None:
-        """Other steps than those of the first blocks would give other tokens."""
+        """Asks for the steps and threshold of the first blocks: others would give other tokens."""
         if self.steps_per_block is None or self.confidence_threshold is None:
             return
         params.steps_per_block = self.steps_per_block
@@ -111,12 +103,12 @@ class Completion:
 
     def _time_left(self) -> float | None:
         """Seconds left for the next call."""
-        if self._limits.timeout is None:
+        if self._timeout is None:
             return None
-        return max(0.0, self._began + self._limits.timeout - time.monotonic())
+        return max(0.0, self._began + self._timeout - time.monotonic())
 
     def _take(self, response: pb.GenerateResponse) -> TextBlock | None:
-        """Takes a message in; returns the block that it brings. Raises ServiceError for a gap."""
+        """Reads a message; returns its block, if that is new. Raises ServiceError for a gap."""
         kind = response.WhichOneof("event")
         if kind == "started":
             self._admitted, self._killed = True, 0
@@ -163,31 +155,32 @@ class Completion:
         """
         plain = error if isinstance(error, ServiceError) else service_error(error)
         now = time.monotonic()
-        # One that is lost again and again may be the reason itself, so that is counted; a service
-        # that is not there or has no room is only waited for.
+        # A request that loses its server again and again may be the cause, so breaks are counted. A
+        # service that is not there or has no room is waited for without counting.
         killed = is_lost(plain.details) and not self._admitted
         self._killed += killed
         self._broken += self._admitted or killed or plain.code not in _NOT_THERE
-        resumed = self._limits.resume and self._is_break(plain) and self._broken < MAX_BROKEN
+        resumed = self._is_break(plain) and self._broken < MAX_BROKEN
         resumed = resumed and self._killed < MAX_KILLED
         self._broken_since = self._broken_since or now
         self._tries += 1
         seconds = max(backoff_s(self._tries), plain.retry_after_s or 0.0)
         seconds = max(seconds, KILLED_PAUSE_S) if killed else seconds
-        if now + seconds > self._broken_since + self._resume_timeout():
+        patience, left = self._patience(), self._time_left()
+        if patience is None or now + seconds > self._broken_since + patience:
             resumed = False
-        left = self._time_left()
         if not resumed or (left is not None and seconds >= left):
             raise plain from None
         self.resumes += 1
         self._spent_before = self._spent
         return seconds
 
-    def _resume_timeout(self) -> float:
-        if self.seed is not None:
-            return self._limits.resume_timeout
-        # Nothing has been heard of the service yet: perhaps it is not there at all.
-        return min(ADMISSION_TIMEOUT_S, self._limits.resume_timeout)
+    def _patience(self) -> float | None:
+        """Seconds from a break to the next block; None if nothing is resumed."""
+        if self.seed is not None or self._resume_timeout is None:
+            return self._resume_timeout
+        # The service has not answered yet: perhaps it is not there at all.
+        return min(ADMISSION_TIMEOUT_S, self._resume_timeout)
 
     def _is_break(self, error: ServiceError) -> bool:
         if error.code == grpc.StatusCode.RESOURCE_EXHAUSTED:

@@ -1,4 +1,4 @@
-"""What a client sends and receives, between protobuf messages and plain values."""
+"""Converts between protobuf messages and the plain values of a client."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Score:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a service serves, and its limits."""
+    """Model, limits and modes of a service."""
 
     name: str
     version: str
@@ -127,7 +127,7 @@ def model_info_of(info: pb.ModelInfo) -> ModelInfo:
 
 
 def service_error(error: Any) -> ServiceError:
-    """A gRPC error as ours."""
+    """The ServiceError of a gRPC error."""
     return ServiceError(*client_status(error.code(), error.details() or "no details"))
 
 

@@ -1,4 +1,4 @@
-"""Streams of a client: a completion with the gRPC call that it is received by now."""
+"""Streams of a client: a completion and the gRPC call that receives it now."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 
 import grpc
 
-from twotower.client.completion import Completion, Limits
+from twotower.client.completion import Completion
 from twotower.client.messages import ServiceError
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.request.results import TextBlock
 
 
 class _Stream(Completion):
-    """A completion with the call that it is received by now."""
+    """A completion and the call that receives it now."""
 
     def __init__(
-        self, stub: Any, request: pb.GenerateRequest, limits: Limits, cancelled: Any
+        self, cancelled: Any, stub: Any, request: pb.GenerateRequest, *limits: float | None
     ) -> None:
-        super().__init__(request, limits)
+        super().__init__(request, *limits)
         self._stub = stub
         self._cancelled = cancelled
         self._call = self._begin()
@@ -48,10 +48,10 @@ class _Stream(Completion):
 
 
 class GenerationStream(_Stream):
-    """Iterates over the blocks of one completion; Completion says what else it knows."""
+    """Iterates over the blocks of a completion; its other attributes are those of Completion."""
 
-    def __init__(self, stub: Any, request: pb.GenerateRequest, limits: Limits) -> None:
-        super().__init__(stub, request, limits, threading.Event())
+    def __init__(self, stub: Any, request: pb.GenerateRequest, *limits: float | None) -> None:
+        super().__init__(threading.Event(), stub, request, *limits)
 
     def __iter__(self) -> Iterator[TextBlock]:
         """Raises ServiceError."""
@@ -77,8 +77,8 @@ class GenerationStream(_Stream):
 class AsyncGenerationStream(_Stream):
     """As GenerationStream, for `async for`. `cancel` it if you leave the loop before its end."""
 
-    def __init__(self, stub: Any, request: pb.GenerateRequest, limits: Limits) -> None:
-        super().__init__(stub, request, limits, asyncio.Event())
+    def __init__(self, stub: Any, request: pb.GenerateRequest, *limits: float | None) -> None:
+        super().__init__(asyncio.Event(), stub, request, *limits)
 
     async def __aiter__(self) -> AsyncIterator[TextBlock]:
         """Raises ServiceError."""

@@ -1,7 +1,7 @@
-"""What a message of the service can carry, checked before one is made: errors name the field.
+"""Checks that a protobuf message can hold the values given: errors name the field.
 
-Protobuf's own errors name the value alone, and not even that for a text. Which values make sense is
-the service's to say.
+Protobuf's errors name the value only, and not even that for a text. The ranges of parameters are
+checked by the service.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _LONGEST_S = 1e9
 
 
 def checked_scalars(message: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the values that are not None; `message` is the descriptor that has the fields.
+    """The values that are not None; `message` is the descriptor of their fields.
 
-    Raises InvalidRequestError for one that the field cannot hold.
+    Raises InvalidRequestError for a value that its field cannot hold.
     """
     given = {name: value for name, value in values.items() if value is not None}
     return {name: _checked(message.fields_by_name[name], value) for name, value in given.items()}
@@ -40,8 +40,8 @@ def checked_text(field: str, value: object) -> str:
 def checked_ids(field: str, value: object, limit: str = IDS) -> list[int]:
     """Token ids that can be sent, from a list, an array or a tensor [n] or [1, n].
 
-    Which of them a model has is the service's to say. Raises InvalidRequestError, with `limit`
-    for what are no ids at all.
+    Whether the model has them is checked by the service. Raises InvalidRequestError, with `limit`
+    for anything but ids.
     """
     ids = id_row(field, value, limit)
     check_ids(field, ids, _ID_VALUES)
