@@ -201,13 +201,17 @@ async def test_an_asynchronous_stream_frees_its_row_too(writing: TwoTower) -> No
     wait_until_free(writing)
 
 
-def test_a_readers_loop_that_closes_frees_the_row(writing: TwoTower) -> None:
+def test_a_readers_loop_that_closes_frees_the_row(
+    writing: TwoTower, caplog: pytest.LogCaptureFixture
+) -> None:
     async def leave() -> AsyncGenerationStream:
         return writing.astream(PROMPT, **LONG)
 
     left = asyncio.run(leave())
     wait_until_free(writing)
     assert left.usage is None
+    writing._calls.settle()
+    assert caplog.records == []
 
 
 async def test_streams_in_one_loop_share_their_passes(writing: TwoTower) -> None:
