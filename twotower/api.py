@@ -46,7 +46,10 @@ class Request:
 
 
 class TwoTower:
-    """A two-tower model held in this process."""
+    """A two-tower model held in this process.
+
+    Calls may overlap and come from any thread: all rows in flight share the towers' passes.
+    """
 
     def __init__(
         self, context: ContextEngine, denoiser: DenoiserEngine, tokenizer: Tokenizer | None

@@ -42,8 +42,8 @@ class _Stream:
         self._calls = calls
         self._call: Future[None] = calls.start(_deliver(output, self._log, put))
         self._call.add_done_callback(partial(_put_end, put))
-        # A stream that nobody holds any more frees its row.
-        self._dropped = finalize(self, calls.cancel, self._call)
+        # A stream without references frees its row.
+        finalize(self, calls.cancel, self._call)
         self._closed = False
 
     def _take(self, block: TextBlock | None) -> TextBlock | None:
@@ -61,8 +61,8 @@ class _Stream:
 
 
 class GenerationStream(_Stream, Iterator[TextBlock]):
-    """Iterates over the blocks of one completion, which has begun. Left before its end, it frees
-    its row when it is closed or dropped."""
+    """Iterates over the blocks of a completion, which begins at once. A stream that is closed or
+    dropped before its end frees its row."""
 
     def __init__(self, calls: CallLoop, begun: Begun) -> None:
         self._blocks: queue.SimpleQueue[TextBlock | None] = queue.SimpleQueue()
