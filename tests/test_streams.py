@@ -218,12 +218,12 @@ def test_a_readers_loop_that_closes_frees_the_row(
 async def test_streams_in_one_loop_share_their_passes(writing: TwoTower) -> None:
     """So do those for `for` in one thread, and whatever else is called meanwhile."""
     how: dict[str, Any] = {"mode": "ar", "max_tokens": 64, "seed": 1}
-    stats = writing._context._loop.stats
+    stats = writing._context.stats
     want = writing.generate([PROMPT], **how)[0]
-    alone = stats.passes
+    alone = stats().passes
     writing.generate([PROMPT], **how)
-    alone = stats.passes - alone
-    before = stats.passes
+    alone = stats().passes - alone
+    before = stats().passes
     streams = [writing.astream(PROMPT, **how) for _ in range(8)]
     others = [writing.stream(PROMPT, **how) for _ in range(4)]
     result = writing.generate([PROMPT], **how)[0]
@@ -232,7 +232,7 @@ async def test_streams_in_one_loop_share_their_passes(writing: TwoTower) -> None
     assert [list(stream) for stream in others] == [list(writing.stream(PROMPT, **how))] * 4
     assert result.token_ids == want.token_ids
     # One by one they would take 14 times as many.
-    assert stats.passes - before < 5 * alone
+    assert stats().passes - before < 5 * alone
 
 
 def test_streams_in_many_threads(writing: TwoTower) -> None:

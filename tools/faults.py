@@ -236,7 +236,7 @@ PARAMS = [
     Fault(
         "params: half a block may be resumed",
         "towers",
-        'if self.mode == "mask_diffusion" and len(generated) % self.block_size:',
+        'if self.traits.unit == "block" and len(generated) % self.block_size:',
         "if False:",
         "test_params",
     ),
@@ -317,8 +317,8 @@ PAIR_TOWERS = [
     Fault(
         "pair towers: a moved row counts at both denoisers",
         "cluster",
-        "        place.seat.rows.discard(row_id)\n        place.seat = seat",
-        "        place.seat = seat",
+        "capacity = self._seat(row_id).rows.pop(row_id)",
+        "capacity = self._seat(row_id).rows[row_id]",
         "test_pair_towers",
     ),
     Fault(

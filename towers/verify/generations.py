@@ -123,7 +123,7 @@ def replay_autoregressive(
     report: CaseReport,
 ) -> None:
     """Tokens, denoiser calls and logits of a generation token by token, modes ar and mock_ar."""
-    mode: Mode = "ar" if case["kind"] == "ar" else "mock_ar"
+    mode: Mode = case["kind"]
     eos = case["info"].get("eos_token_id")
     for row, prompt in enumerate(tensors["prompt"].tolist()):
         params = _params(case, mode, eos)
