@@ -236,6 +236,23 @@ def test_calls_from_many_threads() -> None:
     assert not threads_of_calls()
 
 
+def test_a_thread_that_does_not_start_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    calls, work = CallLoop(), value_of(7)
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            calls.start(work)
+    work.close()
+    settling = threading.Thread(target=calls.end_all, daemon=True)
+    settling.start()
+    settling.join(10)
+    assert not settling.is_alive()
+    assert calls.start(value_of(7)).result(10) == 7
+
+
 def test_a_call_that_is_ended_has_run_its_last_lines() -> None:
     cleaned = threading.Event()
 

@@ -94,10 +94,15 @@ class CallLoop:
 
     def _begin(self) -> None:
         """Starts a loop; it waits until the one before it has closed."""
-        self._loop, self._stop = asyncio.new_event_loop(), asyncio.Event()
-        before, self._ended = self._ended, threading.Event()
-        work = partial(_run, self._loop, self._stop, before, self._ended)
-        threading.Thread(target=work, name="twotower-calls", daemon=True).start()
+        loop, stop, ended = asyncio.new_event_loop(), asyncio.Event(), threading.Event()
+        work = partial(_run, loop, stop, self._ended, ended)
+        try:
+            threading.Thread(target=work, name="twotower-calls", daemon=True).start()
+        except RuntimeError:
+            # The system has no more threads: nothing may wait for the end of this loop.
+            loop.close()
+            raise
+        self._loop, self._stop, self._ended = loop, stop, ended
 
     def _launch(self, call: Future[T], work: Coroutine[Any, Any, T]) -> None:
         task = self._calls[call] = asyncio.ensure_future(work)
