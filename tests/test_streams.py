@@ -203,6 +203,37 @@ async def test_an_asynchronous_stream_frees_its_row_too(writing: TwoTower) -> No
     wait_until_free(writing)
 
 
+def test_a_stream_that_another_thread_closes_ends_for_its_reader(writing: TwoTower) -> None:
+    stream = writing.stream(PROMPT, **LONG)
+    ended: list[str] = []
+
+    def read_on() -> None:
+        try:
+            for _ in stream:
+                pass
+        except BaseException as error:
+            ended.append(type(error).__name__)
+        else:
+            ended.append("end")
+
+    reader = threading.Thread(target=read_on)
+    reader.start()
+    time.sleep(0.02)
+    stream.close()
+    reader.join(10)
+    assert ended == ["end"]
+    assert stream.usage is None
+
+
+async def test_a_stream_that_another_task_closes_ends_for_its_reader(writing: TwoTower) -> None:
+    stream = writing.astream(PROMPT, **LONG)
+    reading = asyncio.ensure_future(read(stream))
+    await asyncio.sleep(0.02)
+    await stream.aclose()
+    assert isinstance(await reading, list)
+    assert stream.usage is None
+
+
 def test_a_readers_loop_that_closes_frees_the_row(
     writing: TwoTower, caplog: pytest.LogCaptureFixture
 ) -> None:

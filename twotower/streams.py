@@ -52,7 +52,10 @@ class _Stream:
             self.token_ids.extend(block.token_ids)
             self.log_probs.extend(block.log_probs)
             return block
-        self._closed = True
+        closed, self._closed = self._closed, True
+        if closed:
+            # By another thread or task, which has cancelled the call.
+            return None
         self._call.result()
         self.finish_reason = self._log.finish_reason
         self.matched_stop = self._text.matched_stop
