@@ -1,5 +1,5 @@
-"""What Ray finds around it on one machine: a folder for its sockets, a home, a user name, and no
-variables that lead to another cluster. Imports no Ray: some of it is read on import."""
+"""A folder for Ray's sockets on one machine, a home, a user name, and no variables that lead to
+another cluster. Imports no Ray, which reads some of these when it is imported."""
 
 from __future__ import annotations
 
