@@ -234,12 +234,12 @@ def spread(loads: NDArray[np.int64], count: int, most: int) -> NDArray[np.int64]
 
 
 def fixed(pairs: int) -> Policy:
-    """A policy that always wants the same number of pairs."""
+    """A policy that always asks for the same number of pairs."""
     return lambda _: pairs
 
 
 def target_only(options: PairAutoscaling) -> Policy:
-    """A policy that wants all requests over the target of a pair, rounded up, at every tick."""
+    """A policy that asks for all requests over the target of a pair, rounded up, at every tick."""
 
     def pairs_for(tick: Tick) -> int:
         wanted = math.ceil(tick.requests / options.target_rows_per_pair)

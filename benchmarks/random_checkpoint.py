@@ -32,9 +32,9 @@ MEDIUM = replace(
 )
 
 
-def write_random_checkpoint(folder: Path, config: TwoTowerConfig, seed: int = 0) -> None:
+def write_random_checkpoint(folder: Path, config: TwoTowerConfig) -> None:
     """Writes config.json and model.safetensors (fp32) into `folder`."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     tensors = {
         name: _random(name, shape, generator) for name, shape in tensor_shapes(config).items()
     }

@@ -112,7 +112,7 @@ def this_machine() -> Host:
 
 def _need(config: ServiceConfig) -> Need:
     scaling = config.autoscaling
-    # With no pair at first there is one as soon as a request comes.
+    # A service that begins without a pair starts a pair as soon as a request comes.
     pairs = config.num_pairs if scaling is None else max(1, scaling.min_pairs)
     return Need(
         setting="num_pairs" if scaling is None else "autoscaling.min_pairs",

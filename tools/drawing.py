@@ -113,7 +113,7 @@ def _floors(uses: Mapping[str, set[str]]) -> dict[str, int]:
 
 
 def _reduced(uses: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    """What each wing uses, without what something else that it uses leads to."""
+    """The wings that each wing uses, without those that follow from another that it uses."""
     below: dict[str, set[str]] = {}
     for wing in TopologicalSorter(uses).static_order():
         below[wing] = uses[wing].union(*(below[used] for used in uses[wing]))

@@ -116,7 +116,7 @@ class GrpcStateLink:
     def begin(self, row_id: str, state: ContextState, plan: UpdatePlan) -> UpdateWriter:  # noqa: ARG002
         """Starts the row's next update; that of a row that is not open is dropped.
 
-        Raises ValueError if the one before it has not finished, UnavailableError on a broken link.
+        Raises ValueError if the update before has not finished, UnavailableError on a broken link.
         """
         self.check()
         if row_id in self._on_the_way:

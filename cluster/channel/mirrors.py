@@ -83,7 +83,7 @@ class Mirrors:
         assembly.discard()
 
     def settle(self, assembly: Assembly) -> Outcome:
-        """Applies a complete update if it is the row's next one."""
+        """Applies a complete update if it is the next of its row."""
         header = assembly.header
         update = assembly.update() if assembly.keep else None
         self.drop(assembly)

@@ -1,5 +1,5 @@
-"""A folder for Ray's sockets on one machine, a home, a user name, and no variables that lead to
-another cluster. Imports no Ray, which reads some of these when it is imported."""
+"""Surroundings of Ray on one machine: a folder for its sockets, a home, a user name, and no
+variables that lead to another cluster. Imports no Ray: some of it is read on import."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def _give_home(environ: MutableMapping[str, str], folder: Path) -> None:
         home.mkdir(exist_ok=True)
         environ["HOME"] = str(home)
         if not any(environ.get(name) for name in _TOKEN_SOURCES):
-            # Of the environment rather than a file: Ray has asked for one by now.
+            # Of the environment rather than a file: Ray has asked for a token by now.
             environ[_TOKEN] = secrets.token_hex(32)
     cache = environ.get("XDG_CACHE_HOME")
     if cache and not _writable(Path(cache)):

@@ -111,7 +111,7 @@ class PairTowers:
     async def check(self) -> None:
         """Looks after the denoisers; repairs run in the background.
 
-        Raises UnavailableError if one cannot be brought back.
+        Raises UnavailableError if a denoiser cannot be brought back.
         """
         broken = set(await self.tower.broken_links())
         await asyncio.gather(
@@ -195,7 +195,7 @@ class PairTowers:
         await self.tower.move(row_id, seat.index)
 
     async def _working_seat(self) -> _Seat:
-        """The best seat, once there is one that works."""
+        """The best of the seats whose tower works, once there are any."""
         ready = [asyncio.create_task(seat.ready.wait()) for seat in self._seats]
         try:
             done, _ = await asyncio.wait(
@@ -269,7 +269,7 @@ class _AssignedDenoisers(DenoiserTowerService):
         return await self._pair.stats()
 
     async def check(self) -> None:
-        """Looks after the towers. Raises UnavailableError if one cannot be brought back."""
+        """Looks after the towers. Raises UnavailableError if a tower cannot be brought back."""
         await self._pair.check()
 
     async def _call(self, call: Call[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -147,7 +147,7 @@ class PairScaling:
         self._peaks: deque[tuple[float, float]] = deque()
 
     def pairs_for(self, tick: Tick) -> int:
-        """The number of pairs wanted from now on; without any signal the present one."""
+        """The number of pairs wanted from now on; without any signal the present number."""
         options = self._options
         load = self._load(tick)
         # What the present pairs are good for, so that an unknown time does not look like a calm.

@@ -1,7 +1,7 @@
 """One request over as many pairs as it takes: no committed block is lost, repeated or changed.
 
-Attempts makes one attempt after another, PairClient makes the calls of one, and Serve asks
-PairChooser which pair gets it.
+Attempts makes one attempt after another, PairClient makes the calls of an attempt, and Serve
+asks PairChooser which pair gets it.
 
 An attempt is the request's prompt with the tokens committed so far, under a new name, on
 the pair that Serve chooses. When it is lost, what it may still send goes with its stream, and the
@@ -232,7 +232,7 @@ class PairChooser(RequestRouter):  # type: ignore[misc]
     """
 
     def update_replicas(self, replicas: list[Any]) -> None:
-        """Notes which pairs there are: rows that wait may move to one that is new."""
+        """Notes which pairs there are: rows that wait may move to a new pair."""
         super().update_replicas(replicas)
         self._tell()
 

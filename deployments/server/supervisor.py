@@ -26,9 +26,9 @@ from twotower.towers.errors import TwoTowerError
 # Names of Ray's programs that are started once and that nothing replaces.
 VITAL = frozenset({"gcs_server", "raylet"})
 TICK_S = 0.25
-# A service that starts or stops may have ended Ray by itself, and have a word of its own for it.
+# A service that starts or stops may have ended Ray by itself, and say so itself.
 LOST_PATIENCE_S = 4.0
-# What ending takes beside the streams' own time. With the default of 20 s for them it stays below
+# Time of ending beside that of the streams. With the default of 20 s for them it stays below
 # the 30 s that operators commonly leave between SIGTERM and SIGKILL.
 STOP_MARGIN_S = 6.0
 # Processes that hold a GPU take a moment to die.
@@ -229,8 +229,8 @@ def _pass_on(error: Exception, writer: int) -> None:
 def _end_descendants() -> None:
     """Kills every process below this one and waits for it.
 
-    A look at /proc may miss some while others die. Whoever loses its parent becomes this one's
-    child, so there is none left when there is no child left.
+    A look at /proc may miss some while others die. A process that loses its parent becomes a
+    child of this one, so there is none left when there is no child left.
     """
     deadline = time.monotonic() + _KILL_TIMEOUT_S
     while not _reaped():

@@ -151,9 +151,9 @@ class Checkpoint:
     Raises CheckpointError for the first that is wrong, ConfigError for its config.json.
     """
 
-    def __init__(self, folder: Path, config: TwoTowerConfig | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = config or TwoTowerConfig.from_file(folder / "config.json")
+        self.config = TwoTowerConfig.from_file(folder / "config.json")
         self._files: dict[str, Path] = {}
         self._stored: dict[str, str] = {}
         self._dtypes: dict[str, str] = {}

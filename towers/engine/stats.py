@@ -63,7 +63,7 @@ class EngineStats:
         return cls(**values)
 
     def report(self) -> dict[str, float]:
-        """The counters that this tower has, by name."""
+        """The counters that are not None, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def busy_share_since(self, before: EngineStats) -> float:

@@ -16,10 +16,10 @@ class Array(Protocol):
 
     @property
     def shape(self) -> Any:
-        """Its sizes."""
+        """The size of each dimension."""
 
     def tolist(self) -> Any:
-        """Its values as Python has them, in nested lists."""
+        """The values as nested lists of Python numbers."""
 
 
 TokenIds = Sequence[SupportsIndex] | Array

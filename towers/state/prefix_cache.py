@@ -139,7 +139,7 @@ class PrefixCache:
 
     @property
     def num_entries(self) -> int:
-        """Entries now."""
+        """Number of entries."""
         return len(self._entries)
 
     def _hold_pages(self, state: ContextState) -> list[int]:

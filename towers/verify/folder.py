@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from twotower.kernels.dispatch import Backend, force
 from twotower.towers.checkpoint.weights import (
     load_context_tower,
     load_denoiser_tower,
@@ -56,32 +54,18 @@ def verify_folder(
     device: str = "cpu",
     dtype: str = "float32",
     report: Callable[[str], None] = print,
-    backend: Backend | None = None,
     kinds: Sequence[str] = (),
 ) -> bool:
     """Replays every case of `folder`, reports a line for each and a summary; True if all hold.
 
-    `backend` (None: by device) is `reference` or `triton`; `kinds` of cases, all if none is given.
-    Raises CheckpointError if the folder has no readable cases or its checkpoint is wrong.
+    `kinds` are those of cases to replay, all if none is given. Raises CheckpointError
+    if the folder has no readable cases or its checkpoint is wrong.
     """
-    with force(backend) if backend is not None else nullcontext():
-        return _verify(folder, device, dtype, report, backend, kinds)
-
-
-def _verify(
-    folder: Path,
-    device: str,
-    dtype: str,
-    report: Callable[[str], None],
-    backend: Backend | None,
-    kinds: Sequence[str],
-) -> bool:
     target = parse_device(device)
     cases, tensors = _read_cases(folder)
     cases = [case for case in cases if not kinds or case["kind"] in kinds]
-    for_triton = None if backend is None else backend == "triton"
-    context = load_context_tower(folder, target, parse_dtype(dtype), for_triton=for_triton)
-    denoiser = load_denoiser_tower(folder, target, parse_dtype(dtype), for_triton=for_triton)
+    context = load_context_tower(folder, target, parse_dtype(dtype))
+    denoiser = load_denoiser_tower(folder, target, parse_dtype(dtype))
     missed = 0
     for case in cases:
         prefix = f"{case['id']}/"

@@ -341,7 +341,7 @@ def test_dtypes_by_name() -> None:
 
 
 def test_a_folder_written_here_is_the_released_layout(tmp_path: Path) -> None:
-    """The tests' helper writes a single file with the released keys."""
+    """`write_checkpoint` writes a single file with the released keys."""
     write_checkpoint(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     assert raw["hybrid_override_pattern"] == "M*E-"
