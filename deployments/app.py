@@ -33,6 +33,8 @@ PAIR_CHOOSER = "twotower.deployments.routing.attempts.PairChooser"
 ROUTER_ONGOING = 4096
 # A replica that is told to stop looks this often whether its last stream has ended.
 DRAIN_POLL_S = 0.25
+# How often pairs tell the routers of their load, for those who ask.
+REPORT_S = 2.0
 # Room for health questions, and for requests that are about to be refused, in a full pair.
 WATCH_CALLS = 64
 # A tower that does not load now will not load later; a lost node gets another chance.
@@ -58,11 +60,13 @@ def build_app(
         name=PAIR_DEPLOYMENT,
         max_ongoing_requests=_pair_requests(config),
         max_constructor_retry_count=START_ATTEMPTS,
-        request_router_config=RequestRouterConfig(request_router_class=PAIR_CHOOSER),
+        request_router_config=RequestRouterConfig(
+            request_router_class=PAIR_CHOOSER, request_routing_stats_period_s=REPORT_S
+        ),
         **_watching(config),
         **_scaling(config),
     )
-    router = serve.deployment(router_class).options(
+    router = serve.deployment(serve.ingress()(router_class)).options(
         name="Router",
         ray_actor_options={"num_cpus": ROUTER_CPUS},
         num_replicas=config.num_routers,

@@ -87,6 +87,10 @@ class TowerPair:
         """Counters of each tower, by tower and by name: for calls through Serve."""
         return {tower: stats.report() for tower, stats in (await self._stats()).items()}
 
+    async def record_routing_stats(self) -> dict[str, dict[str, float]]:
+        """As `stats`, for the routers; Serve asks for them and passes them on."""
+        return {} if self._services is None else await self.stats()
+
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """The pair's signals for the number of pairs, since the last call; Serve asks for them."""
         if self._services is None:

@@ -1,35 +1,40 @@
-"""Converts between protobuf messages and the dataclasses of towers and router."""
+"""Converts between protobuf messages and the dataclasses of towers and completions."""
 
 from __future__ import annotations
 
-import re
-import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from twotower.deployments.pair.tower_pair import Job
-from twotower.deployments.router.encoding import TextReader
+from twotower.deployments.completions.completions import Completion, ServedModel
+from twotower.deployments.completions.requests import CompletionRequest, Input, request_id_of
 from twotower.protos.refusals import too_long
 from twotower.protos.v1 import generation_pb2 as pb
-from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.decoding.commit_log import CommitLog
-from twotower.towers.decoding.services import Block
-from twotower.towers.errors import InvalidRequestError
-from twotower.towers.request.params import SAMPLING_PARAMETERS, GenerationParams, check_stop_count
+from twotower.towers.decoding.services import Block, ProvisionalBlock, Scores
+from twotower.towers.request.params import (
+    SAMPLING_PARAMETERS,
+    GenerationParams,
+    check_logit_bias_count,
+    check_stop_count,
+)
 
-MAX_REQUEST_ID = 128
-_REQUEST_ID = re.compile(rf"[!-~]{{1,{MAX_REQUEST_ID}}}")
-_OPTIONAL_SCALARS = tuple(name for name in SAMPLING_PARAMETERS if name != "stop")
+# Fields that are no scalars.
+_LISTS = ("stop", "logit_bias")
+_OPTIONAL_SCALARS = tuple(name for name in SAMPLING_PARAMETERS if name not in _LISTS)
 
 
-def request_id_of(given: str) -> str:
-    """The client's name for a request, or a drawn one. Raises InvalidRequestError."""
-    if not given:
-        return secrets.token_hex(8)
-    if not _REQUEST_ID.fullmatch(given):
-        limit = f"at most {MAX_REQUEST_ID} printable ASCII characters without spaces"
-        raise InvalidRequestError("request_id", given, limit)
-    return given
+def completion_request(
+    message: pb.GenerateRequest, eos_token_id: int | None, max_bytes: int
+) -> CompletionRequest:
+    """The request of a message. Raises InvalidRequestError, for one that is too long first."""
+    check_size(message, max_bytes)
+    return CompletionRequest(
+        request_id_of(message.request_id),
+        input_of(message, "prompt"),
+        params_of(message.sampling_params, eos_token_id),
+        tuple(message.generated_token_ids),
+        message.n if message.HasField("n") else 1,
+    )
 
 
 def params_of(message: pb.SamplingParams, eos_token_id: int | None) -> GenerationParams:
@@ -37,25 +42,20 @@ def params_of(message: pb.SamplingParams, eos_token_id: int | None) -> Generatio
 
     Raises InvalidRequestError.
     """
-    # Before the strings are copied.
+    # Before they are copied.
     check_stop_count(len(message.stop))
+    check_logit_bias_count(len(message.logit_bias))
     given = {name: getattr(message, name) for name in _OPTIONAL_SCALARS if message.HasField(name)}
     eos = None if message.ignore_eos else eos_token_id
-    return GenerationParams(**given, eos_token_id=eos, stop=tuple(message.stop)).with_seed()
+    bias = dict(message.logit_bias)
+    return GenerationParams(
+        **given, eos_token_id=eos, stop=tuple(message.stop), logit_bias=bias
+    ).with_seed()
 
 
-async def token_ids_of(
-    message: pb.GenerateRequest | pb.ScoreRequest, field: str, reader: TextReader
-) -> list[int]:
-    """The ids of a oneof of text and tokens; empty if neither is set or the text is empty.
-
-    Raises InvalidRequestError for text without a tokenizer and for more than the model takes,
-    QueueFullError if too many texts wait to be read.
-    """
-    if message.WhichOneof(field) == "text":
-        return await reader.encode(field, message.text)
-    reader.check_count(field, len(message.tokens.ids))
-    return list(message.tokens.ids)
+def input_of(message: pb.GenerateRequest | pb.ScoreRequest, oneof: str) -> Input:
+    """The text or the ids of a oneof of both; no ids if neither is set."""
+    return message.text if message.WhichOneof(oneof) == "text" else list(message.tokens.ids)
 
 
 def check_size(message: pb.GenerateRequest | pb.ScoreRequest, max_bytes: int) -> None:
@@ -65,20 +65,20 @@ def check_size(message: pb.GenerateRequest | pb.ScoreRequest, max_bytes: int) ->
         raise too_long(size, max_bytes)
 
 
-def started_event(job: Job, request_id: str) -> pb.GenerateResponse:
-    """The first message of a stream."""
-    return pb.GenerateResponse(
-        started=pb.Started(
-            request_id=request_id, seed=job.params.seed, prompt_tokens=len(job.prompt)
-        )
+def started_event(completion: Completion, request_id: str) -> pb.GenerateResponse:
+    """The first message of a completion."""
+    started = pb.Started(
+        request_id=request_id, seed=completion.seed, prompt_tokens=len(completion.prompt)
     )
+    return pb.GenerateResponse(started=started, choice=completion.index)
 
 
 def block_event(
-    log: CommitLog, block: Block, text: str, asked: GenerationParams, *, log_probs: bool
+    completion: Completion, block: Block, text: str, *, log_probs: bool
 ) -> pb.GenerateResponse:
-    """The message of the log's last block, with log-probabilities if they were asked for, and with
-    the steps and threshold that were used if the request has floors."""
+    """The message of a completion's last block, with log-probabilities if they were asked for, and
+    with the steps and threshold that were used if the request has floors."""
+    log, asked = completion.log, completion.params
     message = pb.Block(
         index=log.num_blocks - 1,
         start=block.start,
@@ -87,23 +87,37 @@ def block_event(
         commit_steps=block.commit_steps,
         confidences=block.confidences,
         log_probs=block.log_probs if log_probs else (),
+        top_log_probs=_tops(block.top_log_probs),
         usage=usage_of(log),
     )
     if asked.may_be_eased:
         served = log.served(asked)
         message.steps_per_block = served.steps_per_block
         message.confidence_threshold = served.confidence_threshold
-    return pb.GenerateResponse(block=message)
+    return pb.GenerateResponse(block=message, choice=completion.index)
 
 
-def complete_event(log: CommitLog, matched_stop: str | None) -> pb.GenerateResponse:
-    """The last message of a stream. Raises RuntimeError if the log has no end."""
-    if log.finish_reason is None:
-        raise RuntimeError("the blocks ended without a finish reason")
-    complete = pb.Complete(
-        finish_reason=log.finish_reason, usage=usage_of(log), matched_stop=matched_stop
+def provisional_event(completion: Completion, draft: ProvisionalBlock) -> pb.GenerateResponse:
+    """The message of a draft."""
+    message = pb.ProvisionalBlock(
+        start=draft.start,
+        step=draft.step,
+        token_ids=draft.token_ids,
+        masked=draft.masked,
+        confidences=draft.confidences,
     )
-    return pb.GenerateResponse(complete=complete)
+    return pb.GenerateResponse(provisional=message, choice=completion.index)
+
+
+def complete_event(completion: Completion) -> pb.GenerateResponse:
+    """The last message of a completion, whose log has a finish reason."""
+    log = completion.log
+    complete = pb.Complete(
+        finish_reason=log.finish_reason,
+        usage=usage_of(log),
+        matched_stop=completion.text.matched_stop,
+    )
+    return pb.GenerateResponse(complete=complete, choice=completion.index)
 
 
 def usage_of(log: CommitLog) -> pb.Usage:
@@ -111,30 +125,26 @@ def usage_of(log: CommitLog) -> pb.Usage:
     return pb.Usage(**asdict(log.usage))
 
 
-def score_response(token_ids: Sequence[int], log_probs: Sequence[float]) -> pb.ScoreResponse:
+def score_response(token_ids: Sequence[int], scores: Scores) -> pb.ScoreResponse:
     """The answer of Score."""
-    return pb.ScoreResponse(token_ids=token_ids, log_probs=log_probs)
-
-
-def model_info(
-    config: TwoTowerConfig,
-    *,
-    name: str,
-    version: str,
-    max_context: int,
-    modes: Sequence[str],
-    has_tokenizer: bool,
-    dtype: str,
-) -> pb.ModelInfo:
-    """The answer of GetModelInfo."""
-    return pb.ModelInfo(
-        name=name,
-        version=version,
-        vocab_size=config.vocab_size,
-        max_context=max_context,
-        modes=modes,
-        eos_token_id=config.eos_token_id,
-        has_tokenizer=has_tokenizer,
-        layer_pattern=config.layer_pattern,
-        dtype=dtype,
+    return pb.ScoreResponse(
+        token_ids=token_ids,
+        log_probs=scores.log_probs,
+        top_log_probs=_tops(scores.top_log_probs),
     )
+
+
+def model_info(model: ServedModel) -> pb.ModelInfo:
+    """The answer of GetModelInfo."""
+    return pb.ModelInfo(**asdict(model))
+
+
+def _tops(
+    positions: Sequence[Sequence[tuple[int, float]]],
+) -> list[pb.TopLogProbs]:
+    return [
+        pb.TopLogProbs(
+            token_ids=[token for token, _ in top], log_probs=[value for _, value in top]
+        )
+        for top in positions
+    ]

@@ -1,7 +1,7 @@
-"""The router: admits requests, sends them to a pair, commits and streams their blocks.
+"""The gRPC front of the router, and the deployment that all fronts share.
 
 Method names in capitals are RPC names: Serve finds them by name. The class is plain; `app.py`
-makes a deployment of it.
+makes a deployment of it. What a request is and what becomes of it stands in `completions`.
 """
 
 from __future__ import annotations
@@ -11,41 +11,27 @@ import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 
 import grpc
+from fastapi import FastAPI
 from grpc_health.v1 import health_pb2
-from starlette.responses import PlainTextResponse
 
-import twotower
+from twotower.deployments.completions.completions import Completions, merged
+from twotower.deployments.completions.requests import request_id_of
+from twotower.deployments.completions.status import refuse
 from twotower.deployments.config import ServiceConfig
-from twotower.deployments.pair.tower_pair import Job
+from twotower.deployments.http.app import build_http_app
 from twotower.deployments.router import codec
-from twotower.deployments.router.encoding import TextReader
-from twotower.deployments.router.status import refuse
-from twotower.deployments.routing.attempts import Attempts, PairClient, attempt_id
-from twotower.deployments.routing.policy import Room
-from twotower.deployments.routing.retry import RetryPolicy
 from twotower.protos.incoming import MESSAGE_VARIABLE, message_limit
 from twotower.protos.refusals import RequestRefusedError, marked
 from twotower.protos.v1 import generation_pb2 as pb
-from twotower.towers.checkpoint.weights import resolve_checkpoint
-from twotower.towers.config.model_config import TwoTowerConfig
-from twotower.towers.decoding.commit_log import CommitLog
-from twotower.towers.decoding.output import begin_output, commit_blocks
-from twotower.towers.decoding.output_text import OutputText
+from twotower.towers.decoding.services import ProvisionalBlock
 from twotower.towers.errors import InvalidRequestError
-from twotower.towers.request.modes import served_modes
-from twotower.towers.request.params import GenerationParams
-from twotower.towers.request.token_ids import check_ids
-from twotower.towers.text.text_limit import longest_token_bytes
-from twotower.towers.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger("ray.serve")
 
 SERVICE_NAME = "twotower.v1.Generation"
-READY_TIMEOUT_S = 5.0
 WATCH_PERIOD_S = 1.0
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -53,39 +39,26 @@ _UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 class Router:
-    """Serves `twotower.v1.Generation` and `grpc.health.v1.Health` over a deployment of pairs."""
+    """Serves `twotower.v1.Generation` and `grpc.health.v1.Health` over a deployment of pairs, and
+    the HTTP front beside them."""
 
     def __init__(self, config: ServiceConfig, pairs: Any) -> None:
-        folder = resolve_checkpoint(config.model)
-        self._model = TwoTowerConfig.from_file(folder / "config.json")
-        self._tokenizer = load_tokenizer(folder)
-        self._pairs = PairClient(pairs)
-        retry = RetryPolicy(config.resume_timeout_s, config.max_attempts)
-        room = Room.of(config.max_num_seqs, config.num_routers)
-        self._attempts = Attempts(self._pairs, retry, room)
-        self._max_message = config.message_bytes()
-        _compare_limits(self._max_message)
-        self._modes = served_modes(with_denoiser=config.placement != "ar_only")
-        self._from_zero = config.autoscaling is not None and config.autoscaling.min_pairs == 0
-        self._max_context = min(config.max_context, self._model.max_position_embeddings)
-        self._reader = TextReader(self._tokenizer, longest_token_bytes(folder), self._max_context)
-        self._info = codec.model_info(
-            self._model,
-            name=config.model_name or folder.name,
-            version=twotower.__version__,
-            max_context=self._max_context,
-            modes=self._modes,
-            has_tokenizer=self._tokenizer is not None,
-            dtype=config.dtype,
-        )
+        self._config = config
+        self._completions = Completions(config, pairs)
+        _compare_limits(self._completions.max_message)
+        self._info = codec.model_info(self._completions.model)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """The HTTP front; Serve asks for it after the constructor."""
+        return build_http_app(self._completions, self._config)
 
     async def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, grpc_context: Any
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        """Streams a completion."""
+        """Streams the completions of a prompt."""
         request_id = _log_name(request.request_id)
         try:
-            async with aclosing(self._completion(request)) as events:
+            async with aclosing(self._events(request)) as events:
                 async for event in events:
                     yield event
         except Exception as error:
@@ -99,6 +72,26 @@ class Router:
             return await self._scored(request)
         except Exception as error:
             refuse(grpc_context, error, _log_name(request.request_id))
+
+    async def Tokenize(  # noqa: N802
+        self, request: pb.TokenizeRequest, grpc_context: Any
+    ) -> pb.TokenizeResponse:
+        """The ids of a text."""
+        try:
+            ids = await self._completions.token_ids("text", request.text)
+            return pb.TokenizeResponse(token_ids=ids)
+        except Exception as error:
+            refuse(grpc_context, error, _log_name(""))
+
+    async def Detokenize(  # noqa: N802
+        self, request: pb.DetokenizeRequest, grpc_context: Any
+    ) -> pb.DetokenizeResponse:
+        """The text of ids."""
+        try:
+            ids = list(request.token_ids)
+            return pb.DetokenizeResponse(text=await self._completions.decode("token_ids", ids))
+        except Exception as error:
+            refuse(grpc_context, error, _log_name(""))
 
     async def GetModelInfo(  # noqa: N802
         self, _request: pb.GetModelInfoRequest
@@ -139,69 +132,43 @@ class Router:
                 last = status
             await asyncio.sleep(WATCH_PERIOD_S)
 
-    async def __call__(self, _request: Any) -> PlainTextResponse:
-        """Serve's HTTP side reaches every ingress; this one speaks gRPC only."""
-        return PlainTextResponse("this service speaks gRPC\n", status_code=404)
-
-    async def _completion(
+    async def _events(
         self, request: pb.GenerateRequest
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        request_id = codec.request_id_of(request.request_id)
-        job, text, log = await self._admit(request)
+        eos, longest = self._completions.model.eos_token_id, self._completions.max_message
+        asked = codec.completion_request(request, eos, longest)
+        completions = await self._completions.admit(asked)
         log_probs = request.sampling_params.logprobs
-        yield codec.started_event(job, request_id)
-        blocks = commit_blocks(self._attempts.blocks(job, log), text, log)
-        async with aclosing(blocks):
-            async for block, shown in blocks:
-                yield codec.block_event(log, block, shown, job.params, log_probs=log_probs)
-        yield codec.complete_event(log, text.matched_stop)
-
-    async def _admit(self, request: pb.GenerateRequest) -> tuple[Job, OutputText, CommitLog]:
-        """The request as a job within the model's limits, with the text and log of its output.
-
-        Sizes are checked before anything else. Raises InvalidRequestError, and QueueFullError if
-        too many texts wait to be encoded.
-        """
-        codec.check_size(request, self._max_message)
-        self._reader.check_count("generated_token_ids", len(request.generated_token_ids))
-        params = codec.params_of(request.sampling_params, self._model.eos_token_id)
-        if params.mode not in self._modes:
-            raise InvalidRequestError("mode", params.mode, f"{', '.join(self._modes)} alone")
-        prompt = await codec.token_ids_of(request, "prompt", self._reader)
-        generated = tuple(request.generated_token_ids)
-        check = partial(params.check_row, prompt, self._model.vocab_size, self._max_context)
-        check([])
-        check_ids("generated_token_ids", generated, self._model.vocab_size)
-        begin = partial(begin_output, self._tokenizer, params, len(prompt), generated)
-        text, log = await self._reader.run(_work_of(params, generated), begin)
-        if log.finish_reason is None:
-            check(list(generated))
-        return Job(attempt_id(), tuple(prompt), generated, params), text, log
+        for completion in completions:
+            yield codec.started_event(completion, asked.request_id)
+            if completion.log.finish_reason is not None:
+                # Complete already, as its client could not know.
+                yield codec.complete_event(completion)
+        async with aclosing(merged(completions)) as items:
+            async for completion, (block, text) in items:
+                if isinstance(block, ProvisionalBlock):
+                    yield codec.provisional_event(completion, block)
+                    continue
+                yield codec.block_event(completion, block, text, log_probs=log_probs)
+                if completion.log.finish_reason is not None:
+                    yield codec.complete_event(completion)
+        if any(completion.log.finish_reason is None for completion in completions):
+            raise RuntimeError("the blocks ended without a finish reason")
 
     async def _scored(self, request: pb.ScoreRequest) -> pb.ScoreResponse:
-        codec.request_id_of(request.request_id)
-        codec.check_size(request, self._max_message)
-        token_ids = await codec.token_ids_of(request, "input", self._reader)
-        check_ids("input", token_ids, self._model.vocab_size)
-        if not token_ids:
-            raise InvalidRequestError("input", [], "at least 1 token")
-        return codec.score_response(token_ids, await self._attempts.score(token_ids))
+        request_id_of(request.request_id)
+        codec.check_size(request, self._completions.max_message)
+        given = codec.input_of(request, "input")
+        token_ids = await self._completions.token_ids("input", given)
+        scores = await self._completions.score("input", token_ids, request.top_logprobs)
+        return codec.score_response(token_ids, scores)
 
     async def _health(self, service: str) -> int:
         if not service:
             return int(_SERVING)
         if service != SERVICE_NAME:
             return int(_UNKNOWN)
-        if self._from_zero:
-            # Requests may wait for the first pair; a ping would start it.
-            return int(_SERVING)
-        try:
-            async with asyncio.timeout(READY_TIMEOUT_S):
-                await self._pairs.ping()
-        except Exception as error:
-            logger.info("not ready: %s", type(error).__name__)
-            return int(_NOT_SERVING)
-        return int(_SERVING)
+        return int(_SERVING if await self._completions.is_ready() else _NOT_SERVING)
 
 
 def _compare_limits(needed: int) -> None:
@@ -215,15 +182,9 @@ def _compare_limits(needed: int) -> None:
         )
 
 
-def _work_of(params: GenerationParams, generated: tuple[int, ...]) -> int:
-    """Bytes of a prompt that take as long to encode as the text of a resumed output takes to
-    decode; with stop strings it is decoded token by token."""
-    return len(generated) * (32 if params.stop else 4)
-
-
 def _log_name(given: str) -> str:
     """A name for the log, made before the request is known to be valid."""
     try:
-        return codec.request_id_of(given)
+        return request_id_of(given)
     except InvalidRequestError:
         return "(invalid request_id)"

@@ -234,6 +234,7 @@ class PairChooser(RequestRouter):  # type: ignore[misc]
     def update_replicas(self, replicas: list[Any]) -> None:
         """Notes which pairs there are: rows that wait may move to a new pair."""
         super().update_replicas(replicas)
+        pairs.PAIRS.reported({each.replica_id.unique_id: each.routing_stats for each in replicas})
         self._tell()
 
     def on_replica_actor_died(self, replica_id: Any) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from twotower.deployments.routing.policy import Breaker, PairRows, Room, target_of
 
 # A pair that had no place for a row that was moved there is no target for so long.
 FULL_S = 5.0
+# Counters of a pair, by tower and by name.
+Report = Mapping[str, Mapping[str, float]]
 
 
 @dataclass
@@ -37,11 +39,22 @@ class Pairs:
         self._clock = clock
         self._full: dict[str, float] = {}
         self._up: tuple[str, ...] = ()
+        self._reports: dict[str, Report] = {}
 
     def present(self, pairs: Sequence[str]) -> None:
         """Notes the pairs that Serve has for new attempts; there are no others."""
         with self._lock:
             self._up = tuple(pairs)
+
+    def reported(self, reports: Mapping[str, Report]) -> None:
+        """Takes what the pairs have last said of themselves, in place of what they said before."""
+        with self._lock:
+            self._reports = {pair: report for pair, report in reports.items() if report}
+
+    def reports(self) -> dict[str, Report]:
+        """Counters of the pairs that have reported any: by pair, by tower and by name."""
+        with self._lock:
+            return dict(self._reports)
 
     def opened(self, row_id: str) -> None:
         """Begins to follow an attempt; one that is not opened, or has ended, is not followed."""

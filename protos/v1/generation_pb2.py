@@ -24,37 +24,53 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#twotower/protos/v1/generation.proto\x12\x0btwotower.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xbb\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x15.twotower.v1.TokenIdsH\x00\x12\x34\n\x0fsampling_params\x18\x04 \x01(\x0b\x32\x1b.twotower.v1.SamplingParams\x12\x1b\n\x13generated_token_ids\x18\x05 \x03(\x05\x42\x08\n\x06prompt\"\xb4\x05\n\x0eSamplingParams\x12\x11\n\x04mode\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x17\n\nblock_size\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x1c\n\x0fsteps_per_block\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12!\n\x14\x63onfidence_threshold\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x18\n\x0btemperature\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x12\n\x05top_k\x18\x07 \x01(\x05H\x06\x88\x01\x01\x12\x12\n\x05top_p\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x12\n\x05min_p\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x11\n\x04seed\x18\n \x01(\x03H\t\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0b \x01(\x08H\n\x88\x01\x01\x12\x18\n\x0b\x64raft_steps\x18\x0c \x01(\x05H\x0b\x88\x01\x01\x12\x17\n\nmin_tokens\x18\r \x01(\x05H\x0c\x88\x01\x01\x12\x0c\n\x04stop\x18\x0e \x03(\t\x12\x15\n\x08logprobs\x18\x0f \x01(\x08H\r\x88\x01\x01\x12 \n\x13min_steps_per_block\x18\x10 \x01(\x05H\x0e\x88\x01\x01\x12%\n\x18min_confidence_threshold\x18\x11 \x01(\x01H\x0f\x88\x01\x01\x42\x07\n\x05_modeB\r\n\x0b_max_tokensB\r\n\x0b_block_sizeB\x12\n\x10_steps_per_blockB\x17\n\x15_confidence_thresholdB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x0e\n\x0c_draft_stepsB\r\n\x0b_min_tokensB\x0b\n\t_logprobsB\x16\n\x14_min_steps_per_blockB\x1b\n\x19_min_confidence_threshold\"\x94\x01\n\x10GenerateResponse\x12\'\n\x07started\x18\x01 \x01(\x0b\x32\x14.twotower.v1.StartedH\x00\x12#\n\x05\x62lock\x18\x02 \x01(\x0b\x32\x12.twotower.v1.BlockH\x00\x12)\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x15.twotower.v1.CompleteH\x00\x42\x07\n\x05\x65vent\"B\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x03\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\"\x95\x02\n\x05\x42lock\x12\r\n\x05index\x18\x01 \x01(\x05\x12\r\n\x05start\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x14\n\x0c\x63ommit_steps\x18\x05 \x03(\x05\x12\x13\n\x0b\x63onfidences\x18\x06 \x03(\x02\x12\x11\n\tlog_probs\x18\x07 \x03(\x02\x12!\n\x05usage\x18\x08 \x01(\x0b\x32\x12.twotower.v1.Usage\x12\x1c\n\x0fsteps_per_block\x18\t \x01(\x05H\x00\x88\x01\x01\x12!\n\x14\x63onfidence_threshold\x18\n \x01(\x01H\x01\x88\x01\x01\x42\x12\n\x10_steps_per_blockB\x17\n\x15_confidence_threshold\"p\n\x08\x43omplete\x12\x15\n\rfinish_reason\x18\x01 \x01(\t\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.twotower.v1.Usage\x12\x19\n\x0cmatched_stop\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x0f\n\r_matched_stop\"\xa6\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x0b\n\x03nfe\x18\x03 \x01(\x05\x12\x16\n\x0e\x63ontext_passes\x18\x04 \x01(\x05\x12\x15\n\rcached_tokens\x18\x05 \x01(\x05\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x06 \x01(\x05\x12\x16\n\x0e\x64rafted_tokens\x18\x07 \x01(\x05\"d\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x15.twotower.v1.TokenIdsH\x00\x42\x07\n\x05input\"5\n\rScoreResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x11\n\tlog_probs\x18\x02 \x03(\x02\"\x15\n\x13GetModelInfoRequest\"\xcb\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\x05\x12\x13\n\x0bmax_context\x18\x04 \x01(\x05\x12\r\n\x05modes\x18\x05 \x03(\t\x12\x19\n\x0c\x65os_token_id\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\rhas_tokenizer\x18\x07 \x01(\x08\x12\x15\n\rlayer_pattern\x18\x08 \x01(\t\x12\r\n\x05\x64type\x18\t \x01(\tB\x0f\n\r_eos_token_id2\xe1\x01\n\nGeneration\x12I\n\x08Generate\x12\x1c.twotower.v1.GenerateRequest\x1a\x1d.twotower.v1.GenerateResponse0\x01\x12>\n\x05Score\x12\x19.twotower.v1.ScoreRequest\x1a\x1a.twotower.v1.ScoreResponse\x12H\n\x0cGetModelInfo\x12 .twotower.v1.GetModelInfoRequest\x1a\x16.twotower.v1.ModelInfob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#twotower/protos/v1/generation.proto\x12\x0btwotower.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xd1\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x15.twotower.v1.TokenIdsH\x00\x12\x34\n\x0fsampling_params\x18\x04 \x01(\x0b\x32\x1b.twotower.v1.SamplingParams\x12\x1b\n\x13generated_token_ids\x18\x05 \x03(\x05\x12\x0e\n\x01n\x18\x06 \x01(\x05H\x01\x88\x01\x01\x42\x08\n\x06promptB\x04\n\x02_n\"\xe6\x07\n\x0eSamplingParams\x12\x11\n\x04mode\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x17\n\nblock_size\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x1c\n\x0fsteps_per_block\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12!\n\x14\x63onfidence_threshold\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x18\n\x0btemperature\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x12\n\x05top_k\x18\x07 \x01(\x05H\x06\x88\x01\x01\x12\x12\n\x05top_p\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x12\n\x05min_p\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x11\n\x04seed\x18\n \x01(\x03H\t\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0b \x01(\x08H\n\x88\x01\x01\x12\x18\n\x0b\x64raft_steps\x18\x0c \x01(\x05H\x0b\x88\x01\x01\x12\x17\n\nmin_tokens\x18\r \x01(\x05H\x0c\x88\x01\x01\x12\x0c\n\x04stop\x18\x0e \x03(\t\x12\x15\n\x08logprobs\x18\x0f \x01(\x08H\r\x88\x01\x01\x12 \n\x13min_steps_per_block\x18\x10 \x01(\x05H\x0e\x88\x01\x01\x12%\n\x18min_confidence_threshold\x18\x11 \x01(\x01H\x0f\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x12 \x01(\x01H\x10\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x13 \x01(\x01H\x11\x88\x01\x01\x12>\n\nlogit_bias\x18\x14 \x03(\x0b\x32*.twotower.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x0ctop_logprobs\x18\x15 \x01(\x05H\x12\x88\x01\x01\x12\x18\n\x0bprovisional\x18\x16 \x01(\x08H\x13\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05_modeB\r\n\x0b_max_tokensB\r\n\x0b_block_sizeB\x12\n\x10_steps_per_blockB\x17\n\x15_confidence_thresholdB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x0e\n\x0c_draft_stepsB\r\n\x0b_min_tokensB\x0b\n\t_logprobsB\x16\n\x14_min_steps_per_blockB\x1b\n\x19_min_confidence_thresholdB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0f\n\r_top_logprobsB\x0e\n\x0c_provisional\"\xda\x01\n\x10GenerateResponse\x12\'\n\x07started\x18\x01 \x01(\x0b\x32\x14.twotower.v1.StartedH\x00\x12#\n\x05\x62lock\x18\x02 \x01(\x0b\x32\x12.twotower.v1.BlockH\x00\x12)\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x15.twotower.v1.CompleteH\x00\x12\x34\n\x0bprovisional\x18\x05 \x01(\x0b\x32\x1d.twotower.v1.ProvisionalBlockH\x00\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\x05\x42\x07\n\x05\x65vent\"B\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x03\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\"\xc6\x02\n\x05\x42lock\x12\r\n\x05index\x18\x01 \x01(\x05\x12\r\n\x05start\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x14\n\x0c\x63ommit_steps\x18\x05 \x03(\x05\x12\x13\n\x0b\x63onfidences\x18\x06 \x03(\x02\x12\x11\n\tlog_probs\x18\x07 \x03(\x02\x12!\n\x05usage\x18\x08 \x01(\x0b\x32\x12.twotower.v1.Usage\x12\x1c\n\x0fsteps_per_block\x18\t \x01(\x05H\x00\x88\x01\x01\x12!\n\x14\x63onfidence_threshold\x18\n \x01(\x01H\x01\x88\x01\x01\x12/\n\rtop_log_probs\x18\x0b \x03(\x0b\x32\x18.twotower.v1.TopLogProbsB\x12\n\x10_steps_per_blockB\x17\n\x15_confidence_threshold\"3\n\x0bTopLogProbs\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x11\n\tlog_probs\x18\x02 \x03(\x02\"g\n\x10ProvisionalBlock\x12\r\n\x05start\x18\x01 \x01(\x05\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x0e\n\x06masked\x18\x04 \x03(\x08\x12\x13\n\x0b\x63onfidences\x18\x05 \x03(\x02\"p\n\x08\x43omplete\x12\x15\n\rfinish_reason\x18\x01 \x01(\t\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.twotower.v1.Usage\x12\x19\n\x0cmatched_stop\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x0f\n\r_matched_stop\"\xa6\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x0b\n\x03nfe\x18\x03 \x01(\x05\x12\x16\n\x0e\x63ontext_passes\x18\x04 \x01(\x05\x12\x15\n\rcached_tokens\x18\x05 \x01(\x05\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x06 \x01(\x05\x12\x16\n\x0e\x64rafted_tokens\x18\x07 \x01(\x05\"\x90\x01\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x15.twotower.v1.TokenIdsH\x00\x12\x19\n\x0ctop_logprobs\x18\x04 \x01(\x05H\x01\x88\x01\x01\x42\x07\n\x05inputB\x0f\n\r_top_logprobs\"f\n\rScoreResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x11\n\tlog_probs\x18\x02 \x03(\x02\x12/\n\rtop_log_probs\x18\x03 \x03(\x0b\x32\x18.twotower.v1.TopLogProbs\"\x1f\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x15\n\x13GetModelInfoRequest\"\xcb\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\x05\x12\x13\n\x0bmax_context\x18\x04 \x01(\x05\x12\r\n\x05modes\x18\x05 \x03(\t\x12\x19\n\x0c\x65os_token_id\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\rhas_tokenizer\x18\x07 \x01(\x08\x12\x15\n\rlayer_pattern\x18\x08 \x01(\t\x12\r\n\x05\x64type\x18\t \x01(\tB\x0f\n\r_eos_token_id2\xf9\x02\n\nGeneration\x12I\n\x08Generate\x12\x1c.twotower.v1.GenerateRequest\x1a\x1d.twotower.v1.GenerateResponse0\x01\x12>\n\x05Score\x12\x19.twotower.v1.ScoreRequest\x1a\x1a.twotower.v1.ScoreResponse\x12G\n\x08Tokenize\x12\x1c.twotower.v1.TokenizeRequest\x1a\x1d.twotower.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.twotower.v1.DetokenizeRequest\x1a\x1f.twotower.v1.DetokenizeResponse\x12H\n\x0cGetModelInfo\x12 .twotower.v1.GetModelInfoRequest\x1a\x16.twotower.v1.ModelInfob\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'twotower.protos.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_TOKENIDS']._serialized_start=52
   _globals['_TOKENIDS']._serialized_end=75
   _globals['_GENERATEREQUEST']._serialized_start=78
-  _globals['_GENERATEREQUEST']._serialized_end=265
-  _globals['_SAMPLINGPARAMS']._serialized_start=268
-  _globals['_SAMPLINGPARAMS']._serialized_end=960
-  _globals['_GENERATERESPONSE']._serialized_start=963
-  _globals['_GENERATERESPONSE']._serialized_end=1111
-  _globals['_STARTED']._serialized_start=1113
-  _globals['_STARTED']._serialized_end=1179
-  _globals['_BLOCK']._serialized_start=1182
-  _globals['_BLOCK']._serialized_end=1459
-  _globals['_COMPLETE']._serialized_start=1461
-  _globals['_COMPLETE']._serialized_end=1573
-  _globals['_USAGE']._serialized_start=1576
-  _globals['_USAGE']._serialized_end=1742
-  _globals['_SCOREREQUEST']._serialized_start=1744
-  _globals['_SCOREREQUEST']._serialized_end=1844
-  _globals['_SCORERESPONSE']._serialized_start=1846
-  _globals['_SCORERESPONSE']._serialized_end=1899
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1901
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1922
-  _globals['_MODELINFO']._serialized_start=1925
-  _globals['_MODELINFO']._serialized_end=2128
-  _globals['_GENERATION']._serialized_start=2131
-  _globals['_GENERATION']._serialized_end=2356
+  _globals['_GENERATEREQUEST']._serialized_end=287
+  _globals['_SAMPLINGPARAMS']._serialized_start=290
+  _globals['_SAMPLINGPARAMS']._serialized_end=1288
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=913
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=961
+  _globals['_GENERATERESPONSE']._serialized_start=1291
+  _globals['_GENERATERESPONSE']._serialized_end=1509
+  _globals['_STARTED']._serialized_start=1511
+  _globals['_STARTED']._serialized_end=1577
+  _globals['_BLOCK']._serialized_start=1580
+  _globals['_BLOCK']._serialized_end=1906
+  _globals['_TOPLOGPROBS']._serialized_start=1908
+  _globals['_TOPLOGPROBS']._serialized_end=1959
+  _globals['_PROVISIONALBLOCK']._serialized_start=1961
+  _globals['_PROVISIONALBLOCK']._serialized_end=2064
+  _globals['_COMPLETE']._serialized_start=2066
+  _globals['_COMPLETE']._serialized_end=2178
+  _globals['_USAGE']._serialized_start=2181
+  _globals['_USAGE']._serialized_end=2347
+  _globals['_SCOREREQUEST']._serialized_start=2350
+  _globals['_SCOREREQUEST']._serialized_end=2494
+  _globals['_SCORERESPONSE']._serialized_start=2496
+  _globals['_SCORERESPONSE']._serialized_end=2598
+  _globals['_TOKENIZEREQUEST']._serialized_start=2600
+  _globals['_TOKENIZEREQUEST']._serialized_end=2631
+  _globals['_TOKENIZERESPONSE']._serialized_start=2633
+  _globals['_TOKENIZERESPONSE']._serialized_end=2670
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2672
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2710
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2712
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2746
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2748
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2769
+  _globals['_MODELINFO']._serialized_start=2772
+  _globals['_MODELINFO']._serialized_end=2975
+  _globals['_GENERATION']._serialized_start=2978
+  _globals['_GENERATION']._serialized_end=3355
 # @@protoc_insertion_point(module_scope)

@@ -44,6 +44,16 @@ class GenerationStub:
                 request_serializer=twotower_dot_protos_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=twotower_dot_protos_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/twotower.v1.Generation/Tokenize',
+                request_serializer=twotower_dot_protos_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=twotower_dot_protos_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/twotower.v1.Generation/Detokenize',
+                request_serializer=twotower_dot_protos_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=twotower_dot_protos_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/twotower.v1.Generation/GetModelInfo',
                 request_serializer=twotower_dot_protos_dot_v1_dot_generation__pb2.GetModelInfoRequest.SerializeToString,
@@ -68,6 +78,20 @@ class GenerationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """The token ids of a text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """The text of token ids.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModelInfo(self, request, context):
         """Says what is served and within which limits.
         """
@@ -87,6 +111,16 @@ def add_GenerationServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=twotower_dot_protos_dot_v1_dot_generation__pb2.ScoreRequest.FromString,
                     response_serializer=twotower_dot_protos_dot_v1_dot_generation__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=twotower_dot_protos_dot_v1_dot_generation__pb2.TokenizeRequest.FromString,
+                    response_serializer=twotower_dot_protos_dot_v1_dot_generation__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=twotower_dot_protos_dot_v1_dot_generation__pb2.DetokenizeRequest.FromString,
+                    response_serializer=twotower_dot_protos_dot_v1_dot_generation__pb2.DetokenizeResponse.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
@@ -148,6 +182,60 @@ class Generation:
             '/twotower.v1.Generation/Score',
             twotower_dot_protos_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
             twotower_dot_protos_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twotower.v1.Generation/Tokenize',
+            twotower_dot_protos_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+            twotower_dot_protos_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twotower.v1.Generation/Detokenize',
+            twotower_dot_protos_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+            twotower_dot_protos_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

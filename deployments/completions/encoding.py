@@ -65,7 +65,7 @@ class TextReader:
         cannot spell, QueueFullError if too many wait.
         """
         size = len(text.encode())
-        self._check_size(field, size)
+        self.check_size(field, size)
         token_ids = await self.run(size, lambda: text_ids(self._tokenizer, field, text))
         self.check_count(field, len(token_ids))
         return token_ids
@@ -82,7 +82,8 @@ class TextReader:
             limit = f"at most {self._max_tokens} tokens"
             raise InvalidRequestError(field, f"{count} tokens", limit)
 
-    def _check_size(self, field: str, size: int) -> None:
+    def check_size(self, field: str, size: int) -> None:
+        """Raises InvalidRequestError for a text of so many bytes that cannot be few enough tokens."""
         if self._token_bytes is None or size <= self._max_tokens * self._token_bytes:
             return
         raise InvalidRequestError(

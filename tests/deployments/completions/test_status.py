@@ -8,7 +8,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from twotower.deployments.router.status import refuse, status_of
+from twotower.deployments.completions.status import refuse, status_of
 from twotower.deployments.routing.retry import LostTooOftenError, NoPairError
 from twotower.protos.refusals import RequestRefusedError, marked, retry_after_of
 from twotower.towers.errors import (

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from twotower.deployments.router import encoding
-from twotower.deployments.router.encoding import AT_ONCE_BYTES, SHORT_BYTES, Lane, TextReader
+from twotower.deployments.completions import encoding
+from twotower.deployments.completions.encoding import AT_ONCE_BYTES, SHORT_BYTES, Lane, TextReader
 from twotower.towers.checkpoint.weights import resolve_checkpoint
 from twotower.towers.errors import InvalidRequestError, QueueFullError
 from twotower.towers.text.tokenizer import load_tokenizer

@@ -1,0 +1,181 @@
+"""Bodies of requests to the HTTP front: OpenAI's fields, and the diffusion knobs beside them.
+
+Types are checked strictly, a field that nobody knows is refused, and `null` means the default of an
+optional field. Ranges are those of `GenerationParams`, which checks them for every front.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from twotower.towers.errors import InvalidRequestError
+from twotower.towers.request.params import SAMPLING_PARAMETERS, GenerationParams
+
+# Of a completion without max_tokens: what OpenAI's own API does.
+DEFAULT_MAX_TOKENS = 16
+MAX_COMPLETION_LOGPROBS = 5
+
+Ids = list[int]
+Prompt = str | Ids | list[str] | list[Ids]
+
+
+class Body(BaseModel):
+    """Base of all bodies."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    """Options of a stream."""
+
+    include_usage: bool | None = Field(
+        None, description="a last chunk with the usage of the whole request"
+    )
+
+
+class SamplingBody(Body):
+    """Fields of both kinds of completions. Descriptions are those of the gRPC API's parameters of
+    the same name, limits and defaults included."""
+
+    model: str | None = Field(None, description="name of the served model; null = that one")
+    n: int | None = Field(None, description="completions of each prompt, 1 (default) to 128")
+    stream: bool | None = Field(None, description="answer block by block, as server-sent events")
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = Field(
+        None, description="the output ends before the first of these, at most 16"
+    )
+    temperature: float | None = Field(None, description="0 (default) takes the likeliest token")
+    top_p: float | None = Field(None, description="draws from this mass; above 0, at most 1")
+    top_k: int | None = Field(None, description="draws from the k likeliest tokens")
+    min_p: float | None = Field(
+        None, description="draws from tokens of this share of the best one's probability"
+    )
+    seed: int | None = Field(None, description="0 to 2^63 - 1; the same seed gives the same text")
+    presence_penalty: float | None = Field(None, description="-2 to 2")
+    frequency_penalty: float | None = Field(None, description="-2 to 2")
+    logit_bias: dict[str, float] | None = Field(
+        None, description="-100 to 100 by token id; at most 1024"
+    )
+    user: str | None = Field(None, description="taken and not used")
+    mode: str | None = Field(
+        None, description="mask_diffusion (default), ar, mock_ar or verified"
+    )
+    block_size: int | None = Field(None, description="tokens denoised together; default 16")
+    steps_per_block: int | None = Field(
+        None, description="most denoiser passes a block; default 16"
+    )
+    confidence_threshold: float | None = Field(
+        None, description="a likelier token is committed at once; 0 to 1, default 0.8"
+    )
+    draft_steps: int | None = Field(
+        None, description="most denoiser passes a draft in verified; default 1"
+    )
+    min_steps_per_block: int | None = Field(
+        None, description="floor of steps_per_block for a service with a long queue"
+    )
+    min_confidence_threshold: float | None = Field(
+        None, description="floor of confidence_threshold for a service with a long queue"
+    )
+    min_tokens: int | None = Field(
+        None, description="nothing ends the output before it has so many tokens"
+    )
+    ignore_eos: bool | None = Field(None, description="goes on after the end-of-text token")
+    return_token_ids: bool | None = Field(
+        None, description="also sends the ids of prompt and output"
+    )
+    provisional: bool | None = Field(
+        None, description="streams also carry the draft of a block after each denoiser step"
+    )
+
+    def params(
+        self, max_tokens: int, top_logprobs: int, eos_token_id: int | None
+    ) -> GenerationParams:
+        """The sampling parameters with a seed. Raises InvalidRequestError."""
+        given: dict[str, Any] = {
+            name: value
+            for name in SAMPLING_PARAMETERS
+            if (value := getattr(self, name, None)) is not None
+        }
+        given |= {"max_tokens": max_tokens, "top_logprobs": top_logprobs}
+        if isinstance(self.stop, str):
+            # OpenAI's clients send an empty text for none.
+            given["stop"] = (self.stop,) if self.stop else ()
+        if self.logit_bias is not None:
+            given["logit_bias"] = {_token_id(key): bias for key, bias in self.logit_bias.items()}
+        eos = None if self.ignore_eos else eos_token_id
+        return GenerationParams(**given, eos_token_id=eos).with_seed()
+
+
+class CompletionBody(SamplingBody):
+    """Body of POST /v1/completions."""
+
+    prompt: Annotated[Prompt, Field(description="a text, ids, or a list of either")]
+    max_tokens: int | None = Field(None, description="most tokens of output; default 16")
+    echo: bool | None = Field(None, description="the text begins with the prompt")
+    logprobs: int | None = Field(
+        None, description="log-probabilities, with so many alternatives: 0 to 5"
+    )
+    best_of: int | None = Field(None, description="refused, unless 1")
+    suffix: str | None = Field(None, description="refused")
+
+
+class TextPart(Body):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def text(self) -> str:
+        """The content in one piece."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class ResponseFormat(Body):
+    """Format of an answer: plain text alone."""
+
+    type: str
+
+
+class ChatBody(SamplingBody):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(
+        None, description="most tokens of output; default: what the context has room for"
+    )
+    max_completion_tokens: int | None = Field(None, description="as max_tokens")
+    logprobs: bool | None = Field(None, description="log-probabilities of the output's tokens")
+    top_logprobs: int | None = Field(None, description="with so many alternatives: 0 to 20")
+    response_format: ResponseFormat | None = Field(None, description='{"type": "text"} alone')
+
+
+class TokenizeBody(Body):
+    """Body of POST /tokenize."""
+
+    prompt: str
+    model: str | None = None
+
+
+class DetokenizeBody(Body):
+    """Body of POST /detokenize."""
+
+    tokens: Ids
+    model: str | None = None
+
+
+def _token_id(key: str) -> int:
+    if not (key.isascii() and key.isdecimal() and len(key) < 12):
+        raise InvalidRequestError("logit_bias", key, "token ids as keys")
+    return int(key)

@@ -1,0 +1,158 @@
+"""What both kinds of completions do alike: names, streams of events, usage, extras."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from pydantic import BaseModel
+from starlette.responses import StreamingResponse
+
+from twotower.deployments.access.limits import Admission
+from twotower.deployments.completions.completions import Completion, Completions
+from twotower.deployments.http.answers import (
+    BlockAnswer,
+    ChoiceExtra,
+    ProvisionalAnswer,
+    UsageAnswer,
+    usage_answer,
+)
+from twotower.deployments.http.bodies import SamplingBody
+from twotower.deployments.http.errors import NotFoundError, answer_of
+from twotower.deployments.http.pieces import Piece, token_text
+from twotower.towers.request.results import Usage
+
+DONE = b"data: [DONE]\n\n"
+# A proxy in front must not collect events.
+_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A request by HTTP: its name, the service, and what was asked for. `admission` is its place
+    among its caller's requests, which it has until its answer has ended."""
+
+    service: Completions
+    body: SamplingBody
+    request_id: str
+    admission: Admission
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def check_model(self) -> None:
+        """Raises NotFoundError for a model that is not served."""
+        check_model(self.service, self.body.model)
+
+    @property
+    def model(self) -> str:
+        """Name of the served model."""
+        return self.service.model.name
+
+    @property
+    def choices(self) -> int:
+        """Completions of each prompt."""
+        return 1 if self.body.n is None else self.body.n
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with a chunk of usage."""
+        options = self.body.stream_options
+        return options is not None and bool(options.include_usage)
+
+    def usage(self, completions: Sequence[Completion], spare: Sequence[Usage] = ()) -> UsageAnswer:
+        """Cost of the completions, or of prompts that were read without one."""
+        usages = [completion.log.usage for completion in completions] or list(spare)
+        return usage_answer(usages, len(usages) // self.choices, self.choices)
+
+    def extra(self, piece: Piece) -> ChoiceExtra | None:
+        """Draft or block of a piece, if the stream is to carry them."""
+        if not self.body.provisional:
+            return None
+        if piece.draft is not None:
+            draft = piece.draft
+            return ChoiceExtra(
+                provisional=ProvisionalAnswer(
+                    start=draft.start,
+                    step=draft.step,
+                    token_ids=list(draft.token_ids),
+                    tokens=self._texts(draft.token_ids, draft.confidences),
+                    masked=list(draft.masked),
+                    confidences=list(draft.confidences),
+                )
+            )
+        if piece.block is None:
+            return None
+        block = piece.block
+        return ChoiceExtra(
+            block=BlockAnswer(
+                start=block.start,
+                token_ids=list(block.token_ids),
+                tokens=self._texts(block.token_ids, block.confidences),
+                commit_steps=list(block.commit_steps),
+                confidences=list(block.confidences),
+                nfe=block.nfe,
+                context_passes=block.context_passes,
+            )
+        )
+
+    def _texts(self, token_ids: Sequence[int], known: Sequence[float]) -> list[str | None]:
+        """Texts of tokens one by one; None where nothing is known yet."""
+        tokenizer = self.service.tokenizer
+        pairs = zip(token_ids, known, strict=True)
+        return [token_text(tokenizer, token) if sure else None for token, sure in pairs]
+
+
+def check_model(service: Completions, name: str | None) -> None:
+    """Raises NotFoundError for the name of a model that is not served."""
+    if name is not None and name != service.model.name:
+        text = f"model: got {name[:80]!r}, expected {service.model.name!r}"
+        raise NotFoundError(text, "model", "model_not_found")
+
+
+def event(chunk: BaseModel) -> bytes:
+    """A chunk as a server-sent event; fields that were not set are left out."""
+    return b"data: " + chunk.model_dump_json(exclude_unset=True).encode() + b"\n\n"
+
+
+def streamed(events: AsyncIterator[bytes]) -> StreamingResponse:
+    """The answer that sends these events."""
+    return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
+
+
+async def begun(
+    exchange: Exchange, pieces: AsyncGenerator[Piece, None]
+) -> AsyncGenerator[Piece, None]:
+    """The same pieces once the first is there: until then an error is an answer of its own.
+
+    The caller's place is free again when they have ended or are dropped.
+    """
+
+    async def held() -> AsyncGenerator[Piece, None]:
+        with exchange.admission:
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    yield piece
+
+    whole = held()
+    first = await anext(whole, None)
+
+    async def again() -> AsyncGenerator[Piece, None]:
+        async with aclosing(whole):
+            if first is not None:
+                yield first
+            async for piece in whole:
+                yield piece
+
+    return again()
+
+
+async def guarded(events: AsyncGenerator[bytes, None], request_id: str) -> AsyncIterator[bytes]:
+    """The events; an error after the first ends them as an event of its own, without DONE."""
+    async with aclosing(events):
+        try:
+            async for each in events:
+                yield each
+        except Exception as error:
+            _, answer = answer_of(error, request_id)
+            yield b"data: " + answer.model_dump_json().encode() + b"\n\n"

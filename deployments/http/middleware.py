@@ -1,0 +1,137 @@
+"""ASGI middleware around the HTTP front: in the router around all routes, and in Serve's proxy.
+
+The proxy reads a body as it comes, whatever becomes of it, and answers for a router that has died
+with that one's class and address. `proxy_middlewares` is what a proxy process runs in front of
+that: Serve finds it by the name in `PROXY_VARIABLE`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+
+from twotower.protos.incoming import message_limit
+from twotower.protos.refusals import LOST_TEXT, too_long
+
+PROXY_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+PROXY_CALLBACK = "twotower.deployments.http.middleware.proxy_middlewares"
+# Says that an answer was made by the router.
+MARK = "x-twotower-version"
+# Of a request line's target.
+MAX_TARGET = 4096
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+# By these a client would tell Serve's proxy what to do: not to notice that it has gone, to end its
+# own request, to keep a session.
+_FOR_THE_PROXY = (
+    b"x-request-disconnect-disabled",
+    b"x-request-timeout-seconds",
+    b"serve_multiplexed_model_id",
+    b"x-session-id",
+)
+_NAME = b"x-request-id"
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+def proxy_middlewares() -> list[Middleware]:
+    """The middleware of a proxy process; its limit is that of gRPC messages."""
+    return [Middleware(GuardedProxy, max_bytes=message_limit(os.environ))]
+
+
+class GuardedProxy:
+    """Refuses bodies that are too long before they are read, and answers in the service's own words
+    where Serve would in its own."""
+
+    def __init__(self, app: App, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            # No route takes a websocket.
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1000})
+                return
+            await self._app(scope, receive, send)
+            return
+        scope["headers"] = _kept(scope["headers"])
+        length = Headers(scope=scope).get("content-length", "0")
+        target = len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"")
+        if target > MAX_TARGET:
+            await _refusal(414, "the path is too long")(scope, receive, send)
+        elif length.isdecimal() and int(length[:20]) > self._max_bytes:
+            text = str(too_long(int(length[:20]), self._max_bytes))
+            await _refusal(413, text)(scope, receive, send)
+        else:
+            await self._app(scope, bounded(receive, self._max_bytes), self._shown(scope, send))
+
+    def _shown(self, scope: Scope, send: Send) -> Send:
+        """Passes on what the router or Serve's own probes have made, and replaces the rest."""
+        own, replaced = str(scope["path"]).startswith("/-/"), False
+
+        async def shown(message: Message) -> None:
+            nonlocal replaced
+            if message["type"] == "http.response.start":
+                marked = MARK in Headers(raw=list(message.get("headers", ())))
+                replaced = not (own or marked)
+                if replaced:
+                    answer = _refusal(*_in_own_words(message["status"]))
+                    await answer(scope, _nothing, send)
+            if not replaced:
+                await send(message)
+
+        return shown
+
+
+def bounded(receive: Receive, max_bytes: int) -> Receive:
+    """`receive` of a body of at most `max_bytes`; raises HTTPException 413 beyond."""
+    taken = 0
+
+    async def receive_bounded() -> Message:
+        nonlocal taken
+        message = await receive()
+        taken += len(message.get("body", b""))
+        if taken > max_bytes:
+            raise HTTPException(413, str(too_long(taken, max_bytes)))
+        return message
+
+    return receive_bounded
+
+
+def _kept(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Headers without those for the proxy, and without a request's name that is none."""
+    kept = [(name, value) for name, value in headers if name.lower() not in _FOR_THE_PROXY]
+    names = [value for name, value in kept if name.lower() == _NAME]
+    if names and (len(names) > 1 or not _REQUEST_ID.fullmatch(names[0].decode("latin-1"))):
+        kept = [(name, value) for name, value in kept if name.lower() != _NAME]
+    return kept
+
+
+def _in_own_words(status: int) -> tuple[int, str]:
+    if status == 404:
+        return 404, "no such path"
+    if status == 408:
+        return 503, "the request took longer than the service lets one take"
+    return 503, LOST_TEXT
+
+
+def _refusal(status: int, text: str) -> JSONResponse:
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    error = {"message": text, "type": kind, "param": None, "code": None}
+    return JSONResponse({"error": error}, status, {"connection": "close"} if status == 413 else {})
+
+
+async def _nothing() -> Message:
+    return {"type": "http.disconnect"}
