@@ -67,7 +67,7 @@ def on_device(rule: CommitRule, sampler: Sampler, length: int) -> bool:
     supported = isinstance(rule, ThresholdRule) or (
         isinstance(rule, ReplayRule) and len(rule.schedule) < _MAX_QUOTA
     )
-    return supported and not sampler.filtered and length <= MAX_LENGTH
+    return supported and sampler.plain and length <= MAX_LENGTH
 
 
 class DraftTables:
