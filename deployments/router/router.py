@@ -35,6 +35,7 @@ from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.decoding.commit_log import CommitLog
 from twotower.towers.decoding.output import begin_output, commit_blocks
 from twotower.towers.decoding.output_text import OutputText
+from twotower.towers.decoding.services import ProvisionalBlock
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.request.modes import served_modes
 from twotower.towers.request.params import GenerationParams
@@ -153,6 +154,8 @@ class Router:
         blocks = commit_blocks(self._attempts.blocks(job, log), text, log)
         async with aclosing(blocks):
             async for block, shown in blocks:
+                if isinstance(block, ProvisionalBlock):
+                    continue
                 yield codec.block_event(log, block, shown, job.params, log_probs=log_probs)
         yield codec.complete_event(log, text.matched_stop)
 
@@ -185,7 +188,8 @@ class Router:
         check_ids("input", token_ids, self._model.vocab_size)
         if not token_ids:
             raise InvalidRequestError("input", [], "at least 1 token")
-        return codec.score_response(token_ids, await self._attempts.score(token_ids))
+        scores = await self._attempts.score(token_ids)
+        return codec.score_response(token_ids, scores.log_probs)
 
     async def _health(self, service: str) -> int:
         if not service:

@@ -21,7 +21,6 @@ from typing import Protocol
 
 from twotower.towers.request.params import FinishReason, GenerationParams
 
-
 # The most probable tokens at a position with their natural log-probabilities, the best first.
 TopLogProbs = tuple[tuple[int, float], ...]
 
@@ -59,7 +58,7 @@ class Block:
     prompt came from the prefix cache (0 after the first block). `eased` is the share of the way to
     its floors that the row is served with (GenerationParams.eased). `top_log_probs[i]` are the
     `top_logprobs` most probable tokens of the distribution that `log_probs[i]` is of, of equals the
-    lowest id first; without `top_logprobs` it is empty. `timing` makes no difference between blocks.
+    lowest id first; it is empty if none were asked for. Blocks of other `timing` are equal.
     """
 
     start: int

@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 
 from twotower.kernels.replay import ReplayWeights
-from twotower.towers.decoding.provisional import draft_on_device, draft_on_host
+from twotower.towers.decoding.provisional import draft_on_host
 from twotower.towers.decoding.sampling import (
     DOMAIN_AUTOREGRESSIVE,
     DOMAIN_DENOISE,
@@ -215,7 +215,7 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
             if not result.remaining:
                 return _block(draft.start, draft.step, result)
             if watch is not None:
-                watch(draft_on_device(draft.start, draft.step, result))
+                watch(result.draft(draft.start, draft.step))
 
     async def _denoise_on_host(
         self, state: ContextState, draft: BlockDraft, sampler: Sampler, asked: _Asked
@@ -235,7 +235,8 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
             assert isinstance(drawn, Drawn)
             draft.commit(drawn.token_ids, drawn.confidences, drawn.log_probs, drawn.top_log_probs)
             if asked.watch is not None and not draft.done:
-                asked.watch(draft_on_host(asked.position, draft, masked, drawn))
+                predicted = drawn.token_ids, drawn.confidences
+                asked.watch(draft_on_host(asked.position, draft, masked, *predicted))
         return _block(asked.position, draft.step, draft)
 
     async def _next_token(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 from twotower.towers.errors import InvalidRequestError
@@ -20,7 +21,7 @@ LogitBias = tuple[tuple[int, float], ...]
 def checked_bias(value: object) -> LogitBias:
     """Pairs of token id and bias, ids ascending. Raises InvalidRequestError."""
     pairs = sorted(_pair(item) for item in _items(value))
-    for (token, _), (following, _) in zip(pairs, pairs[1:], strict=False):
+    for (token, _), (following, _) in pairwise(pairs):
         if token == following:
             raise InvalidRequestError(f"logit_bias[{token}]", "two biases", "one for a token")
     return tuple(pairs)

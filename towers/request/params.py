@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from twotower.towers.errors import InvalidRequestError
-from twotower.towers.request.modes import MODES, TRAITS, Mode, ModeTraits
 from twotower.towers.request.logit_bias import biased_within, checked_bias
+from twotower.towers.request.modes import MODES, TRAITS, Mode, ModeTraits
 from twotower.towers.request.number_checks import check_real, check_whole
 from twotower.towers.request.token_ids import check_ids, check_text, plain_number, text_list
 
