@@ -11,6 +11,7 @@ __all__ = [
     "GenerationParams",
     "GenerationResult",
     "GenerationStream",
+    "ProvisionalBlock",
     "Request",
     "TextBlock",
     "TwoTower",
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from twotower.api import Request, TwoTower
     from twotower.results import GenerationResult
     from twotower.streams import AsyncGenerationStream, GenerationStream
-    from twotower.towers.decoding.services import Block
+    from twotower.towers.decoding.services import Block, ProvisionalBlock
     from twotower.towers.request.params import GenerationParams
     from twotower.towers.request.results import TextBlock, Usage
 
@@ -32,6 +33,7 @@ _HOMES = {
     "GenerationParams": "twotower.towers.request.params",
     "GenerationResult": "twotower.results",
     "GenerationStream": "twotower.streams",
+    "ProvisionalBlock": "twotower.towers.decoding.services",
     "Request": "twotower.api",
     "TextBlock": "twotower.towers.request.results",
     "TwoTower": "twotower.api",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +36,9 @@ from twotower.towers.request.token_ids import (
 from twotower.towers.text.tokenizer import Tokenizer, load_tokenizer, text_ids
 
 Device = str | torch.device
+LogitBias = Mapping[int, float] | Sequence[tuple[int, float]]
+
+_PARAMETERS = tuple(field.name for field in fields(GenerationParams))
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,10 @@ class TwoTower:
         draft_steps: int = 1,
         min_tokens: int = 0,
         stop: Sequence[str] | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: LogitBias | None = None,
+        top_logprobs: int = 0,
     ) -> list[GenerationResult]:
         """One result per prompt (texts or token ids), all with the same parameters.
 
@@ -106,25 +114,11 @@ class TwoTower:
         rows are taken as they are: ids that pad them are read like any other.
         Prompts are decoded together, and each gets what it gets alone. Without a seed each prompt
         draws its own; `eos_token_id` None means that no token ends a row. A row also ends at one
-        of the `stop` strings, which need a tokenizer. Raises InvalidRequestError, NumericalError.
+        of the `stop` strings, which need a tokenizer. GenerationParams says what the others mean.
+        Raises InvalidRequestError, NumericalError.
         """
         rows = prompt_rows(prompts)
-        params = GenerationParams(
-            mode,
-            max_tokens,
-            block_size,
-            steps_per_block,
-            confidence_threshold,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            seed,
-            eos_token_id,
-            draft_steps,
-            min_tokens,
-            () if stop is None else stop,  # type: ignore[arg-type]  # params check and keep a tuple
-        )
+        params = _params(locals())
         return self.generate_requests([Request(prompt, params) for prompt in rows])
 
     def stream(
@@ -144,33 +138,24 @@ class TwoTower:
         draft_steps: int = 1,
         min_tokens: int = 0,
         stop: Sequence[str] | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: LogitBias | None = None,
+        top_logprobs: int = 0,
+        provisional: bool = False,
         generated_token_ids: TokenIds = (),
     ) -> GenerationStream:
         """Starts a completion of one prompt; iterating over it gives its blocks as they are
         committed.
 
-        Parameters are those of `generate`. `generated_token_ids` are output of an earlier stream:
-        this one goes on after them, with the same tokens if it gets the same `seed`. Any number of
-        streams and other calls, from any thread, share the towers' passes. A stream that is closed,
-        dropped or interrupted by Ctrl-C frees its row within a pass. Raises InvalidRequestError;
-        NumericalError while iterating.
+        Parameters are those of `generate`. With `provisional` every block comes after its drafts,
+        a ProvisionalBlock for each denoiser step but the last. `generated_token_ids` are output of
+        an earlier stream: this one goes on after them, with the same tokens if it gets the same
+        `seed`. Any number of streams and other calls, from any thread, share the towers' passes. A
+        stream that is closed, dropped or interrupted by Ctrl-C frees its row within a pass. Raises
+        InvalidRequestError; NumericalError while iterating.
         """
-        params = GenerationParams(
-            mode,
-            max_tokens,
-            block_size,
-            steps_per_block,
-            confidence_threshold,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            seed,
-            eos_token_id,
-            draft_steps,
-            min_tokens,
-            () if stop is None else stop,  # type: ignore[arg-type]  # params check and keep a tuple
-        )
+        params = _params(locals())
         return GenerationStream(self._calls, self._begun(prompt, params, generated_token_ids))
 
     def astream(
@@ -190,26 +175,16 @@ class TwoTower:
         draft_steps: int = 1,
         min_tokens: int = 0,
         stop: Sequence[str] | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: LogitBias | None = None,
+        top_logprobs: int = 0,
+        provisional: bool = False,
         generated_token_ids: TokenIds = (),
     ) -> AsyncGenerationStream:
         """As `stream`, for `async for`. To be called inside a running event loop, which goes on
         while the towers compute."""
-        params = GenerationParams(
-            mode,
-            max_tokens,
-            block_size,
-            steps_per_block,
-            confidence_threshold,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            seed,
-            eos_token_id,
-            draft_steps,
-            min_tokens,
-            () if stop is None else stop,  # type: ignore[arg-type]  # params check and keep a tuple
-        )
+        params = _params(locals())
         return AsyncGenerationStream(self._calls, self._begun(prompt, params, generated_token_ids))
 
     def generate_requests(self, requests: Sequence[Request]) -> list[GenerationResult]:
@@ -225,7 +200,7 @@ class TwoTower:
         ids = id_row("prompt", token_ids)
         limits = GenerationParams(mode="ar", max_tokens=1)
         limits.check_row(ids, self.config.vocab_size, self.config.max_position_embeddings + 1, [])
-        return self._calls.run(self._context.score(ids))
+        return self._calls.run(self._context.score(ids)).log_probs
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: of a text those that the tokenizer gives, with the special tokens
@@ -261,6 +236,14 @@ class TwoTower:
             self._context, self._denoiser, row_id, prompt_ids, params, generated
         )
         return commit_blocks(blocks, text, log), text, log, params
+
+
+def _params(arguments: Mapping[str, Any]) -> GenerationParams:
+    """The parameters among a call's arguments by name; None for no list. Raises
+    InvalidRequestError."""
+    given = {name: arguments[name] for name in _PARAMETERS if name in arguments}
+    empty = {name: () for name in ("stop", "logit_bias") if given[name] is None}
+    return GenerationParams(**{**given, **empty})
 
 
 def _fixed(device: torch.device) -> torch.device:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from twotower.towers.decoding.commit_log import CommitLog
 from twotower.towers.decoding.output import Begun, Output
 from twotower.towers.decoding.output_text import OutputText
-from twotower.towers.decoding.services import Block
+from twotower.towers.decoding.services import Block, TopLogProbs
 from twotower.towers.request.params import FinishReason, GenerationParams
 
 
@@ -20,9 +20,11 @@ class GenerationResult:
     `token_ids` are the new tokens only, EOS and those of a stop string included; `text` is theirs
     without either (empty without a tokenizer). `log_probs` are the natural-log probabilities of
     the tokens: the denoiser's in mask_diffusion and mock_ar, the context tower's in ar and
-    verified. `matched_stop` is the stop string that ended the output, if one has. `nfe` counts
-    denoiser calls, `context_passes` passes of the context tower. `cached_tokens` of the prompt
-    came from the prefix cache; in verified, `accepted_tokens` of `drafted_tokens` were accepted.
+    verified. `top_log_probs` are at each token the `top_logprobs` most probable tokens of the same
+    distribution as (id, log-probability), empty if none were asked for. `matched_stop` is the stop
+    string that ended the output, if one has. `nfe` counts denoiser calls, `context_passes` passes
+    of the context tower. `cached_tokens` of the prompt came from the prefix cache; in verified,
+    `accepted_tokens` of `drafted_tokens` were accepted.
     """
 
     token_ids: list[int]
@@ -37,6 +39,7 @@ class GenerationResult:
     accepted_tokens: int
     drafted_tokens: int
     log_probs: list[float]
+    top_log_probs: list[TopLogProbs]
 
 
 async def results_of(rows: Sequence[Begun]) -> list[GenerationResult]:
@@ -53,7 +56,7 @@ async def results_of(rows: Sequence[Begun]) -> list[GenerationResult]:
 async def _result(
     output: Output, text: OutputText, log: CommitLog, params: GenerationParams
 ) -> GenerationResult:
-    pairs = [pair async for pair in output]
+    pairs = [(block, piece) async for block, piece in output if isinstance(block, Block)]
     blocks = [block for block, _ in pairs]
     assert log.finish_reason is not None
     assert params.seed is not None
@@ -71,6 +74,7 @@ async def _result(
         log.accepted_tokens,
         log.drafted_tokens,
         log_probs,
+        [top for block in blocks for top in block.top_log_probs],
     )
 
 
@@ -86,4 +90,6 @@ def _joined(blocks: Sequence[Block], log: CommitLog) -> Block:
         nfe=log.nfe,
         context_passes=log.context_passes,
         cached_tokens=log.cached_tokens,
+        top_log_probs=tuple(top for block in blocks for top in block.top_log_probs),
+        timing=None,
     )

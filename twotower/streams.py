@@ -8,25 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import queue
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from functools import partial
+from typing import cast
 from weakref import finalize
 
 from twotower.call_loop import CallLoop, interruptible
 from twotower.towers.decoding.commit_log import CommitLog
 from twotower.towers.decoding.output import Begun, Output, text_block
+from twotower.towers.decoding.services import ProvisionalBlock, TopLogProbs
 from twotower.towers.request.params import FinishReason
 from twotower.towers.request.results import TextBlock, Usage
 
-Put = Callable[[TextBlock | None], None]
+# A place for the latest draft of a block: put once for every draft, empty where that was read.
+Latest = deque[ProvisionalBlock]
+Delivered = TextBlock | Latest | None
+Put = Callable[[Delivered], None]
 
 
 class _Stream:
-    """State of a stream: `token_ids` and `log_probs` of the blocks received so far and, after the
-    last, `finish_reason`, `matched_stop` (the stop string that ended the output, or None) and
-    `usage`. With `seed` and `token_ids` another stream can go on from here.
+    """State of a stream: `token_ids`, `log_probs` and `top_log_probs` of the blocks received so far
+    and, after the last, `finish_reason`, `matched_stop` (the stop string that ended the output, or
+    None) and `usage`. With `seed` and `token_ids` another stream can go on from here.
     """
 
     def __init__(self, calls: CallLoop, begun: Begun, put: Put) -> None:
@@ -36,6 +42,7 @@ class _Stream:
         self.prompt_tokens = self._log.prompt_tokens
         self.token_ids: list[int] = []
         self.log_probs: list[float] = []
+        self.top_log_probs: list[TopLogProbs] = []
         self.finish_reason: FinishReason | None = None
         self.matched_stop: str | None = None
         self.usage: Usage | None = None
@@ -51,6 +58,7 @@ class _Stream:
         if block is not None:
             self.token_ids.extend(block.token_ids)
             self.log_probs.extend(block.log_probs)
+            self.top_log_probs.extend(block.top_log_probs)
             return block
         closed, self._closed = self._closed, True
         if closed:
@@ -65,10 +73,13 @@ class _Stream:
 
 class GenerationStream(_Stream, Iterator[TextBlock]):
     """Iterates over the blocks of a completion, which begins at once. A stream that is closed or
-    dropped before its end frees its row."""
+    dropped before its end frees its row.
+
+    With `provisional` it also gives each ProvisionalBlock before its block; a slow reader gets the
+    latest draft of each block."""
 
     def __init__(self, calls: CallLoop, begun: Begun) -> None:
-        self._blocks: queue.SimpleQueue[TextBlock | None] = queue.SimpleQueue()
+        self._blocks: queue.SimpleQueue[Delivered] = queue.SimpleQueue()
         super().__init__(calls, begun, self._blocks.put)
 
     def __next__(self) -> TextBlock:
@@ -78,6 +89,10 @@ class GenerationStream(_Stream, Iterator[TextBlock]):
         try:
             with interruptible():
                 delivered = self._blocks.get()
+                while isinstance(delivered, deque):
+                    if delivered:
+                        return _as_block(delivered.popleft())
+                    delivered = self._blocks.get()
         except BaseException:
             self.close()
             raise
@@ -100,10 +115,10 @@ class AsyncGenerationStream(_Stream, AsyncIterator[TextBlock]):
 
     def __init__(self, calls: CallLoop, begun: Begun) -> None:
         loop = asyncio.get_running_loop()
-        blocks: asyncio.Queue[TextBlock | None] = asyncio.Queue()
+        blocks: asyncio.Queue[Delivered] = asyncio.Queue()
         self._blocks = blocks
 
-        def put(block: TextBlock | None) -> None:
+        def put(block: Delivered) -> None:
             loop.call_soon_threadsafe(blocks.put_nowait, block)
 
         super().__init__(calls, begun, put)
@@ -114,6 +129,10 @@ class AsyncGenerationStream(_Stream, AsyncIterator[TextBlock]):
             raise StopAsyncIteration
         try:
             delivered = await self._blocks.get()
+            while isinstance(delivered, deque):
+                if delivered:
+                    return _as_block(delivered.popleft())
+                delivered = await self._blocks.get()
         except asyncio.CancelledError:
             self._closed = True
             self._calls.cancel(self._call)
@@ -131,10 +150,22 @@ class AsyncGenerationStream(_Stream, AsyncIterator[TextBlock]):
 
 
 async def _deliver(output: Output, log: CommitLog, put: Put) -> None:
-    """Puts the blocks as they are committed."""
+    """Puts the blocks as they are committed, and drafts as they come."""
+    latest = Latest(maxlen=1)
     async with aclosing(output):
         async for block, text in output:
-            put(text_block(log, block, text))
+            if isinstance(block, ProvisionalBlock):
+                latest.append(block)
+                put(latest)
+            else:
+                latest = Latest(maxlen=1)
+                put(text_block(log, block, text))
+
+
+def _as_block(draft: ProvisionalBlock) -> TextBlock:
+    """A draft as what a stream iterates over: only a caller who asks for drafts has to know that
+    there is another type."""
+    return cast("TextBlock", draft)
 
 
 def _put_end(put: Put, _: Future[None]) -> None:

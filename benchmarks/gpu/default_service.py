@@ -121,7 +121,7 @@ async def _load(context: ContextEngine, denoiser: DenoiserEngine, rows: int, pro
         return sum([len(block.token_ids) async for block in blocks])
 
     async def score() -> int:
-        return len(await context.score(tokens(rows)))
+        return len((await context.score(tokens(rows))).log_probs)
 
     works: list[Coroutine[Any, Any, int]] = [row(index) for index in range(rows)]
     return sum(await asyncio.gather(*works, score()))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from twotower.cluster.services.tower_services import (
     ContextTowerActor,
     DenoiserTowerActor,
     Side,
+    StreamCall,
     TowerService,
     bound,
 )
@@ -44,6 +47,15 @@ class ColocatedActor:
     async def call(self, side: Side, call: Call[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Makes a call of one of the towers. Raises UnavailableError before they are loaded."""
         return await bound(self._towers[side], call)(*args, **kwargs)
+
+    async def stream(
+        self, side: Side, call: StreamCall[..., Any], *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        """As `call`, for a call that answers by a stream."""
+        answers = getattr(self._towers[side], call.__name__)(*args, **kwargs)
+        async with aclosing(answers):
+            async for answer in answers:
+                yield answer
 
     def _load_engines(self) -> tuple[ContextEngine, DenoiserEngine]:
         topology = self._topology

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
@@ -25,7 +26,14 @@ from twotower.cluster.services.ray_errors import detached, plainly
 from twotower.cluster.services.watch import Watch
 from twotower.cluster.topology import PairTopology, max_update_bytes
 from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
-from twotower.towers.decoding.services import Block, Prefilled
+from twotower.towers.decoding.provisional import Drafting
+from twotower.towers.decoding.services import (
+    Block,
+    Prefilled,
+    ProvisionalBlock,
+    Scores,
+    Watcher,
+)
 from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
 from twotower.towers.engine.engine import Engine
@@ -39,6 +47,8 @@ T = TypeVar("T")
 E = TypeVar("E", bound=Engine[Any, Any, Any])
 # A call of a service: its method, not bound to an object.
 Call = Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]
+# As well, answered by a stream.
+StreamCall = Callable[Concatenate[Any, P], AsyncGenerator[T, None]]
 Side = Literal["context", "denoiser"]
 
 
@@ -98,17 +108,25 @@ class ContextTowerService(TowerService):
         """See `ContextService`."""
         return await self._call(ContextTowerService.extend, row_id, token_ids)
 
-    async def decode(self, row_id: str, count: int, params: GenerationParams) -> Block:
+    async def decode(
+        self, row_id: str, count: int, params: GenerationParams, output: Sequence[int] = ()
+    ) -> Block:
         """See `ContextService`."""
-        return await self._call(ContextTowerService.decode, row_id, count, params)
+        return await self._call(ContextTowerService.decode, row_id, count, params, output)
 
-    async def verify(self, row_id: str, draft: Sequence[int], params: GenerationParams) -> Block:
+    async def verify(
+        self,
+        row_id: str,
+        draft: Sequence[int],
+        params: GenerationParams,
+        output: Sequence[int] = (),
+    ) -> Block:
         """See `ContextService`."""
-        return await self._call(ContextTowerService.verify, row_id, draft, params)
+        return await self._call(ContextTowerService.verify, row_id, draft, params, output)
 
-    async def score(self, token_ids: Sequence[int]) -> list[float]:
+    async def score(self, token_ids: Sequence[int], top_logprobs: int = 0) -> Scores:
         """See `ContextService`."""
-        return await self._call(ContextTowerService.score, token_ids)
+        return await self._call(ContextTowerService.score, token_ids, top_logprobs)
 
 
 class DenoiserTowerService(TowerService):
@@ -119,18 +137,44 @@ class DenoiserTowerService(TowerService):
         await self._call(DenoiserTowerService.open, row_id, capacity)
 
     async def denoise_block(
-        self, row_id: str, position: int, params: GenerationParams, known: Sequence[int] = ()
+        self,
+        row_id: str,
+        position: int,
+        params: GenerationParams,
+        known: Sequence[int] = (),
+        output: Sequence[int] = (),
+        watch: Watcher | None = None,
     ) -> Block:
         """See `DenoiserService`."""
-        return await self._call(DenoiserTowerService.denoise_block, row_id, position, params, known)
+        call = DenoiserTowerService.denoise_block
+        return await self._call(call, row_id, position, params, known, output, watch)
 
     async def next_token(
-        self, row_id: str, position: int, last_token: int, params: GenerationParams
+        self,
+        row_id: str,
+        position: int,
+        last_token: int,
+        params: GenerationParams,
+        output: Sequence[int] = (),
     ) -> Block:
         """See `DenoiserService`."""
-        return await self._call(
-            DenoiserTowerService.next_token, row_id, position, last_token, params
-        )
+        call = DenoiserTowerService.next_token
+        return await self._call(call, row_id, position, last_token, params, output)
+
+    async def watched_block(
+        self,
+        row_id: str,
+        position: int,
+        params: GenerationParams,
+        known: Sequence[int],
+        output: Sequence[int],
+    ) -> AsyncGenerator[ProvisionalBlock | Block, None]:
+        """The drafts of `denoise_block` as they come, and last its block."""
+        call = partial(self.denoise_block, row_id, position, params, known, output)
+        async with aclosing(Drafting(call, watched=True)) as drafting:
+            async for draft in drafting:
+                yield draft
+            yield await drafting.block()
 
 
 @dataclass(frozen=True)
@@ -169,6 +213,16 @@ class _Remote(TowerService):
         answer: T = await plainly(sent)
         return answer
 
+    async def _stream(
+        self, call: StreamCall[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> AsyncGenerator[T, None]:
+        """Makes a call that answers by a stream."""
+        name = call.__name__ if self._side is None else "stream"
+        method = getattr(self._actor, name).options(num_returns="streaming")
+        head = () if self._side is None else (self._side, call)
+        async for sent in method.remote(*head, *args, **kwargs):
+            yield await plainly(sent)
+
 
 class RemoteContext(_Remote, ContextTowerService):
     """A context tower in another process, which is ended if it hangs."""
@@ -193,6 +247,25 @@ class RemoteContext(_Remote, ContextTowerService):
 
 class RemoteDenoiser(_Remote, DenoiserTowerService):
     """A denoiser tower in another process."""
+
+    async def denoise_block(
+        self,
+        row_id: str,
+        position: int,
+        params: GenerationParams,
+        known: Sequence[int] = (),
+        output: Sequence[int] = (),
+        watch: Watcher | None = None,
+    ) -> Block:
+        if watch is None:
+            return await super().denoise_block(row_id, position, params, known, output)
+        call = DenoiserTowerService.watched_block
+        async with aclosing(self._stream(call, row_id, position, params, known, output)) as items:
+            async for item in items:
+                if isinstance(item, Block):
+                    return item
+                watch(item)
+        raise UnavailableError("a stream of drafts ended without its block")
 
     async def listen(self, token: str) -> str:
         """Starts the engine and waits for its link; returns the link's address."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
 from twotower.cluster.services.tower_services import PairServices
 from twotower.deployments.pair.metrics import PairMetrics, signals
 from twotower.deployments.pair.overload import NO_DIAL, OverloadDial
-from twotower.towers.decoding.generation import generate_blocks
-from twotower.towers.decoding.services import Block
+from twotower.towers.decoding.generation import Blocks, generate_blocks
+from twotower.towers.decoding.services import Scores
 from twotower.towers.engine.stats import EngineStats
 from twotower.towers.request.params import GenerationParams
 
@@ -54,8 +54,9 @@ class TowerPair:
             stats = await self._stats()
             self._metrics.report(stats, self._dial.eased(stats["context"].queued_rows))
 
-    async def generate(self, job: Job) -> AsyncGenerator[Block, None]:
-        """Yields the row's blocks as they come; the last has a finish reason.
+    async def generate(self, job: Job) -> Blocks:
+        """Yields the row's blocks as they come, and drafts if it asks for them; the last block has
+        a finish reason.
 
         Rows wait in order for room in the towers. Closing or cancelling the generator frees the
         row, or its place in the queue, in both towers. Raises CapacityError if too many wait.
@@ -74,9 +75,10 @@ class TowerPair:
             async for block in blocks:
                 yield block
 
-    async def score(self, token_ids: Sequence[int]) -> list[float]:
-        """Log-probabilities of tokens 1..n-1 under the context tower."""
-        return await (await self._ready()).context.score(token_ids)
+    async def score(self, token_ids: Sequence[int], top_logprobs: int = 0) -> Scores:
+        """Log-probabilities of tokens 1..n-1 under the context tower, and that many of the most
+        probable tokens at each."""
+        return await (await self._ready()).context.score(token_ids, top_logprobs)
 
     async def ping(self) -> bool:
         """True once both towers can serve."""

@@ -21,7 +21,7 @@ import asyncio
 import logging
 import random
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -44,7 +44,8 @@ from twotower.deployments.pair.tower_pair import Job
 from twotower.deployments.routing import pairs, policy
 from twotower.deployments.routing.retry import BrokenPairError, Losses, NoPairError, RetryPolicy
 from twotower.towers.decoding.commit_log import CommitLog
-from twotower.towers.decoding.services import Block
+from twotower.towers.decoding.generation import Blocks
+from twotower.towers.decoding.services import Block, ProvisionalBlock, Scores
 from twotower.towers.errors import QueueFullError, UnavailableError
 
 logger = logging.getLogger("ray.serve")
@@ -85,10 +86,11 @@ class Attempts:
         self._retry = retry
         self._room = room
 
-    async def blocks(self, job: Job, log: CommitLog) -> AsyncGenerator[Block, None]:
-        """The job's blocks from the log's end on, in order.
+    async def blocks(self, job: Job, log: CommitLog) -> Blocks:
+        """The job's blocks from the log's end on, in order, and drafts if it asks for them.
 
-        The caller commits each before it asks for the next. Raises what the pair raised if that
+        The caller commits each block before it asks for the next. After a loss drafts of a block
+        may come again. Raises what the pair raised if that
         is not a loss; UnavailableError if no pair came up in time; LostTooOftenError.
         """
         losses = Losses(self._retry)
@@ -98,6 +100,9 @@ class Attempts:
                 try:
                     async with aclosing(self._read(job, next_id, losses)) as stream:
                         async for block in stream:
+                            if isinstance(block, ProvisionalBlock):
+                                yield block
+                                continue
                             # A gap raises here: the attempt is lost, the next closes the gap.
                             if not log.has(block):
                                 yield block
@@ -119,16 +124,17 @@ class Attempts:
             pairs.PAIRS.ended(job.row_id)
             pairs.PAIRS.ended(next_id)
 
-    async def score(self, token_ids: Sequence[int]) -> list[float]:
+    async def score(self, token_ids: Sequence[int], top_logprobs: int = 0) -> Scores:
         """Log-probabilities of tokens 1..n-1 of a text; see TowerPair.score."""
         losses = Losses(self._retry)
         while True:
             try:
-                return await self._while_a_pair_is_up(self._client.score(token_ids), losses)
+                asked = self._client.score(token_ids, top_logprobs)
+                return await self._while_a_pair_is_up(asked, losses)
             except Exception as error:
                 await losses.pause(error)
 
-    async def _read(self, job: Job, next_id: str, losses: Losses) -> AsyncGenerator[Block, None]:
+    async def _read(self, job: Job, next_id: str, losses: Losses) -> Blocks:
         """The blocks of one attempt. Raises _MovedError if it moves before the first."""
 
         def look() -> None:
@@ -185,7 +191,7 @@ class PairClient:
         self._handle = handle
         self._streaming = handle.options(stream=True)
 
-    async def generate(self, job: Job) -> AsyncGenerator[Block, None]:
+    async def generate(self, job: Job) -> Blocks:
         """The blocks of a job; closing it frees the row. Raises what the pair raised."""
         # Before the call, which Serve may route at once.
         pairs.PAIRS.opened(job.row_id)
@@ -196,7 +202,7 @@ class PairClient:
                 ending.callback(stream.cancel)
                 async for block in stream:
                     pairs.PAIRS.worked(job.row_id)
-                    if block.finish_reason is not None:
+                    if isinstance(block, Block) and block.finish_reason is not None:
                         # Its place may have been given to the next before the stream has ended.
                         pairs.PAIRS.ended(job.row_id)
                     yield block
@@ -208,10 +214,10 @@ class PairClient:
                     plain = BrokenPairError(str(plain))
                 raise plain from None
 
-    async def score(self, token_ids: Sequence[int]) -> list[float]:
+    async def score(self, token_ids: Sequence[int], top_logprobs: int = 0) -> Scores:
         """As TowerPair.score."""
         try:
-            scores: list[float] = await self._handle.score.remote(list(token_ids))
+            scores: Scores = await self._handle.score.remote(list(token_ids), top_logprobs)
         except _WRAPPED as error:
             raise _plain(error) from None
         return scores

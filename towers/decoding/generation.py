@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import suppress
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import replace
+from functools import partial
 
-from twotower.towers.decoding.services import Block, ContextService, DenoiserService, Prefilled
+from twotower.towers.decoding.provisional import Drafting
+from twotower.towers.decoding.services import (
+    Block,
+    BlockTiming,
+    ContextService,
+    DenoiserService,
+    Prefilled,
+    ProvisionalBlock,
+    Watcher,
+)
 from twotower.towers.request.params import FinishReason, GenerationParams
+
+# Committed blocks and, if the row asks for them, drafts of the next.
+Blocks = AsyncGenerator[Block | ProvisionalBlock, None]
 
 
 async def generate_blocks(
@@ -19,8 +33,10 @@ async def generate_blocks(
     params: GenerationParams,
     generated: Sequence[int] = (),
     ease: Callable[[int], float] = lambda _waiting: 0.0,
-) -> AsyncGenerator[Block, None]:
-    """Yields the row's committed blocks, cut at the first EOS and at max_tokens.
+) -> Blocks:
+    """Yields the row's committed blocks, cut at the first EOS and at max_tokens; with
+    `params.provisional` also drafts of each, as they come and if the reader is slow only the
+    latest.
 
     The last block has a finish_reason. `params` must have a seed; `generated` are tokens that an
     earlier attempt has committed. `ease` maps the number of rows that wait when this row is opened
@@ -30,27 +46,35 @@ async def generate_blocks(
     if params.traits.needs_denoiser and denoiser is None:
         raise ValueError(f"mode: {params.mode} needs a denoiser")
     params = params.for_prompt(len(prompt))
-    loop = _RowLoop(context, denoiser, row_id, params, len(prompt))
+    loop = _RowLoop(context, denoiser, row_id, params, len(prompt), generated)
+    begin, clock = time.time(), _Clock()
     try:
         eased = ease(await loop.open())
+        queue_s = clock.lap()
         params = loop.serve_eased(eased)
         prefilled = await context.prefill(row_id, prompt, generated, params)
+        first: BlockTiming | None = BlockTiming(begin, queue_s, clock.lap())
         left = params.max_tokens - len(generated)
-        async for block in loop.blocks(prompt, generated):
-            block = replace(
-                block,
-                context_passes=block.context_passes + prefilled.passes,
-                cached_tokens=prefilled.cached_tokens,
-                eased=eased,
-            )
-            prefilled = Prefilled(0)
-            block = cut(block, left, params.eos_token_id)
-            left -= len(block.token_ids)
-            if block.finish_reason is not None:
+        async with aclosing(loop.blocks(prompt, generated)) as blocks:
+            async for block in blocks:
+                if isinstance(block, ProvisionalBlock):
+                    yield block
+                    continue
+                block = replace(
+                    block,
+                    context_passes=block.context_passes + prefilled.passes,
+                    cached_tokens=prefilled.cached_tokens,
+                    eased=eased,
+                    timing=_joined(first, block.timing),
+                )
+                prefilled, first = Prefilled(0), None
+                block = cut(block, left, params.eos_token_id)
+                left -= len(block.token_ids)
+                if block.finish_reason is not None:
+                    yield block
+                    return
+                loop.read(block)
                 yield block
-                return
-            loop.read(block)
-            yield block
     finally:
         await asyncio.shield(loop.close())
 
@@ -65,6 +89,39 @@ def cut(block: Block, left: int, eos_token_id: int | None) -> Block:
     return replace(block.first(len(tokens)), finish_reason=reason)
 
 
+async def committed(blocks: Blocks) -> AsyncGenerator[Block, None]:
+    """The committed blocks of a row alone; closes `blocks` with itself."""
+    async with aclosing(blocks):
+        async for block in blocks:
+            if isinstance(block, Block):
+                yield block
+
+
+class _Clock:
+    """Measures how long things take that follow each other."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def lap(self) -> float:
+        """Seconds since the last call, or since the beginning."""
+        before, self._last = self._last, time.monotonic()
+        return self._last - before
+
+
+def _joined(first: BlockTiming | None, timing: BlockTiming | None) -> BlockTiming | None:
+    """The timing of a block, which in a row's first block begins with the row."""
+    if first is None or timing is None:
+        return timing
+    begun = first.begin, first.queue_s, first.prefill_s
+    return BlockTiming(*begun, timing.transfer_s, timing.denoise_s, timing.commit_s)
+
+
+def _committed(timing: BlockTiming | None, seconds: float) -> BlockTiming | None:
+    """The timing with the time of the block's pass of the context tower."""
+    return None if timing is None else replace(timing, commit_s=seconds)
+
+
 class _RowLoop:
     """A row on both towers. Its context is extended by a block while the caller handles it."""
 
@@ -75,13 +132,16 @@ class _RowLoop:
         row_id: str,
         params: GenerationParams,
         prompt_tokens: int,
+        generated: Sequence[int],
     ) -> None:
         self._context = context
         self._denoiser = denoiser
         self._row_id = row_id
         self._params = params
         self._capacity = params.context_tokens(prompt_tokens)
-        self._reading: asyncio.Task[int] | None = None
+        self._reading: asyncio.Task[tuple[int, float]] | None = None
+        # What the towers are told of the output: all of it with penalties, otherwise nothing.
+        self._output = list(generated) if params.penalizes else []
 
     async def open(self) -> int:
         """Waits until the row is open on both sides; returns how many other rows still wait."""
@@ -95,49 +155,53 @@ class _RowLoop:
         self._params = self._params.eased(eased)
         return self._params
 
-    def blocks(self, prompt: Sequence[int], generated: Sequence[int]) -> AsyncIterator[Block]:
+    def blocks(self, prompt: Sequence[int], generated: Sequence[int]) -> Blocks:
         """Blocks without end: the caller stops at an EOS or at max_tokens."""
         position = len(prompt) + len(generated)
         if self._params.traits.unit == "draft":
             return self._verified_blocks(position - bool(generated), generated[-1:])
         return self._drafted_blocks(position, [*prompt, *generated][-1])
 
-    async def _drafted_blocks(self, position: int, last_token: int) -> AsyncIterator[Block]:
+    async def _drafted_blocks(self, position: int, last_token: int) -> Blocks:
         while True:
             # Requested while the context is still being extended: the denoiser waits for its
             # mirror, and a round trip between two blocks is saved.
-            drafting = asyncio.ensure_future(self._next_block(position, last_token))
-            try:
-                passes = await self._read_passes()
-                block = await drafting
-            finally:
-                drafting.cancel()
-                await asyncio.gather(drafting, return_exceptions=True)
-            yield replace(block, context_passes=block.context_passes + passes)
+            async with aclosing(self._drafting(position, last_token)) as drafting:
+                passes, commit_s = await self._read_passes()
+                async for draft in drafting:
+                    yield draft
+                block = await drafting.block()
+            timing = _committed(block.timing, commit_s)
+            self._note(block.token_ids)
+            yield replace(block, context_passes=block.context_passes + passes, timing=timing)
             position += len(block.token_ids)
             last_token = block.token_ids[-1]
 
-    async def _verified_blocks(self, position: int, known: Sequence[int]) -> AsyncIterator[Block]:
+    async def _verified_blocks(self, position: int, known: Sequence[int]) -> Blocks:
         """Blocks from `position` on, where the context ends; `known` is the committed token at
         that position, or empty."""
-        assert self._denoiser is not None
         while True:
-            draft = await self._denoiser.denoise_block(
-                self._row_id, position, self._params, tuple(known)
+            async with aclosing(self._drafting(position, known=tuple(known))) as drafting:
+                async for provisional in drafting:
+                    yield provisional
+                draft = await drafting.block()
+            clock = _Clock()
+            block = await self._context.verify(
+                self._row_id, draft.token_ids, self._params, tuple(self._output)
             )
-            block = await self._context.verify(self._row_id, draft.token_ids, self._params)
+            timing = _committed(draft.timing, clock.lap())
             fresh = len(block.token_ids)
             # The context tower draws the last token, after all passes of the draft.
             steps = (*draft.commit_steps[len(known) :][: fresh - 1], draft.nfe)
-            yield replace(block, commit_steps=steps, nfe=draft.nfe)
+            self._note(block.token_ids)
+            yield replace(block, commit_steps=steps, nfe=draft.nfe, timing=timing)
             position += len(known) + fresh - 1
             known = block.token_ids[-1:]
 
     def read(self, block: Block) -> None:
         """Starts to extend the context by a block, if the mode's tokens come from the denoiser."""
         if self._params.traits.tokens_from == "denoiser":
-            extending = self._context.extend(self._row_id, block.token_ids)
-            self._reading = asyncio.ensure_future(extending)
+            self._reading = asyncio.ensure_future(self._extend(block.token_ids))
 
     async def close(self) -> None:
         """Waits for a running extension, then releases the row on both sides.
@@ -154,17 +218,45 @@ class _RowLoop:
         finally:
             await self._context.release(self._row_id)
 
-    async def _read_passes(self) -> int:
+    async def _extend(self, token_ids: Sequence[int]) -> tuple[int, float]:
+        clock = _Clock()
+        passes = await self._context.extend(self._row_id, token_ids)
+        return passes, clock.lap()
+
+    async def _read_passes(self) -> tuple[int, float]:
+        """Passes and seconds of the extension that runs, once it has ended."""
         if self._reading is None:
-            return 0
+            return 0, 0.0
         reading, self._reading = self._reading, None
         return await reading
 
-    async def _next_block(self, position: int, last_token: int) -> Block:
+    def _note(self, token_ids: Sequence[int]) -> None:
+        if self._params.penalizes:
+            self._output += token_ids
+
+    def _drafting(self, position: int, last_token: int = -1, known: Sequence[int] = ()) -> Drafting:
+        """Starts to make the next block or draft."""
         params = self._params
-        if params.traits.tokens_from == "context":
-            return await self._context.decode(self._row_id, params.block_size, params)
+        watched = params.provisional and params.traits.unit != "token"
+        return Drafting(partial(self._next_block, position, last_token, known), watched=watched)
+
+    async def _next_block(
+        self, position: int, last_token: int, known: Sequence[int], watch: Watcher | None
+    ) -> Block:
+        begin, clock = time.time(), _Clock()
+        block = await self._ask(position, last_token, known, watch)
+        waited = 0.0 if block.timing is None else block.timing.transfer_s
+        timing = BlockTiming(begin, transfer_s=waited, denoise_s=max(0.0, clock.lap() - waited))
+        return replace(block, timing=timing)
+
+    async def _ask(
+        self, position: int, last_token: int, known: Sequence[int], watch: Watcher | None
+    ) -> Block:
+        """Asks a tower for the next block, draft or token."""
+        row_id, params, output = self._row_id, self._params, tuple(self._output)
+        if not params.traits.needs_denoiser:
+            return await self._context.decode(row_id, params.block_size, params, output)
         assert self._denoiser is not None
         if params.traits.unit == "token":
-            return await self._denoiser.next_token(self._row_id, position, last_token, params)
-        return await self._denoiser.denoise_block(self._row_id, position, params)
+            return await self._denoiser.next_token(row_id, position, last_token, params, output)
+        return await self._denoiser.denoise_block(row_id, position, params, known, output, watch)

@@ -6,15 +6,16 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from twotower.towers.decoding.commit_log import CommitLog
+from twotower.towers.decoding.generation import Blocks
 from twotower.towers.decoding.output_text import OutputText
-from twotower.towers.decoding.services import Block
+from twotower.towers.decoding.services import Block, ProvisionalBlock
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.request.params import FinishReason, GenerationParams
 from twotower.towers.request.results import TextBlock
 from twotower.towers.text.tokenizer import Tokenizer
 
-# Committed blocks with the text that each settles.
-Output = AsyncGenerator[tuple[Block, str], None]
+# Committed blocks with the text that each settles; drafts, which settle none.
+Output = AsyncGenerator[tuple[Block | ProvisionalBlock, str], None]
 # A completion that has not been decoded yet: its output, and what that is committed to.
 Begun = tuple[Output, OutputText, CommitLog, GenerationParams]
 
@@ -37,10 +38,9 @@ def begin_output(
     return text, log
 
 
-async def commit_blocks(
-    blocks: AsyncGenerator[Block, None], text: OutputText, log: CommitLog
-) -> Output:
+async def commit_blocks(blocks: Blocks, text: OutputText, log: CommitLog) -> Output:
     """Commits each block to the log, cut at a stop string; yields it with the text that it settles.
+    Drafts are passed on with an empty text and never committed.
 
     Ends after the first stop string or with `blocks`, which are closed in any case. If the output
     is complete at the start, none is taken from them.
@@ -49,6 +49,9 @@ async def commit_blocks(
         if log.finish_reason is not None:
             return
         async for block in blocks:
+            if isinstance(block, ProvisionalBlock):
+                yield block, ""
+                continue
             cut, settled = text.take(block)
             log.append(cut)
             yield cut, settled
@@ -66,6 +69,7 @@ def text_block(log: CommitLog, block: Block, text: str) -> TextBlock:
         block.commit_steps,
         block.confidences,
         block.log_probs,
+        block.top_log_probs,
     )
 
 

@@ -1,13 +1,14 @@
-"""Draws tokens from logits: temperature, filters, keyed noise.
+"""Draws tokens from logits: bias, penalties, temperature, filters, keyed noise.
 
-Temperature, top-k, top-p and min-p apply in this order. Noise is keyed by the row, the absolute
-position and the step, so a draw repeats exactly in any batch and after any resume.
+Bias and penalties, temperature, top-k, top-p and min-p apply in this order. Noise is keyed by the
+row, the absolute position and the step, so a draw repeats exactly in any batch and after any
+resume.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from twotower.kernels import dispatch
 from twotower.kernels.unmask import SamplingBatch, tempered, without
+from twotower.towers.decoding.alternatives import most_probable
+from twotower.towers.decoding.services import TopLogProbs
 from twotower.towers.errors import NumericalError
 from twotower.towers.request.params import GenerationParams, row_key
 
@@ -24,12 +27,14 @@ DOMAIN_AUTOREGRESSIVE = 2
 
 @dataclass(frozen=True)
 class Drawn:
-    """One token per position, with its probability (untempered, unfiltered) and the natural log
-    of that."""
+    """One token per position, with its probability (the model's own: without bias, penalties,
+    temperature and filters) and the natural log of that; and the most probable tokens there, if
+    the sampler asks for them."""
 
     token_ids: list[int]
     confidences: list[float]
     log_probs: list[float]
+    top_log_probs: list[TopLogProbs] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,10 @@ class Sampler:
     key: int
     eos_token_id: int | None = None
     eos_from: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    top_logprobs: int = 0
 
     @classmethod
     def from_params(cls, params: GenerationParams) -> Sampler:
@@ -56,6 +65,10 @@ class Sampler:
             row_key(params.seed),
             params.eos_token_id,
             params.eos_from,
+            params.presence_penalty,
+            params.frequency_penalty,
+            params.logit_bias,
+            params.top_logprobs,
         )
 
     @property
@@ -64,12 +77,34 @@ class Sampler:
         narrowed = (self.top_k, self.top_p, self.min_p) != (None, None, None)
         return self.temperature > 0 and narrowed
 
-    def draw(self, logits: Tensor, positions: Sequence[int], step: int, domain: int) -> Drawn:
-        """logits [M, V] at M absolute positions -> a token at each.
+    @property
+    def penalizes(self) -> bool:
+        """True if scores depend on the tokens of the output."""
+        return bool(self.presence_penalty or self.frequency_penalty)
+
+    @property
+    def shifted(self) -> bool:
+        """True if bias or penalties change the logits to draw from."""
+        return self.penalizes or bool(self.logit_bias)
+
+    @property
+    def plain(self) -> bool:
+        """True if kernels of a GPU make the draw alone, without the host."""
+        return not (self.filtered or self.shifted or self.top_logprobs)
+
+    def draw(
+        self,
+        logits: Tensor,
+        positions: Sequence[int],
+        step: int,
+        domain: int,
+        output: Sequence[int] = (),
+    ) -> Drawn:
+        """logits [M, V] at M absolute positions -> a token at each; penalties count `output`.
 
         Raises NumericalError on non-finite logits.
         """
-        drawn = draw_tokens(logits, [Draw(self, positions, step, domain)])[0]
+        drawn = draw_tokens(logits, [Draw(self, positions, step, domain, output=output)])[0]
         if isinstance(drawn, NumericalError):
             raise drawn
         return drawn
@@ -78,13 +113,17 @@ class Sampler:
 @dataclass(frozen=True)
 class Draw:
     """Tokens that a row asks for: one at each of its absolute positions, with noise of a step and
-    domain. `excluded_token` can never be drawn and takes no part in the softmax."""
+    domain. `excluded_token` can never be drawn and takes no part in the softmax.
+
+    Penalties count the tokens of `output` and, at position i, of `drafted[i]` (none if empty)."""
 
     sampler: Sampler
     positions: Sequence[int]
     step: int = 0
     domain: int = DOMAIN_AUTOREGRESSIVE
     excluded_token: int | None = None
+    output: Sequence[int] = ()
+    drafted: Sequence[Sequence[int]] = ()
 
     def barred_tokens(self) -> list[int]:
         """At each position EOS while it may not be drawn yet, otherwise -1."""
@@ -97,22 +136,25 @@ class Draw:
 def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn | NumericalError]:
     """logits [M, V], the lines of the draws one after another -> the tokens of each draw.
 
-    A draw with non-finite logits gives the error. Draws without filters share one launch.
+    A draw with non-finite logits gives the error. Draws from the logits as they are share one
+    launch.
     """
     ends = list(accumulate(len(draw.positions) for draw in draws))
     spans = [slice(end - len(draw.positions), end) for draw, end in zip(draws, ends, strict=True)]
-    plain = [index for index, draw in enumerate(draws) if not draw.sampler.filtered]
+    samplers = [draw.sampler for draw in draws]
+    shared = [index for index, how in enumerate(samplers) if not (how.filtered or how.shifted)]
     results: dict[int, Drawn | NumericalError] = {}
-    if len(plain) == len(draws):
-        return _predicted(logits, draws, None)
-    if plain:
-        chosen = torch.cat([logits[spans[index]] for index in plain])
-        shared = _predicted(chosen, [draws[index] for index in plain], None)
-        results = dict(zip(plain, shared, strict=True))
+    if len(shared) == len(draws):
+        results = dict(enumerate(_predicted(logits, draws, None)))
+    elif shared:
+        chosen = torch.cat([logits[spans[index]] for index in shared])
+        predicted = _predicted(chosen, [draws[index] for index in shared], None)
+        results = dict(zip(shared, predicted, strict=True))
     for index, draw in enumerate(draws):
+        lines = logits[spans[index]]
         if index not in results:
-            lines = logits[spans[index]]
             results[index] = _predicted(lines, [draw], draw_scores(lines, draw))[0]
+        results[index] = _with_alternatives(results[index], lines, draw)
     return [results[index] for index in range(len(draws))]
 
 
@@ -140,12 +182,17 @@ def sampling_batch(draws: Sequence[Draw], device: torch.device) -> SamplingBatch
 
 
 def draw_scores(logits: Tensor, draw: Draw) -> Tensor:
-    """logits [M, V] -> log-probabilities to draw from, -inf where filtered out, [M, V] fp32.
+    """logits [M, V] -> log-probabilities to draw from, -inf where filtered out, [M, V] fp32; at
+    temperature 0 the logits with bias and penalties.
 
     A barred token is taken out before the filters count what is left.
     """
     sampler, batch = draw.sampler, sampling_batch([draw], logits.device)
     scores = without(without(logits.float(), batch.excluded), batch.barred)
+    if sampler.shifted:
+        scores = _shifted(scores, draw)
+    if sampler.temperature == 0:
+        return scores
     scores = tempered(scores, batch.temperature)
     if sampler.top_k is not None:
         scores = _keep_top_k(scores, sampler.top_k)
@@ -155,6 +202,44 @@ def draw_scores(logits: Tensor, draw: Draw) -> Tensor:
         least = scores.amax(-1, keepdim=True) + torch.log(torch.tensor(sampler.min_p))
         scores = scores.masked_fill(scores < least, float("-inf"))
     return scores
+
+
+def _shifted(scores: Tensor, draw: Draw) -> Tensor:
+    """scores [M, V] -> those with the row's bias, less its penalties, [M, V]."""
+    sampler, device = draw.sampler, scores.device
+    scores = scores.clone()
+    if sampler.logit_bias:
+        tokens, biases = zip(*sampler.logit_bias, strict=True)
+        scores[:, torch.tensor(tokens, device=device)] += torch.tensor(biases, device=device)
+    if sampler.penalizes:
+        counts = _counts(draw, scores)
+        scores -= sampler.frequency_penalty * counts
+        scores -= sampler.presence_penalty * (counts > 0)
+    return scores
+
+
+def _counts(draw: Draw, scores: Tensor) -> Tensor:
+    """How often each token stands in the output before each position, [M, V] fp32 as `scores`."""
+    output = torch.tensor(draw.output, dtype=torch.int64, device=scores.device)
+    counts = torch.bincount(output, minlength=scores.shape[1]).float().expand_as(scores).clone()
+    lines = [line for line, tokens in enumerate(draw.drafted) for _ in tokens]
+    if lines:
+        tokens = [token for tokens in draw.drafted for token in tokens]
+        where = torch.tensor([lines, tokens], device=scores.device)
+        one = torch.ones(len(lines), device=scores.device)
+        counts.index_put_((where[0], where[1]), one, accumulate=True)
+    return counts
+
+
+def _with_alternatives(
+    drawn: Drawn | NumericalError, logits: Tensor, draw: Draw
+) -> Drawn | NumericalError:
+    """The tokens of a draw with the most probable ones of `logits` [M, V], if it asks for them."""
+    count = draw.sampler.top_logprobs
+    if not count or isinstance(drawn, NumericalError):
+        return drawn
+    excluded = sampling_batch([draw], logits.device).excluded
+    return replace(drawn, top_log_probs=most_probable(without(logits.float(), excluded), count))
 
 
 def _predicted(

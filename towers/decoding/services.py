@@ -15,11 +15,34 @@ Guarantees that every implementation gives:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from twotower.towers.request.params import FinishReason, GenerationParams
+
+# The most probable tokens at a position with their natural log-probabilities, the best first.
+TopLogProbs = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class BlockTiming:
+    """When a pair worked on a block: seconds, `begin` of the pair's wall clock.
+
+    `begin` is when work on the block began; for the first block that is when the row was asked to
+    open, and `queue_s` and `prefill_s` are what it waited for room and what reading the prompt
+    took, both 0 in later blocks. Then the denoiser waited `transfer_s` for its mirror to reach the
+    block, and drafting or decoding took `denoise_s` without that. `commit_s` is the pass of the
+    context tower over the draft in verified, and in the modes whose tokens are the denoiser's the
+    extension by the block before, which overlaps with the others.
+    """
+
+    begin: float
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    transfer_s: float = 0.0
+    denoise_s: float = 0.0
+    commit_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -33,7 +56,9 @@ class Block:
     `context_passes` that of context passes spent since the block before it. In verified,
     `drafted_tokens` were checked and `accepted_tokens` of them accepted. `cached_tokens` of the
     prompt came from the prefix cache (0 after the first block). `eased` is the share of the way to
-    its floors that the row is served with (GenerationParams.eased).
+    its floors that the row is served with (GenerationParams.eased). `top_log_probs[i]` are the
+    `top_logprobs` most probable tokens of the distribution that `log_probs[i]` is of, of equals the
+    lowest id first; it is empty if none were asked for. Blocks of other `timing` are equal.
     """
 
     start: int
@@ -48,6 +73,8 @@ class Block:
     drafted_tokens: int = 0
     cached_tokens: int = 0
     eased: float = 0.0
+    top_log_probs: tuple[TopLogProbs, ...] = ()
+    timing: BlockTiming | None = field(default=None, compare=False)
 
     def first(self, count: int) -> Block:
         """The block with its first `count` tokens only; counts of passes and drafts stay."""
@@ -57,7 +84,28 @@ class Block:
             commit_steps=self.commit_steps[:count],
             confidences=self.confidences[:count],
             log_probs=self.log_probs[:count],
+            top_log_probs=self.top_log_probs[:count],
         )
+
+
+@dataclass(frozen=True)
+class ProvisionalBlock:
+    """The draft of the block at `start` after denoiser step `step`, counted from 0.
+
+    `masked[i]` says that position i is not committed yet. There `token_ids` and `confidences` have
+    what that step predicted, or the mask token and 0.0 where the device has kept it. Nothing of it
+    is output: a block may be shorter than its drafts, and in verified other than the last of them.
+    """
+
+    start: int
+    step: int
+    token_ids: tuple[int, ...]
+    masked: tuple[bool, ...]
+    confidences: tuple[float, ...]
+
+
+# Takes the drafts of a block while it is denoised.
+Watcher = Callable[[ProvisionalBlock], None]
 
 
 @dataclass(frozen=True)
@@ -66,6 +114,15 @@ class Prefilled:
 
     passes: int
     cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Natural log-probabilities of tokens 1..n-1 of a text, each given the tokens before it, and at
+    each the most probable tokens; no list of these if none were asked for."""
+
+    log_probs: list[float]
+    top_log_probs: list[TopLogProbs]
 
 
 class ContextService(Protocol):
@@ -85,18 +142,30 @@ class ContextService(Protocol):
     async def extend(self, row_id: str, token_ids: Sequence[int]) -> int:
         """Appends committed tokens to the row's context; returns passes made."""
 
-    async def decode(self, row_id: str, count: int, params: GenerationParams) -> Block:
-        """Decodes up to `count` tokens autoregressively; stops after an EOS."""
+    async def decode(
+        self, row_id: str, count: int, params: GenerationParams, output: Sequence[int] = ()
+    ) -> Block:
+        """Decodes up to `count` tokens autoregressively; stops after an EOS.
 
-    async def verify(self, row_id: str, draft: Sequence[int], params: GenerationParams) -> Block:
+        `output`, here and below, are all tokens of the output before the call, which penalties
+        count; empty without penalties.
+        """
+
+    async def verify(
+        self,
+        row_id: str,
+        draft: Sequence[int],
+        params: GenerationParams,
+        output: Sequence[int] = (),
+    ) -> Block:
         """Checks a draft by one pass over it and appends what it accepts to the row's context.
 
         The block holds the accepted tokens that are new and the token that the tower draws after
         them, which is the first of the next draft.
         """
 
-    async def score(self, token_ids: Sequence[int]) -> list[float]:
-        """Log-probabilities of tokens 1..n-1, each given the tokens before it."""
+    async def score(self, token_ids: Sequence[int], top_logprobs: int = 0) -> Scores:
+        """Log-probabilities of tokens 1..n-1, and that many of the most probable at each."""
 
     async def release(self, row_id: str) -> None:
         """Frees everything that the row holds, or its place in the queue."""
@@ -114,14 +183,23 @@ class DenoiserService(Protocol):
         position: int,
         params: GenerationParams,
         known: Sequence[int] = (),
+        output: Sequence[int] = (),
+        watch: Watcher | None = None,
     ) -> Block:
         """Fills the block that starts at `position`, once the mirror has reached it.
 
-        `known` tokens at its head are committed already. In verified mode the block is a draft.
+        `known` tokens at its head are committed already, and are the last of `output`. In verified
+        mode the block is a draft. `watch` is called after every step but the last; a call that is
+        made again, after a loss, repeats drafts. The block's timing has the wait for the mirror.
         """
 
     async def next_token(
-        self, row_id: str, position: int, last_token: int, params: GenerationParams
+        self,
+        row_id: str,
+        position: int,
+        last_token: int,
+        params: GenerationParams,
+        output: Sequence[int] = (),
     ) -> Block:
         """mock_ar: the token at `position`, from the context before `last_token`."""
 

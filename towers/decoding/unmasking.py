@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from twotower.towers.decoding.services import TopLogProbs
+
 
 @dataclass(frozen=True)
 class ThresholdRule:
@@ -62,6 +64,7 @@ class BlockDraft:
         self.commit_steps = [*[0] * len(known), *[-1] * masked]
         self.confidences = [*[1.0] * len(known), *[0.0] * masked]
         self.log_probs = [0.0] * length
+        self.top_log_probs: list[TopLogProbs] = []
         self.step = 0
         self._rule = rule
 
@@ -75,16 +78,24 @@ class BlockDraft:
         """The masked fraction, the denoiser's t."""
         return len(self.masked) / len(self.token_ids)
 
+    def is_committed(self, index: int) -> bool:
+        """True if the position has its token for good."""
+        return self.commit_steps[index] >= 0
+
     def commit(
         self,
         tokens: Sequence[int],
         confidences: Sequence[float],
         log_probs: Sequence[float] = (),
+        top_log_probs: Sequence[TopLogProbs] = (),
     ) -> list[int]:
         """Takes predictions for the masked positions, in order; returns the positions committed.
 
-        Of equal confidences the leftmost comes first. `log_probs` are stored beside them.
+        Of equal confidences the leftmost comes first. `log_probs` and the most probable tokens are
+        stored beside them.
         """
+        if top_log_probs and not self.top_log_probs:
+            self.top_log_probs = [()] * len(self.token_ids)
         count = self._rule.count(confidences, self.step)
         ranked = sorted(range(len(self.masked)), key=lambda i: -confidences[i])[:count]
         positions = [self.masked[i] for i in ranked]
@@ -94,6 +105,8 @@ class BlockDraft:
             self.confidences[position] = confidences[i]
             if log_probs:
                 self.log_probs[position] = log_probs[i]
+            if top_log_probs:
+                self.top_log_probs[position] = top_log_probs[i]
         self.masked = [position for position in self.masked if self.commit_steps[position] < 0]
         self.step += 1
         return positions

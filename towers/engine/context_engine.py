@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from twotower.towers.decoding.sampling import Draw, Sampler
-from twotower.towers.decoding.services import Block, Prefilled
+from twotower.towers.decoding.sampling import DOMAIN_AUTOREGRESSIVE, Draw, Sampler
+from twotower.towers.decoding.services import Block, Prefilled, Scores, TopLogProbs
 from twotower.towers.engine.admission import Admission
 from twotower.towers.engine.context_blocks import ContextBlocks
 from twotower.towers.engine.context_pass import ContextPass
@@ -112,15 +112,23 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         row = self._row(row_id)
         return await self._owned(row, self._extend(row, token_ids))
 
-    async def decode(self, row_id: str, count: int, params: GenerationParams) -> Block:
+    async def decode(
+        self, row_id: str, count: int, params: GenerationParams, output: Sequence[int] = ()
+    ) -> Block:
         """Takes the token drawn last, then reads it and draws the next, up to `count` times."""
         row = self._row(row_id)
-        return await self._owned(row, self._decode(row, count, params))
+        return await self._owned(row, self._decode(row, count, params, output))
 
-    async def verify(self, row_id: str, draft: Sequence[int], params: GenerationParams) -> Block:
+    async def verify(
+        self,
+        row_id: str,
+        draft: Sequence[int],
+        params: GenerationParams,
+        output: Sequence[int] = (),
+    ) -> Block:
         """Reads a draft, keeps the tokens that the tower draws as well, and publishes the state."""
         row = self._row(row_id)
-        return await self._owned(row, self._verify(row, draft, params))
+        return await self._owned(row, self._verify(row, draft, params, output))
 
     async def reseed(self, row_id: str, prepare: Callable[[], None]) -> None:
         """Sends all that the row's state holds, to a mirror that holds nothing, after `prepare`;
@@ -128,11 +136,12 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         row = self._row(row_id)
         await self._owned(row, self._reseed(row, prepare))
 
-    async def score(self, token_ids: Sequence[int]) -> list[float]:
-        """Natural logarithms of the probabilities of tokens 1..n-1; holds a row during the call."""
+    async def score(self, token_ids: Sequence[int], top_logprobs: int = 0) -> Scores:
+        """Natural logarithms of the probabilities of tokens 1..n-1, and that many of the most
+        probable tokens there; holds a row during the call."""
         row = self._add(ContextRow(f"score-{secrets.token_hex(8)}"))
         try:
-            return await self._owned(row, self._score(row, token_ids))
+            return await self._owned(row, self._score(row, token_ids, top_logprobs))
         finally:
             await self.release(row.row_id)
 
@@ -173,7 +182,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
             row.token, row.committed = Token(generated[-1], 1.0, 0.0), True
         elif params.traits.tokens_from == "context":
             assert hidden is not None
-            row.token = self._first_token(hidden, state.position, params)
+            row.token = self._first_token(hidden, state.position, params, generated)
         return Prefilled(len(pieces) - saved + len(held), cached)
 
     async def _read(
@@ -228,11 +237,12 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
             self.cache.insert(row.key, state, hidden)
             row.cached_to = state.position
 
-    def _first_token(self, hidden: Tensor, position: int, params: GenerationParams) -> Token:
-        draw = Draw(Sampler.from_params(params), [position])
+    def _first_token(
+        self, hidden: Tensor, position: int, params: GenerationParams, generated: Sequence[int]
+    ) -> Token:
         logits = self.tower.logits(hidden.unsqueeze(0))
-        drawn = draw.sampler.draw(logits, draw.positions, draw.step, draw.domain)
-        return Token.of(drawn, 0)
+        sampler = Sampler.from_params(params)
+        return Token.of(sampler.draw(logits, [position], 0, DOMAIN_AUTOREGRESSIVE, generated), 0)
 
     @in_turn
     async def _extend(self, row: ContextRow, token_ids: Sequence[int]) -> int:
@@ -257,7 +267,9 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
             await self._publish(row, 0)
 
     @in_turn
-    async def _decode(self, row: ContextRow, count: int, params: GenerationParams) -> Block:
+    async def _decode(
+        self, row: ContextRow, count: int, params: GenerationParams, output: Sequence[int]
+    ) -> Block:
         state = state_of(row.state)
         sampler = Sampler.from_params(params)
         start = state.position
@@ -270,6 +282,8 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
             if token.token_id == params.eos_token_id or state.position + 1 >= state.capacity:
                 break
             draw = Draw(sampler, [state.position + 1])
+            if sampler.penalizes:
+                draw = replace(draw, output=[*output, *(token.token_id for token in taken)])
             result = await self._submit(ContextWork(state, [token.token_id], draw=draw))
             passes += 1
             assert result.drawn is not None
@@ -280,13 +294,21 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
 
     @in_turn
     async def _verify(
-        self, row: ContextRow, draft: Sequence[int], params: GenerationParams
+        self,
+        row: ContextRow,
+        draft: Sequence[int],
+        params: GenerationParams,
+        output: Sequence[int],
     ) -> Block:
         state = state_of(row.state)
         assert row.token is not None, "prefill comes first"
         start, known = state.position, int(row.committed)
         positions = range(start + 1, start + 1 + len(draft))
         draw = Draw(Sampler.from_params(params), positions)
+        if draw.sampler.penalizes:
+            # The draft's head, where it is committed already, is the last of the output.
+            drafted = [draft[known : index + 1] for index in range(len(draft))]
+            draw = replace(draw, output=output, drafted=drafted)
         result = await self._submit(ContextWork(state, draft, advance=False, draw=draw))
         assert result.drawn is not None
         tokens = [row.token, *(Token.of(result.drawn, index) for index in range(len(draft)))]
@@ -307,17 +329,21 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
             drafted=len(draft) - known,
         )
 
-    async def _score(self, row: ContextRow, token_ids: Sequence[int]) -> list[float]:
+    async def _score(self, row: ContextRow, token_ids: Sequence[int], top_logprobs: int) -> Scores:
         state = row.state = await self._admission.acquire(row.row_id, len(token_ids))
         logprobs: list[float] = []
+        most: list[TopLogProbs] = []
         read = token_ids[:-1]
         for start in range(0, len(read), self.prefill_chunk):
             piece = read[start : start + self.prefill_chunk]
             targets = token_ids[start + 1 : start + 1 + len(piece)]
-            work = ContextWork(state, piece, targets=targets, prefill=True)
+            work = ContextWork(
+                state, piece, targets=targets, prefill=True, top_logprobs=top_logprobs
+            )
             result = await self._submit(work)
             logprobs.extend(result.logprobs)
-        return logprobs
+            most.extend(result.top_log_probs)
+        return Scores(logprobs, most)
 
     async def _submit(self, work: ContextWork) -> ContextResult:
         return await self._loop.submit(work, len(work.tokens), prefill=work.prefill)

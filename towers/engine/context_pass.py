@@ -8,7 +8,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from twotower.towers.decoding.alternatives import most_probable
 from twotower.towers.decoding.sampling import Drawn, draw_tokens
+from twotower.towers.decoding.services import TopLogProbs
 from twotower.towers.engine.context_blocks import ContextBlocks
 from twotower.towers.engine.context_steps import ContextSteps
 from twotower.towers.engine.context_work import ContextResult, ContextWork
@@ -93,18 +95,20 @@ class ContextPass:
                 results.append(picked)
             elif work.targets is not None:
                 span = slice(end - len(work.tokens), end)
-                results.append(self._score(hidden[span], work.targets, last))
+                results.append(self._score(hidden[span], work.targets, work.top_logprobs, last))
             else:
                 results.append(ContextResult(last, picked))
         return results
 
     def _score(
-        self, hidden: Tensor, targets: Sequence[int], last: Tensor
+        self, hidden: Tensor, targets: Sequence[int], top_logprobs: int, last: Tensor
     ) -> ContextResult | BaseException:
-        """Log-probabilities of `targets` at hidden states [n, H], a few lines at a time: in fp32
-        the logits of a whole piece of a prompt would be gigabytes."""
+        """Log-probabilities of `targets` at hidden states [n, H] and `top_logprobs` most probable
+        tokens there, a few lines at a time: in fp32 the logits of a whole piece of a prompt would
+        be gigabytes."""
         chosen = torch.tensor(list(targets), device=hidden.device).unsqueeze(1)
         found: list[float] = []
+        most: list[TopLogProbs] = []
         parts = zip(hidden.split(_SCORED_LINES), chosen.split(_SCORED_LINES), strict=True)
         for lines, targets_of_lines in parts:
             logits = self._tower.logits(lines)
@@ -112,4 +116,6 @@ class ContextPass:
                 return NumericalError("non-finite logits while scoring")
             logprobs = torch.log_softmax(logits.float(), dim=-1)
             found += logprobs.gather(1, targets_of_lines).squeeze(1).tolist()
-        return ContextResult(last, logprobs=tuple(found))
+            if top_logprobs:
+                most += most_probable(logprobs, top_logprobs)
+        return ContextResult(last, logprobs=tuple(found), top_log_probs=tuple(most))

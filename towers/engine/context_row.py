@@ -9,7 +9,7 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from twotower.towers.decoding.sampling import Drawn
-from twotower.towers.decoding.services import Block
+from twotower.towers.decoding.services import Block, TopLogProbs
 from twotower.towers.engine.engine import EngineRow
 
 T = TypeVar("T")
@@ -19,16 +19,19 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Token:
-    """A token that the context tower drew, with its confidence and log-probability."""
+    """A token that the context tower drew, with its confidence and log-probability, and the most
+    probable tokens there if they were asked for."""
 
     token_id: int
     confidence: float
     log_prob: float
+    top: TopLogProbs | None = None
 
     @classmethod
     def of(cls, drawn: Drawn, index: int) -> Token:
         """The token at an index of a draw."""
-        return cls(drawn.token_ids[index], drawn.confidences[index], drawn.log_probs[index])
+        top = drawn.top_log_probs[index] if drawn.top_log_probs else None
+        return cls(drawn.token_ids[index], drawn.confidences[index], drawn.log_probs[index], top)
 
 
 @dataclass(eq=False)
@@ -81,4 +84,5 @@ def block_of(
         log_probs=tuple(token.log_prob for token in tokens),
         accepted_tokens=accepted,
         drafted_tokens=drafted,
+        top_log_probs=tuple(token.top for token in tokens if token.top is not None),
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from twotower.towers.decoding.sampling import Draw, Drawn
+from twotower.towers.decoding.services import TopLogProbs
 from twotower.towers.engine.buckets import MAX_LENGTH
 from twotower.towers.errors import NumericalError
 from twotower.towers.state.context_state import ContextState
@@ -17,8 +18,9 @@ from twotower.towers.state.link import UpdateWriter
 @dataclass(frozen=True)
 class ContextWork:
     """Tokens of a row to read. `advance` moves the snapshot over them, otherwise they stay in the
-    log; `draw` draws at the last of them, `targets` asks for these tokens' log-probabilities,
-    `sink` takes the update's shares. `prefill` is a piece of a prompt."""
+    log; `draw` draws at the last of them, `targets` asks for these tokens' log-probabilities and
+    `top_logprobs` for so many most probable tokens beside each, `sink` takes the update's shares.
+    `prefill` is a piece of a prompt."""
 
     state: ContextState
     tokens: Sequence[int]
@@ -27,6 +29,7 @@ class ContextWork:
     targets: Sequence[int] | None = None
     sink: UpdateWriter | None = None
     prefill: bool = False
+    top_logprobs: int = 0
 
     @property
     def is_step(self) -> bool:
@@ -45,18 +48,19 @@ class ContextWork:
 
 
 def _draws(draw: Draw | None, count: int) -> bool:
-    """True for a draw of so many tokens without filters."""
-    return draw is not None and len(draw.positions) == count and not draw.sampler.filtered
+    """True for a draw of so many tokens that needs no host."""
+    return draw is not None and len(draw.positions) == count and draw.sampler.plain
 
 
 @dataclass(frozen=True)
 class ContextResult:
-    """A row's last hidden state [H], the tokens that were drawn, and the log-probabilities of the
-    work's targets."""
+    """A row's last hidden state [H], the tokens that were drawn, the log-probabilities of the
+    work's targets and the most probable tokens there."""
 
     hidden: Tensor
     drawn: Drawn | None = None
     logprobs: tuple[float, ...] = ()
+    top_log_probs: tuple[TopLogProbs, ...] = ()
 
 
 def result_of(hidden: Tensor, drawn: Drawn | NumericalError) -> ContextResult | NumericalError:

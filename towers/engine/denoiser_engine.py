@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
 
 from twotower.kernels.replay import ReplayWeights
+from twotower.towers.decoding.provisional import draft_on_host
 from twotower.towers.decoding.sampling import (
     DOMAIN_AUTOREGRESSIVE,
     DOMAIN_DENOISE,
@@ -18,7 +20,7 @@ from twotower.towers.decoding.sampling import (
     Sampler,
     draw_tokens,
 )
-from twotower.towers.decoding.services import Block
+from twotower.towers.decoding.services import Block, BlockTiming, Watcher
 from twotower.towers.decoding.unmasking import BlockDraft, CommitRule, ReplayRule, ThresholdRule
 from twotower.towers.engine.admission import Admission
 from twotower.towers.engine.denoiser_steps import DenoiserSteps, StepWork
@@ -46,6 +48,36 @@ class _DrawWork:
     timestep: float | None
     wanted: Sequence[int]
     draw: Draw
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A call of `denoise_block`."""
+
+    position: int
+    params: GenerationParams
+    known: Sequence[int]
+    output: Sequence[int]
+    watch: Watcher | None
+
+    @property
+    def is_draft(self) -> bool:
+        """True if the context tower checks the block."""
+        return self.params.traits.unit == "draft"
+
+    @property
+    def domain(self) -> int:
+        """The domain of the block's noise."""
+        return DOMAIN_AUTOREGRESSIVE if self.is_draft else DOMAIN_DENOISE
+
+    def counted(self, draft: BlockDraft) -> list[list[int]]:
+        """Tokens of the block that penalties count at each masked position, beside the output: all
+        that are committed; of a draft those before the position, as the check will count them."""
+        places = [i for i in range(len(self.known), len(draft.token_ids)) if draft.is_committed(i)]
+        return [
+            [draft.token_ids[i] for i in places if i < position or not self.is_draft]
+            for position in draft.masked
+        ]
 
 
 DenoiserWork = _DrawWork | StepWork
@@ -139,83 +171,98 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
         position: int,
         params: GenerationParams,
         known: Sequence[int] = (),
+        output: Sequence[int] = (),
+        watch: Watcher | None = None,
     ) -> Block:
         """Runs all steps of the block at `position`. Raises NumericalError, UnavailableError."""
-        row = self._row(row_id)
-        return await self._owned(row, self._denoise(row, position, params, known))
+        row, asked = self._row(row_id), _Asked(position, params, known, output, watch)
+        return await self._owned(row, self._denoise(row, asked))
 
     async def next_token(
-        self, row_id: str, position: int, last_token: int, params: GenerationParams
+        self,
+        row_id: str,
+        position: int,
+        last_token: int,
+        params: GenerationParams,
+        output: Sequence[int] = (),
     ) -> Block:
         """Draws a token by a plain pass over `last_token` from the state before it."""
         row = self._row(row_id)
-        return await self._owned(row, self._next_token(row, position, last_token, params))
+        return await self._owned(row, self._next_token(row, position, last_token, params, output))
 
-    async def _denoise(
-        self, row: _Row, position: int, params: GenerationParams, known: Sequence[int]
-    ) -> Block:
-        state = await self._at(row, position)
-        sampler, rule = Sampler.from_params(params), self._rule(params)
-        drafts = params.traits.unit == "draft"
-        domain = DOMAIN_AUTOREGRESSIVE if drafts else DOMAIN_DENOISE
-        masked = params.block_size - len(known)
-        if self._steps is not None and masked and on_device(rule, sampler, params.block_size):
+    async def _denoise(self, row: _Row, asked: _Asked) -> Block:
+        params, known, began = asked.params, asked.known, time.monotonic()
+        state = await self._at(row, asked.position)
+        waited = time.monotonic() - began
+        sampler, rule, length = Sampler.from_params(params), self._rule(params), params.block_size
+        if self._steps is not None and length > len(known) and on_device(rule, sampler, length):
             assert isinstance(rule, ThresholdRule | ReplayRule)
-            kept = DeviceDraft(params.block_size, position, known, rule, sampler, domain, drafts)
-            return await self._denoise_on_device(state, kept)
-        draft = BlockDraft(params.block_size, self.tower.config.mask_token_id, rule, known)
-        return await self._denoise_on_host(state, draft, position, sampler, domain, drafts)
+            kept = DeviceDraft(
+                length, asked.position, known, rule, sampler, asked.domain, asked.is_draft
+            )
+            block = await self._denoise_on_device(state, kept, asked.watch)
+        else:
+            draft = BlockDraft(length, self.tower.config.mask_token_id, rule, known)
+            block = await self._denoise_on_host(state, draft, sampler, asked)
+        return _waited(block, waited)
 
-    async def _denoise_on_device(self, state: ContextState, draft: DeviceDraft) -> Block:
+    async def _denoise_on_device(
+        self, state: ContextState, draft: DeviceDraft, watch: Watcher | None
+    ) -> Block:
         while True:
             result = await self._loop.submit((state, draft), draft.length, begun=draft.begun)
             assert isinstance(result, StepResult)
             if not result.remaining:
                 return _block(draft.start, draft.step, result)
+            if watch is not None:
+                watch(result.draft(draft.start, draft.step))
 
     async def _denoise_on_host(
-        self,
-        state: ContextState,
-        draft: BlockDraft,
-        position: int,
-        sampler: Sampler,
-        domain: int,
-        drafts: bool,
+        self, state: ContextState, draft: BlockDraft, sampler: Sampler, asked: _Asked
     ) -> Block:
         mask = self.tower.config.mask_token_id
         while not draft.done:
-            positions = [position + offset for offset in draft.masked]
+            masked = list(draft.masked)
+            positions = [asked.position + offset for offset in masked]
             # A draft is drawn with the noise of the check: the closer the two towers'
             # distributions, the more often both then take the same token.
-            step = 0 if drafts else draft.step
-            work = _DrawWork(
-                state,
-                list(draft.token_ids),
-                draft.timestep,
-                list(draft.masked),
-                Draw(sampler, positions, step, domain, mask),
-            )
+            step = 0 if asked.is_draft else draft.step
+            drafted = asked.counted(draft) if sampler.penalizes else ()
+            draw = Draw(sampler, positions, step, asked.domain, mask, asked.output, drafted)
+            work = _DrawWork(state, list(draft.token_ids), draft.timestep, masked, draw)
             begun = draft.step > 0
             drawn = await self._loop.submit(work, len(draft.token_ids), begun=begun)
             assert isinstance(drawn, Drawn)
-            draft.commit(drawn.token_ids, drawn.confidences, drawn.log_probs)
-        return _block(position, draft.step, draft)
+            draft.commit(drawn.token_ids, drawn.confidences, drawn.log_probs, drawn.top_log_probs)
+            if asked.watch is not None and not draft.done:
+                predicted = drawn.token_ids, drawn.confidences
+                asked.watch(draft_on_host(asked.position, draft, masked, *predicted))
+        return _block(asked.position, draft.step, draft)
 
     async def _next_token(
-        self, row: _Row, position: int, last_token: int, params: GenerationParams
+        self,
+        row: _Row,
+        position: int,
+        last_token: int,
+        params: GenerationParams,
+        output: Sequence[int],
     ) -> Block:
+        began = time.monotonic()
         state = await self._at(row, position - 1)
-        draw = Draw(Sampler.from_params(params), [position])
+        waited = time.monotonic() - began
+        draw = Draw(Sampler.from_params(params), [position], output=output)
         drawn = await self._loop.submit(_DrawWork(state, [last_token], None, [0], draw), 1)
         assert isinstance(drawn, Drawn)
-        return Block(
+        block = Block(
             position,
             tuple(drawn.token_ids),
             (0,),
             tuple(drawn.confidences),
             nfe=1,
             log_probs=tuple(drawn.log_probs),
+            top_log_probs=tuple(drawn.top_log_probs),
         )
+        return _waited(block, waited)
 
     async def _at(self, row: _Row, position: int) -> ContextState:
         """The row's state once it stands at `position`."""
@@ -269,7 +316,13 @@ def _block(start: int, nfe: int, draft: BlockDraft | StepResult) -> Block:
         tuple(draft.confidences),
         nfe=nfe,
         log_probs=tuple(draft.log_probs),
+        top_log_probs=() if isinstance(draft, StepResult) else tuple(draft.top_log_probs),
     )
+
+
+def _waited(block: Block, seconds: float) -> Block:
+    """The block with the time that it waited for its mirror."""
+    return replace(block, timing=BlockTiming(time.time(), transfer_s=seconds))
 
 
 def commit_rule(params: GenerationParams) -> CommitRule:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from twotower.kernels.commit import Drafts, threshold_below
 from twotower.towers.decoding.sampling import Sampler, signed
+from twotower.towers.decoding.services import ProvisionalBlock
 from twotower.towers.decoding.unmasking import CommitRule, ReplayRule, ThresholdRule
 from twotower.towers.engine.buckets import MAX_LENGTH
 from twotower.towers.model.denoiser_tower import DenoiserTower
@@ -61,13 +62,19 @@ class StepResult:
     confidences: list[float]
     log_probs: list[float]
 
+    def draft(self, start: int, steps: int) -> ProvisionalBlock:
+        """The draft of the block at `start` after so many steps."""
+        masked = tuple(step < 0 for step in self.commit_steps)
+        parts = tuple(self.token_ids), masked, tuple(self.confidences)
+        return ProvisionalBlock(start, steps - 1, *parts)
+
 
 def on_device(rule: CommitRule, sampler: Sampler, length: int) -> bool:
     """True if a block of `length` tokens with this rule and sampler can be kept on the device."""
     supported = isinstance(rule, ThresholdRule) or (
         isinstance(rule, ReplayRule) and len(rule.schedule) < _MAX_QUOTA
     )
-    return supported and not sampler.filtered and length <= MAX_LENGTH
+    return supported and sampler.plain and length <= MAX_LENGTH
 
 
 class DraftTables:

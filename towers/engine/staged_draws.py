@@ -17,7 +17,7 @@ DRAW_PADDING = {"barred": -1}
 
 
 def draw_inputs(draws: Sequence[Draw]) -> dict[str, list[int]]:
-    """The inputs DRAW_INPUTS of every position that is drawn, in order; for unfiltered draws."""
+    """The inputs DRAW_INPUTS of every position that is drawn, in order; for plain draws."""
 
     def spread(values: Sequence[int]) -> list[int]:
         return [v for v, draw in zip(values, draws, strict=True) for _ in draw.positions]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from twotower.towers.errors import InvalidRequestError
+from twotower.towers.request.logit_bias import biased_within, checked_bias
 from twotower.towers.request.modes import MODES, TRAITS, Mode, ModeTraits
 from twotower.towers.request.number_checks import check_real, check_whole
 from twotower.towers.request.token_ids import check_ids, check_text, plain_number, text_list
@@ -16,8 +17,10 @@ FinishReason = Literal["stop", "length"]
 MAX_BLOCK_SIZE = 256
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
+MAX_PENALTY = 2.0
+MAX_TOP_LOGPROBS = 20
 SEED_BITS = 63
-_NO_NUMBERS = ("mode", "stop")
+_NO_NUMBERS = ("mode", "stop", "logit_bias", "provisional")
 # Floors of a service under load; where nothing else waits they have no effect.
 FLOORS = ("min_steps_per_block", "min_confidence_threshold")
 # Not sent with a request: the first is the model's, the second is set by the block loop.
@@ -36,8 +39,20 @@ class GenerationParams:
     passes per draft in verified. Neither EOS nor one of the `stop` strings (kept as a tuple) ends
     the output before it has `min_tokens` tokens. `min_steps_per_block` and
     `min_confidence_threshold` are floors down to which mask_diffusion may be served where rows
-    wait; None: as asked. `eos_from`, the absolute position from which EOS may be drawn, is set by
-    the block loop, not by users.
+    wait; None: as asked.
+
+    `logit_bias` (a mapping or pairs, kept as pairs by token id) and the two penalties change what
+    is drawn, before temperature and filters and at temperature 0 too: score(token) = logit +
+    logit_bias[token] - frequency_penalty * count(token) - presence_penalty * [count(token) > 0].
+    Counted are the output's tokens before the position, those of a resumed output too and those of
+    the prompt not: in ar and mock_ar all of them, in verified those of the draft as well, in
+    mask_diffusion those of earlier blocks and of positions of this block that earlier steps have
+    committed, wherever they are. Confidences and log-probabilities stay those of the model.
+
+    The next two shape the answer and no token. `top_logprobs` is the number of most probable tokens
+    to give at each position, with their log-probabilities; with `provisional` a stream also gives
+    drafts of a block that is being denoised. `eos_from`, the absolute position from which EOS may
+    be drawn, is set by the block loop, not by users.
     """
 
     mode: Mode = "mask_diffusion"
@@ -56,6 +71,11 @@ class GenerationParams:
     stop: tuple[str, ...] = ()
     min_steps_per_block: int | None = None
     min_confidence_threshold: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    top_logprobs: int = 0
+    provisional: bool = False
     eos_from: int = 0
 
     def __post_init__(self) -> None:
@@ -87,6 +107,12 @@ class GenerationParams:
         if self.min_confidence_threshold is not None:
             high = self.confidence_threshold
             check_real("min_confidence_threshold", self.min_confidence_threshold, 0.0, high)
+        check_real("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+        check_real("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+        object.__setattr__(self, "logit_bias", checked_bias(self.logit_bias))
+        check_whole("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
+        if not isinstance(self.provisional, bool):
+            raise InvalidRequestError("provisional", self.provisional, "true or false")
         check_whole("eos_from", self.eos_from, 0)
         object.__setattr__(self, "stop", _checked_stop(self.stop))
 
@@ -94,6 +120,11 @@ class GenerationParams:
     def traits(self) -> ModeTraits:
         """Properties of the mode."""
         return TRAITS[self.mode]
+
+    @property
+    def penalizes(self) -> bool:
+        """True if a draw depends on the tokens that the output has already."""
+        return bool(self.presence_penalty or self.frequency_penalty)
 
     def with_seed(self) -> GenerationParams:
         """The same parameters with a seed: the given one, or one drawn now."""
@@ -151,6 +182,7 @@ class GenerationParams:
         check_ids("generated_token_ids", generated, vocab_size)
         if self.eos_token_id is not None and self.eos_token_id >= vocab_size:
             raise InvalidRequestError("eos_token_id", self.eos_token_id, f"below {vocab_size}")
+        biased_within(self.logit_bias, vocab_size)
         if len(generated) >= self.max_tokens:
             raise InvalidRequestError(
                 "generated_token_ids", f"{len(generated)} ids", f"fewer than {self.max_tokens}"

@@ -13,7 +13,8 @@ class TextBlock:
     `index` counts the blocks of a stream from 0, `start` is the absolute position of the first
     token. `text` is what these tokens settle of the output's text, without EOS and stop string;
     empty without a tokenizer. `log_probs` are the natural logs of the probabilities; a service
-    sends them if they were asked for.
+    sends them if they were asked for. `top_log_probs` are at each token the most probable tokens
+    with their log-probabilities, as many as were asked for.
     """
 
     index: int
@@ -23,6 +24,7 @@ class TextBlock:
     commit_steps: tuple[int, ...]
     confidences: tuple[float, ...]
     log_probs: tuple[float, ...]
+    top_log_probs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twotower.kernels import dispatch
 from twotower.kernels.unmask import SamplingBatch, gumbel, tempered, without
-from twotower.towers.decoding.generation import generate_blocks
+from twotower.towers.decoding.generation import committed, generate_blocks
 from twotower.towers.decoding.sampling import Draw, Sampler, sampling_batch
 from twotower.towers.decoding.unmasking import BlockDraft, ThresholdRule
 from twotower.towers.engine.context_engine import ContextEngine
@@ -203,7 +203,7 @@ async def _generate(
         prompt,
         params,
     )
-    blocks = [block async for block in generation]
+    blocks = [block async for block in committed(generation)]
     tokens = [token for block in blocks for token in block.token_ids]
     return tokens, sum(block.nfe for block in blocks)
 

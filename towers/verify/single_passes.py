@@ -160,7 +160,7 @@ def replay_score(
     """Log-probabilities of a text's tokens, and their sum, through the context engine."""
     engine = ContextEngine(context, options=EngineOptions(prefix_cache_mib=0))
     for row, tokens in enumerate(tensors["tokens"].tolist()):
-        scores = torch.tensor(asyncio.run(engine.score(tokens)))
+        scores = torch.tensor(asyncio.run(engine.score(tokens)).log_probs)
         report.close("token_logprobs", scores, tensors["token_logprobs"][row], LOGIT_TOLERANCE)
         total = tensors["sum_logprob"][row]
         report.close("sum_logprob", scores.sum(), total, LOGIT_TOLERANCE * len(tokens))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from twotower.bench.filled import FilledPool
 from twotower.planner.schedules import Replay, Schedule
-from twotower.towers.decoding.generation import generate_blocks
+from twotower.towers.decoding.generation import committed, generate_blocks
 from twotower.towers.decoding.services import Block, Prefilled
 from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
@@ -150,7 +150,7 @@ class EnginePair:
         )
         prompt = [0] * run.context
         async with aclosing(
-            generate_blocks(start, self.denoiser, f"bench-{row}", prompt, params)
+            committed(generate_blocks(start, self.denoiser, f"bench-{row}", prompt, params))
         ) as blocks:
             async for block in blocks:
                 race.note(row, block)

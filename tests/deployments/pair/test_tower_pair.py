@@ -182,4 +182,5 @@ async def test_a_pair_that_has_not_started_says_nothing() -> None:
 
 async def test_score(pair: TowerPair) -> None:
     model = await asyncio.to_thread(TwoTower.from_pretrained, TINY)
-    assert await pair.score(PROMPTS[1]) == await asyncio.to_thread(model.score, PROMPTS[1])
+    scores = await pair.score(PROMPTS[1])
+    assert scores.log_probs == await asyncio.to_thread(model.score, PROMPTS[1])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from twotower.towers.decoding.generation import cut, generate_blocks
-from twotower.towers.decoding.services import Block, Prefilled
+from twotower.towers.decoding.services import Block, Prefilled, Scores, Watcher
 from twotower.towers.errors import CapacityError, NumericalError, UnavailableError
 from twotower.towers.request.params import GenerationParams
 
@@ -83,7 +83,9 @@ class ScriptedContext(Side):
         self.position += len(token_ids)
         return 1
 
-    async def decode(self, row_id: str, count: int, params: GenerationParams) -> Block:
+    async def decode(
+        self, row_id: str, count: int, params: GenerationParams, output: Sequence[int] = ()
+    ) -> Block:
         assert row_id in self.rows
         assert params.mode == "ar"
         await self.script.step("decode", count)
@@ -91,10 +93,10 @@ class ScriptedContext(Side):
         start, self.position = self.position, self.position + len(tokens)
         return block_of(tokens, start, nfe=0, passes=len(tokens))
 
-    async def verify(self, row_id: str, draft: Sequence[int], params: GenerationParams) -> Block:
+    async def verify(self, *_: Any) -> Block:
         raise NotImplementedError
 
-    async def score(self, token_ids: Sequence[int]) -> list[float]:
+    async def score(self, *_: Any) -> Scores:
         raise NotImplementedError
 
 
@@ -106,7 +108,13 @@ class ScriptedDenoiser(Side):
         self.context = context
 
     async def denoise_block(
-        self, row_id: str, position: int, params: GenerationParams, known: Sequence[int] = ()
+        self,
+        row_id: str,
+        position: int,
+        params: GenerationParams,
+        known: Sequence[int] = (),
+        output: Sequence[int] = (),
+        watch: Watcher | None = None,
     ) -> Block:
         assert not known
         assert row_id in self.rows
@@ -115,7 +123,12 @@ class ScriptedDenoiser(Side):
         return block_of(self.script.part(position, params.block_size), position, nfe=3)
 
     async def next_token(
-        self, row_id: str, position: int, last_token: int, params: GenerationParams
+        self,
+        row_id: str,
+        position: int,
+        last_token: int,
+        params: GenerationParams,
+        output: Sequence[int] = (),
     ) -> Block:
         assert row_id in self.rows
         assert params.mode == "mock_ar"
@@ -193,10 +206,10 @@ async def test_a_row_is_eased_by_who_waits_when_it_begins() -> None:
 
     class Watched(ScriptedDenoiser):
         async def denoise_block(
-            self, row_id: str, position: int, params: GenerationParams, known: Sequence[int] = ()
+            self, row_id: str, position: int, params: GenerationParams, *how: Any
         ) -> Block:
             seen.append(params)
-            return await super().denoise_block(row_id, position, params, known)
+            return await super().denoise_block(row_id, position, params, *how)
 
     params = params_of(max_tokens=10, steps_per_block=8, min_steps_per_block=2)
     row = generate_blocks(context, Watched(script, context), "row", PROMPT, params, ease=ease)

@@ -37,7 +37,12 @@ class Drafts:
         pass
 
     async def denoise_block(
-        self, _row_id: str, position: int, params: GenerationParams, known: Sequence[int] = ()
+        self,
+        _row_id: str,
+        position: int,
+        params: GenerationParams,
+        known: Sequence[int] = (),
+        *_: Any,
     ) -> Block:
         self.known.append(tuple(known))
         begin = position - self.start
@@ -126,7 +131,7 @@ def test_probabilities_are_the_context_towers(pair: Pair, params: GenerationPara
     want = [value for block in ar for value in block.log_probs]
     # Passes over several tokens round differently than those over one.
     assert got == pytest.approx(want, abs=2e-3)
-    scores = asyncio.run(pair.context.score([*prompt, *tokens_of(verified)]))
+    scores = asyncio.run(pair.context.score([*prompt, *tokens_of(verified)])).log_probs
     assert got == pytest.approx(scores[len(prompt) - 1 :], abs=2e-3)
 
 
