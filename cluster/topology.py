@@ -36,7 +36,8 @@ class PairTopology:
     Both towers load `model_path` as `dtype` on `device`, and their engines have the options
     `engine`. Each tower reserves `cpus_per_tower` and `gpus_per_tower`, which may be fractions, and
     computes with `num_threads` threads (None: half of the CPUs that its process may use).
-    `transport` carries states from tower to tower; NCCL needs a GPU for each.
+    `transport` carries states from tower to tower; NCCL needs a GPU for each. With
+    `channel_tls` they are encrypted on the way.
 
     `placement` "separate" gives the context tower and each of `denoisers_per_context` denoiser
     towers a process of its own, "colocated" holds both towers in one process and one copy of every
@@ -58,6 +59,7 @@ class PairTopology:
     stall_timeout_s: float = 60.0
     repair_timeout_s: float = 120.0
     faults: LinkFaults | None = None
+    channel_tls: bool = False
 
     def __post_init__(self) -> None:
         denoisers, gpus, on_cuda = self.denoisers_per_context, self.gpus_per_tower, self.on_cuda
@@ -68,6 +70,11 @@ class PairTopology:
             )
         if self.transport == "nccl" and not on_cuda:
             raise ValueError(f"transport: got 'nccl' for device {self.device!r}, expected CUDA")
+        if self.channel_tls and self.transport != "grpc":
+            raise ValueError(
+                f"channel_tls: got true with transport {self.transport!r}, which does not encrypt "
+                "the bytes of states, expected transport 'grpc'"
+            )
         if on_cuda and not gpus:
             raise ValueError(
                 f"gpus_per_tower: got 0 for device {self.device!r}, expected a share of a GPU"

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 
 from twotower.cluster.topology import PairTopology, Placement, Transport
+from twotower.deployments.access.access import Access
+from twotower.deployments.access.keys import ApiKey, check_distinct
 from twotower.deployments.pair.autoscaling import PairAutoscaling
 from twotower.deployments.pair.overload import OverloadDial
 from twotower.deployments.settings_file import check_names, read_settings
@@ -25,6 +36,7 @@ APP_NAME = "twotower"
 MOST_COUNT, MOST_ROWS, MOST_PROCESSES = 2**31 - 1, 2**20, 2**14
 
 
+_ORIGIN = re.compile(r"\*|https?://([0-9A-Za-z.-]{1,253}|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
 # Earlier names of settings, and their names now.
 RENAMED = {"threads_per_tower": "num_threads"}
 
@@ -43,7 +55,26 @@ class ServiceConfig(BaseModel):
     device: str = Field("cpu", pattern=r"^(cpu|cuda)$")
     dtype: Literal["float32", "bfloat16"] = "float32"
     grpc_port: int = Field(9000, ge=1, le=65535)
-    http_port: int = Field(8000, ge=1, le=65535, description="Serve's HTTP side, loopback only")
+    http_port: int = Field(8000, ge=1, le=65535, description="port of the HTTP side")
+    http_host: str = Field(
+        "127.0.0.1",
+        pattern=r"^[0-9A-Za-z.:-]{1,253}$",
+        description="address on which `twotower serve` listens for HTTP; under a Serve config "
+        "http_options has it. gRPC listens on all addresses: Serve has no setting for that",
+    )
+    api_keys: list[ApiKey] = Field(
+        default_factory=list,
+        description="with keys every request needs one, without keys only requests of this "
+        "machine are answered; hashes alone, as `twotower key new` prints them",
+    )
+    allow_anonymous: bool = Field(
+        False, description="answer other machines as well, without api_keys"
+    )
+    cors_origins: list[str] = Field(
+        default_factory=list,
+        description="pages that may call from a browser, as `https://host:port`; `*` = all, with "
+        "api_keys only",
+    )
     cpus_per_tower: float = Field(0.4, ge=0, description="share of CPUs that a tower reserves")
     gpus_per_tower: float | None = Field(None, ge=0, description="none = 1 on cuda, 0 on cpu")
     num_threads: int | None = Field(
@@ -106,6 +137,10 @@ class ServiceConfig(BaseModel):
     )
     transport: Transport = Field(
         PairTopology.transport, description="how states travel between the towers"
+    )
+    channel_tls: bool = Field(
+        PairTopology.channel_tls,
+        description="encrypt states on their way, by TLS; with transport grpc only",
     )
     placement: Placement = Field(
         PairTopology.placement,
@@ -175,6 +210,33 @@ class ServiceConfig(BaseModel):
             raise ValueError(f"grpc_port and http_port: got {self.grpc_port} for both")
         return self
 
+    @field_validator("api_keys")
+    @classmethod
+    def _check_keys(cls, keys: list[ApiKey]) -> list[ApiKey]:
+        check_distinct(keys)
+        return keys
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"got {shorten(origin)}, expected https://host, with or without a port, or *"
+                )
+        return origins
+
+    @model_validator(mode="after")
+    def _check_access(self) -> ServiceConfig:
+        if self.api_keys and self.allow_anonymous:
+            raise ValueError("allow_anonymous and api_keys exclude each other")
+        if "*" in self.cors_origins and not self.api_keys:
+            # A browser sends no key by itself, but it does reach what answers its own machine.
+            raise ValueError(
+                "cors_origins: got '*' without api_keys: any page could use the service"
+            )
+        return self
+
     @model_validator(mode="after")
     def _check_scaling(self) -> ServiceConfig:
         if self.autoscaling is not None and self.num_pairs != 1:
@@ -216,7 +278,11 @@ class ServiceConfig(BaseModel):
             first = error.errors(include_url=False)[0]
             field = ".".join(str(part) for part in first["loc"]) or "settings"
             field = field if field.isprintable() else repr(field)
-            raise ConfigError(f"{field}: {first['msg']}, got {shorten(first['input'])}") from None
+            raise ConfigError(f"{field}: {first['msg']}{_got(first)}") from None
+
+    def access(self) -> Access:
+        """Who may call, as each of the service's routers decides it."""
+        return Access(self.api_keys, self.allow_anonymous, share=self.num_routers)
 
     def checkpoint(self) -> Checkpoint:
         """The checkpoint, with names, shapes and files checked. Raises CheckpointError."""
@@ -268,11 +334,22 @@ class ServiceConfig(BaseModel):
             gpus_per_tower=(1.0 if self.device == "cuda" else 0.0) if gpus is None else gpus,
             num_threads=self.num_threads,
             transport=self.transport,
+            channel_tls=self.channel_tls,
             placement=self.placement,
             denoisers_per_context=self.denoisers_per_context,
             stall_timeout_s=self.stall_timeout_s,
             repair_timeout_s=self.repair_timeout_s,
         )
+
+
+def _got(error: ErrorDetails) -> str:
+    """The value of a wrong setting; not of keys, where somebody may have put one for its hash."""
+    value = error["input"]
+    if error["loc"][:1] == ("api_keys",):
+        return ""
+    if not error["loc"] and isinstance(value, dict):
+        value = {name: given for name, given in value.items() if name != "api_keys"}
+    return f", got {shorten(value)}"
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:

@@ -11,13 +11,18 @@ import yaml
 from twotower.towers.errors import ConfigError
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """The mapping in a settings file. Raises ConfigError, with the line if it is known."""
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises ConfigError, with the line if it is known."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         # ValueError: bytes that are no text, and dates that are none.
         raise ConfigError(f"{path.name}: unreadable ({_reason(error)})") from None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping in a settings file. Raises ConfigError, with the line if it is known."""
+    raw = read_yaml(path)
     if not isinstance(raw or {}, dict):
         raise ConfigError(f"{path.name}: expected a mapping, got {type(raw).__name__}")
     return dict(raw or {})

@@ -53,9 +53,10 @@ WINGS = {
     "cluster/topology cluster/channel",
     "cluster/placement": "cluster/topology cluster/channel cluster/services",
     "deployments/settings_file": "",
+    "deployments/access": "deployments/settings_file",
     "deployments/pair": "towers/decoding towers/engine cluster/services",
     "deployments/config": "towers/text towers/checkpoint towers/engine protos cluster/topology "
-    "deployments/settings_file deployments/pair",
+    "deployments/settings_file deployments/access deployments/pair",
     "deployments/routing": "towers/decoding protos cluster/services deployments/pair",
     "deployments/router": "towers/text towers/decoding towers/checkpoint protos cluster/services "
     "cluster/placement deployments/config deployments/pair deployments/routing",
@@ -72,8 +73,8 @@ WINGS = {
     "api": "towers/text towers/decoding towers/checkpoint towers/engine call_loop streams results",
     "agreement": "api results",
     "cli": "towers/text towers/checkpoint towers/training towers/verify cluster/placement "
-    "deployments/config deployments/router deployments/server client planner bench api streams "
-    "agreement",
+    "deployments/access deployments/config deployments/router deployments/server client planner "
+    "bench api streams agreement",
 }
 # A door: its names lead to the public ones.
 PUBLIC = "__init__"

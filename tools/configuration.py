@@ -70,7 +70,12 @@ def _section(title: str, above: str, schema: Schema, models: Schema) -> Iterator
         limits = _limits([*_engine_limit(name, kinds), *kinds])
         cells = [_kinds(kinds), default, limits, field.get("description", "")]
         yield f"| `{above}{name}` | " + " | ".join(_escaped(cell) for cell in cells) + " |"
+        # A list holds its models as items.
         nested += [(name, kind["$ref"].rpartition("/")[2]) for kind in kinds if "$ref" in kind]
+        items = [kind["items"] for kind in kinds if kind.get("type") == "array"]
+        nested += [
+            (f"{name}[]", item["$ref"].rpartition("/")[2]) for item in items if "$ref" in item
+        ]
     for name, model in nested:
         yield ""
         yield from _section(f"`{above}{name}`", f"{above}{name}.", models[model], models)
@@ -93,6 +98,8 @@ def _kind(kind: Schema) -> str:
         return _choices(kind["enum"])
     if kind["type"] == "object":
         return f"names with a {TYPES[kind['additionalProperties']['type']]} each"
+    if kind["type"] == "array":
+        return f"list of {_kind(kind['items'])}"
     return TYPES[kind["type"]]
 
 
@@ -100,6 +107,8 @@ def _default(field: Schema, required: bool) -> str:
     if required:
         return "required"
     value = field.get("default")
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
     return "none" if value in (None, {}) else f"`{value}`"
 
 

@@ -26,6 +26,8 @@ from twotower.protos.incoming import MAX_MESSAGE_BYTES, MESSAGE_VARIABLE
 from twotower.towers.errors import ConfigError, TwoTowerError, UnavailableError
 
 OBJECT_STORE_BYTES = 200 * 1024 * 1024
+# Where Serve's gRPC side listens.
+EVERYWHERE = "0.0.0.0"
 PROXY_TIMEOUT_S = 30.0
 NO_PROXY = [("grpc.enable_http_proxy", 0)]
 _OWN_ERRORS = TwoTowerError.__module__
@@ -65,8 +67,8 @@ class LocalService:
         app = build_app(self.config)
         machine = this_machine()
         check_room(self.config, [machine], machine.name)
-        for port in (self.config.grpc_port, self.config.http_port):
-            _check_free(port)
+        _check_free(self.config.grpc_port, EVERYWHERE)
+        _check_free(self.config.http_port, self.config.http_host)
         try:
             self._start_ray()
             serve.run(app, name=APP_NAME, route_prefix="/")
@@ -116,9 +118,9 @@ class LocalService:
 
 
 def start_serve(config: ServiceConfig, **options: Any) -> None:
-    """Serve with the config's ports, loopback only for HTTP; `options` as of `serve.start`."""
+    """Serve with the config's ports and HTTP address; `options` as of `serve.start`."""
     serve.start(
-        http_options=HTTPOptions(host="127.0.0.1", port=config.http_port),
+        http_options=HTTPOptions(host=config.http_host, port=config.http_port),
         grpc_options=gRPCOptions(port=config.grpc_port, grpc_servicer_functions=SERVICER_FUNCTIONS),
         **options,
     )
@@ -141,15 +143,20 @@ def free_port() -> int:
         return port
 
 
-def _check_free(port: int) -> None:
+def _check_free(port: int, host: str) -> None:
     """Serve shares a port that is in use, silently; here that is an error."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("0.0.0.0", port))
-        except OSError as error:
-            what = "in use" if error.errno == errno.EADDRINUSE else "not available"
-            raise ConfigError(f"port: {port} is {what}, expected a free one") from None
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "errno", None)
+        if reason == errno.EADDRNOTAVAIL or isinstance(error, (socket.gaierror, UnicodeError)):
+            wanted = "expected an address of this machine"
+            raise ConfigError(f"http_host: got {host!r}, {wanted}") from None
+        what = "in use" if reason == errno.EADDRINUSE else "not available"
+        raise ConfigError(f"port: {port} is {what}, expected a free one") from None
 
 
 def _reason() -> str:

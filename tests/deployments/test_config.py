@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from twotower.deployments.access.errors import RateLimitError, UnauthenticatedError
+from twotower.deployments.access.keys import new_key
 from twotower.deployments.config import ServiceConfig
 from twotower.deployments.pair.autoscaling import PairAutoscaling
 from twotower.deployments.pair.overload import OverloadDial
@@ -17,6 +19,7 @@ from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.engine.options import EngineOptions
 from twotower.towers.errors import CheckpointError, ConfigError
 
+KEY = {"name": "ann", "sha256": "ab" * 32}
 TINY = Path(__file__).parents[1] / "golden" / "tiny_a"
 
 
@@ -69,11 +72,66 @@ def test_file_and_options(tmp_path: Path) -> None:
         ({"max_queued_requests": 4, "ease_from": 5}, "ease_from: got 5, expected at most max_que"),
         ({"max_queued_requests": 4, "ease_full": 5}, "ease_full: got 5, expected at most max_que"),
         ({"label_selector": "a=b"}, "label_selector"),
+        ({"http_host": ""}, "http_host"),
+        ({"http_host": "a b"}, "http_host"),
+        ({"cors_origins": ["example.com"]}, r"cors_origins: .*got 'example.com', expected https:"),
+        ({"cors_origins": ["https://a/path"]}, "cors_origins"),
+        ({"cors_origins": ["*"]}, r"cors_origins: got '\*' without api_keys"),
+        ({"api_keys": [KEY], "allow_anonymous": True}, "allow_anonymous and api_keys exclude"),
+        ({"api_keys": [KEY, KEY]}, "api_keys: .*name: got 'ann' 2 times"),
+        ({"api_keys": [KEY, {**KEY, "name": "bob"}]}, "api_keys: .*sha256: got one for 'ann' and"),
+        ({"channel_tls": True, "transport": "gloo"}, "channel_tls: got true with transport 'gloo'"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, object], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         ServiceConfig.from_settings(settings)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [{"name": "a", "sha256": "tt-secret"}],
+        [{"name": "a", "key": "tt-secret"}],
+        ["tt-secret"],
+        "tt-secret",
+        [KEY, {**KEY, "name": "bob"}],
+    ],
+)
+def test_nothing_of_a_key_is_in_an_error(keys: object) -> None:
+    for others in ({}, {"grpc_port": 1, "http_port": 1}):
+        with pytest.raises(ConfigError) as caught:
+            ServiceConfig.from_settings({"api_keys": keys, **others})
+        assert "secret" not in str(caught.value)
+        assert "abab" not in str(caught.value)
+
+
+def test_hashes_are_in_no_text_of_the_settings() -> None:
+    config = ServiceConfig.from_settings({"api_keys": [KEY], "cors_origins": ["*"]})
+    assert "abab" not in repr(config)
+    with pytest.raises(ConfigError, match="grpc_port and http_port") as caught:
+        ServiceConfig.from_settings({"api_keys": [KEY], "grpc_port": 1, "http_port": 1})
+    assert "abab" not in str(caught.value)
+
+
+def test_access_follows_the_settings() -> None:
+    plain, sha256 = new_key()
+    settings = {"api_keys": [{"name": "ann", "sha256": sha256, "max_concurrent": 4}]}
+    access = ServiceConfig.from_settings({**settings, "num_routers": 2}).access()
+    limits = access.caller(f"Bearer {plain}", None).limits
+    limits.admit()
+    limits.admit()
+    with pytest.raises(RateLimitError, match="expected at most 2"):
+        limits.admit()
+    with pytest.raises(UnauthenticatedError):
+        ServiceConfig().access().caller(None, "10.0.0.1")
+    anyone = ServiceConfig(allow_anonymous=True).access()
+    assert anyone.caller(None, "10.0.0.1").name == "anonymous"
+
+
+def test_origins_that_may_call() -> None:
+    origins = ["https://a.example", "http://127.0.0.1:8000", "http://[::1]:8000"]
+    assert ServiceConfig.from_settings({"cors_origins": origins}).cors_origins == origins
 
 
 def test_scaling_follows_the_settings(tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ class Outer(BaseModel):
     share: float | None = Field(None, gt=0, le=1, description="none = all")
     labels: dict[str, str] = Field(default_factory=dict)
     inner: Inner | None = None
+    several: list[Inner] = Field(default_factory=list)
+    words: list[str] = Field(default_factory=list)
+    on: bool = False
 
 
 @pytest.mark.parametrize(
@@ -35,6 +38,11 @@ class Outer(BaseModel):
         "| `share` | number | none | above 0, at most 1 | none = all |",
         "| `labels` | names with a text each | none |  |  |",
         "| `inner` | settings below | none |  |  |",
+        "| `several` | list of settings below | none |  |  |",
+        "| `words` | list of text | none |  |  |",
+        "| `on` | true, false | `false` |  |  |",
+        "## `several[]`",
+        "| `several[].most` | whole number | required | at least 1 | a \\| b |",
         "## `inner`",
         "| `inner.most` | whole number | required | at least 1 | a \\| b |",
     ],

@@ -22,15 +22,23 @@ if TYPE_CHECKING:
     from twotower.deployments.config import ServiceConfig
 
 
-def serve(config: Path | None, settings: dict[str, Any], verbose: bool) -> None:
-    """Starts the service with a file's settings and those given, until a signal stops it."""
+def serve(
+    config: Path | None, settings: dict[str, Any], api_keys: Path | None, verbose: bool
+) -> None:
+    """Starts the service with a file's settings and those given, until a signal stops it.
+
+    The keys of a file of keys are those of the service, in place of the settings'.
+    """
     from twotower.cluster.placement.surroundings import runtime_folder
     from twotower.deployments.server.supervisor import held_signals, supervise
 
     with held_signals() as held, runtime_folder(os.environ) as folder:
         # Its libraries look for their folders when they are imported.
+        from twotower.deployments.access.key_file import read_keys
         from twotower.deployments.config import ServiceConfig
 
+        if api_keys is not None:
+            settings = {**settings, "api_keys": read_keys(api_keys)}
         service_config = (
             ServiceConfig.from_settings(settings)
             if config is None

@@ -60,7 +60,8 @@ def _check_text(arguments: Sequence[str]) -> None:
             argument.encode("utf-8")
         except UnicodeEncodeError:
             name, value = _named(index, arguments)
-            raise ValueError(f"{name}: got {shorten(value)}, expected UTF-8") from None
+            shown = "a key" if name == "--api-key" else shorten(value)
+            raise ValueError(f"{name}: got {shown}, expected UTF-8") from None
 
 
 def _named(index: int, arguments: Sequence[str]) -> tuple[str, str]:

@@ -28,6 +28,14 @@ def generate(
     target: Annotated[
         str | None, typer.Option(help="host:port of a running service; otherwise in process.")
     ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="TWOTOWER_API_KEY",
+            help="Key for that service. Other users of this machine see options, so better set "
+            "the variable.",
+        ),
+    ] = None,
     model: Model = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -92,20 +100,25 @@ def generate(
     }
     text = standard_input() if prompt == "-" else prompt
     if target is not None:
-        generate_remotely(target, text, sampling, ignore_eos, logprobs)
+        generate_remotely(target, api_key, text, sampling, ignore_eos, logprobs)
     else:
         generate_here(model, device, dtype, text, sampling, ignore_eos, logprobs)
 
 
 def generate_remotely(
-    target: str, prompt: str, sampling: dict[str, Any], ignore_eos: bool, logprobs: bool
+    target: str,
+    api_key: str | None,
+    prompt: str,
+    sampling: dict[str, Any],
+    ignore_eos: bool,
+    logprobs: bool,
 ) -> None:
     """Streams a completion of a service to stdout."""
     from twotower.client import Client
 
     _check_target(target)
     begin = time.perf_counter()
-    with Client(target) as client:
+    with Client(target, api_key=api_key) as client:
         stream = client.generate(prompt, **sampling, ignore_eos=ignore_eos, logprobs=logprobs)
         for block in stream:
             write(block.text)

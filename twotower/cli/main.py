@@ -10,6 +10,7 @@ import typer
 from twotower.cli import commands
 from twotower.cli.errors import CommandGroup
 from twotower.cli.generate import generate
+from twotower.cli.keys import keys
 from twotower.cli.options import Device, Dtype, Model
 
 app = typer.Typer(
@@ -36,7 +37,24 @@ def serve(
     config: Config = None,
     grpc_port: Annotated[int | None, typer.Option(help="gRPC port; 9000 if left out.")] = None,
     http_port: Annotated[
-        int | None, typer.Option(help="Port of Ray Serve's HTTP side, loopback only; 8000.")
+        int | None, typer.Option(help="Port of the HTTP side; 8000 if left out.")
+    ] = None,
+    http_host: Annotated[
+        str | None,
+        typer.Option(help="Address on which HTTP is taken; 127.0.0.1, this machine only."),
+    ] = None,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="YAML list of keys, as `twotower key new` prints them; then every request needs "
+            "one. Without keys only this machine is answered.",
+        ),
+    ] = None,
+    allow_anonymous: Annotated[
+        bool | None,
+        typer.Option("--allow-anonymous", help="Without keys, answer other machines as well."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu (default) or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 (default) or bfloat16.")] = None,
@@ -69,6 +87,8 @@ def serve(
         "model": model,
         "grpc_port": grpc_port,
         "http_port": http_port,
+        "http_host": http_host,
+        "allow_anonymous": allow_anonymous,
         "device": device,
         "dtype": dtype,
         "num_threads": threads,
@@ -80,10 +100,11 @@ def serve(
         "transport": transport,
         "num_pairs": pairs,
     }
-    commands.serve(config, settings, verbose)
+    commands.serve(config, settings, api_keys, verbose)
 
 
 app.command()(generate)
+app.add_typer(keys, name="key")
 
 
 @app.command()

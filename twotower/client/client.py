@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 
 from twotower.client.channels import channel_options
+from twotower.client.keys import KeyedChannel, checked_key
 from twotower.client.messages import (
     ModelInfo,
     Score,
@@ -34,9 +35,9 @@ S = TypeVar("S")
 class _Calls(ABC, Generic[S]):
     """Starts completions, by the stub of a channel."""
 
-    def __init__(self, channel: Any) -> None:
-        self._channel = channel
-        self._stub: Any = generation_pb2_grpc.GenerationStub(channel)
+    def __init__(self, channel: Any, api_key: str | None) -> None:
+        self._channel = channel if api_key is None else KeyedChannel(channel, api_key)
+        self._stub: Any = generation_pb2_grpc.GenerationStub(self._channel)
 
     def generate(
         self,
@@ -110,15 +111,23 @@ class _Calls(ABC, Generic[S]):
 class Client(_Calls[GenerationStream]):
     """Calls one service; `target` is `host:port`. Use it as a context manager or `close` it.
 
-    `credentials` (as of `grpc.ssl_channel_credentials`) are for a service behind TLS.
+    `credentials` (as of `grpc.ssl_channel_credentials`) are for a service behind TLS. `api_key`
+    goes with every call, for a service that asks for one; without TLS everybody on the way can read
+    it.
     """
 
-    def __init__(self, target: str, credentials: grpc.ChannelCredentials | None = None) -> None:
-        checked_text("target", target)
+    def __init__(
+        self,
+        target: str,
+        credentials: grpc.ChannelCredentials | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        _check(target, api_key)
         super().__init__(
             grpc.insecure_channel(target, options=channel_options(target))
             if credentials is None
-            else grpc.secure_channel(target, credentials, options=channel_options(target))
+            else grpc.secure_channel(target, credentials, options=channel_options(target)),
+            api_key,
         )
 
     def score(self, text: Prompt, *, timeout: float | None = None) -> Score:
@@ -156,12 +165,18 @@ class Client(_Calls[GenerationStream]):
 class AsyncClient(_Calls[AsyncGenerationStream]):
     """As Client, for asyncio; make it where the event loop runs."""
 
-    def __init__(self, target: str, credentials: grpc.ChannelCredentials | None = None) -> None:
-        checked_text("target", target)
+    def __init__(
+        self,
+        target: str,
+        credentials: grpc.ChannelCredentials | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        _check(target, api_key)
         super().__init__(
             grpc.aio.insecure_channel(target, options=channel_options(target))
             if credentials is None
-            else grpc.aio.secure_channel(target, credentials, options=channel_options(target))
+            else grpc.aio.secure_channel(target, credentials, options=channel_options(target)),
+            api_key,
         )
 
     async def score(self, text: Prompt, *, timeout: float | None = None) -> Score:
@@ -192,6 +207,13 @@ class AsyncClient(_Calls[AsyncGenerationStream]):
 
     def _stream(self, request: pb.GenerateRequest, *limits: float | None) -> AsyncGenerationStream:
         return AsyncGenerationStream(self._stub, request, *limits)
+
+
+def _check(target: str, api_key: str | None) -> None:
+    """Raises InvalidRequestError, before there is a channel to close."""
+    checked_text("target", target)
+    if api_key is not None:
+        checked_key(api_key)
 
 
 def _seconds(timeout: float | None) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ray.serve.exceptions import RayServeException
 from twotower.deployments.config import ServiceConfig
 from twotower.deployments.server import server
 from twotower.deployments.server.server import LocalService
-from twotower.towers.errors import UnavailableError
+from twotower.towers.errors import ConfigError, UnavailableError
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_ray_that_does_not_start_is_one_line_and_leaves_no_folder(
     monkeypatch.setattr(serve, "status", status)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     # Nothing gets so far as to listen, and a test beside this one may have any port by now.
-    monkeypatch.setattr(server, "_check_free", lambda _: None)
+    monkeypatch.setattr(server, "_check_free", lambda *_: None)
     config = ServiceConfig(model=str(tiny_text), num_threads=1)
     service = LocalService(config)
     with pytest.raises(UnavailableError) as caught:
@@ -61,3 +62,29 @@ def test_ray_that_does_not_start_is_one_line_and_leaves_no_folder(
     assert text.startswith(f"the service did not start: {line}")
     assert "\n" not in text
     assert not seen[0].exists()
+
+
+def test_ports_are_looked_at_where_they_will_be_taken() -> None:
+    """HTTP on one address of this machine does not mind another's port."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.2", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        server._check_free(port, "127.0.0.1")
+        for host in ("127.0.0.2", "0.0.0.0"):
+            with pytest.raises(ConfigError, match=f"port: {port} is in use"):
+                server._check_free(port, host)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "a..b", "not-a-name.invalid"])
+def test_an_address_of_another_machine(host: str) -> None:
+    with pytest.raises(ConfigError, match=f"http_host: got '{host}', expected an address of this"):
+        server._check_free(server.free_port(), host)
+
+
+def test_serve_listens_where_the_settings_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: dict[str, Any] = {}
+    monkeypatch.setattr(serve, "start", lambda **options: started.update(options))
+    server.start_serve(ServiceConfig(http_host="127.0.0.2", http_port=8123))
+    http = started["http_options"]
+    assert (http.host, http.port) == ("127.0.0.2", 8123)
