@@ -25,6 +25,13 @@ MOST_MESSAGE_BYTES = (1 << 31) - 1
 # stop strings of 256 characters are the most of it.
 _ID_BYTES = 5
 _REST_BYTES = 64 << 10
+_MANY_PROMPTS = 64 << 20
+
+
+def longest_body(message_bytes: int) -> int:
+    """The longest body by HTTP where messages have up to `message_bytes`: JSON takes up to three
+    times as much for a prompt, and a body has several prompts, as far as that is not very much."""
+    return max(3 * message_bytes, min(16 * message_bytes, _MANY_PROMPTS))
 
 
 @dataclass(frozen=True)

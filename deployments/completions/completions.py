@@ -210,7 +210,13 @@ class Completions:
         self.reader.check_count("messages", len(ids))
         return ids
 
-    async def score(self, field: str, token_ids: Sequence[int], top_logprobs: int = 0) -> Scores:
+    async def score(
+        self,
+        field: str,
+        token_ids: Sequence[int],
+        top_logprobs: int = 0,
+        charge: Charge = lambda _tokens: None,
+    ) -> Scores:
         """Log-probabilities of tokens 1 to n-1 under the context tower, with alternatives.
 
         Raises InvalidRequestError.
@@ -219,6 +225,7 @@ class Completions:
         check_ids(field, token_ids, self.model.vocab_size)
         if not token_ids:
             raise InvalidRequestError(field, [], "at least 1 token")
+        charge(len(token_ids))
         return await self._attempts.score(token_ids, top_logprobs)
 
     async def decode(self, field: str, token_ids: Sequence[int]) -> str:

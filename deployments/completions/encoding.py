@@ -83,7 +83,7 @@ class TextReader:
             raise InvalidRequestError(field, f"{count} tokens", limit)
 
     def check_size(self, field: str, size: int) -> None:
-        """Raises InvalidRequestError for a text of so many bytes that cannot be few enough tokens."""
+        """Raises InvalidRequestError for more bytes of text than the most tokens can be."""
         if self._token_bytes is None or size <= self._max_tokens * self._token_bytes:
             return
         raise InvalidRequestError(

@@ -13,6 +13,11 @@ import grpc
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from twotower.cluster.services.ray_errors import plain_error
+from twotower.deployments.access.errors import (
+    ForbiddenError,
+    RateLimitError,
+    UnauthenticatedError,
+)
 from twotower.deployments.routing.retry import LostTooOftenError
 from twotower.protos.refusals import (
     BUSY_TEXT,
@@ -37,6 +42,8 @@ MAX_DETAILS = 1024
 _STARTING_TEXT = "no pair of towers is up; try again later"
 _SHOWN: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
+    (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
+    (ForbiddenError, grpc.StatusCode.PERMISSION_DENIED),
     (CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
     (LostTooOftenError, grpc.StatusCode.ABORTED),
@@ -65,6 +72,8 @@ def _shown(error: BaseException) -> str:
     text = str(error)[:MAX_DETAILS]
     if isinstance(error, NumericalError):
         return f"{NUMERICAL_TEXT}: {text}"
+    if isinstance(error, RateLimitError):
+        return with_retry_after(text, error.retry_after_s)
     return with_retry_after(text, RETRY_AFTER_S) if isinstance(error, QueueFullError) else text
 
 

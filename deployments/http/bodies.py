@@ -59,9 +59,7 @@ class SamplingBody(Body):
         None, description="-100 to 100 by token id; at most 1024"
     )
     user: str | None = Field(None, description="taken and not used")
-    mode: str | None = Field(
-        None, description="mask_diffusion (default), ar, mock_ar or verified"
-    )
+    mode: str | None = Field(None, description="mask_diffusion (default), ar, mock_ar or verified")
     block_size: int | None = Field(None, description="tokens denoised together; default 16")
     steps_per_block: int | None = Field(
         None, description="most denoiser passes a block; default 16"

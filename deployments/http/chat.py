@@ -76,7 +76,7 @@ async def _admitted(exchange: Exchange, body: ChatBody) -> list[Completion]:
     params = body.params(max(1, body.min_tokens or 0) if asked is None else asked, tops, eos)
     if asked is None:
         room = params.most_tokens(len(ids), service.model.max_context)
-        params = replace(params, max_tokens=room)
+        params = replace(params, max_tokens=max(1, room))
     request = CompletionRequest(exchange.request_id, ids, params, n=exchange.choices)
     return await service.admit(request, exchange.admission.charge)
 
@@ -166,7 +166,9 @@ def _logprobs(exchange: Exchange, tokens: Sequence[TokenLogprob] | None) -> Chat
     content = []
     for token in tokens:
         assert token.log_prob is not None, "tokens of an output have one"
-        tops = [_alternative(token_text(tokenizer, other), value) for other, value in token.top or ()]
+        tops = [
+            _alternative(token_text(tokenizer, other), value) for other, value in token.top or ()
+        ]
         own = token_text(tokenizer, token.token_id)
         content.append(
             ChatTokenLogprob(

@@ -61,7 +61,9 @@ class _Prompt:
         self.length = len(self.text)
 
 
-async def complete(exchange: Exchange, body: CompletionBody) -> CompletionAnswer | StreamingResponse:
+async def complete(
+    exchange: Exchange, body: CompletionBody
+) -> CompletionAnswer | StreamingResponse:
     """The answer, or the stream of its chunks. Raises InvalidRequestError, NotFoundError, and
     whatever ends a row before its first block."""
     exchange.check_model()
@@ -101,8 +103,8 @@ def _prompts(body: CompletionBody) -> list[Input]:
     if not prompt:
         raise InvalidRequestError("prompt", [], "at least 1 token")
     if isinstance(prompt[0], int):
-        return [prompt]  # type: ignore[list-item]  # all of one kind, as the body was checked
-    return list(prompt)  # type: ignore[arg-type]
+        return [prompt]
+    return list(prompt)
 
 
 async def _admitted(
@@ -115,9 +117,7 @@ async def _admitted(
     for index, given in enumerate(asked.prompts):
         ids = await service.token_ids("prompt", given)
         request = CompletionRequest(exchange.request_id, ids, params, n=exchange.choices)
-        admitted = await service.admit(
-            request, exchange.admission.charge, index * exchange.choices
-        )
+        admitted = await service.admit(request, exchange.admission.charge, index * exchange.choices)
         completions += admitted if asked.max_tokens else []
         text = given if isinstance(given, str) else ""
         if asked.echo and not isinstance(given, str) and service.tokenizer is not None:
@@ -136,7 +136,9 @@ async def _pieces(
     texts = None
     if asked.tops is not None:
         tokenizer = exchange.service.tokenizer
-        texts = [TokenTexts(tokenizer, prompts[each.index // choices].length) for each in completions]
+        texts = [
+            TokenTexts(tokenizer, prompts[each.index // choices].length) for each in completions
+        ]
     output = output_pieces(completions, texts)
     async with aclosing(output):
         # The first block, or what refuses the row, before anything is sent.
@@ -153,9 +155,9 @@ async def _pieces(
 
 async def _score(exchange: Exchange, tops: int, prompts: Sequence[_Prompt]) -> None:
     """Adds the log-probabilities of each prompt."""
-    service = exchange.service
+    service, charge = exchange.service, exchange.admission.charge
     scores = await asyncio.gather(
-        *(service.score("prompt", prompt.token_ids, tops) for prompt in prompts)
+        *(service.score("prompt", prompt.token_ids, tops, charge) for prompt in prompts)
     )
     for prompt, found in zip(prompts, scores, strict=True):
         texts = TokenTexts(service.tokenizer)
@@ -263,9 +265,7 @@ def _introduce(
         choice.prompt_token_ids = prompts[choice.index // exchange.choices].token_ids
 
 
-def _completion_logprobs(
-    exchange: Exchange, tokens: Sequence[TokenLogprob]
-) -> CompletionLogprobs:
+def _completion_logprobs(exchange: Exchange, tokens: Sequence[TokenLogprob]) -> CompletionLogprobs:
     return CompletionLogprobs(
         tokens=[token.text for token in tokens],
         token_logprobs=[token.log_prob for token in tokens],

@@ -129,6 +129,5 @@ def _first_fault(errors: Sequence[Any]) -> tuple[str, str | None]:
 
 def _path(loc: Sequence[Any]) -> list[str]:
     """The names and numbers of a fault's place in the body, without the names of a union's
-    branches."""
-    inside = [str(part) for part in loc if part != "body"]
-    return [part for part in inside if part.isidentifier() or part.isdecimal()][: len(inside)]
+    branches, which are those of types."""
+    return [str(part) for part in loc[1:] if part != "str" and "[" not in str(part)]

@@ -1,4 +1,5 @@
-"""Outermost of the router's own ASGI layers: the request's name, its size, and its errors."""
+"""The router's own ASGI layer around all routes: a request's name, its caller, its size and its
+errors."""
 
 from __future__ import annotations
 
@@ -7,17 +8,26 @@ import secrets
 from starlette.datastructures import Headers, MutableHeaders
 
 import twotower
+from twotower.deployments.access.access import Access, Caller
 from twotower.deployments.completions.requests import request_id_of
 from twotower.deployments.http.errors import error_response
 from twotower.deployments.http.middleware import MARK, App, Message, Receive, Scope, Send, bounded
 from twotower.towers.errors import InvalidRequestError
 
+# For everyone: the page, which has nothing of anybody, and probes. All other paths need a caller.
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version", "/openapi.json"})
+OPEN_FOLDER = "/page/"
+# For administrators.
+ADMIN_PATHS = ("/admin", "/metrics")
+
 
 class Front:
-    """Names each request, bounds its body and turns what its route raises into an answer."""
+    """Names each request, finds out who calls before anything is read, bounds the body and turns
+    what a route raises into an answer."""
 
-    def __init__(self, app: App, max_bytes: int) -> None:
+    def __init__(self, app: App, access: Access, max_bytes: int) -> None:
         self._app = app
+        self._access = access
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -25,8 +35,8 @@ class Front:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(Headers(scope=scope).get("x-request-id", ""))
-        scope.setdefault("state", {})["request_id"] = request_id
+        headers, state = Headers(scope=scope), scope.setdefault("state", {})
+        state["request_id"] = request_id = _request_id(headers.get("x-request-id", ""))
         started = False
 
         async def marked(message: Message) -> None:
@@ -37,11 +47,23 @@ class Front:
             await send(message)
 
         try:
+            path = str(scope["path"])
+            if path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
+                state["caller"] = self._caller(scope, headers, path)
             await self._app(scope, bounded(receive, self._max_bytes), marked)
         except Exception as error:
             if started:
                 raise
             await error_response(error, request_id)(scope, receive, marked)
+
+    def _caller(self, scope: Scope, headers: Headers, path: str) -> Caller:
+        """Who calls. Raises UnauthenticatedError, and ForbiddenError if only admins may."""
+        peer = scope["client"][0] if scope.get("client") else None
+        forwarded = "x-forwarded-for" in headers
+        caller = self._access.caller(headers.get("authorization"), peer, forwarded=forwarded)
+        if path.startswith(ADMIN_PATHS):
+            caller.check_admin()
+        return caller
 
 
 def _request_id(given: str) -> str:

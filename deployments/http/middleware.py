@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 
-from twotower.protos.incoming import message_limit
+from twotower.protos.incoming import longest_body, message_limit
 from twotower.protos.refusals import LOST_TEXT, too_long
 
 PROXY_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
@@ -45,8 +45,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """The middleware of a proxy process; its limit is that of gRPC messages."""
-    return [Middleware(GuardedProxy, max_bytes=message_limit(os.environ))]
+    """The middleware of a proxy process; its limit follows from that of gRPC messages."""
+    return [Middleware(GuardedProxy, max_bytes=longest_body(message_limit(os.environ)))]
 
 
 class GuardedProxy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from fastapi import APIRouter
@@ -34,7 +35,7 @@ def page_routes() -> APIRouter:
     return router
 
 
-def _answering(name: str) -> object:
+def _answering(name: str) -> Callable[[], Awaitable[Response]]:
     async def answer() -> Response:
         return _file(name)
 

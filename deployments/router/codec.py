@@ -11,12 +11,7 @@ from twotower.protos.refusals import too_long
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.decoding.commit_log import CommitLog
 from twotower.towers.decoding.services import Block, ProvisionalBlock, Scores
-from twotower.towers.request.params import (
-    SAMPLING_PARAMETERS,
-    GenerationParams,
-    check_logit_bias_count,
-    check_stop_count,
-)
+from twotower.towers.request.params import SAMPLING_PARAMETERS, GenerationParams, check_stop_count
 
 # Fields that are no scalars.
 _LISTS = ("stop", "logit_bias")
@@ -42,12 +37,11 @@ def params_of(message: pb.SamplingParams, eos_token_id: int | None) -> Generatio
 
     Raises InvalidRequestError.
     """
-    # Before they are copied.
+    # Before the strings are copied.
     check_stop_count(len(message.stop))
-    check_logit_bias_count(len(message.logit_bias))
     given = {name: getattr(message, name) for name in _OPTIONAL_SCALARS if message.HasField(name)}
     eos = None if message.ignore_eos else eos_token_id
-    bias = dict(message.logit_bias)
+    bias = tuple(message.logit_bias.items())
     return GenerationParams(
         **given, eos_token_id=eos, stop=tuple(message.stop), logit_bias=bias
     ).with_seed()
@@ -143,8 +137,6 @@ def _tops(
     positions: Sequence[Sequence[tuple[int, float]]],
 ) -> list[pb.TopLogProbs]:
     return [
-        pb.TopLogProbs(
-            token_ids=[token for token, _ in top], log_probs=[value for _, value in top]
-        )
+        pb.TopLogProbs(token_ids=[token for token, _ in top], log_probs=[value for _, value in top])
         for top in positions
     ]

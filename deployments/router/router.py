@@ -17,6 +17,8 @@ import grpc
 from fastapi import FastAPI
 from grpc_health.v1 import health_pb2
 
+from twotower.deployments.access.access import Caller
+from twotower.deployments.access.limits import Admission
 from twotower.deployments.completions.completions import Completions, merged
 from twotower.deployments.completions.requests import request_id_of
 from twotower.deployments.completions.status import refuse
@@ -44,13 +46,14 @@ class Router:
 
     def __init__(self, config: ServiceConfig, pairs: Any) -> None:
         self._config = config
+        self._access = config.access()
         self._completions = Completions(config, pairs)
         _compare_limits(self._completions.max_message)
         self._info = codec.model_info(self._completions.model)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The HTTP front; Serve asks for it after the constructor."""
-        return build_http_app(self._completions, self._config)
+        return build_http_app(self._completions, self._config, self._access)
 
     async def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, grpc_context: Any
@@ -58,9 +61,10 @@ class Router:
         """Streams the completions of a prompt."""
         request_id = _log_name(request.request_id)
         try:
-            async with aclosing(self._events(request)) as events:
-                async for event in events:
-                    yield event
+            with self._caller(grpc_context).limits.admit() as admission:
+                async with aclosing(self._events(request, admission)) as events:
+                    async for event in events:
+                        yield event
         except Exception as error:
             refuse(grpc_context, error, request_id)
 
@@ -69,7 +73,8 @@ class Router:
     ) -> pb.ScoreResponse:
         """Scores a text."""
         try:
-            return await self._scored(request)
+            with self._caller(grpc_context).limits.admit() as admission:
+                return await self._scored(request, admission)
         except Exception as error:
             refuse(grpc_context, error, _log_name(request.request_id))
 
@@ -78,6 +83,7 @@ class Router:
     ) -> pb.TokenizeResponse:
         """The ids of a text."""
         try:
+            self._caller(grpc_context)
             ids = await self._completions.token_ids("text", request.text)
             return pb.TokenizeResponse(token_ids=ids)
         except Exception as error:
@@ -88,16 +94,21 @@ class Router:
     ) -> pb.DetokenizeResponse:
         """The text of ids."""
         try:
+            self._caller(grpc_context)
             ids = list(request.token_ids)
             return pb.DetokenizeResponse(text=await self._completions.decode("token_ids", ids))
         except Exception as error:
             refuse(grpc_context, error, _log_name(""))
 
     async def GetModelInfo(  # noqa: N802
-        self, _request: pb.GetModelInfoRequest
+        self, _request: pb.GetModelInfoRequest, grpc_context: Any
     ) -> pb.ModelInfo:
         """Model, limits and modes of the service."""
-        return self._info
+        try:
+            self._caller(grpc_context)
+            return self._info
+        except Exception as error:
+            refuse(grpc_context, error, _log_name(""))
 
     async def Check(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, grpc_context: Any
@@ -133,11 +144,11 @@ class Router:
             await asyncio.sleep(WATCH_PERIOD_S)
 
     async def _events(
-        self, request: pb.GenerateRequest
+        self, request: pb.GenerateRequest, admission: Admission
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         eos, longest = self._completions.model.eos_token_id, self._completions.max_message
         asked = codec.completion_request(request, eos, longest)
-        completions = await self._completions.admit(asked)
+        completions = await self._completions.admit(asked, admission.charge)
         log_probs = request.sampling_params.logprobs
         for completion in completions:
             yield codec.started_event(completion, asked.request_id)
@@ -155,13 +166,23 @@ class Router:
         if any(completion.log.finish_reason is None for completion in completions):
             raise RuntimeError("the blocks ended without a finish reason")
 
-    async def _scored(self, request: pb.ScoreRequest) -> pb.ScoreResponse:
+    async def _scored(self, request: pb.ScoreRequest, admission: Admission) -> pb.ScoreResponse:
         request_id_of(request.request_id)
         codec.check_size(request, self._completions.max_message)
         given = codec.input_of(request, "input")
         token_ids = await self._completions.token_ids("input", given)
-        scores = await self._completions.score("input", token_ids, request.top_logprobs)
+        scores = await self._completions.score(
+            "input", token_ids, request.top_logprobs, admission.charge
+        )
         return codec.score_response(token_ids, scores)
+
+    def _caller(self, grpc_context: Any) -> Caller:
+        """Who calls. Raises UnauthenticatedError."""
+        metadata = dict(grpc_context.invocation_metadata())
+        forwarded = "x-forwarded-for" in metadata
+        return self._access.caller(
+            metadata.get("authorization"), grpc_context.peer(), forwarded=forwarded
+        )
 
     async def _health(self, service: str) -> int:
         if not service:

@@ -21,6 +21,7 @@ from ray.serve.exceptions import RayServeException
 from twotower.cluster.placement.surroundings import runtime_folder, shared_memory
 from twotower.deployments.app import build_app, check_room, this_machine
 from twotower.deployments.config import APP_NAME, ServiceConfig
+from twotower.deployments.http.middleware import PROXY_CALLBACK, PROXY_VARIABLE
 from twotower.deployments.router.ingress import SERVICER_FUNCTIONS
 from twotower.protos.incoming import MAX_MESSAGE_BYTES, MESSAGE_VARIABLE
 from twotower.towers.errors import ConfigError, TwoTowerError, UnavailableError
@@ -39,6 +40,8 @@ ENVIRONMENT = {
     # By default a proxy that is not up within 5 s is killed and started anew, which on a machine
     # with other work on it only makes the start fail.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    # What runs in front of Serve's own HTTP proxy.
+    PROXY_VARIABLE: PROXY_CALLBACK,
     # By default Serve takes messages of 2 GiB.
     MESSAGE_VARIABLE: str(MAX_MESSAGE_BYTES),
 }

@@ -168,6 +168,13 @@ class GenerationParams:
         unit = self.block_size if self.traits.unit == "block" else 1
         return prompt_tokens + -(-self.max_tokens // unit) * unit
 
+    def most_tokens(self, prompt_tokens: int, max_context: int) -> int:
+        """The largest `max_tokens` for which such a prompt has room; may be below 1."""
+        room = max_context - prompt_tokens
+        if self.traits.unit == "draft":
+            return room - self.block_size
+        return room - room % self.block_size if self.traits.unit == "block" else room
+
     def check_row(
         self, prompt: list[int], vocab_size: int, max_context: int, generated: list[int]
     ) -> None:

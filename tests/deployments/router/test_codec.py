@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
 
-from twotower.deployments.router import codec
 from twotower.deployments.completions.encoding import TextReader
+from twotower.deployments.router import codec
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.decoding.commit_log import CommitLog
 from twotower.towers.decoding.services import Block

@@ -13,10 +13,10 @@ import pytest
 from grpc_health.v1 import health_pb2
 from ray import serve
 
-from twotower.deployments.config import ServiceConfig
-from twotower.deployments.pair.tower_pair import Job
 from twotower.deployments.completions import encoding
 from twotower.deployments.completions.encoding import Lane
+from twotower.deployments.config import ServiceConfig
+from twotower.deployments.pair.tower_pair import Job
 from twotower.deployments.router.router import SERVICE_NAME, Router
 from twotower.protos.refusals import RequestRefusedError, shown
 from twotower.protos.v1 import generation_pb2 as pb
