@@ -48,6 +48,12 @@ class Context:
         _contexts[id(self)] = self
         return _context, (id(self),)
 
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:50000"
+
     def set_code(self, code: grpc.StatusCode) -> None:
         self.code = code
 
