@@ -58,12 +58,16 @@ WINGS = {
     "deployments/config": "towers/text towers/checkpoint towers/engine protos cluster/topology "
     "deployments/settings_file deployments/access deployments/pair",
     "deployments/routing": "towers/decoding protos cluster/services deployments/pair",
-    "deployments/router": "towers/text towers/decoding towers/checkpoint protos cluster/services "
-    "cluster/placement deployments/config deployments/pair deployments/routing",
+    "deployments/completions": "towers/text towers/decoding towers/checkpoint protos "
+    "cluster/services deployments/access deployments/config deployments/pair deployments/routing",
+    "deployments/http": "towers/text towers/decoding protos cluster/services deployments/access "
+    "deployments/config deployments/completions",
+    "deployments/router": "towers/decoding protos cluster/placement deployments/access "
+    "deployments/config deployments/completions deployments/http",
     "deployments/app": "cluster/topology cluster/placement deployments/config deployments/pair "
     "deployments/router",
-    "deployments/server": "protos cluster/placement deployments/config deployments/router "
-    "deployments/app",
+    "deployments/server": "protos cluster/placement deployments/config deployments/http "
+    "deployments/router deployments/app",
     "client": "protos",
     "planner": "towers/state towers/checkpoint towers/engine towers/decoding",
     "bench": "towers/state towers/model towers/decoding towers/checkpoint towers/engine planner",

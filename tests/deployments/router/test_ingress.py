@@ -150,7 +150,7 @@ class Proxy:
         self.port = self.server.add_insecure_port("127.0.0.1:0")
 
     # Generated code takes the servicer's methods; Serve puts its own handlers in their place.
-    Generate = Score = GetModelInfo = Check = Watch = List = None
+    Generate = Score = Tokenize = Detokenize = GetModelInfo = Check = Watch = List = None
 
     def _handler(self, *, service_method: str, streaming_type: Any) -> Any:
         async def unary(request: Any, context: Any) -> bytes:

@@ -21,7 +21,7 @@ from twotower.deployments.router.router import SERVICE_NAME, Router
 from twotower.protos.refusals import RequestRefusedError, shown
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.config.model_config import TwoTowerConfig
-from twotower.towers.decoding.services import Block
+from twotower.towers.decoding.services import Block, Scores
 from twotower.towers.errors import NumericalError, QueueFullError, UnavailableError
 from twotower.towers.text.fast_tokenizer import FastTokenizer
 from twotower.towers.text.tokenizer import load_tokenizer
@@ -87,8 +87,9 @@ class FakePair:
             )
             start += count
 
-    async def score(self, token_ids: Sequence[int]) -> list[float]:
-        return [-float(token) for token in token_ids[1:]]
+    async def score(self, token_ids: Sequence[int], top_logprobs: int = 0) -> Scores:
+        tops = [tuple((token, -0.5) for token in range(top_logprobs)) for _ in token_ids[1:]]
+        return Scores([-float(token) for token in token_ids[1:]], tops if top_logprobs else [])
 
     async def ping(self) -> bool:
         if self._script and isinstance(self._script[0], Exception):
@@ -468,7 +469,7 @@ def test_health(serving: Serving) -> None:
 
 def test_model_info(tiny_text: Path) -> None:
     router = Router(ServiceConfig(model=str(tiny_text), max_context=64), Handle())
-    info = asyncio.run(router.GetModelInfo(pb.GetModelInfoRequest()))
+    info = asyncio.run(router.GetModelInfo(pb.GetModelInfoRequest(), Context()))
     config = TwoTowerConfig.from_file(tiny_text / "config.json")
     assert (info.vocab_size, info.max_context) == (config.vocab_size, 64)
     assert (info.eos_token_id, info.has_tokenizer) == (2, True)
@@ -479,13 +480,15 @@ def test_the_context_is_that_of_the_model_at_most(tiny_text: Path) -> None:
     config = TwoTowerConfig.from_file(tiny_text / "config.json")
     longer = config.max_position_embeddings + 1
     router = Router(ServiceConfig(model=str(tiny_text), max_context=longer), Handle())
-    info = asyncio.run(router.GetModelInfo(pb.GetModelInfoRequest()))
+    info = asyncio.run(router.GetModelInfo(pb.GetModelInfoRequest(), Context()))
     assert info.max_context == config.max_position_embeddings
 
 
 def test_without_a_denoiser_other_modes_are_refused(tiny_text: Path) -> None:
     router = Router(ServiceConfig(model=str(tiny_text), placement="ar_only"), Handle())
-    assert list(asyncio.run(router.GetModelInfo(pb.GetModelInfoRequest())).modes) == ["ar"]
+    assert list(asyncio.run(router.GetModelInfo(pb.GetModelInfoRequest(), Context())).modes) == [
+        "ar"
+    ]
     context = Context()
     with pytest.raises(RequestRefusedError):
         asyncio.run(first(router.Generate(ask(mode="verified"), context)))
