@@ -1,0 +1,150 @@
+// One column of the page: plays frames at a pace, draws them, and shows their figures.
+
+import { tokensPerPass } from "./trace.js";
+
+/** `announce` gets the text of each block once it is committed. */
+export class Column {
+  constructor(section, announce = () => {}) {
+    this.parts = {};
+    for (const part of section.querySelectorAll("[data-part]")) {
+      this.parts[part.dataset.part] = part;
+    }
+    this.announce = announce;
+    this.reset("", 0);
+  }
+
+  /** Empties the column. `pace` is the least time of a frame in milliseconds. */
+  reset(prompt, pace) {
+    clearTimeout(this.timer);
+    this.timer = null;
+    this.queue = [];
+    this.draft = null;
+    this.shown = null;
+    this.pace = pace;
+    this.ended = new Promise((resolve) => {
+      this.resolve = resolve;
+    });
+    const { parts } = this;
+    parts.prompt.textContent = prompt;
+    parts.text.textContent = "";
+    parts.block.replaceChildren();
+    parts.progress.textContent = "";
+    for (const name of ["per-pass", "rate", "passes"]) parts[name].textContent = "–";
+  }
+
+  /** Shows the frame of a draft, if nothing newer comes before its turn. */
+  offer(frame) {
+    this.draft = frame;
+    this.play();
+  }
+
+  /** Shows these frames in turn, but for steps that have been seen as drafts. */
+  add(frames) {
+    this.draft = null;
+    const { shown } = this;
+    const seen = (frame) => frame.block === shown?.block && frame.step <= shown.step;
+    this.queue.push(...frames.filter((frame) => frame.closes || frame.ends || !seen(frame)));
+    this.play();
+  }
+
+  /** Drops what waits and shows `frame`. */
+  finish(frame) {
+    this.queue = [];
+    this.draft = null;
+    clearTimeout(this.timer);
+    this.timer = null;
+    this.show(frame);
+    this.resolve();
+  }
+
+  /** Shows what waits, unless a frame has its time. */
+  play() {
+    if (this.timer !== null) return;
+    const frame = this.next();
+    if (!frame) return;
+    this.show(frame);
+    if (frame.ends) this.resolve();
+    this.timer = setTimeout(() => {
+      this.timer = null;
+      this.play();
+    }, Math.max(this.pace, 16));
+  }
+
+  /** The next frame; in real time the newest of those that wait. */
+  next() {
+    if (this.pace === 0) {
+      while (this.queue.length > 1) this.tell(this.queue.shift());
+    }
+    const frame = this.queue.shift() ?? this.draft;
+    this.draft = null;
+    return frame;
+  }
+
+  show(frame) {
+    this.shown = frame;
+    this.draw(frame);
+    this.tell(frame);
+    const { output } = this.parts;
+    output.scrollTop = output.scrollHeight;
+  }
+
+  tell(frame) {
+    if (frame.closes) this.announce(frame.text);
+  }
+
+  /** Draws a frame and its figures. */
+  draw(frame) {
+    const { parts } = this;
+    parts.text.textContent = frame.before;
+    parts.block.replaceChildren(...frame.cells.flatMap((cell) => drawn(cell, frame)));
+    parts.progress.textContent = place(frame);
+    const perPass = tokensPerPass(frame);
+    parts["per-pass"].textContent = perPass === null ? "–" : perPass.toFixed(2);
+    parts.rate.textContent = frame.rate === null ? "–" : frame.rate.toFixed(frame.rate < 10 ? 1 : 0);
+    parts.passes.textContent = frame.ar ? `${frame.context}` : `${frame.nfe} + ${frame.context}`;
+  }
+}
+
+/** Where a frame stands, in words. */
+export function place(frame) {
+  if (frame.ends) return `${frame.tokens} tokens`;
+  // While it is all masks the context tower reads what stands before it.
+  if (frame.step < 0) return `block ${frame.block + 1}, masks`;
+  if (frame.ar) return `token ${frame.tokens}`;
+  const steps = frame.steps === null ? "" : ` of ${frame.steps}`;
+  return `block ${frame.block + 1}, step ${frame.step + 1}${steps}`;
+}
+
+/** Nodes of a cell. A committed line break breaks the line, one that is a guess only shows. */
+function drawn(cell, frame) {
+  if (frame.ar) return [plain(cell, cell === frame.cells[frame.cells.length - 1])];
+  if (cell.step === null) return [masked(cell)];
+  const lines = cell.text.split("\n");
+  return lines.flatMap((line, index) => {
+    const isLast = index === lines.length - 1;
+    if (isLast && line === "" && lines.length > 1) return [];
+    const box = element("cell done", isLast ? line : `${line}\u21b5`);
+    box.style.setProperty("--at", cell.step / Math.max(1, (frame.steps ?? 16) - 1));
+    if (index === 0) box.dataset.step = cell.step + 1;
+    if (cell.step === frame.step) box.classList.add("new");
+    return isLast ? [box] : [box, document.createTextNode("\n")];
+  });
+}
+
+function masked(cell) {
+  if (cell.text === null) return element("cell mask", "");
+  const box = element("cell guess", cell.text.replaceAll("\n", "\u21b5"));
+  box.style.setProperty("--sure", cell.confidence);
+  return box;
+}
+
+function plain(cell, isNewest) {
+  return element(isNewest ? "newest" : "", cell.text);
+}
+
+function element(name, text) {
+  const made = document.createElement("span");
+  made.className = name;
+  made.textContent = text;
+  return made;
+}
