@@ -33,12 +33,12 @@ def page_routes() -> APIRouter:
     """`/`, and the files that it names."""
     router = APIRouter(include_in_schema=False)
 
-    @router.get("/")
+    @router.api_route("/", methods=["GET", "HEAD"])
     async def page() -> Response:
         return _file("index.html")
 
     for name in _FILES:
-        router.add_api_route(f"/page/{name}", _answering(name), methods=["GET"])
+        router.add_api_route(f"/page/{name}", _answering(name), methods=["GET", "HEAD"])
     return router
 
 

@@ -145,6 +145,7 @@ function plain(cell, isNewest) {
 function element(name, text) {
   const made = document.createElement("span");
   made.className = name;
-  made.textContent = text;
+  // A box of blanks alone would have no baseline to stand on.
+  made.textContent = text.trim() === "" ? `${text}\u200b` : text;
   return made;
 }

@@ -55,6 +55,7 @@ async function start() {
   const abort = new AbortController();
   running = abort;
   showRunning();
+  reveal(at("columns"));
   const mode = at("mode").value;
   const streams = [run(denoised, mode, abort, mode === "ar" ? AR_FIELDS : FIELDS)];
   if (at("beside").checked) streams.push(run(beside, "ar", abort, AR_FIELDS));
@@ -127,8 +128,7 @@ function aborted(signal) {
 
 function summary(trace) {
   const { tokens, nfe, context } = trace.total;
-  const passes = trace.mode !== "ar" ? `${nfe} denoiser and ${context} context passes` : `${context} passes`;
-  return `Done: ${tokens} tokens in ${passes}.`;
+  return `Done: ${tokens} tokens in ${nfe + context} passes.`;
 }
 
 /** Puts an error beside the field that is at fault, or where errors of no field stand. */
@@ -170,6 +170,11 @@ function showRunning() {
     say("Running");
     at("live").textContent = "";
   }
+}
+
+/** Scrolls to what a narrow window has below its end. */
+function reveal(part) {
+  if (part.getBoundingClientRect().top > innerHeight / 2) part.scrollIntoView();
 }
 
 function showColumns() {

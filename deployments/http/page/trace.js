@@ -38,7 +38,7 @@ export class Trace {
     const steps = Math.max(block.nfe, 1 + Math.max(0, ...block.commit_steps));
     const tokens = total.tokens + block.token_ids.length;
     const rate = tokens / Math.max(this.clock() - this.started, 1e-3);
-    const added = this.drafts.length > 0 ? [this.masks()] : [];
+    const added = this.mode === "mask_diffusion" ? [this.masks(block)] : [];
     for (let step = 0; step < steps; step += 1) {
       const cells = cellsOf(block, this.drafts, step, step === steps - 1);
       const shown = this.mode === "ar" ? cells.filter((cell) => cell.step !== null) : cells;
@@ -73,9 +73,9 @@ export class Trace {
     return frame;
   }
 
-  /** The frame before the first step. */
-  masks() {
-    const cells = this.drafts[0].token_ids.map(() => MASK);
+  /** The frame before a block's first step. In verified nobody says how much was drafted. */
+  masks(block) {
+    const cells = (this.drafts[0] ?? block).token_ids.map(() => MASK);
     return this.frame(cells, -1, null, this.total.nfe);
   }
 
