@@ -84,6 +84,11 @@ export class Column {
     this.shown = frame;
     this.draw(frame);
     this.tell(frame);
+    this.follow();
+  }
+
+  /** Scrolls to the end of the text. */
+  follow() {
     const { output } = this.parts;
     output.scrollTop = output.scrollHeight;
   }

@@ -162,8 +162,12 @@ function say(text) {
 
 function showRunning() {
   const isRunning = running !== null;
-  at("start").disabled = isRunning;
-  at("stop").disabled = !isRunning;
+  const [off, on] = isRunning ? [at("start"), at("stop")] : [at("stop"), at("start")];
+  // A button that is switched off would leave the keyboard nowhere.
+  const hadFocus = document.activeElement === off;
+  on.disabled = false;
+  if (hadFocus) on.focus();
+  off.disabled = true;
   at("replay").disabled = true;
   at("replay-value").textContent = "";
   if (isRunning) {
@@ -197,6 +201,7 @@ function offerReplay(trace) {
 function showReplay() {
   const frame = history[at("replay").value];
   denoised.draw(frame);
+  denoised.follow();
   const words = frame.ends ? "end" : place(frame);
   at("replay").setAttribute("aria-valuetext", words);
   at("replay-value").textContent = words;

@@ -138,7 +138,8 @@ def test_a_block_is_seen_while_it_is_denoised(page: Page) -> None:
     assert page.locator("#denoised [data-part=block] :is(.guess, .mask)").count() == 1
 
 
-# Of each frame that is drawn: where it stands, its masks with a guess or without, and the steps of its commits.
+# Of each frame that is drawn: where it stands, how many cells are masked, and the steps that have
+# committed the others.
 SEEN = """() => {
   const seen = [];
   const part = (name) => document.querySelector(`#denoised [data-part=${name}]`);
@@ -270,6 +271,12 @@ def test_all_of_it_with_the_keyboard(page: Page, services: ServicesHere) -> None
     page.keyboard.press("Escape")
     expect(page.locator("#status")).to_have_text("Stopped.")
     until_free(services)
+    # Start and Stop hand the focus to each other: the one that cannot be used cannot have it.
+    page.locator("#start").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#stop")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#start")).to_be_focused()
 
 
 def test_a_screen_reader_is_told_blocks_and_the_state(page: Page) -> None:
