@@ -10,11 +10,16 @@ export class Column {
       this.parts[part.dataset.part] = part;
     }
     this.announce = announce;
-    this.reset("", 0);
+    this.reset("", 0, []);
   }
 
-  /** Empties the column. `pace` is the least time of a frame in milliseconds. */
-  reset(prompt, pace) {
+  /**
+   * Empties the column. `pace` is the least time of a frame in milliseconds. Pass by pass, the
+   * first frame waits until each column of `together` has one: they are there to be compared, and
+   * the service sends ar in longer pieces.
+   */
+  reset(prompt, pace, together) {
+    this.together = together;
     clearTimeout(this.timer);
     this.timer = null;
     this.queue = [];
@@ -35,7 +40,7 @@ export class Column {
   /** Shows the frame of a draft, if nothing newer comes before its turn. */
   offer(frame) {
     this.draft = frame;
-    this.play();
+    this.playAll();
   }
 
   /** Shows these frames in turn, but for steps that have been seen as drafts. */
@@ -44,7 +49,7 @@ export class Column {
     const { shown } = this;
     const seen = (frame) => frame.block === shown?.block && frame.step <= shown.step;
     this.queue.push(...frames.filter((frame) => frame.closes || frame.ends || !seen(frame)));
-    this.play();
+    this.playAll();
   }
 
   /** Drops what waits and shows `frame`. */
@@ -55,11 +60,23 @@ export class Column {
     this.timer = null;
     this.show(frame);
     this.resolve();
+    this.playAll();
+  }
+
+  /** Plays this column, and those that may have waited for its first frame. */
+  playAll() {
+    this.play();
+    for (const other of this.together) if (other.shown === null) other.play();
+  }
+
+  isEmpty() {
+    return this.shown === null && this.draft === null && this.queue.length === 0;
   }
 
   /** Shows what waits, unless a frame has its time. */
   play() {
     if (this.timer !== null) return;
+    if (this.pace > 0 && this.together.some((other) => other.isEmpty())) return;
     const frame = this.next();
     if (!frame) return;
     this.show(frame);

@@ -57,8 +57,12 @@ async function start() {
   showRunning();
   reveal(at("columns"));
   const mode = at("mode").value;
+  const together = at("beside").checked ? [denoised, beside] : [denoised];
+  for (const column of together) {
+    column.reset(at("prompt").value, Number(at("pace").value), together);
+  }
   const streams = [run(denoised, mode, abort, mode === "ar" ? AR_FIELDS : FIELDS)];
-  if (at("beside").checked) streams.push(run(beside, "ar", abort, AR_FIELDS));
+  if (together.includes(beside)) streams.push(run(beside, "ar", abort, AR_FIELDS));
   const [main, other] = await Promise.all(streams);
   const stopped = abort.signal.aborted;
   running = null;
@@ -71,7 +75,6 @@ async function start() {
 /** Streams one request into a column until its last frame is shown. */
 async function run(column, mode, abort, fields) {
   const trace = new Trace(mode, clock);
-  column.reset(at("prompt").value, Number(at("pace").value));
   try {
     const usage = await read(column, trace, bodyOf(mode, fields), abort.signal);
     column.add([trace.end(usage)]);
