@@ -20,8 +20,8 @@ export class Column {
    */
   reset(prompt, pace, together) {
     this.together = together;
-    clearTimeout(this.timer);
-    this.timer = null;
+    this.stopClocks();
+    this.shownAt = performance.now();
     this.queue = [];
     this.draft = null;
     this.shown = null;
@@ -56,8 +56,7 @@ export class Column {
   finish(frame) {
     this.queue = [];
     this.draft = null;
-    clearTimeout(this.timer);
-    this.timer = null;
+    this.stopClocks();
     this.show(frame);
     this.resolve();
     this.playAll();
@@ -87,18 +86,39 @@ export class Column {
     }, Math.max(this.pace, 16));
   }
 
-  /** The next frame; in real time the newest of those that wait. */
+  /** The next frame whose time has come; in real time the newest of those that wait. */
   next() {
+    clearTimeout(this.due);
     if (this.pace === 0) {
       while (this.queue.length > 1) this.tell(this.queue.shift());
     }
     const frame = this.queue.shift() ?? this.draft;
+    if (!frame) return null;
+    // A draft may be passes ahead. It takes their time, in which the block with all of them may come.
+    const wait = frame === this.draft ? this.untilDue(frame) : 0;
+    if (wait > 0) {
+      this.due = setTimeout(() => this.play(), wait);
+      return null;
+    }
     this.draft = null;
     return frame;
   }
 
+  /** Milliseconds until as many passes as a draft is ahead have had their time. */
+  untilDue(draft) {
+    const passes = draft.nfe - (this.shown?.nfe ?? 0);
+    return passes > 1 ? this.shownAt + this.pace * passes - performance.now() : 0;
+  }
+
+  stopClocks() {
+    clearTimeout(this.timer);
+    clearTimeout(this.due);
+    this.timer = null;
+  }
+
   show(frame) {
     this.shown = frame;
+    this.shownAt = performance.now();
     this.draw(frame);
     this.tell(frame);
     this.follow();

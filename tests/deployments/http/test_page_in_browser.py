@@ -58,11 +58,17 @@ def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
     page = context.new_page()
     failures: list[str] = []
     page.on("pageerror", lambda error: failures.append(str(error)))
+    page.on("console", lambda line: failures.extend(refused(line.text)))
     page.set_default_timeout(MILLISECONDS)
     page.goto(url)
     yield page
     context.close()
     assert failures == []
+
+
+def refused(line: str) -> list[str]:
+    """A line of the console, if it says that the page's own policy has stopped something."""
+    return [line] if "Content Security Policy" in line else []
 
 
 def ask(page: Page, **fields: str) -> None:
@@ -87,8 +93,8 @@ def answered(url: str, **body: Any) -> dict[str, Any]:
 
 
 def until_free(services: ServicesHere) -> None:
-    """Waits until no row is left."""
-    deadline = time.monotonic() + 10
+    """Waits until no row is left, for less time than 400 tokens take."""
+    deadline = time.monotonic() + 2
     while services.handle.rows():
         assert time.monotonic() < deadline, f"{services.handle.rows()} rows are left"
         time.sleep(0.02)
@@ -221,6 +227,25 @@ def test_nothing_sticks_out_at_any_width(page: Page) -> None:
         boxes = [page.locator(f"#{each}").bounding_box() for each in ("denoised", "ar")]
         denoised, ar = [box["y"] for box in boxes if box is not None]
         assert (denoised < ar) == (width < 1080)
+
+
+def test_a_model_without_tokenizer_and_denoiser_is_asked_in_ids(
+    page: Page, services: ServicesHere
+) -> None:
+    known = {"id": "bare", "max_model_len": 512, "modes": ["ar"], "has_tokenizer": False}
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": [known]}))
+    page.reload()
+    prompt = page.get_by_label("token ids with commas")
+    prompt.fill("5, 6,7")
+    page.locator("#max_tokens").fill("8")
+    expect(page.locator("#mode option")).to_have_text(["ar"])
+    expect(page.locator("#beside")).to_be_disabled()
+    expect(page.locator("#ar")).to_be_hidden()
+    with page.expect_request("**/v1/completions") as sent:
+        page.locator("#start").click()
+    assert json.loads(sent.value.post_data or "")["prompt"] == [5, 6, 7]
+    until_done(page)
+    until_free(services)
 
 
 @pytest.mark.parametrize(("scheme", "ground"), [("dark", DARK_GROUND), ("light", LIGHT_GROUND)])
