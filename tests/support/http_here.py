@@ -27,7 +27,8 @@ class ServicesHere:
 
 @contextmanager
 def services_here(folder: Path, configs: Sequence[ServiceConfig]) -> Iterator[ServicesHere]:
-    """A service for each config, over one pair of the model in `folder`, in a thread of its own."""
+    """A service for each config, over one pair of the model in `folder`, in a thread of its own.
+    All have the `max_context` of the first."""
     started: list[ServicesHere] = []
     ready, stop = threading.Event(), asyncio.Event()
     loop = asyncio.new_event_loop()
@@ -58,7 +59,7 @@ async def _serve(
     ready: threading.Event,
     stop: asyncio.Event,
 ) -> None:
-    handle = HandleHere(folder)
+    handle = HandleHere(folder, max_context=configs[0].max_context)
     servers = [_server(handle, config) for config in configs]
     tasks = [asyncio.create_task(server.serve()) for server in servers]
     while not all(server.started for server in servers):
