@@ -104,13 +104,17 @@ def until_free(services: ServicesHere) -> None:
         time.sleep(0.02)
 
 
-def test_what_is_streamed_is_what_the_api_gives(page: Page, services: ServicesHere) -> None:
+@pytest.mark.parametrize("chosen", ["mask_diffusion", "verified"])
+def test_what_is_streamed_is_what_the_api_gives(
+    page: Page, services: ServicesHere, chosen: str
+) -> None:
     # More than 53 bits: the seed must not pass through a number of JavaScript.
     seed = 2**62 + 12345
     ask(page, prompt=PROMPT, max_tokens="40", temperature="0.8", seed=str(seed))
+    page.locator("#mode").select_option(chosen)
     page.locator("#start").click()
     until_done(page)
-    for column, mode in (("denoised", "mask_diffusion"), ("ar", "ar")):
+    for column, mode in (("denoised", chosen), ("ar", "ar")):
         body = {"max_tokens": 40, "temperature": 0.8, "seed": seed, "mode": mode}
         expected = answered(services.urls[0], prompt=PROMPT, **body)
         part = page.locator(f"#{column}")
