@@ -50,7 +50,18 @@ def answer(
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1/models", "/v1/models/a/b", "/tokenize", "/detokenize", "/health", "/ready"]
+    "path",
+    [
+        "/",
+        "/page/page.js",
+        "/v1/models",
+        "/v1/models/a/b",
+        "/tokenize",
+        "/detokenize",
+        "/health",
+        "/ready",
+        "/version",
+    ],
 )
 def test_these_paths_are_let_through(front: Front, path: str) -> None:
     assert answer(front, "GET", path)[0] == 200
@@ -76,6 +87,9 @@ def test_these_paths_are_let_through(front: Front, path: str) -> None:
         "/v1/x%2F..%2F..%2Fmetrics",
         "//metrics",
         "/v1/%0a/../../admin",
+        "/page/",
+        "/page/x/y",
+        "/page/../metrics",
     ],
 )
 def test_all_others_are_not_there(front: Front, path: str) -> None:
