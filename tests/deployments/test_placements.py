@@ -43,7 +43,7 @@ REQUESTS: list[tuple[list[int], dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def service(tiny_text: Path) -> Iterator[LocalService]:
-    """The service with two denoisers for one context tower."""
+    """The service with two denoisers for one context tower, which get states over TLS."""
     config = ServiceConfig(
         model=str(tiny_text),
         grpc_port=free_port(),
@@ -52,6 +52,7 @@ def service(tiny_text: Path) -> Iterator[LocalService]:
         max_num_seqs=8,
         health_check_period_s=1.0,
         denoisers_per_context=DENOISERS,
+        channel_tls=True,
     )
     with LocalService(config) as running:
         yield running

@@ -92,7 +92,7 @@ class Keeper:
         self.started = 0
         self.relinked = 0
         self.fails = False
-        self._addresses: dict[int, str] = {}
+        self._links: dict[int, LinkSpec] = {}
         self._epoch = 0
 
     async def start(self, index: int) -> Tower:
@@ -103,7 +103,7 @@ class Keeper:
         tower = self.towers[index] = Tower()
         self.started += 1
         await tower.actor.load()
-        self._addresses[index] = await tower.actor.listen("secret")
+        self._links[index] = await tower.actor.listen("secret")
         await self._link(index)
         return tower
 
@@ -113,7 +113,7 @@ class Keeper:
 
     async def _link(self, index: int) -> None:
         self._epoch += 1
-        await self.context.connect(index, LinkSpec(self._addresses[index], "secret", self._epoch))
+        await self.context.connect(index, replace(self._links[index], epoch=self._epoch))
 
 
 class Service:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from twotower import TwoTower
-from twotower.cluster.channel.grpc import LinkSpec
 from twotower.cluster.services.tower_services import (
     ContextTowerActor,
     DenoiserTowerActor,
@@ -50,8 +49,8 @@ async def linked_towers() -> Actors:
     context, denoiser = ContextTowerActor(TOPOLOGY), DenoiserTowerActor(TOPOLOGY)
     await context.load()
     await denoiser.load()
-    address = await denoiser.listen("secret")
-    await context.connect(0, LinkSpec(address, "secret", epoch=1))
+    link = await denoiser.listen("secret")
+    await context.connect(0, replace(link, epoch=1))
     return context, denoiser
 
 
