@@ -43,6 +43,7 @@ def test_exported_names() -> None:
         "GenerationParams",
         "GenerationResult",
         "GenerationStream",
+        "ProvisionalBlock",
         "Request",
         "TextBlock",
         "TwoTower",
@@ -74,12 +75,16 @@ def test_the_signatures() -> None:
         ("draft_steps", 1),
         ("min_tokens", 0),
         ("stop", None),
+        ("presence_penalty", 0.0),
+        ("frequency_penalty", 0.0),
+        ("logit_bias", None),
+        ("top_logprobs", 0),
     ]
     of_generate = defaults_of(TwoTower.generate)[2:]
     for stream in (TwoTower.stream, TwoTower.astream):
         head, *middle, last = defaults_of(stream)[1:]
         assert (head, last) == (("prompt", empty), ("generated_token_ids", ()))
-        assert middle == of_generate
+        assert middle == [*of_generate, ("provisional", False)]
     assert defaults_of(TwoTower.from_pretrained) == [
         ("path", None),
         ("device", "cpu"),
@@ -92,7 +97,7 @@ def test_the_signatures() -> None:
 def test_the_defaults_of_a_request_are_those_of_generate() -> None:
     params = GenerationParams()
     for name, default in defaults_of(TwoTower.generate)[2:]:
-        assert getattr(params, name) == (() if name == "stop" else default)
+        assert getattr(params, name) == (() if name in ("stop", "logit_bias") else default)
 
 
 def test_what_a_result_holds() -> None:
@@ -109,6 +114,7 @@ def test_what_a_result_holds() -> None:
         "accepted_tokens",
         "drafted_tokens",
         "log_probs",
+        "top_log_probs",
     }
     fields = set(twotower.Block.__dataclass_fields__)
     assert {"token_ids", "commit_steps", "confidences"} <= fields

@@ -19,7 +19,11 @@ from twotower.towers.request.params import SAMPLING_PARAMETERS, GenerationParams
 
 MAX_REQUEST_ID = 128
 _REQUEST_ID = re.compile(rf"[!-~]{{1,{MAX_REQUEST_ID}}}")
-_OPTIONAL_SCALARS = tuple(name for name in SAMPLING_PARAMETERS if name != "stop")
+_OPTIONAL_SCALARS = tuple(
+    name
+    for name in SAMPLING_PARAMETERS
+    if name != "stop" and name in pb.SamplingParams.DESCRIPTOR.fields_by_name
+)
 
 
 def request_id_of(given: str) -> str:

@@ -21,7 +21,7 @@ from twotower.deployments.router.router import SERVICE_NAME, Router
 from twotower.protos.refusals import RequestRefusedError, shown
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.config.model_config import TwoTowerConfig
-from twotower.towers.decoding.services import Block
+from twotower.towers.decoding.services import Block, Scores
 from twotower.towers.errors import NumericalError, QueueFullError, UnavailableError
 from twotower.towers.text.fast_tokenizer import FastTokenizer
 from twotower.towers.text.tokenizer import load_tokenizer
@@ -81,8 +81,9 @@ class FakePair:
             )
             start += count
 
-    async def score(self, token_ids: Sequence[int]) -> list[float]:
-        return [-float(token) for token in token_ids[1:]]
+    async def score(self, token_ids: Sequence[int], top_logprobs: int = 0) -> Scores:
+        assert not top_logprobs
+        return Scores([-float(token) for token in token_ids[1:]], [])
 
     async def ping(self) -> bool:
         if self._script and isinstance(self._script[0], Exception):

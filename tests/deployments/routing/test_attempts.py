@@ -20,7 +20,7 @@ from twotower.deployments.routing.pairs import Pairs
 from twotower.deployments.routing.policy import Room
 from twotower.deployments.routing.retry import LostTooOftenError, RetryPolicy
 from twotower.towers.decoding.commit_log import CommitLog
-from twotower.towers.decoding.services import Block
+from twotower.towers.decoding.services import Block, Scores
 from twotower.towers.errors import (
     CapacityError,
     InvalidRequestError,
@@ -134,7 +134,7 @@ class Handle:
             return self._ping()
         if isinstance(arguments[0], Job):
             return self._generate(arguments[0])
-        return self._score(arguments[0])
+        return self._score(*arguments)
 
     def _generate(self, job: Job) -> Stream:
         assert all(stream.cancelled for stream in self.streams), "two attempts at once"
@@ -147,10 +147,11 @@ class Handle:
             await asyncio.sleep(60)
         return True
 
-    async def _score(self, token_ids: Sequence[int]) -> list[float]:
+    async def _score(self, token_ids: Sequence[int], top_logprobs: int) -> Scores:
         if self.scores:
             raise self.scores.pop(0)
-        return [-float(token) for token in token_ids[1:]]
+        log_probs = [-float(token) for token in token_ids[1:]]
+        return Scores(log_probs, [((token, -0.5),) * top_logprobs for token in token_ids[1:]])
 
 
 @pytest.fixture(autouse=True)
@@ -396,7 +397,8 @@ async def test_a_score_is_repeated_too() -> None:
     handle = Handle()
     handle.scores = [ActorDiedError(), UnavailableError("gone")]
     attempts = Attempts(PairClient(handle), RetryPolicy(20, max_attempts=8), Room(4, 4))
-    assert await attempts.score([4, 5, 6]) == [-5.0, -6.0]
+    scores = await attempts.score([4, 5, 6], 2)
+    assert scores == Scores([-5.0, -6.0], [((5, -0.5),) * 2, ((6, -0.5),) * 2])
     handle.scores = [NumericalError("nan")]
     with pytest.raises(NumericalError):
         await attempts.score([4, 5])
