@@ -560,23 +560,25 @@ class SlowDenoiser(ScriptedDenoiser):
 async def test_the_times_of_a_block() -> None:
     script = Script(range(10, 30))
     context = SlowContext(script, "context")
-    before = time.time()
+    before, started = time.time(), time.monotonic()
     row = generate_blocks(
         context, SlowDenoiser(script, context), "row", PROMPT, params_of(max_tokens=8)
     )
     first, second = [block.timing async for block in row]
+    elapsed = time.monotonic() - started
     assert first is not None
     assert second is not None
     assert before <= first.begin < second.begin < time.time()
     assert second.begin - first.begin >= 0.03 + 0.06 + 0.05
-    got = [first.queue_s, first.prefill_s, first.transfer_s, first.denoise_s, first.commit_s]
-    for seconds, least in zip(got, (0.03, 0.06, 0.0, 0.05, 0.0), strict=True):
-        assert least <= seconds < least + 0.03
-    assert (second.queue_s, second.prefill_s) == (0.0, 0.0)
-    # The block waits for the extension by the block before.
-    for seconds, least in ((second.transfer_s, 0.04), (second.denoise_s, 0.05)):
-        assert 0.9 * least <= seconds < least + 0.03
-    assert 0.04 <= second.commit_s < 0.07
+    assert (first.queue_s >= 0.03, first.prefill_s >= 0.06, first.denoise_s >= 0.05) == (True,) * 3
+    assert (first.commit_s, second.queue_s, second.prefill_s) == (0.0, 0.0, 0.0)
+    # The block waits for the extension by the block before, beside it.
+    assert (second.transfer_s > 0.03, second.denoise_s >= 0.05, second.commit_s >= 0.04) == (
+        True,
+    ) * 3
+    # Nothing but the extension is counted twice.
+    phases = [first.queue_s, first.prefill_s, first.transfer_s, first.denoise_s]
+    assert sum([*phases, second.transfer_s, second.denoise_s]) <= elapsed
 
 
 def test_a_block_is_cut_with_its_alternatives() -> None:
