@@ -146,6 +146,28 @@ def test_results_are_consistent(model: TwoTower, mode: Any) -> None:
         assert results[0].nfe == (0 if mode == "ar" else 37)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_alternatives_of_a_result(model: TwoTower, mode: Any) -> None:
+    how = {"mode": mode, "max_tokens": 10, "seed": 4}
+    plain = model.generate([PROMPT], **how)[0]
+    result = model.generate([PROMPT], top_logprobs=3, **how)[0]
+    assert plain.top_log_probs == []
+    assert (result.token_ids, result.log_probs) == (plain.token_ids, plain.log_probs)
+    assert [len(line) for line in result.top_log_probs] == [3] * 10
+    assert result.top_log_probs == [line for b in result.blocks for line in b.top_log_probs]
+    # The best of the model's own distribution, which is drawn where nothing else was asked for.
+    assert [line[0][0] for line in result.top_log_probs] == result.token_ids
+
+
+def test_a_bias_forces_and_forbids(model: TwoTower) -> None:
+    forced = model.generate([PROMPT], max_tokens=6, logit_bias={9: 100.0}, seed=4)[0]
+    assert forced.token_ids == [9] * 6
+    free = model.generate([PROMPT], mode="ar", max_tokens=3)[0]
+    banned = dict.fromkeys(free.token_ids, -100.0)
+    others = model.generate([PROMPT], mode="ar", max_tokens=3, logit_bias=banned)[0]
+    assert not {*others.token_ids} & {*free.token_ids}
+
+
 def recorded(folder: Path, kind: str) -> list[tuple[dict[str, Any], list[int], list[int]]]:
     """Cases of one kind as (case, prompt, output after the prompt)."""
     tensors = load_file(folder / "golden.safetensors")
