@@ -16,7 +16,7 @@ import pytest
 from ray import serve
 
 from tests.support.nodes import deploy_anew
-from tests.support.pairs import await_no_rows
+from tests.support.pairs import await_no_rows, await_true, held
 from tests.support.processes import own_processes
 from twotower import TwoTower
 from twotower.client import Client, ServiceError
@@ -103,7 +103,7 @@ def assert_drafts_come_over_actors(want: list[list[int]]) -> None:
     drafts = [item for item in items if isinstance(item, ProvisionalBlock)]
     # A reader on a busy machine may miss some.
     assert len(blocks) < len(drafts) <= sum(block.nfe - 1 for block in blocks)
-    await_no_rows()
+    await_true(lambda: held(1) == 0, "rows are left", timeout_s=8)
 
 
 def test_a_killed_denoiser_is_started_again_in_its_place(
