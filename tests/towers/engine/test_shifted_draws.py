@@ -26,11 +26,11 @@ from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.request.params import GenerationParams
 
 MODES: list[Any] = ["mask_diffusion", "ar", "mock_ar", "verified"]
-# Strong enough that rows are others than without.
+# Rows of four tokens, of which the counts choose: one that is wrong gives another row.
 SHIFTS: dict[str, Any] = {
     "presence_penalty": 0.75,
-    "frequency_penalty": 0.5,
-    "logit_bias": {4: 8.0, 7: 6.5, 9: -2.0},
+    "frequency_penalty": 1.5,
+    "logit_bias": {4: 60.0, 7: 60.5, 9: 59.5, 12: 60.0},
 }
 
 

@@ -19,7 +19,13 @@ from twotower.towers.request.params import GenerationParams
 PROMPTS = ([9], [5, 3, 17, 3, 9], list(range(70)))
 GREEDY = GenerationParams(mode="verified", max_tokens=45, block_size=8, seed=11)
 SAMPLED = replace(GREEDY, temperature=1.0, top_p=0.9)
-PENALIZED = replace(GREEDY, frequency_penalty=1.0, presence_penalty=0.5, logit_bias=((4, 8.0),))
+# Rows of three tokens, of which the counts choose.
+PENALIZED = replace(
+    GREEDY,
+    frequency_penalty=1.5,
+    presence_penalty=0.5,
+    logit_bias=((4, 60.0), (5, 60.0), (6, 60.0)),
+)
 
 
 @pytest.fixture
