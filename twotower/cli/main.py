@@ -164,9 +164,7 @@ def train(
 )
 def bench(context: typer.Context) -> None:
     """Measure both towers' speed in process; `twotower bench --help` lists its options."""
-    from twotower.bench.command import main as measure
-
-    raise typer.Exit(measure(context.args, "twotower bench"))
+    commands.bench(context.args)
 
 
 @app.command()
