@@ -11,6 +11,7 @@ from twotower.cli import commands
 from twotower.cli.errors import CommandGroup
 from twotower.cli.generate import generate
 from twotower.cli.options import Device, Dtype, Model
+from twotower.cli.top import top
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -84,6 +85,7 @@ def serve(
 
 
 app.command()(generate)
+app.command()(top)
 
 
 @app.command()
