@@ -90,12 +90,12 @@ def letters(ids: Sequence[int]) -> str:
 
 
 def test_a_block_fills_in_place_and_only_the_text_stays() -> None:
-    terminal = Terminal()
+    terminal = Terminal(columns=60)
     with terminal.display(decode=letters) as display:
         assert terminal.look() == ["░░░░", "0 tokens, 0.0 tokens/s, mask_diffusion"]
         display.take(Draft(0, (1, 0, 0, 4), (True, True, True, False), (0.5, 0.0, 0.0, 0.9)))
         terminal.now = 2.0
-        figures = "0 tokens, 0.0 tokens/s, mask_diffusion,"
+        figures = "0 tokens, 0.0 tokens/s, mask_diffusion, step 1"
         assert terminal.look(display) == ["a░░d", figures]
         display.take(block("abcd\nef", tokens=6, steps=3))
         assert terminal.look(display)[:2] == ["abcd", "ef░░░░"]
@@ -200,7 +200,7 @@ def test_a_line_longer_than_the_screen_is_shown_by_its_end() -> None:
     text = "".join(chr(97 + index // 10) for index in range(100))
     with terminal.display(size=2) as display:
         display.take(block(text))
-        assert terminal.look(display) == ["iiiiiiiiii", "jjjjjjjjjj", "░░", "4 tokens,"]
+        assert terminal.look(display) == ["iiiiiiiiii", "jjjjjjjjjj", "░░", "4 toke"]
     terminal.look()
     assert terminal.screen.all_lines() == [chr(97 + row) * 10 for row in range(10)]
 
@@ -212,7 +212,7 @@ def test_wide_and_combining_characters_keep_their_cells() -> None:
         display.take(block(text))
         # A character of two cells does not fit into the ninth.
         rows = [row.replace(" ", "") for row in terminal.look(display)]
-        assert rows[:3] == ["日本語日", "本語ab░░░", "4tokens,"]
+        assert rows[:3] == ["日本語日", "本語ab░░░", "4tok"]
         display.take(block("e"))
         display.take(block("\u0301!\nx"))
         assert terminal.look(display)[2] == "x░░░"

@@ -59,9 +59,11 @@ def run_in_terminal(
     rows: int = 20,
     environment: Mapping[str, str] | None = None,
     watch: Callable[[bytes, subprocess.Popen[bytes], int], None] | None = None,
+    program: str | None = None,
     timeout: float = 60.0,
 ) -> Ended:
-    """Runs `python -m arguments` with a terminal as its stdin, stdout and stderr.
+    """Runs `python -m arguments`, or `program` with them, with a terminal as its stdin, stdout and
+    stderr.
 
     `watch` gets all that was sent so far, the process and the terminal's descriptor after each
     piece.
@@ -70,7 +72,7 @@ def run_in_terminal(
     fcntl.ioctl(reader, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     kept = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLUMNS")}
     process = subprocess.Popen(
-        [sys.executable, "-m", *arguments],
+        [sys.executable, *(["-m"] if program is None else ["-c", program]), *arguments],
         stdin=writer,
         stdout=writer,
         stderr=writer,

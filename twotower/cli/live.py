@@ -33,6 +33,8 @@ MASK_STYLE = "dim"
 _TAB_CELLS = 8
 # Tokens before the block that give its first token its space.
 _CONTEXT_TOKENS = 8
+# The terminal prints ^C where the cursor is, at the end of the figures, and must not begin a row.
+_ECHO_CELLS = 4
 # Lines that a screen may need again when its width changes.
 _KEPT_LINES = 512
 
@@ -150,7 +152,9 @@ class BlockDisplay:
         parts += [f"{self._tokens / seconds:.1f} tokens/s", self._mode]
         if self._step is not None:
             parts.append(f"step {self._step}")
-        return Text(", ".join(parts), style="dim", no_wrap=True, overflow="crop")
+        figures = Text(", ".join(parts), style="dim", no_wrap=True)
+        figures.truncate(max(1, self._console.width - _ECHO_CELLS), overflow="crop")
+        return figures
 
     def _after_resize(self) -> None:
         """Draws the screen anew if its width has changed: some terminals have then broken the
