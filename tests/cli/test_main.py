@@ -36,11 +36,13 @@ def test_help_needs_no_heavy_import() -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
-    for word in ("serve", "generate", "verify", "quantize", "bench", "plan", "train"):
+    for word in ("serve", "generate", "verify", "quantize", "bench", "plan", "train", "top"):
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "verify", "quantize", "plan", "train"])
+@pytest.mark.parametrize(
+    "command", ["serve", "generate", "verify", "quantize", "plan", "train", "top"]
+)
 def test_each_command_explains_itself(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0
@@ -98,7 +100,7 @@ class Recorded:
         self.log_probs: list[float] = []
         self.closed = 0
 
-    def from_pretrained(self, *_: object) -> Recorded:
+    def from_pretrained(self, *_: object, **__: object) -> Recorded:
         return self
 
     def stream(self, prompt: str, **parameters: object) -> Recorded:

@@ -103,10 +103,6 @@ def test_short_work_shows_nothing(attach: Attach, monkeypatch: pytest.MonkeyPatc
     assert threading.active_count() <= before + 1
 
 
-def test_two_seconds_are_the_limit() -> None:
-    assert progress.SHOWN_AFTER_S == 2.0
-
-
 def test_work_that_is_not_to_be_shown(attach: Attach) -> None:
     terminal = attach()
     with working("loading", wanted=False):
@@ -184,6 +180,7 @@ def test_lines_of_a_redirected_stdout_stay_there(
 
 def test_an_error_takes_the_bar_away(attach: Attach) -> None:
     terminal = attach()
+
     def fail() -> None:
         with working("loading") as bar:
             shown(bar)

@@ -158,6 +158,7 @@ def _url(target: str) -> str:
     except (httpx.InvalidURL, ValueError):
         raise InvalidRequestError("target", target, expected) from None
     bare = not parsed.host or (port is None and url != target)
-    if bare or port == 0 or parsed.path not in ("", "/") or parsed.query or parsed.userinfo:
+    wrong = port is not None and not 1 <= port <= 65535
+    if bare or wrong or parsed.path not in ("", "/") or parsed.query or parsed.userinfo:
         raise InvalidRequestError("target", target, expected)
     return f"{url.rstrip('/')}{PATH}"

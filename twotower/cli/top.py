@@ -64,9 +64,7 @@ def top(
             _print(client, target, interval, console, once)
 
 
-def _print(
-    client: StatsClient, target: str, interval: float, console: Console, once: bool
-) -> None:
+def _print(client: StatsClient, target: str, interval: float, console: Console, once: bool) -> None:
     """Prints a table for each interval, or for one."""
     from twotower.cli.tables import page
 
