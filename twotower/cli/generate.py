@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from twotower.client import GenerationStream as ServiceStream
     from twotower.streams import GenerationStream
     from twotower.towers.request.results import TextBlock
+    from twotower.towers.text.tokenizer import Tokenizer
 
 _GRPC_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
 
@@ -174,7 +175,7 @@ def generate_here(
     begin = time.perf_counter()
     with (
         closing(loaded.stream(prompt, **here)) as stream,
-        _shown(sampling, plain, loaded.tokenizer.decode) as show,
+        _shown(sampling, plain, loaded.tokenizer) as show,
     ):
         for block in stream:
             show(block)
@@ -212,9 +213,10 @@ def _is_shown(plain: bool) -> bool:
 
 @contextmanager
 def _shown(
-    sampling: dict[str, Any], plain: bool, decode: Callable[[Sequence[int]], str] | None = None
+    sampling: dict[str, Any], plain: bool, tokenizer: Tokenizer | None = None
 ) -> Iterator[Callable[[TextBlock], None]]:
-    """What shows the items of a stream: blocks as they are filled, or text alone."""
+    """What shows the items of a stream: blocks as they are filled, or text alone. A service gives
+    no tokenizer."""
     if not _is_shown(plain):
         yield lambda block: write(block.text)
         return
@@ -225,6 +227,7 @@ def _shown(
     console = Console(file=sys.stdout, force_terminal=True, highlight=False)
     mode, masked = sampling["mode"], sampling["mode"] == "mask_diffusion"
     size = sampling["block_size"] if masked else 0
+    decode = None if tokenizer is None else tokenizer.decode
     with BlockDisplay(console, mode, size, sampling["max_tokens"], decode) as display:
         yield display.take
 
