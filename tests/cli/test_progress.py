@@ -137,9 +137,16 @@ def test_a_bar_says_how_far_the_work_is(attach: Attach) -> None:
     assert terminal.getvalue().count("\x1b[?25l") == terminal.getvalue().count("\x1b[?25h") == 1
 
 
+def test_pieces_are_counted(attach: Attach) -> None:
+    terminal = attach()
+    with working("measuring", "pieces") as bar:
+        shown(bar)(3, 12, "scans")
+        assert " 3/12 " in drawn(bar, terminal)
+
+
 def test_bytes_have_units(attach: Attach) -> None:
     terminal = attach()
-    with working("loading", in_bytes=True) as bar:
+    with working("loading", "bytes") as bar:
         shown(bar)(3 << 20, 12 << 20)
         assert "3.0/12.0 MiB" in drawn(bar, terminal)
 
@@ -194,7 +201,7 @@ def test_an_error_takes_the_bar_away(attach: Attach) -> None:
 
 def test_a_bar_that_comes_too_late_does_not_come(attach: Attach) -> None:
     terminal = attach()
-    bar = Bar("loading", in_bytes=False)
+    bar = Bar("loading", "share")
     bar.end()
     bar.show()
     assert terminal.getvalue() == ""

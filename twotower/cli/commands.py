@@ -94,7 +94,7 @@ def _stop_signals() -> int:
 
 def verify(folder: Path, device: str, dtype: str) -> None:
     """Replays recorded cases; ends with exit code 1 if one differs."""
-    with working("verifying") as bar:
+    with working("verifying", "pieces") as bar:
         from twotower.towers.verify import verify_folder
 
         held = verify_folder(folder, device, dtype, bar.say, progress=bar)
@@ -116,7 +116,7 @@ def quantize(source: str, target: Path, evaluate: bool, device: str, dtype: str)
     parse_dtype(dtype)
     if evaluate and load_tokenizer(folder) is None:
         raise ValueError(f"--evaluate: {folder} has no tokenizer for its prompts")
-    with working("quantizing", in_bytes=True) as bar:
+    with working("quantizing", "bytes") as bar:
         report = quantize_checkpoint(folder, target, progress=bar)
     typer.echo(report.table(), err=True)
     figures = asdict(report)
@@ -138,7 +138,7 @@ def bench(arguments: Sequence[str]) -> None:
     """Measures both towers; ends with the exit code of the measurements."""
     from twotower.bench.command import main as measure
 
-    raise typer.Exit(measure(arguments, "twotower bench", lambda: working("measuring")))
+    raise typer.Exit(measure(arguments, "twotower bench", lambda: working("measuring", "pieces")))
 
 
 def plan(settings: dict[str, Any], model: str | None, measured: Path | None, as_json: bool) -> None:

@@ -194,7 +194,7 @@ def _loaded(model: str | None, device: str, dtype: str, plain: bool) -> TwoTower
         parse_dtype(dtype)
     with hub_bars():
         folder = resolve_checkpoint(model)
-    with working("loading", in_bytes=True, wanted=not plain) as bar:
+    with working("loading", "bytes", wanted=not plain) as bar:
         return TwoTower.from_pretrained(folder, device, dtype, progress=bar)
 
 

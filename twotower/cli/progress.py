@@ -11,13 +11,15 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 import typer
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn, TaskID
 
+# What is shown of an amount: per cent, bytes, or how many of how many.
+Unit = Literal["share", "bytes", "pieces"]
 SHOWN_AFTER_S = 2.0
 # Erases the line of the cursor, and shows the cursor.
 _RESTORED = "\r\x1b[K\x1b[?25h"
@@ -41,10 +43,10 @@ def restore_terminal() -> None:
 
 
 @contextmanager
-def working(what: str, *, in_bytes: bool = False, wanted: bool = True) -> Iterator[Bar]:
-    """Shows a bar while the block runs, from its second second on. `what` names the work; with
-    `in_bytes` its amounts are bytes; not `wanted`, there is none."""
-    bar = Bar(what, in_bytes)
+def working(what: str, unit: Unit = "share", *, wanted: bool = True) -> Iterator[Bar]:
+    """Shows a bar while the block runs, once two seconds are over. `what` names the work, `unit`
+    its amounts; not `wanted`, there is none."""
+    bar = Bar(what, unit)
     timer = threading.Timer(SHOWN_AFTER_S, bar.show)
     timer.daemon = True
     if wanted and is_live(sys.stderr):
@@ -74,9 +76,9 @@ class Bar:
     """A bar that is not shown until `show`. Calling it sets how much of how much is done, and what
     is next; without an amount it only moves. From any thread."""
 
-    def __init__(self, what: str, in_bytes: bool) -> None:
+    def __init__(self, what: str, unit: Unit) -> None:
         self._what = what
-        self._in_bytes = in_bytes
+        self._unit = unit
         self._done = 0.0
         self._total: float | None = None
         self._note = ""
@@ -124,7 +126,7 @@ class Bar:
                 return
             console = Console(file=sys.stderr, force_terminal=True, highlight=False)
             shown = Progress(
-                *_columns(self._in_bytes), console=console, transient=True, redirect_stdout=False
+                *_columns(self._unit), console=console, transient=True, redirect_stdout=False
             )
             self._task = shown.add_task(
                 self._description(), total=self._total, completed=int(self._done)
@@ -145,16 +147,21 @@ class Bar:
         return f"{self._what}: {self._note}" if self._note else self._what
 
 
-def _columns(in_bytes: bool) -> list[ProgressColumn]:
+def _columns(unit: Unit) -> list[ProgressColumn]:
     from rich.progress import (
         BarColumn,
         DownloadColumn,
+        MofNCompleteColumn,
         TaskProgressColumn,
         TextColumn,
         TimeRemainingColumn,
     )
 
-    amount = DownloadColumn(binary_units=True) if in_bytes else TaskProgressColumn()
+    amounts: dict[Unit, ProgressColumn] = {
+        "share": TaskProgressColumn(),
+        "bytes": DownloadColumn(binary_units=True),
+        "pieces": MofNCompleteColumn(),
+    }
     text = TextColumn("{task.description}", markup=False)
     remaining = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
-    return [text, BarColumn(bar_width=20), amount, remaining]
+    return [text, BarColumn(bar_width=20), amounts[unit], remaining]
