@@ -185,11 +185,15 @@ def test_long_outputs_scroll_away_once() -> None:
     """Ten screens of lines, a few at a time, some longer than a row."""
     terminal = Terminal(columns=20, rows=6)
     lines = [f"line {index}" + " more" * (index % 3) * 2 for index in range(60)]
+    gone = 0
     with terminal.display(size=8) as display:
         text = "\n".join(lines)
         for start in range(0, len(text), 17):
+            terminal.now += 0.06
             display.take(block(text[start : start + 17], tokens=1))
             assert len(terminal.look(display)) <= 6
+            gone = max(gone, len(terminal.screen.shown.history.top))
+    assert gone > 60
     terminal.look()
     want = [line[at : at + 20].rstrip() for line in lines for at in range(0, len(line), 20)]
     assert terminal.screen.all_lines() == want

@@ -1,7 +1,7 @@
 """A completion on a terminal: the text, the block that is being filled, and a line of figures.
 
-Finished lines are printed once and scroll away like any output. What is drawn anew is below them:
-the unfinished line, the block in flight and the figures, of which a screen shows the end.
+Finished lines are printed once, soon, and scroll away like any output. What is drawn anew is below
+them: the lines since then, the block in flight and the figures, of which a screen shows the end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from rich.text import Text
 
 from twotower.towers.request.results import TextBlock
 
-REFRESHES_PER_S = 20
+# Drawing takes milliseconds of a processor that a model in this process wants too.
+REFRESHES_PER_S = 10
 # Both are one cell wide in every terminal: Unicode gives others the width of the language.
 MASKED, FILLED = "░", "▞"
 MASKED_ASCII, FILLED_ASCII = "_", "#"
@@ -87,7 +88,7 @@ class BlockDisplay:
         self._decode = decode
         self._clock = clock
         self._glyphs = glyphs_of(console.encoding)
-        self._begun = clock()
+        self._begun = self._printed = clock()
         self._tokens = self._passes = 0
         self._step: int | None = None
         self._before: tuple[int, ...] = ()
@@ -117,13 +118,19 @@ class BlockDisplay:
         self._passes += max(block.commit_steps, default=-1) + 1
         self._before = (*self._before, *block.token_ids)[-_CONTEXT_TOKENS:]
         self._step, self._pieces = None, self._unknown()
-        *finished, self._tail = (self._tail + block.text).split("\n")
-        if finished:
-            lines = [visible(line.removesuffix("\r")) for line in finished]
-            self._lines.extend(lines)
-            with self._console:
-                self._live.refresh()
-                self._print(lines)
+        self._tail += block.text
+        if "\n" in self._tail and self._clock() - self._printed >= 1 / REFRESHES_PER_S:
+            self._finish_lines()
+
+    def _finish_lines(self) -> None:
+        """Prints what is complete of the tail, which is then not drawn any more."""
+        self._printed = self._clock()
+        *finished, self._tail = self._tail.split("\n")
+        lines = [visible(line.removesuffix("\r")) for line in finished]
+        self._lines.extend(lines)
+        with self._console:
+            self._live.refresh()
+            self._print(lines)
 
     def _unknown(self) -> Pieces:
         """The block to come, of which no position is known."""
@@ -138,7 +145,9 @@ class BlockDisplay:
     def _region(self) -> Group:
         """What is drawn anew, at most a screenful."""
         width, height = self._console.size
-        text = Text(visible(self._tail))
+        # Of a tail that fills screens only the end is worth breaking into rows.
+        whole_rows = max(0, len(self._tail) // width - 2 * height) * width
+        text = Text(visible(self._tail[whole_rows:].replace("\r\n", "\n")))
         for piece, style in self._pieces:
             text.append(visible(piece), style)
         rows = folded(text, width)[-max(1, height - 2) :]
@@ -188,7 +197,7 @@ class BlockDisplay:
         self._live.stop()
         # What is said of an error begins a line.
         ended = "\n" if kind is not None and self._tail else ""
-        self._console.file.write(visible(self._tail) + ended)
+        self._console.file.write(visible(self._tail.replace("\r\n", "\n")) + ended)
         self._console.file.flush()
 
 
