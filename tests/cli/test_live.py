@@ -168,6 +168,19 @@ def test_text_of_tokens_that_share_a_character() -> None:
     assert alone[:2] == [" au", "caf"]
 
 
+def test_the_first_token_of_a_block_keeps_its_space() -> None:
+    table = {1: "un", 2: " mot"}
+
+    def decode(ids: Sequence[int]) -> str:
+        return "".join(table[one] for one in ids).lstrip(" ")
+
+    terminal = Terminal()
+    with terminal.display(size=1, decode=decode) as display:
+        display.take(TextBlock(0, 0, (1,), "un", (0,), (1.0,), (0.0,)))
+        display.take(Draft(0, (2,), (True,), (0.9,)))
+        assert terminal.look(display)[0] == "un mot"
+
+
 def test_a_masked_position_ends_a_run_of_text() -> None:
     draft = Draft(0, (1, 30, 2), (False, True, False), (1.0, 0.0, 1.0))
     assert [text for text, _ in pieces_of(draft, (), letters, GLYPHS)] == ["a", "░", "b"]
@@ -241,6 +254,8 @@ def test_a_new_width_leaves_nothing_behind(columns: int, rows: int) -> None:
     terminal = Terminal(columns=40, rows=10)
     lines = [f"{index} {'word ' * 7}".rstrip() for index in range(5)]
     with terminal.display() as display:
+        # Long enough after the start for lines to be printed for good.
+        terminal.now = 1.0
         display.take(block("\n".join(lines)))
         terminal.look(display)
         terminal.resize(columns, rows)
@@ -249,6 +264,7 @@ def test_a_new_width_leaves_nothing_behind(columns: int, rows: int) -> None:
     shown = "".join(terminal.look())
     assert shown.endswith("last")
     # The newest lines, each once; of the figures and the masks nothing.
+    assert shown.count("3 word") == 1
     assert shown.count("4 word") == shown.count("end") == shown.count("last") == 1
     assert "tokens" not in shown
     assert "░" not in shown

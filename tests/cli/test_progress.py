@@ -154,8 +154,15 @@ def test_bytes_have_units(attach: Attach) -> None:
 def test_a_phase_after_a_phase_begins_anew(attach: Attach) -> None:
     terminal = attach()
     with working("training") as bar:
-        shown(bar)(0.9, 1.0, "context")
+        shown(bar)(0.5, 1.0, "context")
+        assert bar._shown is not None
+        (task,) = bar._shown.tasks
+        for share in (0.7, 0.9):
+            bar(share, 1.0, "context")
+        assert task.speed is not None
         bar(0.1, 1.0, "denoiser")
+        # The time that is left does not follow from the other phase's speed.
+        assert task.speed is None
         line = drawn(bar, terminal)
         assert line.startswith("training: denoiser ")
         assert " 10%" in line

@@ -155,8 +155,9 @@ def test_a_pipe_gets_a_table_for_each_interval() -> None:
 
 
 def test_counters_that_begin_anew_have_no_rate() -> None:
-    rates = Rates(Reading.model_validate(SECOND), Reading.model_validate(FIRST))
-    context = FIRST["pairs"][0]["towers"]["context"]
+    anew = reading(108.0, 10, 4, tower(108.0, 0.5, 2, **POOL, **CACHE))
+    rates = Rates(Reading.model_validate(SECOND), Reading.model_validate(anew))
+    context = anew["pairs"][0]["towers"]["context"]
     assert rates.per_second("generation_tokens_total") is None
     assert rates.tokens_per_nfe() is None
     assert rates.busy_share("a1", "context", context) is None
