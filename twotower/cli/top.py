@@ -10,7 +10,7 @@ import select
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -88,7 +88,8 @@ def _watch(client: StatsClient, target: str, interval: float, console: Console) 
     before = now = client.read()
     missing = ""
     live = Live(console=console, screen=True, auto_refresh=False)
-    with _keys() as ended, live:
+    # Ctrl-C is how one leaves, at any moment.
+    with suppress(KeyboardInterrupt), _keys() as ended, live:
         while True:
             live.update(page(target, before, now, missing), refresh=True)
             if ended(interval):
@@ -100,29 +101,26 @@ def _watch(client: StatsClient, target: str, interval: float, console: Console) 
 
 
 class _Ended:
-    """Waits for a while; true if q was pressed or Ctrl-C came."""
+    """Waits for a while; true if q was pressed."""
 
     def __init__(self, keyboard: bool) -> None:
         self._keyboard = keyboard
 
     def __call__(self, seconds: float) -> bool:
-        try:
-            if not self._keyboard:
-                time.sleep(seconds)
+        if not self._keyboard:
+            time.sleep(seconds)
+            return False
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            if not select.select([sys.stdin], [], [], left)[0]:
                 return False
-            until = time.monotonic() + seconds
-            while (left := until - time.monotonic()) > 0:
-                if not select.select([sys.stdin], [], [], left)[0]:
-                    return False
-                key = os.read(sys.stdin.fileno(), 1)
-                if key == b"q":
-                    return True
-                # At the end of the input there is no key any more.
-                self._keyboard = bool(key)
-                if not key:
-                    return self(left)
-        except KeyboardInterrupt:
-            return True
+            key = os.read(sys.stdin.fileno(), 1)
+            if key == b"q":
+                return True
+            # At the end of the input there is no key any more.
+            self._keyboard = bool(key)
+            if not key:
+                return self(left)
         return False
 
 
