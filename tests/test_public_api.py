@@ -89,6 +89,7 @@ def test_the_signatures() -> None:
         ("path", None),
         ("device", "cpu"),
         ("dtype", "float32"),
+        ("progress", None),
     ]
     assert defaults_of(TwoTower.score) == [("self", empty), ("token_ids", empty)]
     assert defaults_of(TwoTower.decode) == [("self", empty), ("token_ids", empty)]

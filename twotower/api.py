@@ -13,6 +13,7 @@ import torch
 from twotower.call_loop import CallLoop
 from twotower.results import GenerationResult, results_of
 from twotower.streams import AsyncGenerationStream, GenerationStream
+from twotower.towers.checkpoint.checkpoint import ReadProgress
 from twotower.towers.checkpoint.weights import parse_device, parse_dtype, resolve_checkpoint
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.decoding.generation import generate_blocks
@@ -71,19 +72,21 @@ class TwoTower:
         path: str | Path | None = None,
         device: Device | tuple[Device, Device] = "cpu",
         dtype: str = "float32",
+        progress: ReadProgress | None = None,
     ) -> TwoTower:
         """Loads a folder, a hub id, or (None) the shipped model.
 
         `device` is one device or a pair (context, denoiser); `dtype` is float32 or bfloat16.
-        Raises CheckpointError or ConfigError, naming the tensor or key; InvalidRequestError for
-        another `dtype`.
+        `progress` gets the bytes read so far and those of both towers, after each tensor. Raises
+        CheckpointError or ConfigError, naming the tensor or key; InvalidRequestError for another
+        `dtype`.
         """
         context_device, denoiser_device = device if isinstance(device, tuple) else (device, device)
         places = _fixed(parse_device(context_device)), _fixed(parse_device(denoiser_device))
         working = parse_dtype(dtype)
         folder = resolve_checkpoint(path)
         limit_threads()
-        context, denoiser = load_engines(folder, *places, working)
+        context, denoiser = load_engines(folder, *places, working, progress=progress)
         return cls(context, denoiser, load_tokenizer(folder))
 
     def generate(

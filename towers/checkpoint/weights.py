@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from twotower.towers.checkpoint.checkpoint import Checkpoint
+from twotower.towers.checkpoint.checkpoint import Checkpoint, ReadProgress, tensor_shapes
 from twotower.towers.checkpoint.tower_loader import TowerLoader
 from twotower.towers.errors import CheckpointError, ConfigError, InvalidRequestError, shorten
 from twotower.towers.model.context_tower import ContextTower
@@ -88,14 +88,18 @@ def load_context_tower(
     dtype: torch.dtype = torch.float32,
     *,
     for_triton: bool | None = None,
+    progress: ReadProgress | None = None,
 ) -> ContextTower:
     """Reads the context tower and its head, and no tensor of the denoiser. Raises CheckpointError,
     and ConfigError if the weights are larger than the free memory of the device.
 
     With `for_triton` (None: on CUDA) matrices keep the layout that Triton's kernels read, experts
-    stacked; otherwise they are packed for a CPU's products.
+    stacked; otherwise they are packed for a CPU's products. `progress` gets the bytes read so far,
+    and those of this tower in its files, after each tensor.
     """
-    loader = TowerLoader(Checkpoint(folder), torch.device(device), dtype, for_triton)
+    checkpoint = Checkpoint(folder)
+    checkpoint.watch(_names(checkpoint, context=True), progress)
+    loader = TowerLoader(checkpoint, torch.device(device), dtype, for_triton)
     return ContextTower(loader.config, loader.tower("context_tower", "context_lm_head"))
 
 
@@ -105,9 +109,21 @@ def load_denoiser_tower(
     dtype: torch.dtype = torch.float32,
     *,
     for_triton: bool | None = None,
+    progress: ReadProgress | None = None,
 ) -> DenoiserTower:
     """Reads the denoiser tower, its head and its timestep conditioning; arguments and errors as in
     `load_context_tower`."""
-    loader = TowerLoader(Checkpoint(folder), torch.device(device), dtype, for_triton)
+    checkpoint = Checkpoint(folder)
+    checkpoint.watch(_names(checkpoint, context=False), progress)
+    loader = TowerLoader(checkpoint, torch.device(device), dtype, for_triton)
     weights = loader.tower("denoiser_tower", "lm_head")
     return DenoiserTower(loader.config, weights, loader.timestep())
+
+
+def _names(checkpoint: Checkpoint, *, context: bool) -> list[str]:
+    """Names of the context tower's tensors, or of all others, which are the denoiser's."""
+    return [
+        name
+        for name in tensor_shapes(checkpoint.config)
+        if name.startswith(("context_tower.", "context_lm_head.")) == context
+    ]
