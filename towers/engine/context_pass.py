@@ -94,6 +94,9 @@ class ContextPass:
             elif work.targets is not None:
                 span = slice(end - len(work.tokens), end)
                 results.append(self._score(hidden[span], work.targets, last))
+            elif work.logits:
+                logits = self._tower.logits(hidden[end - len(work.tokens) : end])
+                results.append(_whole_result(last, logits))
             else:
                 results.append(ContextResult(last, picked))
         return results
@@ -113,3 +116,10 @@ class ContextPass:
             logprobs = torch.log_softmax(logits.float(), dim=-1)
             found += logprobs.gather(1, targets_of_lines).squeeze(1).tolist()
         return ContextResult(last, logprobs=tuple(found))
+
+
+def _whole_result(last: Tensor, logits: Tensor) -> ContextResult | NumericalError:
+    """The result of a work that asks for the logits [n, V] of its tokens."""
+    if not bool(torch.isfinite(logits).all()):
+        return NumericalError("non-finite logits while reading")
+    return ContextResult(last, logits=logits)

@@ -18,7 +18,8 @@ from twotower.towers.state.link import UpdateWriter
 class ContextWork:
     """Tokens of a row to read. `advance` moves the snapshot over them, otherwise they stay in the
     log; `draw` draws at the last of them, `targets` asks for these tokens' log-probabilities,
-    `sink` takes the update's shares. `prefill` is a piece of a prompt."""
+    `logits` for those of every token, `sink` takes the update's shares. `prefill` is a piece of a
+    prompt."""
 
     state: ContextState
     tokens: Sequence[int]
@@ -27,6 +28,7 @@ class ContextWork:
     targets: Sequence[int] | None = None
     sink: UpdateWriter | None = None
     prefill: bool = False
+    logits: bool = False
 
     @property
     def is_step(self) -> bool:
@@ -51,12 +53,13 @@ def _draws(draw: Draw | None, count: int) -> bool:
 
 @dataclass(frozen=True)
 class ContextResult:
-    """A row's last hidden state [H], the tokens that were drawn, and the log-probabilities of the
-    work's targets."""
+    """A row's last hidden state [H], the tokens that were drawn, the log-probabilities of the work's
+    targets, and the logits [n, V] of all its tokens, in the tower's dtype."""
 
     hidden: Tensor
     drawn: Drawn | None = None
     logprobs: tuple[float, ...] = ()
+    logits: Tensor | None = None
 
 
 def result_of(hidden: Tensor, drawn: Drawn | NumericalError) -> ContextResult | NumericalError:
