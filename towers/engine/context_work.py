@@ -53,8 +53,8 @@ def _draws(draw: Draw | None, count: int) -> bool:
 
 @dataclass(frozen=True)
 class ContextResult:
-    """A row's last hidden state [H], the tokens that were drawn, the log-probabilities of the work's
-    targets, and the logits [n, V] of all its tokens, in the tower's dtype."""
+    """A row's last hidden state [H], the tokens that were drawn, the log-probabilities of the
+    work's targets, and the logits [n, V] of all its tokens, in the tower's dtype."""
 
     hidden: Tensor
     drawn: Drawn | None = None

@@ -9,7 +9,7 @@ from transformers import StoppingCriteriaList
 
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.errors import InvalidRequestError
-from twotower.towers.request.modes import Mode
+from twotower.towers.request.modes import MODES, TRAITS, Mode
 from twotower.transformers.neutral import GENERATE, check_neutral
 from twotower.transformers.rows import Criteria, Decoding, token_ids_of
 
@@ -45,7 +45,7 @@ def read_arguments(
     values = {**defaults, **given}
     if "eos_token_id" in call:
         values["eos_token_id"] = call["eos_token_id"]
-    mode: Mode = values.pop("mode", "ar")
+    mode = _mode(values.pop("mode", "ar"))
     streamer, criteria = values.pop("streamer", None), _criteria(values)
     eos = token_ids_of("eos_token_id", values.pop("eos_token_id", config.eos_token_id))
     settings: dict[str, Any] = {"mode": mode, **_lengths(values, given, width)}
@@ -54,11 +54,19 @@ def read_arguments(
     pad, seed = values.pop("pad_token_id", None), values.pop("seed", None)
     check_neutral(values, GENERATE)
     if settings.get("min_tokens") and len(eos) > 1:
-        raise InvalidRequestError("min_new_tokens", settings["min_tokens"], "0 with several EOS ids")
-    if mode == "ar" and (criteria is not None or streamer is not None):
+        limit = "0 where several tokens end a row"
+        raise InvalidRequestError("min_new_tokens", settings["min_tokens"], limit)
+    if TRAITS[mode].unit == "token" and (criteria is not None or streamer is not None):
         # Token by token: what is decoded beyond a stop would be lost.
         settings["block_size"] = 1
     return Decoding(settings, eos, pad_token(config, eos, pad), seed, criteria, streamer)
+
+
+def _mode(value: Any) -> Mode:
+    if value not in MODES:
+        raise InvalidRequestError("mode", value, f"one of {', '.join(MODES)}")
+    mode: Mode = value
+    return mode
 
 
 def check_mask_token(config: TwoTowerConfig, mask_token_id: object) -> None:
@@ -85,10 +93,10 @@ def _criteria(values: dict[str, Any]) -> Criteria | None:
 def _lengths(values: dict[str, Any], given: Mapping[str, Any], width: int) -> dict[str, Any]:
     """`max_tokens` and `min_tokens`. A length of the call counts before one of the defaults, and
     `max_new_tokens` before `max_length`."""
-    if any(name in given for name in _LENGTHS):
-        for name in _LENGTHS:
-            values.pop(name, None) if name not in given else None
-    most, whole = values.pop("max_new_tokens", None), values.pop("max_length", None)
+    source = given if any(name in given for name in _LENGTHS) else dict(values)
+    most, whole = source.get("max_new_tokens"), source.get("max_length")
+    for name in _LENGTHS:
+        values.pop(name, None)
     if most is None and whole is not None:
         if not isinstance(whole, int) or whole <= width:
             limit = f"more than the {width} tokens of input_ids"

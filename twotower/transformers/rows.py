@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,7 +82,6 @@ class Decoding:
     seed: int | None = None
     criteria: Criteria | None = None
     streamer: Any = None
-    _watched: bool = field(init=False, default=False)
 
     def run(self, model: TwoTower, batch: Batch) -> Tensor:
         """Prompts and outputs, [B, T + N]; see `Batch.joined`."""
@@ -114,8 +113,9 @@ class Decoding:
             for row, token in new.items():
                 outputs[row].extend([] if token is None else [token])
             if any(token is not None for token in new.values()):
-                self._show(torch.tensor([self._or_pad(new.get(row)) for row in range(len(streams))]))
-                ended |= live & self._stopped(batch.joined(outputs, self.pad))
+                shown = [new.get(row) for row in range(len(streams))]
+                self._show(torch.tensor([self.pad if token is None else token for token in shown]))
+                ended |= live & self._stopped(batch, outputs)
             for row in ended:
                 streams[row].close()
             live -= ended
@@ -123,19 +123,17 @@ class Decoding:
             self.streamer.end()
         return outputs
 
-    def _stopped(self, sequences: Tensor) -> set[int]:
-        """Rows that the criteria end, seeing all sequences [B, n]."""
+    def _stopped(self, batch: Batch, outputs: Sequence[Sequence[int]]) -> set[int]:
+        """Rows that the criteria end, seeing prompts and outputs of all rows so far."""
         if self.criteria is None:
             return set()
+        sequences = batch.joined(outputs, self.pad)
         answer = torch.as_tensor(self.criteria(sequences, None)).expand(len(sequences))
         return {row for row, stopped in enumerate(answer.tolist()) if stopped}
 
     def _show(self, token_ids: Tensor) -> None:
         if self.streamer is not None:
             self.streamer.put(token_ids.cpu())
-
-    def _or_pad(self, token: int | None) -> int:
-        return self.pad if token is None else token
 
     def _params(self) -> GenerationParams:
         return GenerationParams(**self._arguments())
