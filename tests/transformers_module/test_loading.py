@@ -107,17 +107,17 @@ def test_what_is_not_computed_is_refused_by_name(
 
 def test_a_config_that_shapes_another_model_is_refused(tiny_a: Path) -> None:
     """Also where the Auto class has taken an argument for a key of the config."""
-    with pytest.raises(ConfigError, match="^num_experts_per_tok: got 1, expected 3 as in"):
+    with pytest.raises(ConfigError, match=r"^num_experts_per_tok: got 1, expected 3 as in"):
         loaded(tiny_a, num_experts_per_tok=1)
     config = AutoConfig.from_pretrained(tiny_a)
     config.hidden_size = 8
-    with pytest.raises(ConfigError, match="^hidden_size: got 8, expected 56 as in"):
+    with pytest.raises(ConfigError, match=r"^hidden_size: got 8, expected 56 as in"):
         loaded(tiny_a, config=config)
 
 
 def test_a_broken_checkpoint_is_refused_before_it_is_read(tiny_a: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_a / "config.json", tmp_path)
-    with pytest.raises(CheckpointError, match="^model.safetensors: missing from the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"^model.safetensors: missing from the checkpoint"):
         loaded(tmp_path)
     with pytest.raises(CheckpointError, match="not a folder, nor a hub id"):
         NemotronHTwoTowerForCausalLM.from_pretrained(tmp_path / "absent")
@@ -168,7 +168,7 @@ def test_a_device_map_is_read_at_once(
 
 @pytest.mark.parametrize("device", ["cuda:7", 7, "mps", True, None])
 def test_a_device_that_is_not_here(auto_model: Any, device: Any) -> None:
-    with pytest.raises(ConfigError, match="^device: got"):
+    with pytest.raises(ConfigError, match=r"^device: got"):
         auto_model.place_towers_on_devices("cpu", device)
     assert auto_model(IDS).logits.shape[:2] == (1, 3)
 
@@ -182,11 +182,11 @@ def test_the_weights_are_counted_though_they_are_no_parameters(shipped: Any) -> 
 
 
 def test_what_the_model_is_not_for(auto_model: Any, tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequestError, match="^mode: got True, expected False: both towers"):
+    with pytest.raises(InvalidRequestError, match=r"^mode: got True, expected False: both towers"):
         auto_model.train()
-    with pytest.raises(InvalidRequestError, match="^save_directory: got .*, expected a copy of"):
+    with pytest.raises(InvalidRequestError, match=r"^save_directory: got .*, expected a copy of"):
         auto_model.save_pretrained(tmp_path)
-    with pytest.raises(InvalidRequestError, match="^dtype: got torch.float16"):
+    with pytest.raises(InvalidRequestError, match=r"^dtype: got torch.float16"):
         auto_model.half()
 
 

@@ -180,7 +180,7 @@ def test_bad_arguments_are_refused(auto_model: Any, arguments: Any, message: str
 
 @pytest.mark.parametrize("ids", [[[4, 5]], torch.tensor([4, 5]), torch.tensor([[0.5]]), None])
 def test_ids_have_to_be_a_batch(auto_model: Any, ids: Any) -> None:
-    with pytest.raises(InvalidRequestError, match="^input_ids: got"):
+    with pytest.raises(InvalidRequestError, match=r"^input_ids: got"):
         auto_model.generate_mask_diffusion(ids)
 
 
