@@ -35,18 +35,18 @@ def export_model(
     }
     contiguous = {name: value.contiguous() for name, value in sorted(tensors.items())}
     save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    _write_json(folder / "config.json", config.to_dict())
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    described = (
-        json.dumps(tokenizer_config(config.max_position_embeddings), indent=2, sort_keys=True)
-        + "\n"
-    )
-    (folder / "tokenizer_config.json").write_text(described, encoding="utf-8")
+    described = tokenizer_config(config.max_position_embeddings)
+    _write_json(folder / "tokenizer_config.json", described)
     total = sum((folder / name).stat().st_size for name in _FILES)
     if total > MAX_BYTES:
         raise ValueError(f"{folder}: got {total} bytes, expected at most {MAX_BYTES}")
     return total
+
+
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_for_training(folder: Path) -> tuple[TwoTowerConfig, dict[str, Tensor], Tokenizer]:
