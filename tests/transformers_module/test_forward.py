@@ -77,6 +77,7 @@ def test_logits_can_be_changed_and_differentiated_through(auto_model: Any) -> No
         ({"position_ids": torch.ones(1, 2)}, "position_ids"),
         ({"return_dict": False}, "return_dict"),
         ({"labels": torch.tensor([[1]])}, "labels"),
+        ({"logits_to_keep": -1}, "logits_to_keep"),
         ({"nonsense": 1}, "nonsense"),
     ],
 )

@@ -157,6 +157,21 @@ def test_a_criterion_that_fails_frees_the_rows(auto_model: Any) -> None:
     assert pool.slots_used == 0
 
 
+def test_a_row_that_a_criterion_ends_is_free_at_once(auto_model: Any) -> None:
+    pool = auto_model._towers.loaded()._context.pool
+    held: list[int] = []
+
+    def first_row_ends(ids: torch.Tensor, _scores: Any) -> torch.Tensor:
+        held.append(pool.slots_used)
+        return torch.tensor([True, ids.shape[1] > 8])
+
+    prompts = torch.tensor([[5, 3, 17], [7, 8, 9]])
+    auto_model.generate(
+        prompts, max_new_tokens=500, eos_token_id=None, stopping_criteria=[first_row_ends]
+    )
+    assert held == [2, 1, 1, 1, 1, 1]
+
+
 def test_stop_strings_end_the_output_after_them(shipped: Any, tokenizer: Any) -> None:
     inputs = tokenizer(PROMPT, return_tensors="pt")
     for stop in ("\n", ["\n", "nothing of the kind"]):

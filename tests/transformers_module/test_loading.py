@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from twotower import TwoTower
+from twotower.towers.checkpoint.quantization import quantize_checkpoint
 from twotower.towers.checkpoint.weights import resolve_checkpoint
 from twotower.towers.errors import CheckpointError, ConfigError, InvalidRequestError
 from twotower.transformers import NemotronHTwoTowerForCausalLM
@@ -121,6 +122,48 @@ def test_a_broken_checkpoint_is_refused_before_it_is_read(tiny_a: Path, tmp_path
         loaded(tmp_path)
     with pytest.raises(CheckpointError, match="not a folder, nor a hub id"):
         NemotronHTwoTowerForCausalLM.from_pretrained(tmp_path / "absent")
+
+
+def test_a_generation_config_in_the_folder_cuts_nothing(tiny_a: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_a, tmp_path / "model")
+    settings = {"max_length": 6, "max_new_tokens": 1, "do_sample": True, "num_beams": 4}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    model = loaded(tmp_path / "model", dtype="float32")
+    want = loaded(tiny_a, dtype="float32").generate(IDS, max_new_tokens=9, eos_token_id=None)
+    assert model.generate(IDS, max_new_tokens=9, eos_token_id=None).equal(want)
+    assert model.generate(IDS, eos_token_id=None).shape == (1, 23)
+
+
+def test_a_folder_that_does_not_say_its_architecture(tiny_a: Path, tmp_path: Path) -> None:
+    """The Auto classes cannot know it; the class does."""
+    shutil.copytree(tiny_a, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    del config["architectures"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    model = NemotronHTwoTowerForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.generate_ar(IDS, max_new_tokens=2).shape == (1, 5)
+
+
+def test_quantized_experts(tiny_a: Path, tmp_path: Path) -> None:
+    quantize_checkpoint(tiny_a, tmp_path / "fp8")
+    model = loaded(tmp_path / "fp8", dtype="float32")
+    (alone,) = TwoTower.from_pretrained(tmp_path / "fp8").generate([[4, 5, 6]], max_tokens=16)
+    out = model.generate_mask_diffusion(IDS, max_new_tokens=16, confidence_threshold=0.8)
+    assert out[0, 3:].tolist() == alone.token_ids
+    stored = model.config.quantization_config
+    assert NemotronHTwoTowerForCausalLM.from_pretrained(
+        tmp_path / "fp8", quantization_config=stored
+    )
+    with pytest.raises(InvalidRequestError, match=r"^quantization_config: got"):
+        NemotronHTwoTowerForCausalLM.from_pretrained(
+            tmp_path / "fp8", quantization_config={"quant_method": "gptq"}
+        )
+
+
+def test_an_adapter_in_the_folder_is_refused(tiny_a: Path) -> None:
+    found = {"_adapter_model_path": "somewhere"}
+    with pytest.raises(InvalidRequestError, match=r"^adapter: got 'somewhere'"):
+        NemotronHTwoTowerForCausalLM.from_pretrained(tiny_a, adapter_kwargs=found)
 
 
 def test_a_model_without_a_checkpoint_is_refused(tiny_a: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,22 @@ def test_the_card_s_program_gives_the_tokens_of_generate() -> None:
         assert names[name].dtype == torch.int64
         if mode == "mask_diffusion":
             assert names["text"] == PROMPT + alone.text
+
+
+def test_the_released_defaults() -> None:
+    kind = twotower.transformers.NemotronHTwoTowerForCausalLM
+    stated = inspect.signature(kind.generate_mask_diffusion).parameters
+    defaults = {name: stated[name].default for name in list(stated)[3:8]}
+    assert defaults == {
+        "block_size": 16,
+        "steps_per_block": 16,
+        "mask_token_id": 3,
+        "temperature": 0.0,
+        "confidence_threshold": 0.9,
+    }
+    for call in (kind.generate_mask_diffusion, kind.generate_ar, kind.generate_mock_ar):
+        assert inspect.signature(call).parameters["eos_token_id"].default is None
+        assert inspect.signature(call).parameters["temperature"].default == 0.0
 
 
 def test_every_recorded_generation_comes_out_of_the_calls(folder: Path, auto_model: Any) -> None:

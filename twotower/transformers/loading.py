@@ -11,6 +11,7 @@ import torch
 from twotower.api import TwoTower
 from twotower.towers.checkpoint.checkpoint import Checkpoint
 from twotower.towers.checkpoint.weights import DTYPES, parse_device
+from twotower.towers.config.quantization_config import FP8_EXPERTS
 from twotower.towers.errors import ConfigError, InvalidRequestError
 
 TOWERS = ("context_tower", "denoiser_tower")
@@ -94,6 +95,18 @@ def dtype_of(asked: object, checkpoint: Checkpoint) -> str:
     if not isinstance(name, str) or name not in DTYPES:
         raise InvalidRequestError("dtype", asked, f"one of {', '.join(DTYPES)} or 'auto'")
     return name
+
+
+def check_quantization(given: Any, checkpoint: Checkpoint) -> None:
+    """Raises InvalidRequestError for a `quantization_config` of another method than that by which
+    the checkpoint is stored: nothing is quantized while it is loaded."""
+    if given is None:
+        return
+    stored = FP8_EXPERTS["quant_method"] if checkpoint.config.quantized_experts else None
+    method = given.get("quant_method") if isinstance(given, dict) else given.quant_method
+    if stored is None or method != stored:
+        limit = "none" if stored is None else f"none, or the checkpoint's own, {stored}"
+        raise InvalidRequestError("quantization_config", given, f"{limit} (see twotower quantize)")
 
 
 def check_config(config: Any, checkpoint: Checkpoint) -> None:

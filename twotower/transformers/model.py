@@ -15,12 +15,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from twotower.towers.checkpoint.checkpoint import Checkpoint, tensor_shapes
 from twotower.towers.checkpoint.weights import DTYPES, resolve_checkpoint
 from twotower.towers.errors import InvalidRequestError
+from twotower.towers.request.number_checks import check_whole
 from twotower.transformers.calls import GenerationCalls
 from twotower.transformers.config import NemotronHTwoTowerConfig
 from twotower.transformers.loading import (
     Placement,
     Towers,
     check_config,
+    check_quantization,
     device_of,
     devices_of,
     dtype_of,
@@ -44,8 +46,9 @@ class NemotronHTwoTowerForCausalLM(GenerationCalls, PreTrainedModel, GenerationM
     padding on the left) are no part of a row; the result repeats the input with its padding. In
     the release a batch has no padding, shares the timestep and stops as a whole.
 
-    The weights are frozen and are no parameters of the module; they can neither be trained, nor
-    saved from here. They are read from the checkpoint when they are first needed.
+    The weights are frozen and are no parameters of the module (`device` and `dtype` are
+    properties); they can neither be trained, nor saved from here. They are read from the checkpoint
+    when they are first needed.
     """
 
     config_class = NemotronHTwoTowerConfig
@@ -97,11 +100,10 @@ class NemotronHTwoTowerForCausalLM(GenerationCalls, PreTrainedModel, GenerationM
         refuse_adapter(kwargs)
         folder = resolve_checkpoint(pretrained_model_name_or_path, **hub)
         checkpoint = Checkpoint(folder)
-        config = cls.config_class.from_pretrained(folder) if config is None else config
+        if config is None:
+            config = cls.config_class(**cls.config_class.get_config_dict(folder)[0])
         check_config(config, checkpoint)
-        if quantization_config is not None and not checkpoint.config.quantized_experts:
-            limit = "none: the checkpoint is not quantized (see twotower quantize)"
-            raise InvalidRequestError("quantization_config", quantization_config, limit)
+        check_quantization(quantization_config, checkpoint)
         name = dtype_of(torch_dtype if dtype is None else dtype, checkpoint)
         towers = Towers(checkpoint, Placement(*devices_of(device_map), name))
         model = cls(config, towers)
@@ -148,10 +150,13 @@ class NemotronHTwoTowerForCausalLM(GenerationCalls, PreTrainedModel, GenerationM
         """As `to(torch.bfloat16)`."""
         return self.to(torch.bfloat16)
 
-    def half(self) -> NoReturn:
+    def half(self) -> NemotronHTwoTowerForCausalLM:
         """Raises InvalidRequestError: fp16 is not computed."""
-        self.to(torch.float16)
-        raise AssertionError("fp16 is refused")
+        return self.to(torch.float16)
+
+    def double(self) -> NemotronHTwoTowerForCausalLM:
+        """Raises InvalidRequestError: fp64 is not computed."""
+        return self.to(torch.float64)
 
     def train(self, mode: bool = True) -> NemotronHTwoTowerForCausalLM:
         """Only for `eval()`, which changes nothing. Raises InvalidRequestError with `mode`."""
@@ -202,6 +207,7 @@ class NemotronHTwoTowerForCausalLM(GenerationCalls, PreTrainedModel, GenerationM
         keeps the last n logits only. Raises InvalidRequestError.
         """
         check_neutral(kwargs, FORWARD)
+        check_whole("logits_to_keep", logits_to_keep, 0)
         batch = Batch.of(input_ids, attention_mask)
         rows = self._towers.loaded().logits(batch.rows)
         shape = (*input_ids.shape, self.config.vocab_size)
