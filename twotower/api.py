@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from twotower.call_loop import CallLoop
-from twotower.results import GenerationResult, results_of
+from twotower.results import GenerationResult, results_of, together
 from twotower.streams import AsyncGenerationStream, GenerationStream
 from twotower.towers.checkpoint.checkpoint import ReadProgress
 from twotower.towers.checkpoint.weights import parse_device, parse_dtype, resolve_checkpoint
@@ -204,6 +204,19 @@ class TwoTower:
         limits = GenerationParams(mode="ar", max_tokens=1)
         limits.check_row(ids, self.config.vocab_size, self.config.max_position_embeddings + 1, [])
         return self._calls.run(self._context.score(ids)).log_probs
+
+    def logits(self, prompts: Sequence[Prompt] | Array) -> list[torch.Tensor]:
+        """The context tower's logits at every token of each prompt, [n, V] in the model's dtype, on
+        the context tower's device: those at a token predict the next one.
+
+        Prompts are those of `generate` and are read together. Raises InvalidRequestError.
+        """
+        rows = [self.encode(prompt) for prompt in prompt_rows(prompts)]
+        limits = GenerationParams(mode="ar", max_tokens=1)
+        for ids in rows:
+            most = self.config.max_position_embeddings + 1
+            limits.check_row(ids, self.config.vocab_size, most, [])
+        return self._calls.run(together([self._context.logits(ids) for ids in rows]))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: of a text those that the tokenizer gives, with the special tokens

@@ -17,8 +17,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.client.test_client_resume import Mortal, Server
-from tests.test_sampling_parameters import NOT_YET_ON_THE_WIRE
 from tests.support.terminal import run_in_terminal
+from tests.test_sampling_parameters import NOT_YET_ON_THE_WIRE
 from twotower import TwoTower
 from twotower.agreement import Comparison
 from twotower.cli.main import app

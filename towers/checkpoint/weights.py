@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import torch
 from huggingface_hub import snapshot_download
@@ -20,7 +21,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.txt"]
 
 
-def resolve_checkpoint(path: str | Path | None) -> Path:
+class HubOptions(TypedDict, total=False):
+    """Which snapshot of a hub id is fetched, and how; None is the hub client's default."""
+
+    revision: str | None
+    cache_dir: str | Path | None
+    token: str | bool | None
+    force_download: bool
+    local_files_only: bool
+
+
+def resolve_checkpoint(path: str | Path | None, **hub: Unpack[HubOptions]) -> Path:
     """The folder of a checkpoint: `path` itself, the snapshot of a hub id (safetensors, json and
     tokenizer files are fetched), or for None the shipped model. Raises CheckpointError if there is
     no such folder or hub id."""
@@ -38,13 +49,13 @@ def resolve_checkpoint(path: str | Path | None) -> Path:
         raise CheckpointError(f"{shorten(str(path))}: not a folder's name") from None
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise CheckpointError(f"{path}: not a folder, nor a hub id like owner/name")
-    return _fetched(str(path))
+    return _fetched(str(path), hub)
 
 
-def _fetched(hub_id: str) -> Path:
+def _fetched(hub_id: str, hub: HubOptions) -> Path:
     """The local folder of a hub id's files, downloaded if needed; raises CheckpointError."""
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"{hub_id}: could not be fetched ({type(error).__name__})") from None
     except Exception as error:
