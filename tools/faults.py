@@ -458,14 +458,14 @@ ROUTER = [
     Fault(
         "router: modes that are not served are let in",
         "deployments",
-        "if params.mode not in self._modes:",
+        "if request.params.mode not in modes:",
         "if False:",
         "test_router",
     ),
     Fault(
         "router: the model's own limit of context is passed over",
         "deployments",
-        "min(config.max_context, self._model.max_position_embeddings)",
+        "min(config.max_context, model.max_position_embeddings)",
         "config.max_context",
         "test_router",
     ),
@@ -521,6 +521,78 @@ GENERATION = [
         "test_generation",
     ),
 ]
+FRONTS = [
+    Fault(
+        "front: a path that is not listed needs no caller",
+        "deployments/http",
+        "if path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):",
+        'if path.startswith(("/v1", "/admin")):',
+        "test_front",
+    ),
+    Fault(
+        "front: anybody may use the paths of administrators",
+        "deployments/http",
+        "            caller.check_admin()\n",
+        "            pass\n",
+        "test_front",
+    ),
+    Fault(
+        "front: the front of another machine makes its clients local",
+        "deployments/http",
+        'forwarded = "x-forwarded-for" in headers',
+        "forwarded = False",
+        "test_front",
+    ),
+    Fault(
+        "completions: a caller is not charged for its output",
+        "deployments/completions",
+        "                        self._charge(len(block.token_ids))\n",
+        "",
+        "test_front",
+    ),
+    Fault(
+        "completions: all choices have one seed",
+        "deployments/completions",
+        "choice_seed(first.seed, index) for index",
+        "first.seed for index",
+        "test_requests test_completions",
+    ),
+    Fault(
+        "http: a place of a caller is kept where no answer begins",
+        "deployments/http",
+        "        admission.release()\n        raise",
+        "        raise",
+        "test_front",
+    ),
+    Fault(
+        "http: texts of tokens begin at 0 after an echo",
+        "deployments/http",
+        "TokenTexts(tokenizer, prompts[each.index // choices].length) for",
+        "TokenTexts(tokenizer) for",
+        "test_completions",
+    ),
+    Fault(
+        "http: the last token has no unfinished text",
+        "deployments/http",
+        "text + self._stream.flush(), offset",
+        "text, offset",
+        "test_completions",
+    ),
+    Fault(
+        "http: an answer in a proxy keeps Serve's words",
+        "deployments/http",
+        "if not (self._own or marked):",
+        "if False:",
+        "test_middleware",
+    ),
+    Fault(
+        "attempts: calls of one request share Serve's identity",
+        "deployments/routing",
+        'replace(context, _internal_request_id="")',
+        "context",
+        "test_attempts",
+    ),
+]
 FAULTS = (
     *SCHEDULER,
     *UNMASKING,
@@ -534,4 +606,5 @@ FAULTS = (
     *COMMIT_LOG,
     *ROUTER,
     *GENERATION,
+    *FRONTS,
 )
