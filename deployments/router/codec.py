@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from twotower.deployments.completions.completions import Completion, ServedModel
 from twotower.deployments.completions.requests import CompletionRequest, Input, request_id_of
 from twotower.protos.refusals import too_long
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.decoding.commit_log import CommitLog
 from twotower.towers.decoding.services import Block, ProvisionalBlock, Scores
 from twotower.towers.request.params import SAMPLING_PARAMETERS, GenerationParams, check_stop_count
+
+if TYPE_CHECKING:
+    # It brings Ray, which messages can be read without.
+    from twotower.deployments.completions.completions import Completion, ServedModel
 
 # Fields that are no scalars.
 _LISTS = ("stop", "logit_bias")

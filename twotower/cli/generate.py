@@ -19,6 +19,7 @@ from twotower.cli.options import Device, Dtype, Model
 if TYPE_CHECKING:
     from twotower.client import GenerationStream as ServiceStream
     from twotower.streams import GenerationStream
+    from twotower.towers.request.results import TopLogProbs
 
 _GRPC_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
 
@@ -70,6 +71,21 @@ def generate(
     min_confidence_threshold: Annotated[
         float | None, typer.Option(help="Lowest threshold that such a service may use.")
     ] = None,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Off the score of each token that the text has; -2 to 2.")
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="The same for each time that it has it.")
+    ] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID=BIAS", help="Added to a token's score; may be given several times."
+        ),
+    ] = None,
+    top_logprobs: Annotated[
+        int, typer.Option(help="Print so many of the most probable tokens at each position.")
+    ] = 0,
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text; may be given several times.")
     ] = None,
@@ -96,6 +112,10 @@ def generate(
         "min_tokens": min_tokens,
         "min_steps_per_block": min_steps_per_block,
         "min_confidence_threshold": min_confidence_threshold,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "logit_bias": biases(logit_bias or []),
+        "top_logprobs": top_logprobs,
         "stop": stop or [],
     }
     text = standard_input() if prompt == "-" else prompt
@@ -174,6 +194,21 @@ def generate_here(
     _report(stream, time.perf_counter() - begin)
     if logprobs:
         _report_log_probs(stream.token_ids, stream.log_probs)
+    _report_top_log_probs(stream.top_log_probs)
+
+
+def biases(given: Sequence[str]) -> list[tuple[int, float]]:
+    """Pairs of `ID=BIAS`. Raises InvalidRequestError for another form."""
+    from twotower.towers.errors import InvalidRequestError
+
+    pairs = []
+    for text in given:
+        token, _, bias = text.partition("=")
+        try:
+            pairs.append((int(token), float(bias)))
+        except ValueError:
+            raise InvalidRequestError("logit_bias", text, "ID=BIAS, as 42=-1.5") from None
+    return pairs
 
 
 def standard_input() -> str:
@@ -215,3 +250,9 @@ def _report_log_probs(token_ids: Sequence[int], log_probs: Sequence[float]) -> N
     """One line per token: its id and its natural-log probability."""
     for token, log_prob in zip(token_ids, log_probs, strict=True):
         typer.echo(f"{token}\t{log_prob:.6f}", err=True)
+
+
+def _report_top_log_probs(positions: Sequence[TopLogProbs]) -> None:
+    """One line per position: the most probable tokens, ids with natural-log probabilities."""
+    for top in positions:
+        typer.echo("\t".join(f"{token}={log_prob:.6f}" for token, log_prob in top), err=True)
