@@ -123,8 +123,8 @@ def _first_fault(errors: Sequence[Any]) -> tuple[str, str | None]:
     if error["type"] == "missing":
         return f"{field}: missing, expected a value", field
     same = [each for each in errors if _path(each["loc"]) == path]
-    wanted = " or ".join(dict.fromkeys(each["msg"] for each in same))
-    return f"{field}: got {shorten(error['input'])}; {wanted[0].lower()}{wanted[1:]}", field
+    wanted = " or ".join(dict.fromkeys(each["msg"] for each in same)).replace("Input", "it")
+    return f"{field}: got {shorten(error['input'])}, {wanted}", field
 
 
 def _path(loc: Sequence[Any]) -> list[str]:

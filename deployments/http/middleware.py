@@ -75,24 +75,50 @@ class GuardedProxy:
             text = str(too_long(int(length[:20]), self._max_bytes))
             await _refusal(413, text)(scope, receive, send)
         else:
-            await self._app(scope, bounded(receive, self._max_bytes), self._shown(scope, send))
+            answer = _ProxyAnswer(scope, send)
+            await self._app(scope, answer.bounded(receive, self._max_bytes), answer.send)
 
-    def _shown(self, scope: Scope, send: Send) -> Send:
-        """Passes on what the router or Serve's own probes have made, and replaces the rest."""
-        own, replaced = str(scope["path"]).startswith("/-/"), False
 
-        async def shown(message: Message) -> None:
-            nonlocal replaced
-            if message["type"] == "http.response.start":
-                marked = MARK in Headers(raw=list(message.get("headers", ())))
-                replaced = not (own or marked)
-                if replaced:
-                    answer = _refusal(*_in_own_words(message["status"]))
-                    await answer(scope, _nothing, send)
-            if not replaced:
-                await send(message)
+class _ProxyAnswer:
+    """The answer to one request in a proxy: what the router or Serve's own probes have made is
+    passed on, everything else replaced."""
 
-        return shown
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self._scope = scope
+        self._send = send
+        self._own = str(scope["path"]).startswith("/-/")
+        self._replaced = self._started = False
+
+    async def send(self, message: Message) -> None:
+        """Takes a message of the app."""
+        if message["type"] == "http.response.start" and not self._replaced:
+            marked = MARK in Headers(raw=list(message.get("headers", ())))
+            if not (self._own or marked):
+                await self._replace(*_in_own_words(message["status"]))
+            self._started = True
+        if not self._replaced:
+            await self._send(message)
+
+    def bounded(self, receive: Receive, max_bytes: int) -> Receive:
+        """`receive` of a body of at most `max_bytes`: one that is longer is refused, and for the
+        app its client has gone."""
+        taken = 0
+
+        async def receive_bounded() -> Message:
+            nonlocal taken
+            message = {"type": "http.disconnect"} if taken > max_bytes else await receive()
+            taken += len(message.get("body", b""))
+            if taken <= max_bytes:
+                return message
+            if not self._started and not self._replaced:
+                await self._replace(413, str(too_long(taken, max_bytes)))
+            return {"type": "http.disconnect"}
+
+        return receive_bounded
+
+    async def _replace(self, status: int, text: str) -> None:
+        self._replaced = True
+        await _refusal(status, text)(self._scope, _nothing, self._send)
 
 
 def bounded(receive: Receive, max_bytes: int) -> Receive:
