@@ -19,6 +19,10 @@ _REQUEST_ID = re.compile(rf"[!-~]{{1,{MAX_REQUEST_ID}}}")
 Input = str | list[int]
 
 
+class NotServedError(InvalidRequestError):
+    """A request asks for another model than the one that is served."""
+
+
 @dataclass(frozen=True)
 class CompletionRequest:
     """A prompt, and the parameters of its `n` completions.
