@@ -26,7 +26,13 @@ from twotower.deployments.http.app import build_http_app
 from twotower.deployments.router import codec
 from twotower.deployments.router.calls import caller_of, log_name, request_name
 from twotower.deployments.router.inference import InferenceMethods
-from twotower.protos.incoming import MESSAGE_VARIABLE, message_limit
+from twotower.protos.incoming import (
+    MESSAGE_VARIABLE,
+    REQUEST_VARIABLE,
+    answer_limit,
+    longest_answer,
+    message_limit,
+)
 from twotower.protos.refusals import RequestRefusedError, marked
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.decoding.services import ProvisionalBlock
@@ -48,8 +54,9 @@ class Router(InferenceMethods):
         self._config = config
         self._access = config.access()
         self._completions = Completions(config, pairs)
-        _compare_limits(self._completions.max_message)
-        self._info = codec.model_info(self._completions.model)
+        model = self._completions.model
+        _compare_limits(self._completions.max_message, longest_answer(model.max_context))
+        self._info = codec.model_info(model)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The HTTP front; Serve asks for it after the constructor."""
@@ -185,12 +192,17 @@ class Router(InferenceMethods):
         return int(_SERVING if await self._completions.is_ready() else _NOT_SERVING)
 
 
-def _compare_limits(needed: int) -> None:
-    """Logs a warning if the proxies take longer messages than the router: those are received in
-    full before they are refused."""
-    taken = message_limit(os.environ)
-    if taken != needed:
+def _compare_limits(requests: int, answers: int) -> None:
+    """Logs a warning if the proxies take longer messages than the router, which are received in
+    full before they are refused, or send none that are as long as its answers."""
+    taken, sent = message_limit(os.environ), answer_limit(os.environ)
+    if taken != requests:
         logger.warning(
             "proxies take messages of %d bytes, requests have up to %d: set %s=%d where Ray starts",
-            *(taken, needed, MESSAGE_VARIABLE, needed),
+            *(taken, requests, REQUEST_VARIABLE, requests),
+        )
+    if sent < answers:
+        logger.warning(
+            "proxies send messages of %d bytes, answers have up to %d: set %s=%d where Ray starts",
+            *(sent, answers, MESSAGE_VARIABLE, answers),
         )

@@ -46,6 +46,7 @@ class Context:
 
     def __init__(self) -> None:
         self.callbacks: list[Callable[[Any], None]] = []
+        self.sent: list[tuple[tuple[str, str], ...]] = []
         self.over = False
         self.status = grpc.StatusCode.OK
         self.text = ""
@@ -55,6 +56,13 @@ class Context:
         return "ipv4:127.0.0.1:5"
 
     peer_identities = auth_context = peer
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
+    async def send_initial_metadata(self, metadata: tuple[tuple[str, str], ...]) -> None:
+        assert not self.over
+        self.sent.append(metadata)
 
     def code(self) -> int:
         return int(self.status.value[0])
