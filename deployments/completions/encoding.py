@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import BoundedSemaphore
 from typing import TypeVar
 
 from twotower.towers.errors import InvalidRequestError, QueueFullError
+from twotower.towers.request.token_ids import check_text
 from twotower.towers.text.tokenizer import Tokenizer, text_ids
 
 T = TypeVar("T")
@@ -58,15 +60,17 @@ class TextReader:
         self._short = Lane("short", MAX_SHORT_WAITING)
         self._long = Lane("long", MAX_LONG_WAITING)
 
-    async def encode(self, field: str, text: str) -> list[int]:
+    async def encode(self, field: str, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of a request's text.
 
         Raises InvalidRequestError without a tokenizer and for a text that is too long or that it
         cannot spell, QueueFullError if too many wait.
         """
+        check_text(field, text)
         size = len(text.encode())
         self.check_size(field, size)
-        token_ids = await self.run(size, lambda: text_ids(self._tokenizer, field, text))
+        encode = partial(text_ids, self._tokenizer, field, text, add_special_tokens)
+        token_ids = await self.run(size, encode)
         self.check_count(field, len(token_ids))
         return token_ids
 
