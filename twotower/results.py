@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from twotower.towers.decoding.commit_log import CommitLog
 from twotower.towers.decoding.output import Begun, Output
@@ -39,7 +39,7 @@ class GenerationResult:
     accepted_tokens: int
     drafted_tokens: int
     log_probs: list[float]
-    top_log_probs: list[TopLogProbs]
+    top_log_probs: list[TopLogProbs] = field(default_factory=list)
 
 
 async def results_of(rows: Sequence[Begun]) -> list[GenerationResult]:

@@ -56,7 +56,12 @@ def build_http_app(service: Completions, config: ServiceConfig, access: Access) 
     app.include_router(admin_routes(service))
     app.include_router(page_routes())
     add_handlers(app)
-    app.add_middleware(Front, access=access, max_bytes=longest_body(service.max_message))
+    app.add_middleware(
+        Front,
+        access=access,
+        cors_origins=config.cors_origins,
+        max_bytes=longest_body(service.max_message),
+    )
     if config.cors_origins:
         # Outermost: what the front refuses carries its headers too, and a preflight has no key.
         app.add_middleware(

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.client.test_client_resume import Mortal, Server
+from tests.test_sampling_parameters import NOT_YET_ON_THE_WIRE
 from twotower import TwoTower
 from twotower.agreement import Comparison
 from twotower.cli.main import app
@@ -127,7 +128,8 @@ def test_generate_passes_its_options_on(recorded: Recorded) -> None:
     # Everything that a model in this process takes is given, at its default.
     signature = inspect.signature(TwoTower.stream).parameters
     parameters = {name: one.default for name, one in signature.items() if name != "self"}
-    del parameters["generated_token_ids"]
+    for name in ("generated_token_ids", *NOT_YET_ON_THE_WIRE):
+        del parameters[name]
     assert recorded.asked == {**parameters, "prompt": "x", "stop": [], "eos_token_id": 2}
     options = ["--mode", "verified", "--draft-steps", "3", "--min-tokens", "5", "--ignore-eos"]
     CliRunner().invoke(app, ["generate", "x", *options, "--stop", "a b", "--stop", "\n\n"])

@@ -62,7 +62,9 @@ def text_ids(
     if tokenizer is None:
         raise InvalidRequestError(field, text, "token ids, as this model has no tokenizer")
     try:
-        return tokenizer.encode(text, add_special_tokens)
+        if add_special_tokens:
+            return tokenizer.encode(text)
+        return tokenizer.encode(text, add_special_tokens=False)
     except InvalidRequestError as error:
         raise InvalidRequestError(field, error.value, error.limit) from None
 
