@@ -24,9 +24,7 @@ BLOCK = 16
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     # Without attention: what is tested are messages, and no layer is quadratic then.
-    model = small_config(
-        vocab_size=VOCABULARY, layer_pattern="M-", max_position_embeddings=CONTEXT
-    )
+    model = small_config(vocab_size=VOCABULARY, layer_pattern="M-", max_position_embeddings=CONTEXT)
     folder: Path = write_checkpoint(tmp_path_factory.mktemp("long"), model)
     config = ServiceConfig(
         model=str(folder),
