@@ -89,8 +89,10 @@ def test_the_signatures() -> None:
         ("path", None),
         ("device", "cpu"),
         ("dtype", "float32"),
+        ("progress", None),
     ]
     assert defaults_of(TwoTower.score) == [("self", empty), ("token_ids", empty)]
+    assert defaults_of(TwoTower.logits) == [("self", empty), ("prompts", empty)]
     assert defaults_of(TwoTower.decode) == [("self", empty), ("token_ids", empty)]
 
 
@@ -272,6 +274,19 @@ def test_scores(model: TwoTower) -> None:
     assert all(math.isfinite(score) and score < 0 for score in scores)
     assert model.score(PROMPT[:3]) == pytest.approx(scores[:2], abs=1e-4)
     assert model.score([7]) == []
+
+
+def test_logits_are_those_that_scores_are_of(model: TwoTower) -> None:
+    first, second = model.logits([PROMPT, [7]])
+    assert first.shape == (len(PROMPT), model.config.vocab_size)
+    assert second.shape == (1, model.config.vocab_size)
+    table = torch.log_softmax(first.float(), dim=-1)
+    scores = [float(table[at, token]) for at, token in enumerate(PROMPT[1:])]
+    assert scores == pytest.approx(model.score(PROMPT), abs=1e-5)
+    assert model.logits([[7]])[0].equal(second)
+    for prompts in ([[]], [[10**6]], PROMPT, "text"):
+        with pytest.raises(InvalidRequestError):
+            model.logits(prompts)
 
 
 async def test_it_works_inside_an_event_loop(model: TwoTower) -> None:

@@ -229,6 +229,12 @@ class Completions:
         self.reader.check_count("messages", len(ids))
         return ids
 
+    def check_ids(self, field: str, token_ids: Sequence[int]) -> None:
+        """Raises InvalidRequestError for no id at all, and for one that the model does not have."""
+        if not token_ids:
+            raise InvalidRequestError(field, [], "at least 1 token")
+        check_ids(field, token_ids, self.model.vocab_size)
+
     async def score(
         self,
         field: str,
@@ -241,9 +247,7 @@ class Completions:
         Raises InvalidRequestError.
         """
         check_whole("top_logprobs", top_logprobs, 0, MAX_TOP_LOGPROBS)
-        check_ids(field, token_ids, self.model.vocab_size)
-        if not token_ids:
-            raise InvalidRequestError(field, [], "at least 1 token")
+        self.check_ids(field, token_ids)
         charge(len(token_ids))
         return await self._attempts.score(token_ids, top_logprobs)
 

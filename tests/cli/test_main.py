@@ -6,15 +6,18 @@ import inspect
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from tests.client.test_client_resume import Mortal, Server
-from tests.test_sampling_parameters import NOT_YET_ON_THE_WIRE
+from tests.support.terminal import run_in_terminal
 from twotower import TwoTower
 from twotower.agreement import Comparison
 from twotower.cli.main import app
@@ -37,11 +40,13 @@ def test_help_needs_no_heavy_import() -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
-    for word in ("serve", "generate", "verify", "quantize", "bench", "plan", "train"):
+    for word in ("serve", "generate", "verify", "quantize", "bench", "plan", "train", "top"):
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "verify", "quantize", "plan", "train"])
+@pytest.mark.parametrize(
+    "command", ["serve", "generate", "verify", "quantize", "plan", "train", "top"]
+)
 def test_each_command_explains_itself(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0
@@ -56,6 +61,10 @@ def test_each_command_explains_itself(command: str) -> None:
         (["generate", "x", "--draft-steps", "0"], "draft_steps: got 0"),
         (["generate", "x", "--min-tokens", "65"], "min_tokens: got 65"),
         (["generate", "x", "--stop", "a", "--stop", ""], "stop[1]: got ''"),
+        (["generate", "x", "--logit-bias", "3"], "logit_bias: got '3', expected ID=BIAS"),
+        (["generate", "x", "--logit-bias", "3=x"], "logit_bias: got '3=x', expected ID=BIAS"),
+        (["generate", "x", "--logit-bias", "3=1e9"], "logit_bias[3]: got 1000000000.0"),
+        (["generate", "x", "--top-logprobs", "21"], "top_logprobs: got 21"),
         (
             ["generate", "x", "--model", "no-such-folder", "--dtype", "float16"],
             "dtype: got 'float16', expected one of float32, bfloat16",
@@ -97,9 +106,10 @@ class Recorded:
         self.seed = 1
         self.token_ids: list[int] = []
         self.log_probs: list[float] = []
+        self.top_log_probs: list[tuple[tuple[int, float], ...]] = []
         self.closed = 0
 
-    def from_pretrained(self, *_: object) -> Recorded:
+    def from_pretrained(self, *_: object, **__: object) -> Recorded:
         return self
 
     def stream(self, prompt: str, **parameters: object) -> Recorded:
@@ -128,14 +138,89 @@ def test_generate_passes_its_options_on(recorded: Recorded) -> None:
     # Everything that a model in this process takes is given, at its default.
     signature = inspect.signature(TwoTower.stream).parameters
     parameters = {name: one.default for name, one in signature.items() if name != "self"}
-    for name in ("generated_token_ids", *NOT_YET_ON_THE_WIRE):
-        del parameters[name]
-    assert recorded.asked == {**parameters, "prompt": "x", "stop": [], "eos_token_id": 2}
+    del parameters["generated_token_ids"]
+    assert recorded.asked == {
+        **parameters,
+        "prompt": "x",
+        "stop": [],
+        "logit_bias": [],
+        "eos_token_id": 2,
+    }
     options = ["--mode", "verified", "--draft-steps", "3", "--min-tokens", "5", "--ignore-eos"]
     CliRunner().invoke(app, ["generate", "x", *options, "--stop", "a b", "--stop", "\n\n"])
     changed = {"mode": "verified", "draft_steps": 3, "min_tokens": 5, "eos_token_id": None}
-    assert recorded.asked == {**parameters, **changed, "prompt": "x", "stop": ["a b", "\n\n"]}
+    assert recorded.asked == {
+        **parameters,
+        **changed,
+        "prompt": "x",
+        "stop": ["a b", "\n\n"],
+        "logit_bias": [],
+    }
     assert recorded.closed == 2
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A provisional block."""
+
+    start: int
+    step: int
+    token_ids: tuple[int, ...]
+    masked: tuple[bool, ...]
+    confidences: tuple[float, ...]
+
+
+class Drafting(Recorded):
+    """One whose stream has provisional blocks, where they are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer: Any = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
+
+    def stream(self, prompt: str, provisional: bool = False, **parameters: object) -> Recorded:
+        self.provisional = provisional
+        return super().stream(prompt, **parameters)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.provisional:
+            yield Draft(0, 0, (81, 0), (False, True), (0.9, 0.0))
+            # Drawn by a thread, ten times a second.
+            time.sleep(0.3)
+        yield from super().__iter__()
+
+
+def test_provisional_blocks_are_asked_for_where_they_are_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Drafting()
+    monkeypatch.setattr("twotower.api.TwoTower", model)
+    piped = CliRunner().invoke(app, ["generate", "x"])
+    assert (piped.stdout, model.provisional) == ("text", False)
+    monkeypatch.setattr("twotower.cli.generate.is_live", lambda _: True)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    plain = CliRunner().invoke(app, ["generate", "x", "--plain"])
+    assert (plain.stdout, model.provisional) == ("text", False)
+    shown = CliRunner().invoke(app, ["generate", "x"])
+    assert model.provisional
+    assert shown.exit_code == 0, shown.output
+    # The sure position in its text and shade, the masked one dim.
+    assert "\x1b[1;36mQ\x1b[0m\x1b[2m░\x1b[0m" in shown.stdout
+    assert shown.stdout.endswith("text")
+    assert shown.stderr.startswith("\n2 tokens, 1 NFE, ")
+
+
+def test_a_service_is_shown_on_a_terminal_too() -> None:
+    server = Server(Mortal(b"some text\nof a service"))
+    command = ["twotower.cli", "generate", "x", "--target", f"127.0.0.1:{server.port}"]
+    try:
+        ended = run_in_terminal(command)
+    finally:
+        server.close()
+    assert ended.code == 0
+    first, second, cost = ended.screen.all_lines()[:3]
+    assert (first, second) == ("some text", "of a service")
+    assert "tokens/s" in cost
+    assert "░" in ended.sent.decode()
 
 
 def test_log_probabilities_are_printed_beside_the_text(recorded: Recorded) -> None:
@@ -143,6 +228,13 @@ def test_log_probabilities_are_printed_beside_the_text(recorded: Recorded) -> No
     assert (result.exit_code, result.stdout) == (0, "text")
     assert result.stderr.endswith("7\t-0.750000\n8\t-1.500000\n")
     assert recorded.token_ids == [7, 8]
+
+
+def test_the_most_probable_tokens_are_printed_too(recorded: Recorded) -> None:
+    recorded.top_log_probs = [((7, -0.75), (9, -2.0)), ((8, -1.5),)]
+    result = CliRunner().invoke(app, ["generate", "x", "--top-logprobs", "2"])
+    assert recorded.asked["top_logprobs"] == 2
+    assert result.stderr.endswith("\n7=-0.750000\t9=-2.000000\n8=-1.500000\n")
 
 
 def test_what_a_service_has_used_is_said_where_a_floor_allows_less() -> None:

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,10 @@ from typing import Any
 
 import pytest
 
-from twotower.deployments.server.server import free_port
+with warnings.catch_warnings():
+    # Ray's own models use a spelling that pydantic has deprecated; ours may not.
+    warnings.simplefilter("ignore")
+    from twotower.deployments.server.server import free_port
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(__file__).parent / "programs"

@@ -15,7 +15,5 @@ model = OpenAI(
     top_p=1,
 )
 print(
-    json.dumps(
-        {"text": model.invoke("def f(x):"), "streamed": "".join(model.stream("def f(x):"))}
-    )
+    json.dumps({"text": model.invoke("def f(x):"), "streamed": "".join(model.stream("def f(x):"))})
 )

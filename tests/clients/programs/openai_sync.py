@@ -9,9 +9,7 @@ client = openai.OpenAI(base_url=os.environ["BASE_URL"], api_key="none", max_retr
 model = client.models.list().data[0].id
 ask = {"model": model, "prompt": "def f(x):", "max_tokens": 24, "seed": 5}
 whole = client.completions.create(**ask)
-pieces = list(
-    client.completions.create(**ask, stream=True, stream_options={"include_usage": True})
-)
+pieces = list(client.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
 knobs = client.completions.create(
     **ask, extra_body={"mode": "verified", "confidence_threshold": 0.9, "block_size": 8}
 )

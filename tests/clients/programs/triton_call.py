@@ -30,9 +30,7 @@ results = queue.Queue()
 client.start_stream(lambda result, error: results.put((result, error)))
 stream = triton.InferInput("stream", [1], "BOOL")
 stream.set_data_from_numpy(np.array([True]))
-client.async_stream_infer(
-    "pystdlib", [text_input("def f(x):"), stream], parameters=parameters
-)
+client.async_stream_infer("pystdlib", [text_input("def f(x):"), stream], parameters=parameters)
 pieces = []
 while True:
     result, error = results.get(timeout=60)
