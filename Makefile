@@ -26,8 +26,8 @@ demo: $(STAMP) ## Start the service on the shipped model, stream one completion,
 	$(BIN)/python -m benchmarks.demo
 
 test: $(STAMP) ## All tests that need no GPU, those with real processes included
-	$(BIN)/pytest -q $(PARALLEL) -m 'not gpu and not slow and not cluster'
-	$(BIN)/pytest -q -m 'cluster and not gpu and not slow'
+	$(BIN)/pytest -q $(PARALLEL) -m 'not gpu and not slow and not cluster and not clients'
+	$(BIN)/pytest -q -m 'cluster and not gpu and not slow and not clients'
 
 # Other people's clients have an environment of their own, as they do with those people.
 $(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/constraints.txt

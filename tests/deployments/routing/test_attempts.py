@@ -454,3 +454,30 @@ async def test_a_score_is_repeated_too() -> None:
     handle.scores = [NumericalError("nan")]
     with pytest.raises(NumericalError):
         await attempts.score([4, 5])
+
+
+async def test_calls_of_one_request_are_told_apart() -> None:
+    """Serve matches a call that waits with the identity that this context gives it."""
+    from ray.serve.context import (
+        _get_serve_request_context,
+        _RequestContext,
+        _serve_request_context,
+    )
+
+    seen_by_calls: list[_RequestContext] = []
+
+    class Noting(Handle):
+        def remote(self, *args: object) -> object:
+            seen_by_calls.append(_get_serve_request_context())
+            return super().remote(*args)
+
+    handle = Noting(all_of, all_of)
+    whole = _RequestContext(request_id="mine", _internal_request_id="shared")
+    before = _serve_request_context.set(whole)
+    try:
+        await run(handle)
+        assert _get_serve_request_context() is whole
+    finally:
+        _serve_request_context.reset(before)
+    assert [context._internal_request_id for context in seen_by_calls] == [""]
+    assert [context.request_id for context in seen_by_calls] == ["mine"]
