@@ -22,7 +22,12 @@ from twotower.deployments.access.keys import ApiKey, check_distinct
 from twotower.deployments.pair.autoscaling import PairAutoscaling
 from twotower.deployments.pair.overload import OverloadDial
 from twotower.deployments.settings_file import check_names, read_settings
-from twotower.protos.incoming import MESSAGE_VARIABLE, MOST_MESSAGE_BYTES, longest_request
+from twotower.protos.incoming import (
+    MESSAGE_VARIABLE,
+    MOST_MESSAGE_BYTES,
+    REQUEST_VARIABLE,
+    longest_request,
+)
 from twotower.towers.checkpoint.checkpoint import Checkpoint
 from twotower.towers.checkpoint.weights import resolve_checkpoint
 from twotower.towers.engine.options import EngineOptions
@@ -92,7 +97,8 @@ class ServiceConfig(BaseModel):
         le=MOST_MESSAGE_BYTES,
         description="longest gRPC message that is taken; none = what a request of max_context "
         "tokens can have, as far as the tokenizer tells, otherwise 4 MiB. Proxies that were not "
-        f"started here take it from their environment: {MESSAGE_VARIABLE}, 4 MiB if it is not set",
+        f"started here take it from their environment: {REQUEST_VARIABLE}, else "
+        f"{MESSAGE_VARIABLE}, else 4 MiB; the latter, Serve's own, also limits answers",
     )
     # Fields of the engines have their least values in EngineOptions.
     max_num_seqs: int = Field(32, le=MOST_ROWS, description="rows that a pair works on at once")

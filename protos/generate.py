@@ -12,7 +12,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # Paths through the import package, so that generated imports read `from twotower.protos.v1`.
-SOURCES = ("twotower/protos/v1/generation.proto", "twotower/protos/v1/state.proto")
+SOURCES = (
+    "twotower/protos/v1/generation.proto",
+    "twotower/protos/v1/state.proto",
+    "twotower/protos/kserve/inference.proto",
+)
 SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
 
 

@@ -19,12 +19,16 @@ from twotower.protos.refusals import too_long
 # message is in memory before it can be looked at here.
 MAX_MESSAGE_BYTES = 4 << 20
 MESSAGE_VARIABLE = "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
+# Where Serve's own limit has to be higher, for answers: the longest request that is taken.
+REQUEST_VARIABLE = "TWOTOWER_MAX_REQUEST_BYTES"
 # What gRPC counts with 31 bits.
 MOST_MESSAGE_BYTES = (1 << 31) - 1
 # Of a message: an id in a list of token ids, and all that is neither prompt nor earlier output: 16
 # stop strings of 256 characters are the most of it.
 _ID_BYTES = 5
 _REST_BYTES = 64 << 10
+# Of an answer of Score, for each token: its id, its log-probability, and 20 alternatives.
+_SCORE_BYTES = 200
 _MANY_PROMPTS = 64 << 20
 
 
@@ -45,9 +49,32 @@ Parser = Callable[[bytes], Any]
 
 
 def message_limit(environment: Mapping[str, str]) -> int:
-    """The longest message that a proxy takes: what Serve reads there too, else gRPC's default."""
+    """The longest message that a proxy takes from a client: ours, else what Serve reads there too,
+    else gRPC's default."""
+    for name in (REQUEST_VARIABLE, MESSAGE_VARIABLE):
+        given = environment.get(name, "")
+        if given.isdecimal():
+            return int(given)
+    return MAX_MESSAGE_BYTES
+
+
+def answer_limit(environment: Mapping[str, str]) -> int:
+    """The longest message that a proxy sends: what Serve reads there."""
     given = environment.get(MESSAGE_VARIABLE, "")
-    return int(given) if given.isdecimal() else MAX_MESSAGE_BYTES
+    return int(given) if given.isdecimal() else MOST_MESSAGE_BYTES
+
+
+def message_variables(request_bytes: int, max_context: int) -> dict[str, str]:
+    """The environment of a proxy that takes requests of so many bytes and sends the answers to
+    them."""
+    most = max(request_bytes, longest_answer(max_context))
+    return {REQUEST_VARIABLE: str(request_bytes), MESSAGE_VARIABLE: str(most)}
+
+
+def longest_answer(max_context: int) -> int:
+    """Bytes of the longest message that answers a request of so many tokens: a score of all with
+    the most alternatives that may be asked for."""
+    return min(_SCORE_BYTES * max_context + _REST_BYTES, MOST_MESSAGE_BYTES)
 
 
 def longest_request(max_context: int, token_bytes: int | None) -> int:

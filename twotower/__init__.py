@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from twotower.api import Request, TwoTower
     from twotower.results import GenerationResult
     from twotower.streams import AsyncGenerationStream, GenerationStream
-    from twotower.towers.decoding.services import Block, ProvisionalBlock
+    from twotower.towers.decoding.services import Block
     from twotower.towers.request.params import GenerationParams
-    from twotower.towers.request.results import TextBlock, Usage
+    from twotower.towers.request.results import ProvisionalBlock, TextBlock, Usage
 
 _HOMES = {
     "AsyncGenerationStream": "twotower.streams",
@@ -33,7 +33,7 @@ _HOMES = {
     "GenerationParams": "twotower.towers.request.params",
     "GenerationResult": "twotower.results",
     "GenerationStream": "twotower.streams",
-    "ProvisionalBlock": "twotower.towers.decoding.services",
+    "ProvisionalBlock": "twotower.towers.request.results",
     "Request": "twotower.api",
     "TextBlock": "twotower.towers.request.results",
     "TwoTower": "twotower.api",

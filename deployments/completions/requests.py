@@ -9,15 +9,18 @@ from dataclasses import dataclass, replace
 
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.request.number_checks import check_whole
+from twotower.towers.request.params import MAX_CHOICES as MAX_CHOICES
 from twotower.towers.request.params import SEED_BITS, GenerationParams
 
 MAX_REQUEST_ID = 128
-# Completions of a request: rows that it puts into the queue at once.
-MAX_CHOICES = 128
 _REQUEST_ID = re.compile(rf"[!-~]{{1,{MAX_REQUEST_ID}}}")
 
 # A text, or token ids.
 Input = str | list[int]
+
+
+class NotServedError(InvalidRequestError):
+    """A request asks for another model than the one that is served."""
 
 
 @dataclass(frozen=True)

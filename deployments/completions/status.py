@@ -18,6 +18,7 @@ from twotower.deployments.access.errors import (
     RateLimitError,
     UnauthenticatedError,
 )
+from twotower.deployments.completions.requests import NotServedError
 from twotower.deployments.routing.retry import LostTooOftenError
 from twotower.protos.refusals import (
     BUSY_TEXT,
@@ -41,6 +42,7 @@ logger = logging.getLogger("ray.serve")
 MAX_DETAILS = 1024
 _STARTING_TEXT = "no pair of towers is up; try again later"
 _SHOWN: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
+    (NotServedError, grpc.StatusCode.NOT_FOUND),
     (InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
     (ForbiddenError, grpc.StatusCode.PERMISSION_DENIED),

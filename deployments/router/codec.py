@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from twotower.deployments.completions.completions import Completion, ServedModel
+from google.protobuf.message import Message
+
 from twotower.deployments.completions.requests import CompletionRequest, Input, request_id_of
 from twotower.protos.refusals import too_long
 from twotower.protos.v1 import generation_pb2 as pb
@@ -13,18 +15,25 @@ from twotower.towers.decoding.commit_log import CommitLog
 from twotower.towers.decoding.services import Block, ProvisionalBlock, Scores
 from twotower.towers.request.params import SAMPLING_PARAMETERS, GenerationParams, check_stop_count
 
+if TYPE_CHECKING:
+    # It brings Ray, which messages can be read without.
+    from twotower.deployments.completions.completions import Completion, ServedModel
+
 # Fields that are no scalars.
 _LISTS = ("stop", "logit_bias")
 _OPTIONAL_SCALARS = tuple(name for name in SAMPLING_PARAMETERS if name not in _LISTS)
 
 
 def completion_request(
-    message: pb.GenerateRequest, eos_token_id: int | None, max_bytes: int
+    message: pb.GenerateRequest, eos_token_id: int | None, max_bytes: int, name: str = ""
 ) -> CompletionRequest:
-    """The request of a message. Raises InvalidRequestError, for one that is too long first."""
+    """The request of a message; `name` is its own if it brings none, drawn if that is empty too.
+
+    Raises InvalidRequestError, for one that is too long first.
+    """
     check_size(message, max_bytes)
     return CompletionRequest(
-        request_id_of(message.request_id),
+        request_id_of(message.request_id or name),
         input_of(message, "prompt"),
         params_of(message.sampling_params, eos_token_id),
         tuple(message.generated_token_ids),
@@ -52,7 +61,7 @@ def input_of(message: pb.GenerateRequest | pb.ScoreRequest, oneof: str) -> Input
     return message.text if message.WhichOneof(oneof) == "text" else list(message.tokens.ids)
 
 
-def check_size(message: pb.GenerateRequest | pb.ScoreRequest, max_bytes: int) -> None:
+def check_size(message: Message, max_bytes: int) -> None:
     """Raises InvalidRequestError for a message that is too long as a whole."""
     size = message.ByteSize()
     if size > max_bytes:

@@ -10,13 +10,15 @@ A message that is too long or none at all is refused before Serve sees it, and w
 exception (of a router that has died: its class, actor, process and address) is replaced by a fixed
 sentence: clients read only what was made for them.
 
+Every call has a name and a trace, its client's or drawn ones, which the router and the client read
+in metadata (`x-request-id`, `traceparent`).
+
 Serve calls these functions in every proxy process, by the names in `SERVICER_FUNCTIONS`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -24,21 +26,20 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
-from twotower.protos.incoming import CarefulServer, Refusal, message_limit
-from twotower.protos.refusals import LOST_TEXT, marked, shown
+from twotower.deployments.router.call_context import CallContext
+from twotower.protos.incoming import CarefulServer, message_limit
+from twotower.protos.kserve import inference_pb2_grpc
 from twotower.protos.v1 import generation_pb2_grpc
-
-logger = logging.getLogger("ray.serve")
 
 SERVICER_FUNCTIONS = [
     "twotower.deployments.router.ingress.add_generation",
+    "twotower.deployments.router.ingress.add_inference",
     "twotower.deployments.router.ingress.add_health",
 ]
 StreamHandler = Callable[[Any, Any], AsyncIterator[bytes]]
 UnaryHandler = Callable[[Any, Any], Awaitable[bytes]]
 MAX_UNREAD = 1024
 _UNREAD_TEXT = "the client reads too slowly; resume with generated_token_ids"
-_CODES = {code.value[0]: code for code in grpc.StatusCode}
 _END = object()
 
 
@@ -47,104 +48,68 @@ def add_generation(servicer: Any, server: Any) -> None:
     _add(generation_pb2_grpc.add_GenerationServicer_to_server, servicer, server)
 
 
+def add_inference(servicer: Any, server: Any) -> None:
+    """Registers inference.GRPCInferenceService."""
+    _add(inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server, servicer, server)
+
+
 def add_health(servicer: Any, server: Any) -> None:
     """Registers grpc.health.v1.Health."""
     _add(health_pb2_grpc.add_HealthServicer_to_server, servicer, server)
-
-
-class _CallContext:
-    """A call's context that outlives the call: the peer's names are read while there is one.
-
-    Its status says what was made for clients and nothing else.
-    """
-
-    def __init__(self, context: Any) -> None:
-        self._context = context
-        self._peer = context.peer()
-        self._peer_identities = context.peer_identities()
-        self._auth_context = context.auth_context()
-
-    def peer(self) -> Any:
-        """The client's address."""
-        return self._peer
-
-    def peer_identities(self) -> Any:
-        """The client's identities, if it has shown a certificate."""
-        return self._peer_identities
-
-    def auth_context(self) -> Any:
-        """The transport's properties of the client."""
-        return self._auth_context
-
-    def set_details(self, details: str) -> None:
-        """Sets the text of the status, whose code has been set, to what a client may read."""
-        given = self._context.code()
-        known = given if isinstance(given, grpc.StatusCode) else _CODES[int(given or 0)]
-        code, text = shown(known, details)
-        self._context.set_code(code)
-        self._context.set_details(text)
-
-    def refuse(self, refusal: Refusal) -> None:
-        """Ends the call, when its handler does, as one whose message was not taken."""
-        self.end(grpc.StatusCode.INVALID_ARGUMENT, refusal.details)
-
-    def fail(self, error: Exception) -> None:
-        """Ends the call as lost by an error here, which only the log names."""
-        logger.error("a call failed in the proxy", exc_info=error)
-        self.end(grpc.StatusCode.UNAVAILABLE, LOST_TEXT)
-
-    def end(self, code: grpc.StatusCode, details: str) -> None:
-        """Sets a status whose text was made for clients."""
-        self._context.set_code(code)
-        self.set_details(marked(details))
-
-    def __getattr__(self, name: str) -> Any:
-        # All else lives in Python and may be used after the call has ended.
-        return getattr(self._context, name)
 
 
 def guarded(handler: UnaryHandler) -> Callable[[Any, Any], Awaitable[bytes]]:
     """A unary handler that gives nothing away, and is not reached by what is no message."""
 
     async def answer(request: Any, context: Any) -> bytes:
-        call = _CallContext(context)
-        if isinstance(request, Refusal):
-            call.refuse(request)
-            return b""
-        try:
-            return await handler(request, call)
-        except Exception as error:
-            call.fail(error)
-            return b""
+        call = CallContext(context, request)
+        message = await _answered(handler, request, call)
+        await call.send_names()
+        return message
 
     return answer
 
 
+async def _answered(handler: UnaryHandler, request: Any, call: CallContext) -> bytes:
+    if call.refusal is not None:
+        call.refuse(call.refusal)
+        return b""
+    try:
+        return await handler(request, call)
+    except Exception as error:
+        call.fail(error)
+        return b""
+
+
 def watched(handler: StreamHandler) -> Callable[[Any, Any], AsyncGenerator[bytes, None]]:
     """As `guarded` for a server stream, which is cancelled where it waits as soon as its call is
-    over."""
+    over. What a client streams is read only as its handler asks for it; a message that is none
+    reaches the handler as a Refusal."""
 
     async def stream(request: Any, context: Any) -> AsyncGenerator[bytes, None]:
         messages: asyncio.Queue[Any] = asyncio.Queue()
-        call = _CallContext(context)
-        if isinstance(request, Refusal):
-            call.refuse(request)
+        call = CallContext(context, request)
+        if call.refusal is not None:
+            call.refuse(call.refusal)
+            await call.send_names()
             return
         reader = asyncio.ensure_future(_read(handler(request, call), messages, call))
         # Not a `finally`: a generator that is dropped while its message is sent runs none in time.
         context.add_done_callback(lambda _: reader.cancel())
         while (message := await messages.get()) is not _END:
+            await call.send_names()
             yield message
         await asyncio.wait([reader])
         error = None if reader.cancelled() else reader.exception()
         if isinstance(error, Exception):
             call.fail(error)
+        await call.send_names()
 
     return stream
 
 
 async def _read(
-    source: AsyncIterator[bytes], messages: asyncio.Queue[Any], call: _CallContext
+    source: AsyncIterator[bytes], messages: asyncio.Queue[Any], call: CallContext
 ) -> None:
     task = asyncio.current_task()
     assert task is not None
@@ -165,7 +130,7 @@ def _add(register: Callable[[Any, Any], Any], servicer: Any, server: Any) -> Non
     def make(service_method: str, streaming_type: Any) -> Any:
         handler = make_handler(service_method=service_method, streaming_type=streaming_type)
         wrap = _WRAPPED.get(streaming_type.value)
-        # Generated code makes all four kinds of each method; ours are of these two.
+        # Serve makes all four kinds of each method; ours are of these three.
         return handler if wrap is None else wrap(handler)
 
     server.service_handler_factory = make
@@ -175,4 +140,8 @@ def _add(register: Callable[[Any, Any], Any], servicer: Any, server: Any) -> Non
         server.service_handler_factory = make_handler
 
 
-_WRAPPED: dict[str, Callable[[Any], Any]] = {"unary_unary": guarded, "unary_stream": watched}
+_WRAPPED: dict[str, Callable[[Any], Any]] = {
+    "unary_unary": guarded,
+    "unary_stream": watched,
+    "stream_stream": watched,
+}

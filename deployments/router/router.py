@@ -17,7 +17,6 @@ import grpc
 from fastapi import FastAPI
 from grpc_health.v1 import health_pb2
 
-from twotower.deployments.access.access import Caller
 from twotower.deployments.access.limits import Admission
 from twotower.deployments.completions.completions import Completions, merged
 from twotower.deployments.completions.requests import request_id_of
@@ -25,11 +24,18 @@ from twotower.deployments.completions.status import refuse
 from twotower.deployments.config import ServiceConfig
 from twotower.deployments.http.app import build_http_app
 from twotower.deployments.router import codec
-from twotower.protos.incoming import MESSAGE_VARIABLE, message_limit
+from twotower.deployments.router.calls import caller_of, log_name, request_name
+from twotower.deployments.router.inference import InferenceMethods
+from twotower.protos.incoming import (
+    MESSAGE_VARIABLE,
+    REQUEST_VARIABLE,
+    answer_limit,
+    longest_answer,
+    message_limit,
+)
 from twotower.protos.refusals import RequestRefusedError, marked
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.decoding.services import ProvisionalBlock
-from twotower.towers.errors import InvalidRequestError
 
 logger = logging.getLogger("ray.serve")
 
@@ -40,16 +46,17 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
-class Router:
-    """Serves `twotower.v1.Generation` and `grpc.health.v1.Health` over a deployment of pairs, and
-    the HTTP front beside them."""
+class Router(InferenceMethods):
+    """Serves `twotower.v1.Generation`, KServe's protocol and `grpc.health.v1.Health` over a
+    deployment of pairs, and the HTTP front beside them."""
 
     def __init__(self, config: ServiceConfig, pairs: Any) -> None:
         self._config = config
         self._access = config.access()
         self._completions = Completions(config, pairs)
-        _compare_limits(self._completions.max_message)
-        self._info = codec.model_info(self._completions.model)
+        model = self._completions.model
+        _compare_limits(self._completions.max_message, longest_answer(model.max_context))
+        self._info = codec.model_info(model)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The HTTP front; Serve asks for it after the constructor."""
@@ -59,56 +66,57 @@ class Router:
         self, request: pb.GenerateRequest, grpc_context: Any
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Streams the completions of a prompt."""
-        request_id = _log_name(request.request_id)
+        # In the answer, too, if it is drawn here.
+        name = request_name(grpc_context, request.request_id)
         try:
-            with self._caller(grpc_context).limits.admit() as admission:
-                async with aclosing(self._events(request, admission)) as events:
+            with caller_of(self._access, grpc_context).limits.admit() as admission:
+                async with aclosing(self._events(request, name, admission)) as events:
                     async for event in events:
                         yield event
         except Exception as error:
-            refuse(grpc_context, error, request_id)
+            refuse(grpc_context, error, log_name(grpc_context, name))
 
     async def Score(  # noqa: N802
         self, request: pb.ScoreRequest, grpc_context: Any
     ) -> pb.ScoreResponse:
         """Scores a text."""
         try:
-            with self._caller(grpc_context).limits.admit() as admission:
+            with caller_of(self._access, grpc_context).limits.admit() as admission:
                 return await self._scored(request, admission)
         except Exception as error:
-            refuse(grpc_context, error, _log_name(request.request_id))
+            refuse(grpc_context, error, log_name(grpc_context, request.request_id))
 
     async def Tokenize(  # noqa: N802
         self, request: pb.TokenizeRequest, grpc_context: Any
     ) -> pb.TokenizeResponse:
         """The ids of a text."""
         try:
-            self._caller(grpc_context)
+            caller_of(self._access, grpc_context)
             ids = await self._completions.token_ids("text", request.text)
             return pb.TokenizeResponse(token_ids=ids)
         except Exception as error:
-            refuse(grpc_context, error, _log_name(""))
+            refuse(grpc_context, error, log_name(grpc_context))
 
     async def Detokenize(  # noqa: N802
         self, request: pb.DetokenizeRequest, grpc_context: Any
     ) -> pb.DetokenizeResponse:
         """The text of ids."""
         try:
-            self._caller(grpc_context)
+            caller_of(self._access, grpc_context)
             ids = list(request.token_ids)
             return pb.DetokenizeResponse(text=await self._completions.decode("token_ids", ids))
         except Exception as error:
-            refuse(grpc_context, error, _log_name(""))
+            refuse(grpc_context, error, log_name(grpc_context))
 
     async def GetModelInfo(  # noqa: N802
         self, _request: pb.GetModelInfoRequest, grpc_context: Any
     ) -> pb.ModelInfo:
         """Model, limits and modes of the service."""
         try:
-            self._caller(grpc_context)
+            caller_of(self._access, grpc_context)
             return self._info
         except Exception as error:
-            refuse(grpc_context, error, _log_name(""))
+            refuse(grpc_context, error, log_name(grpc_context))
 
     async def Check(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, grpc_context: Any
@@ -144,10 +152,10 @@ class Router:
             await asyncio.sleep(WATCH_PERIOD_S)
 
     async def _events(
-        self, request: pb.GenerateRequest, admission: Admission
+        self, request: pb.GenerateRequest, name: str, admission: Admission
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         eos, longest = self._completions.model.eos_token_id, self._completions.max_message
-        asked = codec.completion_request(request, eos, longest)
+        asked = codec.completion_request(request, eos, longest, name)
         completions = await self._completions.admit(asked, admission.charge)
         log_probs = request.sampling_params.logprobs
         for completion in completions:
@@ -176,14 +184,6 @@ class Router:
         )
         return codec.score_response(token_ids, scores)
 
-    def _caller(self, grpc_context: Any) -> Caller:
-        """Who calls. Raises UnauthenticatedError."""
-        metadata = dict(grpc_context.invocation_metadata())
-        forwarded = "x-forwarded-for" in metadata
-        return self._access.caller(
-            metadata.get("authorization"), grpc_context.peer(), forwarded=forwarded
-        )
-
     async def _health(self, service: str) -> int:
         if not service:
             return int(_SERVING)
@@ -192,20 +192,17 @@ class Router:
         return int(_SERVING if await self._completions.is_ready() else _NOT_SERVING)
 
 
-def _compare_limits(needed: int) -> None:
-    """Logs a warning if the proxies take longer messages than the router: those are received in
-    full before they are refused."""
-    taken = message_limit(os.environ)
-    if taken != needed:
+def _compare_limits(requests: int, answers: int) -> None:
+    """Logs a warning if the proxies take longer messages than the router, which are received in
+    full before they are refused, or send none that are as long as its answers."""
+    taken, sent = message_limit(os.environ), answer_limit(os.environ)
+    if taken != requests:
         logger.warning(
             "proxies take messages of %d bytes, requests have up to %d: set %s=%d where Ray starts",
-            *(taken, needed, MESSAGE_VARIABLE, needed),
+            *(taken, requests, REQUEST_VARIABLE, requests),
         )
-
-
-def _log_name(given: str) -> str:
-    """A name for the log, made before the request is known to be valid."""
-    try:
-        return request_id_of(given)
-    except InvalidRequestError:
-        return "(invalid request_id)"
+    if sent < answers:
+        logger.warning(
+            "proxies send messages of %d bytes, answers have up to %d: set %s=%d where Ray starts",
+            *(sent, answers, MESSAGE_VARIABLE, answers),
+        )

@@ -24,7 +24,7 @@ from twotower.deployments.app import build_app, check_room, this_machine
 from twotower.deployments.config import APP_NAME, ServiceConfig
 from twotower.deployments.http.middleware import PROXY_CALLBACK, PROXY_VARIABLE
 from twotower.deployments.router.ingress import SERVICER_FUNCTIONS
-from twotower.protos.incoming import MAX_MESSAGE_BYTES, MESSAGE_VARIABLE
+from twotower.protos.incoming import MAX_MESSAGE_BYTES, MESSAGE_VARIABLE, message_variables
 from twotower.towers.errors import ConfigError, TwoTowerError, UnavailableError
 
 OBJECT_STORE_BYTES = 200 * 1024 * 1024
@@ -113,8 +113,8 @@ class LocalService:
         self._made.close()
 
     def _start_ray(self) -> None:
-        limit = {MESSAGE_VARIABLE: str(self.config.message_bytes())}
-        os.environ.update(ENVIRONMENT | limit)
+        limits = message_variables(self.config.message_bytes(), self.config.max_context)
+        os.environ.update(ENVIRONMENT | limits)
         logging.getLogger("ray.serve").setLevel(logging.INFO if self._verbose else logging.ERROR)
         folder = self._folder or self._made.enter_context(runtime_folder(os.environ))
         ray.init(

@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 
 from tests.client.test_client_resume import Mortal, Server
 from tests.support.terminal import run_in_terminal
-from tests.test_sampling_parameters import NOT_YET_ON_THE_WIRE
 from twotower import TwoTower
 from twotower.agreement import Comparison
 from twotower.cli.main import app
@@ -62,6 +61,10 @@ def test_each_command_explains_itself(command: str) -> None:
         (["generate", "x", "--draft-steps", "0"], "draft_steps: got 0"),
         (["generate", "x", "--min-tokens", "65"], "min_tokens: got 65"),
         (["generate", "x", "--stop", "a", "--stop", ""], "stop[1]: got ''"),
+        (["generate", "x", "--logit-bias", "3"], "logit_bias: got '3', expected ID=BIAS"),
+        (["generate", "x", "--logit-bias", "3=x"], "logit_bias: got '3=x', expected ID=BIAS"),
+        (["generate", "x", "--logit-bias", "3=1e9"], "logit_bias[3]: got 1000000000.0"),
+        (["generate", "x", "--top-logprobs", "21"], "top_logprobs: got 21"),
         (
             ["generate", "x", "--model", "no-such-folder", "--dtype", "float16"],
             "dtype: got 'float16', expected one of float32, bfloat16",
@@ -103,6 +106,7 @@ class Recorded:
         self.seed = 1
         self.token_ids: list[int] = []
         self.log_probs: list[float] = []
+        self.top_log_probs: list[tuple[tuple[int, float], ...]] = []
         self.closed = 0
 
     def from_pretrained(self, *_: object, **__: object) -> Recorded:
@@ -134,13 +138,24 @@ def test_generate_passes_its_options_on(recorded: Recorded) -> None:
     # Everything that a model in this process takes is given, at its default.
     signature = inspect.signature(TwoTower.stream).parameters
     parameters = {name: one.default for name, one in signature.items() if name != "self"}
-    for name in ("generated_token_ids", *NOT_YET_ON_THE_WIRE):
-        del parameters[name]
-    assert recorded.asked == {**parameters, "prompt": "x", "stop": [], "eos_token_id": 2}
+    del parameters["generated_token_ids"]
+    assert recorded.asked == {
+        **parameters,
+        "prompt": "x",
+        "stop": [],
+        "logit_bias": [],
+        "eos_token_id": 2,
+    }
     options = ["--mode", "verified", "--draft-steps", "3", "--min-tokens", "5", "--ignore-eos"]
     CliRunner().invoke(app, ["generate", "x", *options, "--stop", "a b", "--stop", "\n\n"])
     changed = {"mode": "verified", "draft_steps": 3, "min_tokens": 5, "eos_token_id": None}
-    assert recorded.asked == {**parameters, **changed, "prompt": "x", "stop": ["a b", "\n\n"]}
+    assert recorded.asked == {
+        **parameters,
+        **changed,
+        "prompt": "x",
+        "stop": ["a b", "\n\n"],
+        "logit_bias": [],
+    }
     assert recorded.closed == 2
 
 
@@ -213,6 +228,13 @@ def test_log_probabilities_are_printed_beside_the_text(recorded: Recorded) -> No
     assert (result.exit_code, result.stdout) == (0, "text")
     assert result.stderr.endswith("7\t-0.750000\n8\t-1.500000\n")
     assert recorded.token_ids == [7, 8]
+
+
+def test_the_most_probable_tokens_are_printed_too(recorded: Recorded) -> None:
+    recorded.top_log_probs = [((7, -0.75), (9, -2.0)), ((8, -1.5),)]
+    result = CliRunner().invoke(app, ["generate", "x", "--top-logprobs", "2"])
+    assert recorded.asked["top_logprobs"] == 2
+    assert result.stderr.endswith("\n7=-0.750000\t9=-2.000000\n8=-1.500000\n")
 
 
 def test_what_a_service_has_used_is_said_where_a_floor_allows_less() -> None:

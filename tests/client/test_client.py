@@ -5,13 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
-from twotower.client import AsyncClient, Client, ServiceError, Usage
+from twotower.client import (
+    AsyncClient,
+    Client,
+    ProvisionalBlock,
+    ServiceError,
+    TextBlock,
+    Usage,
+)
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.protos.v1 import generation_pb2_grpc
 from twotower.towers.errors import InvalidRequestError
@@ -48,23 +56,42 @@ class Scripted(generation_pb2_grpc.GenerationServicer):
         self.asked.append(request)
         if not request.tokens.ids:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "input: got 0 tokens, expected 1")
-        return pb.ScoreResponse(token_ids=request.tokens.ids, log_probs=[-0.5])
+        tops = [pb.TopLogProbs(token_ids=[7], log_probs=[-0.25])] * bool(request.top_logprobs)
+        return pb.ScoreResponse(token_ids=request.tokens.ids, log_probs=[-0.5], top_log_probs=tops)
+
+    def Tokenize(self, request: Any, context: Any) -> pb.TokenizeResponse:  # noqa: N802
+        if not request.text:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "text: no")
+        return pb.TokenizeResponse(token_ids=list(request.text.encode()))
+
+    def Detokenize(self, request: Any, _context: Any) -> pb.DetokenizeResponse:  # noqa: N802
+        return pb.DetokenizeResponse(text=bytes(request.token_ids).decode())
 
     def GetModelInfo(self, _request: Any, _context: Any) -> pb.ModelInfo:  # noqa: N802
         return pb.ModelInfo(name="m", vocab_size=9, modes=["ar"])
 
 
-@pytest.fixture
-def served() -> Iterator[tuple[Scripted, Client]]:
-    service = Scripted()
+@contextmanager
+def listening(service: Scripted) -> Iterator[str]:
     with ThreadPoolExecutor(2) as pool:
         server = grpc.server(pool)
         generation_pb2_grpc.add_GenerationServicer_to_server(service, server)
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
-        with Client(f"127.0.0.1:{port}") as client:
-            yield service, client
+        yield f"127.0.0.1:{port}"
         server.stop(grace=None).wait()
+
+
+@contextmanager
+def serving(service: Scripted) -> Iterator[tuple[Scripted, Client]]:
+    with listening(service) as address, Client(address) as client:
+        yield service, client
+
+
+@pytest.fixture
+def served() -> Iterator[tuple[Scripted, Client]]:
+    with serving(Scripted()) as pair:
+        yield pair
 
 
 def test_a_stream(served: tuple[Scripted, Client]) -> None:
@@ -93,6 +120,74 @@ def test_stopping_and_log_probabilities(served: tuple[Scripted, Client]) -> None
     asked = service.asked[0].sampling_params
     assert (asked.mode, asked.draft_steps, asked.min_tokens) == ("verified", 3, 2)
     assert (list(asked.stop), asked.logprobs) == (["日", "b"], True)
+
+
+class Drafting(Scripted):
+    """Sends a draft before its block, and the most probable tokens."""
+
+    def Generate(self, request: Any, context: Any) -> Iterator[pb.GenerateResponse]:  # noqa: N802
+        for message in super().Generate(request, context):
+            if message.HasField("block"):
+                draft = pb.ProvisionalBlock(
+                    start=2, step=1, token_ids=[4, 9], masked=[False, True], confidences=[1, 0.5]
+                )
+                yield pb.GenerateResponse(provisional=draft)
+                for pairs in (((4, -0.5), (6, -1.0)), ((5, -0.25),)):
+                    ids, log_probs = zip(*pairs, strict=True)
+                    top = pb.TopLogProbs(token_ids=ids, log_probs=log_probs)
+                    message.block.top_log_probs.append(top)
+            yield message
+
+
+TOPS = [((4, -0.5), (6, -1.0)), ((5, -0.25),)]
+
+
+def test_drafts_and_the_most_probable_tokens() -> None:
+    with serving(Drafting()) as (service, client):
+        stream = client.generate(
+            [1, 2],
+            provisional=True,
+            top_logprobs=2,
+            presence_penalty=0.5,
+            frequency_penalty=-1,
+            logit_bias={7: 2, 3: -100},
+        )
+        draft, block = stream
+        assert draft == ProvisionalBlock(2, 1, (4, 9), (False, True), (1.0, 0.5))
+        assert isinstance(block, TextBlock)
+        assert (block.token_ids, list(block.top_log_probs)) == ((4, 5), TOPS)
+        assert (stream.token_ids, stream.top_log_probs) == ([4, 5], TOPS)
+        asked = service.asked[0].sampling_params
+        assert (asked.provisional, asked.top_logprobs) == (True, 2)
+        assert (asked.presence_penalty, asked.frequency_penalty) == (0.5, -1.0)
+        assert dict(asked.logit_bias) == {3: -100.0, 7: 2.0}
+
+
+def test_texts_become_ids_and_back(served: tuple[Scripted, Client]) -> None:
+    _, client = served
+    assert client.tokenize("ab") == [97, 98]
+    assert client.detokenize(np.array([[97, 98]])) == "ab"
+    with pytest.raises(ServiceError, match="INVALID_ARGUMENT: text: no"):
+        client.tokenize("")
+    with pytest.raises(InvalidRequestError, match=r"token_ids\[1\]"):
+        client.detokenize([1, -1])
+    with pytest.raises(InvalidRequestError, match="text: got 3, expected a text"):
+        client.tokenize(3)  # type: ignore[arg-type]
+
+
+def test_a_score_with_the_most_probable_tokens(served: tuple[Scripted, Client]) -> None:
+    service, client = served
+    assert client.score([1, 2], top_logprobs=1).top_log_probs == (((7, -0.25),),)
+    assert client.score([1, 2]).top_log_probs == ()
+    assert [asked.HasField("top_logprobs") for asked in service.asked] == [True, False]
+
+
+async def test_the_asyncio_client_asks_the_same() -> None:
+    with listening(Scripted()) as address:
+        async with AsyncClient(address) as other:
+            assert await other.tokenize("ab") == [97, 98]
+            assert await other.detokenize([97]) == "a"
+            assert (await other.score([1, 2], 1)).top_log_probs == (((7, -0.25),),)
 
 
 def test_one_string_is_no_list_of_stop_strings(served: tuple[Scripted, Client]) -> None:

@@ -239,7 +239,11 @@ def test_the_longest_request_is_no_longer_than_that() -> None:
         text="a" * 41 * context,
         generated_token_ids=[2047] * context,
         sampling_params=pb.SamplingParams(
-            stop=["🌍" * 256] * 16, mode="mask_diffusion", seed=2**63 - 1, max_tokens=2**31 - 1
+            stop=["🌍" * 256] * 16,
+            mode="mask_diffusion",
+            seed=2**63 - 1,
+            max_tokens=2**31 - 1,
+            logit_bias={2**31 - 1 - token: 99.5 for token in range(1024)},
         ),
     )
     limit = ServiceConfig(max_context=context).message_bytes()

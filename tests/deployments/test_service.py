@@ -93,6 +93,33 @@ def test_two_clients_get_what_each_gets_alone(service: LocalService, tiny_text: 
         assert list(pool.map(ask, PROMPTS)) == alone
 
 
+def test_choices_of_a_request_are_what_their_seeds_give_alone(client: Client) -> None:
+    options = {"max_tokens": 24, "block_size": 8, "temperature": 1.0, "ignore_eos": True}
+    stream = client.generate_choices(PROMPTS[0], 3, seed=5, timeout=120, **options)
+    assert {number for number, _ in stream} == {0, 1, 2}
+    for choice in stream.choices:
+        assert choice.seed is not None
+        alone = client.generate(PROMPTS[0], seed=choice.seed, timeout=120, **options)
+        assert [token for block in alone for token in block.token_ids] == choice.token_ids
+    assert len({tuple(choice.token_ids) for choice in stream.choices}) == 3
+
+
+def test_a_call_has_its_clients_name_and_trace(service: LocalService) -> None:
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    metadata = (("x-request-id", "mine-7"), ("traceparent", trace))
+    with grpc.insecure_channel(service.address) as channel:
+        stub = generation_pb2_grpc.GenerationStub(channel)
+        request = pb.GenerateRequest(tokens=pb.TokenIds(ids=PROMPTS[0]))
+        for asked in (request, pb.GenerateRequest(text="")):
+            call = stub.Generate(asked, metadata=metadata, timeout=60)
+            shown = dict(call.initial_metadata())
+            assert (shown["x-request-id"], shown["traceparent"]) == ("mine-7", trace)
+            if asked is request:
+                assert next(call).started.request_id == "mine-7"
+            else:
+                assert call.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_rows_of_all_modes_at_once_get_what_each_gets_alone(
     service: LocalService, tiny_text: Path
 ) -> None:

@@ -7,9 +7,13 @@ import pytest
 from twotower.protos.incoming import (
     MAX_MESSAGE_BYTES,
     MESSAGE_VARIABLE,
+    REQUEST_VARIABLE,
     Refusal,
+    answer_limit,
     careful,
+    longest_answer,
     message_limit,
+    message_variables,
 )
 from twotower.protos.v1 import generation_pb2 as pb
 
@@ -43,6 +47,26 @@ def test_an_error_of_the_parser_itself_is_not_hidden() -> None:
 )
 def test_the_limit_is_what_serve_reads(given: str | None, limit: int) -> None:
     assert message_limit({} if given is None else {MESSAGE_VARIABLE: given}) == limit
+
+
+def test_answers_may_be_longer_than_requests() -> None:
+    long, short = message_variables(70_000, 32768), message_variables(9 << 20, 100)
+    assert (message_limit(long), answer_limit(long)) == (70_000, longest_answer(32768))
+    assert (message_limit(short), answer_limit(short)) == (9 << 20, 9 << 20)
+    assert answer_limit({}) == (1 << 31) - 1
+    assert message_limit({REQUEST_VARIABLE: "", MESSAGE_VARIABLE: "65536"}) == 65536
+
+
+@pytest.mark.parametrize("count", [1, 300])
+def test_the_longest_score_is_no_longer_than_that(count: int) -> None:
+    most = 2**31 - 1
+    top = pb.TopLogProbs(token_ids=[most] * 20, log_probs=[-1.5] * 20)
+    score = pb.ScoreResponse(
+        token_ids=[most] * count, log_probs=[-1.5] * count, top_log_probs=[top] * count
+    )
+    assert score.ByteSize() <= longest_answer(count)
+    # And the limit is no guess: less than a tenth of it is room.
+    assert score.ByteSize() > 0.9 * (longest_answer(count) - longest_answer(0))
 
 
 def test_serve_knows_the_variable() -> None:

@@ -20,9 +20,19 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from twotower.towers.request.params import FinishReason, GenerationParams
+from twotower.towers.request.results import ProvisionalBlock, TopLogProbs
 
-# The most probable tokens at a position with their natural log-probabilities, the best first.
-TopLogProbs = tuple[tuple[int, float], ...]
+__all__ = [
+    "Block",
+    "BlockTiming",
+    "ContextService",
+    "DenoiserService",
+    "Prefilled",
+    "ProvisionalBlock",
+    "Scores",
+    "TopLogProbs",
+    "Watcher",
+]
 
 
 @dataclass(frozen=True)
@@ -86,22 +96,6 @@ class Block:
             log_probs=self.log_probs[:count],
             top_log_probs=self.top_log_probs[:count],
         )
-
-
-@dataclass(frozen=True)
-class ProvisionalBlock:
-    """The draft of the block at `start` after denoiser step `step`, counted from 0.
-
-    `masked[i]` says that position i is not committed yet. There `token_ids` and `confidences` have
-    what that step predicted, or the mask token and 0.0 where the device has kept it. Nothing of it
-    is output: a block may be shorter than its drafts, and in verified other than the last of them.
-    """
-
-    start: int
-    step: int
-    token_ids: tuple[int, ...]
-    masked: tuple[bool, ...]
-    confidences: tuple[float, ...]
 
 
 # Takes the drafts of a block while it is denoised.

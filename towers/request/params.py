@@ -20,6 +20,8 @@ MAX_STOP_LENGTH = 256
 MAX_PENALTY = 2.0
 MAX_TOP_LOGPROBS = 20
 SEED_BITS = 63
+# Completions of a request: rows that it puts into the queue at once.
+MAX_CHOICES = 128
 _NO_NUMBERS = ("mode", "stop", "logit_bias", "provisional")
 # Floors of a service under load; where nothing else waits they have no effect.
 FLOORS = ("min_steps_per_block", "min_confidence_threshold")

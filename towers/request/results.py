@@ -1,8 +1,11 @@
-"""Blocks of a completion with their text, and its cost."""
+"""Blocks of a completion with their text, drafts of them, and its cost."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+# The most probable tokens at a position with their natural log-probabilities, the best first.
+TopLogProbs = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,23 @@ class TextBlock:
     commit_steps: tuple[int, ...]
     confidences: tuple[float, ...]
     log_probs: tuple[float, ...]
-    top_log_probs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    top_log_probs: tuple[TopLogProbs, ...] = ()
+
+
+@dataclass(frozen=True)
+class ProvisionalBlock:
+    """The draft of the block at `start` after denoiser step `step`, counted from 0.
+
+    `masked[i]` says that position i is not committed yet. There `token_ids` and `confidences` have
+    what that step predicted, or the mask token and 0.0 where the device has kept it. Nothing of it
+    is output: a block may be shorter than its drafts, and in verified other than the last of them.
+    """
+
+    start: int
+    step: int
+    token_ids: tuple[int, ...]
+    masked: tuple[bool, ...]
+    confidences: tuple[float, ...]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from inspect import signature
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from twotower.api import TwoTower
     from twotower.client import GenerationStream as ServiceStream
     from twotower.streams import GenerationStream
-    from twotower.towers.request.results import TextBlock
+    from twotower.towers.request.results import TextBlock, TopLogProbs
     from twotower.towers.text.tokenizer import Tokenizer
 
 _GRPC_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
@@ -75,6 +74,21 @@ def generate(
     min_confidence_threshold: Annotated[
         float | None, typer.Option(help="Lowest threshold that such a service may use.")
     ] = None,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Off the score of each token that the text has; -2 to 2.")
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="The same for each time that it has it.")
+    ] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID=BIAS", help="Added to a token's score; may be given several times."
+        ),
+    ] = None,
+    top_logprobs: Annotated[
+        int, typer.Option(help="Print so many of the most probable tokens at each position.")
+    ] = 0,
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text; may be given several times.")
     ] = None,
@@ -107,6 +121,10 @@ def generate(
         "min_tokens": min_tokens,
         "min_steps_per_block": min_steps_per_block,
         "min_confidence_threshold": min_confidence_threshold,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "logit_bias": biases(logit_bias or []),
+        "top_logprobs": top_logprobs,
         "stop": stop or [],
     }
     text = standard_input() if prompt == "-" else prompt
@@ -131,9 +149,13 @@ def generate_remotely(
     _check_target(target)
     begin = time.perf_counter()
     with Client(target, api_key=api_key) as client:
-        asked: dict[str, Any] = {"ignore_eos": ignore_eos, "logprobs": logprobs}
-        asked |= _provisional(client.generate, plain)
-        stream = client.generate(prompt, **sampling, **asked)
+        stream = client.generate(
+            prompt,
+            **sampling,
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+            provisional=_is_shown(plain),
+        )
         with _shown(sampling, plain) as show:
             for block in stream:
                 show(block)
@@ -143,6 +165,7 @@ def generate_remotely(
         typer.echo(f"served with {used}", err=True)
     if logprobs:
         _report_log_probs(stream.token_ids, stream.log_probs)
+    _report_top_log_probs(stream.top_log_probs)
 
 
 def _check_target(target: str) -> None:
@@ -180,7 +203,7 @@ def generate_here(
         raise InvalidRequestError("prompt", prompt, "a model that has a tokenizer")
     here: dict[str, Any] = {name: one for name, one in sampling.items() if name not in FLOORS}
     here["eos_token_id"] = None if ignore_eos else loaded.config.eos_token_id
-    here |= _provisional(loaded.stream, plain)
+    here["provisional"] = _is_shown(plain)
     begin = time.perf_counter()
     with (
         closing(loaded.stream(prompt, **here)) as stream,
@@ -191,6 +214,21 @@ def generate_here(
     _report(stream, time.perf_counter() - begin)
     if logprobs:
         _report_log_probs(stream.token_ids, stream.log_probs)
+    _report_top_log_probs(stream.top_log_probs)
+
+
+def biases(given: Sequence[str]) -> list[tuple[int, float]]:
+    """Pairs of `ID=BIAS`. Raises InvalidRequestError for another form."""
+    from twotower.towers.errors import InvalidRequestError
+
+    pairs = []
+    for text in given:
+        token, _, bias = text.partition("=")
+        try:
+            pairs.append((int(token), float(bias)))
+        except ValueError:
+            raise InvalidRequestError("logit_bias", text, "ID=BIAS, as 42=-1.5") from None
+    return pairs
 
 
 def _loaded(model: str | None, device: str, dtype: str, plain: bool) -> TwoTower:
@@ -205,15 +243,6 @@ def _loaded(model: str | None, device: str, dtype: str, plain: bool) -> TwoTower
         folder = resolve_checkpoint(model)
     with working("loading", "bytes", wanted=not plain) as bar:
         return TwoTower.from_pretrained(folder, device, dtype, progress=bar)
-
-
-def _provisional(stream: Callable[..., Any], plain: bool) -> dict[str, bool]:
-    """Asks for provisional blocks where they are shown.
-
-    MERGE: until every stream has the argument; then it is `provisional=_is_shown(plain)`.
-    """
-    has = "provisional" in signature(stream).parameters
-    return {"provisional": True} if has and _is_shown(plain) else {}
 
 
 def _is_shown(plain: bool) -> bool:
@@ -280,3 +309,9 @@ def _report_log_probs(token_ids: Sequence[int], log_probs: Sequence[float]) -> N
     """One line per token: its id and its natural-log probability."""
     for token, log_prob in zip(token_ids, log_probs, strict=True):
         typer.echo(f"{token}\t{log_prob:.6f}", err=True)
+
+
+def _report_top_log_probs(positions: Sequence[TopLogProbs]) -> None:
+    """One line per position: the most probable tokens, ids with natural-log probabilities."""
+    for top in positions:
+        typer.echo("\t".join(f"{token}={log_prob:.6f}" for token, log_prob in top), err=True)

@@ -1,4 +1,5 @@
-"""Options of a client's channel: how soon it connects again, and no proxy on this machine."""
+"""Options of a client's channel: how soon it connects again, answers of any length, and no proxy on
+this machine."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ _RECONNECT = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
+# By default a client takes 4 MiB, and the score of a long text has more.
+_ANSWERS = (("grpc.max_receive_message_length", -1),)
 _NO_PROXY = ("grpc.enable_http_proxy", 0)
 _SCHEMES = ("dns", "ipv4", "ipv6")
 
@@ -22,7 +25,8 @@ def channel_options(target: str) -> tuple[tuple[str, int], ...]:
     no_grpc_proxy or no_proxy. A service on this machine is called without a proxy, which would look
     for it on the proxy's machine.
     """
-    return (*_RECONNECT, _NO_PROXY) if is_loopback(target) else _RECONNECT
+    options = (*_RECONNECT, *_ANSWERS)
+    return (*options, _NO_PROXY) if is_loopback(target) else options
 
 
 def is_loopback(target: str) -> bool:

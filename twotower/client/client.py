@@ -7,37 +7,47 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
 import grpc.aio
 
 from twotower.client.channels import channel_options
+from twotower.client.choices import AsyncChoicesStream, ChoicesStream
 from twotower.client.keys import KeyedChannel, checked_key
 from twotower.client.messages import (
+    Bias,
     ModelInfo,
     Score,
+    detokenize_request,
     generate_request,
     model_info_of,
     score_of,
     score_request,
     service_error,
+    tokenize_request,
 )
 from twotower.client.streams import AsyncGenerationStream, GenerationStream
-from twotower.client.wire_values import checked_seconds, checked_text
+from twotower.client.wire_values import checked_scalars, checked_seconds, checked_text
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.protos.v1 import generation_pb2_grpc
-from twotower.towers.request.token_ids import Prompt, TokenIds
+from twotower.towers.request.number_checks import check_whole
+from twotower.towers.request.params import MAX_CHOICES
+from twotower.towers.request.token_ids import Prompt, TokenIds, plain_number
 
 S = TypeVar("S")
 
 
-class _Calls(ABC, Generic[S]):
-    """Starts completions, by the stub of a channel."""
+class _Asked(NamedTuple):
+    """A completion to start: the request, and the limits of Completion."""
 
-    def __init__(self, channel: Any, api_key: str | None) -> None:
-        self._channel = channel if api_key is None else KeyedChannel(channel, api_key)
-        self._stub: Any = generation_pb2_grpc.GenerationStub(self._channel)
+    request: pb.GenerateRequest
+    timeout: float | None
+    resume_timeout: float | None
+
+
+class _Calls(ABC, Generic[S]):
+    """Starts completions."""
 
     def generate(
         self,
@@ -60,6 +70,11 @@ class _Calls(ABC, Generic[S]):
         min_confidence_threshold: float | None = None,
         stop: Sequence[str] = (),
         logprobs: bool | None = None,
+        top_logprobs: int | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Bias | None = None,
+        provisional: bool | None = None,
         generated_token_ids: TokenIds = (),
         request_id: str = "",
         timeout: float | None = None,
@@ -69,8 +84,11 @@ class _Calls(ABC, Generic[S]):
         """Starts a completion of a text or of token ids; None leaves the service's default.
 
         Ids are a list, an array or a tensor, [n] or [1, n].
-        `stop` is a list of strings, `logprobs` asks for log-probabilities, `generated_token_ids`
-        goes on with what an earlier program has received; `timeout` is in seconds, for the whole.
+        `stop` is a list of strings, `logprobs` asks for log-probabilities and `top_logprobs` for
+        that many of the most probable tokens at each position; `logit_bias` is a mapping of ids, or
+        pairs. With `provisional` the stream also gives each ProvisionalBlock before its block, and
+        after a loss those of its block again. `generated_token_ids` goes on with what an earlier
+        program has received; `timeout` is in seconds, for the whole.
         `min_steps_per_block` and `min_confidence_threshold` are the floors down to which a service
         with a long queue may go; the stream has the values that were used.
         With `resume` a stream whose service, router or connection is lost goes on by itself, for
@@ -96,19 +114,48 @@ class _Calls(ABC, Generic[S]):
             "min_steps_per_block": min_steps_per_block,
             "min_confidence_threshold": min_confidence_threshold,
             "logprobs": logprobs,
+            "top_logprobs": top_logprobs,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+            "provisional": provisional,
         }
-        request = generate_request(prompt, stop, generated_token_ids, request_id, scalars)
+        request = generate_request(
+            prompt, stop, generated_token_ids, request_id, scalars, logit_bias
+        )
         timeout = checked_seconds("timeout", timeout)
         waits = checked_seconds("resume_timeout", resume_timeout)
         waits = math.inf if waits is None else waits
-        return self._stream(request, timeout, waits if resume else None)
+        return self._begin(_Asked(request, timeout, waits if resume else None))
 
     @abstractmethod
-    def _stream(self, request: pb.GenerateRequest, *limits: float | None) -> S:
-        """Starts a stream; `limits` are those of Completion, in seconds."""
+    def _begin(self, asked: _Asked) -> S:
+        """Starts a stream."""
 
 
-class Client(_Calls[GenerationStream]):
+class _Reader(_Calls[_Asked]):
+    """Reads arguments of `generate` and starts nothing."""
+
+    def _begin(self, asked: _Asked) -> _Asked:
+        return asked
+
+
+class _Stub:
+    """The stub of a channel."""
+
+    def __init__(self, channel: Any, api_key: str | None) -> None:
+        self._channel = channel if api_key is None else KeyedChannel(channel, api_key)
+        self._stub: Any = generation_pb2_grpc.GenerationStub(self._channel)
+
+
+def _choices(prompt: Prompt, n: int, parameters: dict[str, Any]) -> _Asked:
+    """The request of several completions. Raises InvalidRequestError."""
+    asked = _Reader().generate(prompt, **parameters)
+    check_whole("n", plain_number(n), 1, MAX_CHOICES)
+    asked.request.n = checked_scalars(pb.GenerateRequest.DESCRIPTOR, {"n": n})["n"]
+    return asked
+
+
+class Client(_Stub, _Calls[GenerationStream]):
     """Calls one service; `target` is `host:port`. Use it as a context manager or `close` it.
 
     `credentials` (as of `grpc.ssl_channel_credentials`) are for a service behind TLS. `api_key`
@@ -130,11 +177,33 @@ class Client(_Calls[GenerationStream]):
             api_key,
         )
 
-    def score(self, text: Prompt, *, timeout: float | None = None) -> Score:
-        """Log-probabilities of a text or of token ids ([n] or [1, n]). Raises ServiceError, and
-        InvalidRequestError for invalid ids."""
+    def generate_choices(self, prompt: Prompt, n: int, **parameters: Any) -> ChoicesStream:
+        """Starts `n` completions (1 to 128) of a prompt that share a call; iterate over pairs of
+        their number, from 0, and a block. `parameters` are arguments of `generate`, a `seed` that
+        of number 0; `choices` of the stream has each completion."""
+        return ChoicesStream(self._stub, *_choices(prompt, n, parameters))
+
+    def score(self, text: Prompt, top_logprobs: int = 0, *, timeout: float | None = None) -> Score:
+        """Log-probabilities of a text or of token ids ([n] or [1, n]), and `top_logprobs` of the
+        most probable tokens at each position. Raises ServiceError, and InvalidRequestError for
+        invalid ids."""
+        request = score_request(text, top_logprobs)
         with _plain_errors():
-            return score_of(self._stub.Score(score_request(text), timeout=_seconds(timeout)))
+            return score_of(self._stub.Score(request, timeout=_seconds(timeout)))
+
+    def tokenize(self, text: str, *, timeout: float | None = None) -> list[int]:
+        """The ids of a text, with the special tokens that the tokenizer puts around one. Raises
+        ServiceError, also for a model without a tokenizer."""
+        request = tokenize_request(text)
+        with _plain_errors():
+            return list(self._stub.Tokenize(request, timeout=_seconds(timeout)).token_ids)
+
+    def detokenize(self, token_ids: TokenIds, *, timeout: float | None = None) -> str:
+        """The text of ids, without special tokens. Raises ServiceError, and InvalidRequestError
+        for invalid ids."""
+        request = detokenize_request(token_ids)
+        with _plain_errors():
+            return str(self._stub.Detokenize(request, timeout=_seconds(timeout)).text)
 
     def model_info(self, *, timeout: float | None = None) -> ModelInfo:
         """Model, limits and modes of the service. Raises ServiceError."""
@@ -158,11 +227,11 @@ class Client(_Calls[GenerationStream]):
     ) -> None:
         self.close()
 
-    def _stream(self, request: pb.GenerateRequest, *limits: float | None) -> GenerationStream:
-        return GenerationStream(self._stub, request, *limits)
+    def _begin(self, asked: _Asked) -> GenerationStream:
+        return GenerationStream(self._stub, *asked).begun()
 
 
-class AsyncClient(_Calls[AsyncGenerationStream]):
+class AsyncClient(_Stub, _Calls[AsyncGenerationStream]):
     """As Client, for asyncio; make it where the event loop runs."""
 
     def __init__(
@@ -179,10 +248,31 @@ class AsyncClient(_Calls[AsyncGenerationStream]):
             api_key,
         )
 
-    async def score(self, text: Prompt, *, timeout: float | None = None) -> Score:
+    def generate_choices(self, prompt: Prompt, n: int, **parameters: Any) -> AsyncChoicesStream:
+        """As Client.generate_choices, for `async for`."""
+        return AsyncChoicesStream(self._stub, *_choices(prompt, n, parameters))
+
+    async def score(
+        self, text: Prompt, top_logprobs: int = 0, *, timeout: float | None = None
+    ) -> Score:
         """As Client.score."""
+        request = score_request(text, top_logprobs)
         with _plain_errors():
-            return score_of(await self._stub.Score(score_request(text), timeout=_seconds(timeout)))
+            return score_of(await self._stub.Score(request, timeout=_seconds(timeout)))
+
+    async def tokenize(self, text: str, *, timeout: float | None = None) -> list[int]:
+        """As Client.tokenize."""
+        request = tokenize_request(text)
+        with _plain_errors():
+            answer = await self._stub.Tokenize(request, timeout=_seconds(timeout))
+            return list(answer.token_ids)
+
+    async def detokenize(self, token_ids: TokenIds, *, timeout: float | None = None) -> str:
+        """As Client.detokenize."""
+        request = detokenize_request(token_ids)
+        with _plain_errors():
+            answer = await self._stub.Detokenize(request, timeout=_seconds(timeout))
+            return str(answer.text)
 
     async def model_info(self, *, timeout: float | None = None) -> ModelInfo:
         """As Client.model_info."""
@@ -205,8 +295,8 @@ class AsyncClient(_Calls[AsyncGenerationStream]):
     ) -> None:
         await self.close()
 
-    def _stream(self, request: pb.GenerateRequest, *limits: float | None) -> AsyncGenerationStream:
-        return AsyncGenerationStream(self._stub, request, *limits)
+    def _begin(self, asked: _Asked) -> AsyncGenerationStream:
+        return AsyncGenerationStream(self._stub, *asked).begun()
 
 
 def _check(target: str, api_key: str | None) -> None:

@@ -8,12 +8,13 @@ a gap.
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
 from twotower.client.messages import (
     ServiceError,
+    provisional_block,
     service_error,
     text_block,
     usage_of,
@@ -21,7 +22,7 @@ from twotower.client.messages import (
 from twotower.protos.backoff import backoff_s
 from twotower.protos.refusals import is_lost, is_own_internal
 from twotower.protos.v1 import generation_pb2 as pb
-from twotower.towers.request.results import TextBlock, Usage
+from twotower.towers.request.results import TextBlock, TopLogProbs, Usage
 
 MAX_BROKEN = 4
 # A server that is lost before it has begun a request may have been lost because of it. The pause
@@ -45,7 +46,8 @@ class Completion:
     `request_id`, `seed` and `prompt_tokens` are there once the service has admitted the request
     (with the first block at the latest), `finish_reason`, `matched_stop` (the stop string that
     ended the output, or None) and `usage` after the last block. `token_ids` are those received so
-    far, which with the seed resume it elsewhere. `log_probs` are theirs, if they were asked for.
+    far, which with the seed resume it elsewhere. `log_probs` are theirs and
+    `top_log_probs` the most probable tokens at their positions, if they were asked for.
     `steps_per_block` and `confidence_threshold` are those that the blocks were made with if the
     request has declared a floor, else None. `resumes` is the number of breaks so far.
 
@@ -61,6 +63,7 @@ class Completion:
         self.prompt_tokens: int | None = None
         self.token_ids: list[int] = []
         self.log_probs: list[float] = []
+        self.top_log_probs: list[TopLogProbs] = []
         self.finish_reason: str | None = None
         self.matched_stop: str | None = None
         self.usage: Usage | None = None
@@ -108,7 +111,8 @@ class Completion:
         return max(0.0, self._began + self._timeout - time.monotonic())
 
     def _take(self, response: pb.GenerateResponse) -> TextBlock | None:
-        """Reads a message; returns its block, if that is new. Raises ServiceError for a gap."""
+        """Reads a message; returns its block, if that is new, or its draft. Raises ServiceError for
+        a gap."""
         kind = response.WhichOneof("event")
         if kind == "started":
             self._admitted, self._killed = True, 0
@@ -117,6 +121,9 @@ class Completion:
             self.prompt_tokens = response.started.prompt_tokens
         if kind == "block":
             return self._take_block(response.block)
+        if kind == "provisional":
+            # Only a caller who asks for drafts has to know that there is another type.
+            return cast("TextBlock", provisional_block(response.provisional))
         if kind == "complete":
             complete = response.complete
             self.finish_reason = complete.finish_reason
@@ -139,9 +146,11 @@ class Completion:
             self.steps_per_block = block.steps_per_block
             self.confidence_threshold = block.confidence_threshold
         self._spent = usage_of(block.usage).after(self._spent_before)
+        taken = text_block(block, self._blocks)
+        self.top_log_probs.extend(taken.top_log_probs)
         self._blocks += 1
         self._broken_since, self._tries, self._broken = None, 0, 0
-        return text_block(block, self._blocks - 1)
+        return taken
 
     def _check_end(self) -> None:
         """Raises ServiceError if a stream that has ended well lacks its last message."""

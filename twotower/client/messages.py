@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
-from twotower.client.wire_values import checked_ids, checked_scalars, checked_text
+from twotower.client.wire_values import (
+    checked_bias,
+    checked_ids,
+    checked_scalars,
+    checked_text,
+)
 from twotower.protos.refusals import client_status, retry_after_of
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.errors import TwoTowerError
-from twotower.towers.request.results import TextBlock, Usage
+from twotower.towers.request.results import ProvisionalBlock, TextBlock, TopLogProbs, Usage
 from twotower.towers.request.token_ids import PROMPT, Prompt, TokenIds, text_list
+
+# Biases by token id, or pairs of both.
+Bias = Mapping[int, float] | Sequence[tuple[int, float]]
 
 
 class ServiceError(TwoTowerError):
@@ -34,10 +42,15 @@ class ServiceError(TwoTowerError):
 
 @dataclass(frozen=True)
 class Score:
-    """The scored tokens, and natural-log probabilities of all but the first."""
+    """The scored tokens, and natural-log probabilities of all but the first.
+
+    `top_log_probs` are in place of each of these the most probable tokens as (id, log-probability),
+    as many as were asked for, the best first; empty if none were.
+    """
 
     token_ids: tuple[int, ...]
     log_probs: tuple[float, ...]
+    top_log_probs: tuple[TopLogProbs, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,23 +74,37 @@ def generate_request(
     generated_token_ids: TokenIds,
     request_id: str,
     scalars: dict[str, Any],
+    logit_bias: Bias | None = None,
 ) -> pb.GenerateRequest:
     """The request of a completion; scalars that are None stay unset.
 
     Raises InvalidRequestError for what a message cannot carry.
     """
     checked = checked_scalars(pb.SamplingParams.DESCRIPTOR, scalars)
+    bias = None if logit_bias is None else checked_bias(logit_bias)
     return pb.GenerateRequest(
         request_id=checked_text("request_id", request_id),
         **_input_of("prompt", prompt),
-        sampling_params=pb.SamplingParams(stop=_texts(stop), **checked),
+        sampling_params=pb.SamplingParams(stop=_texts(stop), logit_bias=bias, **checked),
         generated_token_ids=checked_ids("generated_token_ids", generated_token_ids),
     )
 
 
-def score_request(text: Prompt) -> pb.ScoreRequest:
+def score_request(text: Prompt, top_logprobs: int = 0) -> pb.ScoreRequest:
     """The request to score a text or token ids. Raises InvalidRequestError."""
-    return pb.ScoreRequest(**_input_of("text", text))
+    given = {"top_logprobs": top_logprobs or None}
+    checked = checked_scalars(pb.ScoreRequest.DESCRIPTOR, given)
+    return pb.ScoreRequest(**_input_of("text", text), **checked)
+
+
+def tokenize_request(text: str) -> pb.TokenizeRequest:
+    """The request for the ids of a text. Raises InvalidRequestError."""
+    return pb.TokenizeRequest(text=checked_text("text", text))
+
+
+def detokenize_request(token_ids: TokenIds) -> pb.DetokenizeRequest:
+    """The request for the text of ids. Raises InvalidRequestError."""
+    return pb.DetokenizeRequest(token_ids=checked_ids("token_ids", token_ids))
 
 
 def text_block(block: pb.Block, index: int) -> TextBlock:
@@ -90,6 +117,18 @@ def text_block(block: pb.Block, index: int) -> TextBlock:
         tuple(block.commit_steps),
         tuple(block.confidences),
         tuple(block.log_probs),
+        _tops(block.top_log_probs),
+    )
+
+
+def provisional_block(draft: pb.ProvisionalBlock) -> ProvisionalBlock:
+    """A received draft."""
+    return ProvisionalBlock(
+        draft.start,
+        draft.step,
+        tuple(draft.token_ids),
+        tuple(draft.masked),
+        tuple(draft.confidences),
     )
 
 
@@ -108,7 +147,8 @@ def usage_of(usage: pb.Usage) -> Usage:
 
 def score_of(response: pb.ScoreResponse) -> Score:
     """A received score."""
-    return Score(tuple(response.token_ids), tuple(response.log_probs))
+    tops = _tops(response.top_log_probs)
+    return Score(tuple(response.token_ids), tuple(response.log_probs), tops)
 
 
 def model_info_of(info: pb.ModelInfo) -> ModelInfo:
@@ -135,6 +175,10 @@ def _input_of(field: str, prompt: Prompt) -> dict[str, Any]:
     if isinstance(prompt, str):
         return {"text": checked_text(field, prompt)}
     return {"tokens": pb.TokenIds(ids=checked_ids(field, prompt, PROMPT))}
+
+
+def _tops(positions: Iterable[pb.TopLogProbs]) -> tuple[TopLogProbs, ...]:
+    return tuple(tuple(zip(each.token_ids, each.log_probs, strict=True)) for each in positions)
 
 
 def _texts(stop: Sequence[str]) -> list[str]:

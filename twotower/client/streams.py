@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
 import grpc
 
@@ -17,7 +17,7 @@ from twotower.towers.request.results import TextBlock
 
 
 class _Stream(Completion):
-    """A completion and the call that receives it now."""
+    """A completion and the call that receives it now, if it has one of its own."""
 
     def __init__(
         self, cancelled: Any, stub: Any, request: pb.GenerateRequest, *limits: float | None
@@ -25,12 +25,18 @@ class _Stream(Completion):
         super().__init__(request, *limits)
         self._stub = stub
         self._cancelled = cancelled
+        self._call: Any = None
+
+    def begun(self) -> Self:
+        """This stream, whose first call has begun."""
         self._call = self._begin()
+        return self
 
     def cancel(self) -> None:
         """Ends the request; the service frees its row. Does nothing after the end."""
         self._cancelled.set()
-        self._call.cancel()
+        if self._call is not None:
+            self._call.cancel()
 
     def _begin(self) -> Any:
         return self._stub.Generate(self._next_request(), timeout=self._time_left())
@@ -91,7 +97,7 @@ class AsyncGenerationStream(_Stream):
                             yield block
                     self._check_end()
                 except (grpc.RpcError, ServiceError, asyncio.CancelledError) as ended:
-                    error = _ended_by(ended)
+                    error = ended_by(ended)
                     if self.finish_reason is not None:
                         break
                     self._call.cancel()
@@ -106,7 +112,7 @@ class AsyncGenerationStream(_Stream):
             await asyncio.wait_for(self._cancelled.wait(), seconds)
 
 
-def _ended_by(error: BaseException) -> BaseException:
+def ended_by(error: BaseException) -> BaseException:
     """The error that ended a stream of grpc.aio: it raises CancelledError for a status, too."""
     if not isinstance(error, asyncio.CancelledError):
         return error

@@ -12,6 +12,7 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 
 from twotower.towers.errors import InvalidRequestError
+from twotower.towers.request import logit_bias
 from twotower.towers.request.number_checks import check_whole, is_real
 from twotower.towers.request.token_ids import IDS, check_ids, check_text, id_row, plain_number
 
@@ -46,6 +47,12 @@ def checked_ids(field: str, value: object, limit: str = IDS) -> list[int]:
     ids = id_row(field, value, limit)
     check_ids(field, ids, _ID_VALUES)
     return ids
+
+
+def checked_bias(value: object) -> dict[int, float]:
+    """Biases by token id, from a mapping or pairs. Raises InvalidRequestError, also for what every
+    service refuses: the message could not say which pair it was."""
+    return dict(logit_bias.checked_bias(value))
 
 
 def checked_seconds(field: str, value: float | None) -> float | None:

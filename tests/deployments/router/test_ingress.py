@@ -24,8 +24,15 @@ from ray.serve.exceptions import (
     gRPCStatusError,
 )
 
-from twotower.deployments.router.ingress import MAX_UNREAD, add_generation, add_health, watched
-from twotower.protos.incoming import MESSAGE_VARIABLE
+from twotower.deployments.router.ingress import (
+    MAX_UNREAD,
+    add_generation,
+    add_health,
+    add_inference,
+    watched,
+)
+from twotower.protos.incoming import MESSAGE_VARIABLE, Refusal
+from twotower.protos.kserve import inference_pb2 as kserve_pb
 from twotower.protos.refusals import BUSY_TEXT, LOST_TEXT, RequestRefusedError, marked
 from twotower.protos.v1 import generation_pb2 as pb
 
@@ -36,8 +43,11 @@ METHODS = (
     "/twotower.v1.Generation/GetModelInfo",
     "/grpc.health.v1.Health/Check",
     "/grpc.health.v1.Health/Watch",
+    "/inference.GRPCInferenceService/ModelInfer",
 )
 STREAMS = (METHODS[0], METHODS[4])
+BOTH_WAYS = "/inference.GRPCInferenceService/ModelStreamInfer"
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 LIMIT = 1000
 
 
@@ -46,6 +56,7 @@ class Context:
 
     def __init__(self) -> None:
         self.callbacks: list[Callable[[Any], None]] = []
+        self.sent: list[tuple[tuple[str, str], ...]] = []
         self.over = False
         self.status = grpc.StatusCode.OK
         self.text = ""
@@ -55,6 +66,13 @@ class Context:
         return "ipv4:127.0.0.1:5"
 
     peer_identities = auth_context = peer
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
+    async def send_initial_metadata(self, metadata: tuple[tuple[str, str], ...]) -> None:
+        assert not self.over
+        self.sent.append(metadata)
 
     def code(self) -> int:
         return int(self.status.value[0])
@@ -144,13 +162,16 @@ class Proxy:
     def __init__(self) -> None:
         self.error: BaseException | None = None
         self.asked: list[Any] = []
+        self.metadata: list[dict[str, str]] = []
+        self.left = asyncio.Event()
         self.server = gRPCGenericServer(self._handler)
-        for add in (add_generation, add_health):
+        for add in (add_generation, add_health, add_inference):
             add(self, self.server)
         self.port = self.server.add_insecure_port("127.0.0.1:0")
 
     # Generated code takes the servicer's methods; Serve puts its own handlers in their place.
-    Generate = Score = Tokenize = Detokenize = GetModelInfo = Check = Watch = List = None
+    def __getattr__(self, name: str) -> None:
+        return None
 
     def _handler(self, *, service_method: str, streaming_type: Any) -> Any:
         async def unary(request: Any, context: Any) -> bytes:
@@ -162,11 +183,24 @@ class Proxy:
             for message in ():
                 yield message
 
-        return stream if streaming_type.value == "unary_stream" else unary
+        async def both(requests: Any, context: Any) -> AsyncGenerator[bytes, None]:
+            self._end(service_method, None, context)
+            try:
+                async for request in requests:
+                    self.asked.append(request)
+                    yield repr(request).encode()
+                    if getattr(request, "id", "") == "forever":
+                        await asyncio.Event().wait()
+            finally:
+                self.left.set()
+
+        kinds = {"unary_stream": stream, "stream_stream": both}
+        return kinds.get(streaming_type.value, unary)
 
     def _end(self, method: str, request: Any, context: Any) -> None:
         self.asked.append((method, request))
-        context.invocation_metadata(), context.peer()
+        assert context.peer()
+        self.metadata.append(dict(context.invocation_metadata()))
         if self.error is not None:
             status = get_grpc_response_status(self.error, None, "req-1")
             set_grpc_code_and_details(context, status)
@@ -266,6 +300,90 @@ async def test_a_message_reaches_the_handler_as_it_was_sent(proxy: Proxy) -> Non
     request = pb.GenerateRequest(text="def f():", generated_token_ids=[1, 2])
     assert (await proxy.call(METHODS[0], request.SerializeToString()))[0] == Code.OK
     assert proxy.asked == [(METHODS[0], request)]
+
+
+async def headers(proxy: Proxy, method: str, raw: bytes, *metadata: tuple[str, str]) -> Any:
+    """Initial metadata of a call, whatever its status."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{proxy.port}") as channel:
+        begin = channel.unary_stream if method in STREAMS else channel.unary_unary
+        call = begin(method)(raw, timeout=10, metadata=metadata)
+        names = dict(await call.initial_metadata())
+        await call.code()
+        return names
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("error", [None, gRPCStatusError(DIED, Code.INTERNAL, marked("why"))])
+async def test_a_call_has_its_clients_name_and_trace(proxy: Proxy, method: str, error: Any) -> None:
+    proxy.error = error
+    given = {"x-request-id": "mine-7", "traceparent": TRACE}
+    shown = await headers(proxy, method, b"", *given.items(), ("other", "x"))
+    assert {name: shown[name] for name in given} == given
+    [seen] = proxy.metadata
+    assert {name: seen[name] for name in given} == given
+    assert seen["other"] == "x"
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_call_without_names_gets_some(proxy: Proxy, method: str) -> None:
+    first, second = [await headers(proxy, method, b"") for _ in range(2)]
+    for name in ("x-request-id", "traceparent"):
+        assert first[name] != second[name]
+        assert [seen[name] for seen in proxy.metadata] == [first[name], second[name]]
+    broken = await headers(proxy, method, b"", ("traceparent", TRACE.upper()))
+    assert broken["traceparent"][:3] == "00-"
+    assert broken["traceparent"] != TRACE
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_an_invalid_name_is_refused(proxy: Proxy, method: str) -> None:
+    for name in ("a b", "x" * 129):
+        metadata = [("x-request-id", name), ("traceparent", TRACE)]
+        code, details = await proxy.call(method, b"", metadata=metadata)
+        assert code == Code.INVALID_ARGUMENT
+        assert details.startswith("x-request-id: got '")
+        shown = await headers(proxy, method, b"", *metadata)
+        assert shown["x-request-id"] not in ("", name)
+        assert shown["traceparent"] == TRACE
+    assert proxy.asked == []
+
+
+async def test_a_messages_own_name_goes_before_that_of_metadata(proxy: Proxy) -> None:
+    raw = pb.GenerateRequest(request_id="own").SerializeToString()
+    shown = await headers(proxy, METHODS[0], raw, ("x-request-id", "other"))
+    assert shown["x-request-id"] == "own"
+    raw = kserve_pb.ModelInferRequest(id="own-2").SerializeToString()
+    assert (await headers(proxy, METHODS[5], raw))["x-request-id"] == "own-2"
+    # The router refuses it: until then the call has another.
+    raw = pb.GenerateRequest(request_id="a b").SerializeToString()
+    assert (await headers(proxy, METHODS[0], raw, ("x-request-id", "c")))["x-request-id"] == "c"
+    # A refusal of the proxy's has them too.
+    assert (await headers(proxy, METHODS[0], b"\xff"))["x-request-id"]
+
+
+async def test_a_stream_both_ways_passes_what_is_no_message_on(proxy: Proxy) -> None:
+    request = kserve_pb.ModelInferRequest(model_name="m")
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{proxy.port}") as channel:
+        call = channel.stream_stream(BOTH_WAYS)(
+            iter([request.SerializeToString(), b"\xff", b"\x0a" * (LIMIT + 1)]), timeout=10
+        )
+        assert dict(await call.initial_metadata())["x-request-id"]
+        assert len([each async for each in call]) == 3
+        assert await call.code() == Code.OK
+    first, second, third = proxy.asked[1:]
+    assert first == request
+    assert second == Refusal("message: got 1 bytes that are no message of this method")
+    assert third == Refusal(f"message: got {LIMIT + 1}, expected at most {LIMIT} bytes")
+
+
+async def test_a_client_that_leaves_a_stream_both_ways_ends_it(proxy: Proxy) -> None:
+    raw = kserve_pb.ModelInferRequest(id="forever").SerializeToString()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{proxy.port}") as channel:
+        call = channel.stream_stream(BOTH_WAYS)(timeout=10)
+        await call.write(raw)
+        assert b"forever" in await call.read()
+        call.cancel()
+        await asyncio.wait_for(proxy.left.wait(), 5)
 
 
 @pytest.mark.parametrize("method", METHODS[:2])

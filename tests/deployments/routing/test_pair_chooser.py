@@ -42,6 +42,7 @@ class Replica:
         self.replica_id = ReplicaID(name, DEPLOYMENT)
         self.max_ongoing_requests = 10
         self.calls = calls
+        self.routing_stats: dict[str, object] = {}
 
     async def get_queue_len(self, *, deadline_s: float) -> int:
         del deadline_s
