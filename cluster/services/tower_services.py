@@ -43,6 +43,8 @@ from twotower.towers.errors import UnavailableError
 from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.request.params import GenerationParams
 
+# A draft costs a message on each hop to the client, whatever a pass takes; an eye sees no more.
+DRAFT_PERIOD_S = 0.04
 P = ParamSpec("P")
 T = TypeVar("T")
 E = TypeVar("E", bound=Engine[Any, Any, Any])
@@ -170,9 +172,10 @@ class DenoiserTowerService(TowerService):
         known: Sequence[int],
         output: Sequence[int],
     ) -> AsyncGenerator[ProvisionalBlock | Block, None]:
-        """The drafts of `denoise_block` as they come, and last its block."""
+        """Drafts of `denoise_block`, one every DRAFT_PERIOD_S at most, and last its block."""
         call = partial(self.denoise_block, row_id, position, params, known, output)
-        async with aclosing(Drafting(call, watched=True)) as drafting:
+        drafts = Drafting(call, watched=True, period_s=DRAFT_PERIOD_S)
+        async with aclosing(drafts) as drafting:
             async for draft in drafting:
                 yield draft
             yield await drafting.block()

@@ -30,12 +30,19 @@ class Drafting:
     """A block that `call` makes, and an iterator over its drafts until it is made.
 
     Of drafts that nobody has taken the latest is kept: a slow reader misses those before it.
-    Without `watched` there are none, and the call is not asked for them.
+    Without `watched` there are none, and the call is not asked for them. `period_s` is the least
+    time between two drafts; one that would have to wait for it when the block is made is dropped.
     """
 
     def __init__(
-        self, call: Callable[[Watcher | None], Coroutine[Any, Any, Block]], *, watched: bool
+        self,
+        call: Callable[[Watcher | None], Coroutine[Any, Any, Block]],
+        *,
+        watched: bool,
+        period_s: float = 0.0,
     ) -> None:
+        self._period = period_s
+        self._next_at = 0.0
         self._latest: ProvisionalBlock | None = None
         self._moved = asyncio.Event()
         self._watched = watched
@@ -47,12 +54,18 @@ class Drafting:
         return self
 
     async def __anext__(self) -> ProvisionalBlock:
+        clock = asyncio.get_running_loop().time
+        if (wait := self._next_at - clock()) > 0:
+            await asyncio.wait([self._task], timeout=wait)
+            if self._task.done():
+                raise StopAsyncIteration
         while self._latest is None:
             if not self._watched or self._task.done():
                 raise StopAsyncIteration
             await self._moved.wait()
             self._moved.clear()
         latest, self._latest = self._latest, None
+        self._next_at = clock() + self._period if self._period else 0.0
         return latest
 
     async def block(self) -> Block:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
+from twotower.cluster.services import tower_services
 from twotower.cluster.services.colocated import ColocatedActor
 from twotower.cluster.services.tower_services import (
     DenoiserTowerActor,
@@ -121,6 +122,22 @@ async def denoise(tower: DenoiserTowerService, watch: Watcher | None) -> Block:
 SIDES: list[Any] = [None, "denoiser"]
 
 
+@pytest.fixture
+def every_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No draft is left out for coming too soon after another."""
+    monkeypatch.setattr(tower_services, "DRAFT_PERIOD_S", 0.0)
+
+
+@pytest.mark.parametrize("side", SIDES, ids=["apart", "colocated"])
+async def test_drafts_that_follow_each_other_at_once_are_left_out(side: Side | None) -> None:
+    """Each costs a message on every hop: the block does not wait for them."""
+    tower, _ = remote(side, Engine())
+    seen: list[ProvisionalBlock] = []
+    assert await denoise(tower, seen.append) == BLOCK
+    assert seen == DRAFTS[:1]
+
+
+@pytest.mark.usefixtures("every_draft")
 @pytest.mark.parametrize("side", SIDES, ids=["apart", "colocated"])
 async def test_drafts_come_over_a_stream_and_last_the_block(side: Side | None) -> None:
     engine = Engine()
@@ -141,6 +158,7 @@ async def test_without_a_watcher_it_is_one_call(side: Side | None) -> None:
     assert engine.asked == [("row", 3, PARAMS, (7,), (5, 7), False)]
 
 
+@pytest.mark.usefixtures("every_draft")
 @pytest.mark.parametrize("side", SIDES, ids=["apart", "colocated"])
 async def test_errors_of_a_stream_are_those_of_the_tower(side: Side | None) -> None:
     seen: list[ProvisionalBlock] = []
