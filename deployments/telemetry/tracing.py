@@ -1,0 +1,117 @@
+"""Traces of completions, exported to an OpenTelemetry collector over OTLP.
+
+Imported only if the operator has set an endpoint. Spans are made in a thread of their own, once a
+completion has ended, and sent in batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from threading import BoundedSemaphore
+
+from opentelemetry import trace
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.trace import SpanKind, Status, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+import twotower
+from twotower.deployments.telemetry.spans import Trace
+from twotower.towers.errors import ConfigError
+
+logger = logging.getLogger("ray.serve")
+
+TRACES_PATH = "/v1/traces"
+# Completions whose spans are still to be made; more are not traced.
+MAX_WAITING = 1024
+# Spans that wait for the exporter: a long completion has thousands.
+MAX_SPANS = 1 << 15
+_EXPORTER = "opentelemetry.exporter.otlp.proto.http"
+
+
+class Tracing:
+    """Makes and exports the traces of completions.
+
+    `sample_ratio` of those without a parent are traced; those with one are traced if it is.
+    """
+
+    def __init__(self, exporter: SpanExporter, sample_ratio: float = 1.0) -> None:
+        self._provider = TracerProvider(
+            sampler=ParentBased(TraceIdRatioBased(sample_ratio)),
+            resource=Resource.create(
+                {
+                    "service.name": "twotower",
+                    "service.version": twotower.__version__,
+                    "process.pid": os.getpid(),
+                }
+            ),
+        )
+        self._provider.add_span_processor(BatchSpanProcessor(exporter, max_queue_size=MAX_SPANS))
+        self._tracer = self._provider.get_tracer("twotower", twotower.__version__)
+        self._maker = ThreadPoolExecutor(1, thread_name_prefix="spans")
+        self._places = BoundedSemaphore(MAX_WAITING)
+
+    def ended(self, completion: Trace) -> None:
+        """Takes a completion that has ended; its spans are made soon, elsewhere."""
+        if not self._places.acquire(blocking=False):
+            logger.debug("%d completions wait for their spans: one is not traced", MAX_WAITING)
+            return
+        made = self._maker.submit(self._make, completion)
+        made.add_done_callback(lambda _: self._places.release())
+
+    def close(self) -> None:
+        """Sends what is left."""
+        self._maker.shutdown()
+        self._provider.shutdown()
+
+    def _make(self, completion: Trace) -> None:
+        carrier = {"traceparent": completion.traceparent} if completion.traceparent else {}
+        root = self._tracer.start_span(
+            "completion",
+            context=TraceContextTextMapPropagator().extract(carrier),
+            kind=SpanKind.SERVER,
+            attributes=completion.attributes,
+            start_time=_nanoseconds(completion.begin),
+        )
+        if root.is_recording():
+            inside = trace.set_span_in_context(root)
+            for phase in completion.phases():
+                self._tracer.start_span(
+                    phase.name,
+                    context=inside,
+                    attributes=phase.attributes,
+                    start_time=_nanoseconds(phase.begin),
+                ).end(_nanoseconds(phase.end))
+        if completion.error is not None:
+            root.set_status(Status(StatusCode.ERROR, completion.error))
+        root.end(_nanoseconds(completion.end))
+
+
+def open_tracing(endpoint: str, sample_ratio: float) -> Tracing:
+    """Tracing to the collector at `endpoint`, such as http://localhost:4318. Raises ConfigError
+    without the exporter's package."""
+    check_exporter()
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+    return Tracing(OTLPSpanExporter(endpoint.rstrip("/") + TRACES_PATH), sample_ratio)
+
+
+def check_exporter() -> None:
+    """Raises ConfigError without the exporter's package."""
+    try:
+        found = find_spec(_EXPORTER)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise ConfigError(
+            "otlp_endpoint: needs the exporter, which is not installed; install twotower[tracing]"
+        )
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(seconds * 1e9)
