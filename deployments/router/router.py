@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -148,6 +149,7 @@ class Router:
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         eos, longest = self._completions.model.eos_token_id, self._completions.max_message
         asked = codec.completion_request(request, eos, longest)
+        asked = replace(asked, caller=admission.name)
         completions = await self._completions.admit(asked, admission.charge)
         log_probs = request.sampling_params.logprobs
         for completion in completions:

@@ -42,6 +42,8 @@ ENVIRONMENT = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     # What runs in front of Serve's own HTTP proxy.
     PROXY_VARIABLE: PROXY_CALLBACK,
+    # Metrics are handed over every 10 s by default: here somebody looks on.
+    "RAY_metrics_report_interval_ms": "2000",
     # By default Serve takes messages of 2 GiB.
     MESSAGE_VARIABLE: str(MAX_MESSAGE_BYTES),
 }

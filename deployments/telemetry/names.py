@@ -70,7 +70,7 @@ ROUTER: Table = {
     "request_errors_total": _counter(
         "Requests that were answered by an error, by gRPC status.", ("model", "code")
     ),
-    "requests_by_key_total": _counter("Requests that were let in, by key.", ("model", "key")),
+    "requests_by_key_total": _counter("Prompts that were let in, by key.", ("model", "key")),
     "time_to_first_token_seconds": _histogram("From a request to its first block."),
     "inter_token_latency_seconds": _histogram(
         "Time between two blocks, a token of the later; one observation a block."
@@ -115,9 +115,7 @@ PAIR: Table = {
     "state_transfer_seconds_total": _counter(
         "Seconds from the end of the pass that made an update to its receipt.", _TOWER
     ),
-    "eased": _gauge(
-        "Share of the way to their floors on which rows begin now.", ("model", "pair")
-    ),
+    "eased": _gauge("Share of the way to their floors on which rows begin now.", ("model", "pair")),
 }
 
 # Made with the page of metrics.

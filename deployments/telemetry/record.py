@@ -13,7 +13,7 @@ from twotower.deployments.telemetry.logs import REQUEST_ID, log_completion
 from twotower.deployments.telemetry.router_metrics import CompletionMetrics, RouterMetrics
 from twotower.deployments.telemetry.spans import Trace
 from twotower.towers.decoding.commit_log import CommitLog
-from twotower.towers.decoding.services import Block
+from twotower.towers.decoding.services import Block, BlockTiming
 
 # A gRPC status of an error, by name.
 CodeOf = Callable[[BaseException], str]
@@ -63,7 +63,7 @@ class CompletionRecord:
         self._log = log
         self._pair = ""
         self._metrics: CompletionMetrics
-        self._blocks: list[Block] = []
+        self._blocks: list[tuple[BlockTiming, dict[str, int]]] = []
 
     def __enter__(self) -> CompletionRecord:
         origin = self._origin
@@ -79,8 +79,9 @@ class CompletionRecord:
     def committed(self, block: Block) -> None:
         """Records a block that has just been committed to the log."""
         self._metrics.committed(block, self._log.prompt_tokens, self._log.cached_tokens)
-        if self._recorder.traces is not None:
-            self._blocks.append(block)
+        if self._recorder.traces is not None and block.timing is not None:
+            costs = {"twotower.tokens": len(block.token_ids), "twotower.nfe": block.nfe}
+            self._blocks.append((block.timing, costs))
 
     def __exit__(
         self,
@@ -136,9 +137,5 @@ class CompletionRecord:
             end=end,
             attributes=attributes,
             error=code if reason == "error" else None,
-            blocks=[
-                (block.timing, {"twotower.tokens": len(block.token_ids), "twotower.nfe": block.nfe})
-                for block in self._blocks
-                if block.timing is not None
-            ],
+            blocks=self._blocks,
         )

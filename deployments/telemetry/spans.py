@@ -6,7 +6,7 @@ completion has ended, so nothing of tracing is in the towers or on a stream's pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ class Trace:
     end: float = 0.0
     attributes: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
-    blocks: list[tuple[BlockTiming, dict[str, Any]]] = field(default_factory=list)
+    blocks: Sequence[tuple[BlockTiming, Mapping[str, Any]]] = field(default_factory=list)
 
     def phases(self) -> Iterator[Phase]:
         """The phases of all blocks, those of a block in the order in which they began."""

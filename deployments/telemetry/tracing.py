@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from threading import BoundedSemaphore
 
 from opentelemetry import trace
@@ -21,8 +20,8 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 import twotower
+from twotower.deployments.telemetry.exporter import check_exporter
 from twotower.deployments.telemetry.spans import Trace
-from twotower.towers.errors import ConfigError
 
 logger = logging.getLogger("ray.serve")
 
@@ -31,7 +30,6 @@ TRACES_PATH = "/v1/traces"
 MAX_WAITING = 1024
 # Spans that wait for the exporter: a long completion has thousands.
 MAX_SPANS = 1 << 15
-_EXPORTER = "opentelemetry.exporter.otlp.proto.http"
 
 
 class Tracing:
@@ -99,18 +97,6 @@ def open_tracing(endpoint: str, sample_ratio: float) -> Tracing:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
     return Tracing(OTLPSpanExporter(endpoint.rstrip("/") + TRACES_PATH), sample_ratio)
-
-
-def check_exporter() -> None:
-    """Raises ConfigError without the exporter's package."""
-    try:
-        found = find_spec(_EXPORTER)
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
-        raise ConfigError(
-            "otlp_endpoint: needs the exporter, which is not installed; install twotower[tracing]"
-        )
 
 
 def _nanoseconds(seconds: float) -> int:
