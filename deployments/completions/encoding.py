@@ -14,6 +14,7 @@ from threading import BoundedSemaphore
 from typing import TypeVar
 
 from twotower.towers.errors import InvalidRequestError, QueueFullError
+from twotower.towers.request.token_ids import check_text
 from twotower.towers.text.tokenizer import Tokenizer, text_ids
 
 T = TypeVar("T")
@@ -64,6 +65,7 @@ class TextReader:
         Raises InvalidRequestError without a tokenizer and for a text that is too long or that it
         cannot spell, QueueFullError if too many wait.
         """
+        check_text(field, text)
         size = len(text.encode())
         self.check_size(field, size)
         token_ids = await self.run(size, lambda: text_ids(self._tokenizer, field, text))

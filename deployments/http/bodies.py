@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.request.params import SAMPLING_PARAMETERS, GenerationParams
@@ -17,8 +17,17 @@ from twotower.towers.request.params import SAMPLING_PARAMETERS, GenerationParams
 DEFAULT_MAX_TOKENS = 16
 MAX_COMPLETION_LOGPROBS = 5
 
-Ids = list[int]
-Prompt = str | Ids | list[str] | list[Ids]
+
+class _FirstFault(FailFast):
+    """Of a long list that is wrong only the first fault is looked for."""
+
+    def __hash__(self) -> int:
+        # Unions compare their members by it.
+        return hash(self.fail_fast)
+
+
+Ids = Annotated[list[int], _FirstFault()]
+Prompt = str | Ids | Annotated[list[str], _FirstFault()] | Annotated[list[Ids], _FirstFault()]
 
 
 class Body(BaseModel):

@@ -54,9 +54,14 @@ class TokenTexts:
         self._stream = None if tokenizer is None else TextStream(tokenizer)
         self._offset = offset
 
-    def of(self, token_ids: Sequence[int]) -> list[tuple[str, int]]:
-        """The text and the offset of each token after those of earlier calls."""
-        return [self._next(token) for token in token_ids]
+    def of(self, token_ids: Sequence[int], *, last: bool) -> list[tuple[str, int]]:
+        """The text and the offset of each token after those of earlier calls. With the `last` of
+        them comes what they leave unfinished."""
+        found = [self._next(token) for token in token_ids]
+        if last and found and self._stream is not None:
+            text, offset = found[-1]
+            found[-1] = text + self._stream.flush(), offset
+        return found
 
     def _next(self, token: int) -> tuple[str, int]:
         if self._stream is None:
@@ -81,7 +86,7 @@ def prompt_logprobs(
     return [
         TokenLogprob(token, text, offset, value, top)
         for token, (text, offset), (value, top) in zip(
-            token_ids, texts.of(token_ids), values, strict=True
+            token_ids, texts.of(token_ids, last=True), values, strict=True
         )
     ]
 
@@ -120,10 +125,11 @@ def _piece(completion: Completion, block: Block, text: str, texts: TokenTexts | 
     logprobs = None
     if texts is not None:
         tops: Sequence[Top] = block.top_log_probs or [()] * len(block.token_ids)
+        split = texts.of(block.token_ids, last=block.finish_reason is not None)
         logprobs = [
             TokenLogprob(token, piece, offset, value, top)
             for token, (piece, offset), value, top in zip(
-                block.token_ids, texts.of(block.token_ids), block.log_probs, tops, strict=True
+                block.token_ids, split, block.log_probs, tops, strict=True
             )
         ]
     return Piece(
