@@ -9,6 +9,8 @@ import logging
 from contextvars import ContextVar
 from typing import Any, Literal
 
+import ray
+
 LOGGER = "ray.serve"
 LogFormat = Literal["text", "json"]
 # The request that the present task works on, "" outside of any.
@@ -49,6 +51,13 @@ def log_completion(fields: dict[str, Any]) -> None:
 def serve_logging(log_format: LogFormat) -> dict[str, Any]:
     """Serve's logging_config of a deployment."""
     return {"encoding": "JSON" if log_format == "json" else "TEXT"}
+
+
+def worker_logging(log_format: LogFormat) -> dict[str, Any]:
+    """The options of `ray.init` for the logs of towers, which are no replicas of Serve."""
+    if log_format == "text":
+        return {}
+    return {"logging_config": ray.LoggingConfig(encoding="JSON", log_level="WARNING")}
 
 
 def _shown(value: object) -> str:

@@ -69,22 +69,32 @@ async def page_of(nodes: Sequence[Node]) -> bytes:
     return await asyncio.to_thread(_rendered, texts)
 
 
-def merged(texts: Iterable[str]) -> list[Metric]:
-    """The service's metrics in texts of Ray's agents, each once, under their own names.
+def families_of(text: str) -> list[Metric]:
+    """The service's metrics in a text of Ray's agents, under their own names.
 
     Raises ValueError for a text that is none of Prometheus'.
     """
+    ours = "".join(f"{line}\n" for line in text.splitlines() if line.startswith(_OURS))
+    return [_renamed(family) for family in text_string_to_metric_families(ours)]
+
+
+def _renamed(family: Metric) -> Metric:
+    own = Metric(family.name.removeprefix(RAY_PREFIX), family.documentation, family.type)
+    for sample in family.samples:
+        labels = {key: value for key, value in sample.labels.items() if _kept(key)}
+        own.add_sample(sample.name.removeprefix(RAY_PREFIX), labels, sample.value)
+    return own
+
+
+def _merged(pages: Iterable[Sequence[Metric]]) -> list[Metric]:
+    """The metrics of several pages, each once."""
     found: dict[str, Metric] = {}
-    for text in texts:
-        ours = "\n".join(line for line in text.splitlines() if line.startswith(_OURS)) + "\n"
-        for family in text_string_to_metric_families(ours):
-            name = family.name.removeprefix(RAY_PREFIX)
-            if name not in found:
-                found[name] = Metric(name, family.documentation, family.type)
-            for sample in family.samples:
-                labels = {key: value for key, value in sample.labels.items() if _kept(key)}
-                own = sample.name.removeprefix(RAY_PREFIX)
-                found[name].add_sample(own, labels, sample.value)
+    for page in pages:
+        for family in page:
+            if family.name in found:
+                found[family.name].samples += family.samples
+            else:
+                found[family.name] = family
     return list(found.values())
 
 
@@ -100,18 +110,27 @@ class _Collected(Collector):
 
 
 def _rendered(texts: dict[Node, str | BaseException]) -> bytes:
+    pages = {node: _read(text) for node, text in texts.items()}
     name = "node_up"
     up = GaugeMetricFamily(PREFIX + name, PAGE[name].text, labels=PAGE[name].labels)
-    good, comments = [], []
-    for node, text in texts.items():
-        if isinstance(text, str):
-            good.append(text)
-        else:
-            comments.append(f"# {node.name} gives no metrics: {type(text).__name__}\n")
-        up.add_metric([node.name], float(isinstance(text, str)))
+    comments = ""
+    for node, page in pages.items():
+        up.add_metric([node.name], float(not isinstance(page, BaseException)))
+        if isinstance(page, BaseException):
+            comments += f"# {node.name} gives no metrics: {type(page).__name__}\n"
+    good = [page for page in pages.values() if not isinstance(page, BaseException)]
     registry = CollectorRegistry()
-    registry.register(_Collected([*merged(good), up]))
-    return generate_latest(registry) + "".join(comments).encode()
+    registry.register(_Collected([*_merged(good), up]))
+    return generate_latest(registry) + comments.encode()
+
+
+def _read(text: str | BaseException) -> list[Metric] | BaseException:
+    if isinstance(text, BaseException):
+        return text
+    try:
+        return families_of(text)
+    except ValueError as error:
+        return error
 
 
 async def _text_of(client: httpx.AsyncClient, node: Node) -> str:
