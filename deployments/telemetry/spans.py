@@ -15,6 +15,7 @@ from twotower.towers.decoding.services import BlockTiming
 # Modes whose commit is a pass over the block's own draft, after it; in the others the context
 # tower reads the block before while this one is denoised.
 COMMIT_AFTER_DRAFT = ("verified",)
+BLOCK = "twotower.block"
 
 
 @dataclass(frozen=True)
@@ -40,26 +41,31 @@ class Trace:
     blocks: Sequence[tuple[BlockTiming, Mapping[str, Any]]] = field(default_factory=list)
 
     def phases(self) -> Iterator[Phase]:
-        """The phases of all blocks, those of a block in the order in which they began."""
-        for index, (timing, attributes) in enumerate(self.blocks):
-            yield from _phases(timing, {"twotower.block": index, **attributes}, self.mode)
+        """The phases of all blocks, in order of the blocks."""
+        last = 0.0
+        for index, (timing, costs) in enumerate(self.blocks):
+            number = {BLOCK: index}
+            if timing.commit_s and self.mode not in COMMIT_AFTER_DRAFT:
+                # That of the block before, from its end on.
+                yield Phase("commit", last, last + timing.commit_s, {BLOCK: index - 1})
+            yield from _begin(timing, number)
+            last = _drafted(timing)
+            yield Phase("denoise", last - timing.denoise_s, last, {**number, **costs})
+            if timing.commit_s and self.mode in COMMIT_AFTER_DRAFT:
+                yield Phase("commit", last, last + timing.commit_s, number)
 
 
-def _phases(timing: BlockTiming, attributes: dict[str, Any], mode: str) -> Iterator[Phase]:
+def _begin(timing: BlockTiming, number: dict[str, Any]) -> Iterator[Phase]:
+    """What comes before a block is denoised."""
     at = timing.begin
-    head = {"twotower.block": attributes["twotower.block"]}
-    if timing.queue_s or timing.prefill_s:
-        yield Phase("queue", at, at + timing.queue_s, head)
-        at += timing.queue_s
-        yield Phase("prefill", at, at + timing.prefill_s, head)
-        at += timing.prefill_s
-    after = mode in COMMIT_AFTER_DRAFT
-    if timing.commit_s and not after:
-        yield Phase("commit", at, at + timing.commit_s, head)
-    if timing.transfer_s:
-        yield Phase("transfer", at, at + timing.transfer_s, head)
-        at += timing.transfer_s
-    yield Phase("denoise", at, at + timing.denoise_s, attributes)
-    at += timing.denoise_s
-    if timing.commit_s and after:
-        yield Phase("commit", at, at + timing.commit_s, head)
+    named = (("queue", timing.queue_s), ("prefill", timing.prefill_s))
+    for name, seconds in (*named, ("transfer", timing.transfer_s)):
+        if seconds:
+            yield Phase(name, at, at + seconds, number)
+            at += seconds
+
+
+def _drafted(timing: BlockTiming) -> float:
+    """When the tokens of a block, or its draft, were there."""
+    waited = timing.queue_s + timing.prefill_s + timing.transfer_s
+    return timing.begin + waited + timing.denoise_s

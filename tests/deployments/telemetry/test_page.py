@@ -37,7 +37,7 @@ def agent(node: int, text: str, status: int = 200) -> Iterator[Node]:
     """A node whose agent gives this page."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self.send_response(status)
             self.end_headers()
             self.wfile.write(text.encode())

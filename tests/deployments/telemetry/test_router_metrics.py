@@ -121,8 +121,7 @@ async def test_errors_by_their_code(front: FrontHere, monkeypatch: pytest.Monkey
 async def test_only_admins_read_it_and_keys_are_names(fronts: Fronts) -> None:
     made = {name: new_key() for name in ("boss", "guest")}
     keys = [
-        ApiKey(name=name, sha256=digest, admin=name == "boss")
-        for name, (_, digest) in made.items()
+        ApiKey(name=name, sha256=digest, admin=name == "boss") for name, (_, digest) in made.items()
     ]
     front = fronts(api_keys=keys)
     headers = {name: {"authorization": f"Bearer {key}"} for name, (key, _) in made.items()}
