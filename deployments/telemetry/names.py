@@ -23,7 +23,8 @@ SECONDS = (
 )
 # From a token that took many passes to a block that took one.
 _PER_PASS = (0.125, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0)
-_LENGTHS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0)
+# Ray takes no bound of 0: drafts of which nothing was accepted are below the first.
+_LENGTHS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0)
 
 
 @dataclass(frozen=True)
