@@ -62,6 +62,12 @@ class Tracing:
         made = self._maker.submit(self._make, completion)
         made.add_done_callback(lambda _: self._places.release())
 
+    def flush(self) -> None:
+        """Waits until all that has ended was sent."""
+        # The last in the thread's queue.
+        self._maker.submit(lambda: None).result()
+        self._provider.force_flush()
+
     def close(self) -> None:
         """Sends what is left."""
         self._maker.shutdown()
