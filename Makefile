@@ -2,11 +2,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS := .venv-clients
 export OMP_NUM_THREADS ?= 1
 # A test file stays with one process; tests with real processes have the machine to themselves.
 PARALLEL := -n auto --dist loadfile
 
-.PHONY: help env demo test quick quick-products lint format types layering proto check-proto configuration drawings docs-check docs verify check house mutants bench gpu-dry chaos clean
+.PHONY: help env demo test quick clients quick-products lint format types layering proto check-proto configuration drawings docs-check docs verify check house mutants bench gpu-dry chaos clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -25,8 +26,21 @@ demo: $(STAMP) ## Start the service on the shipped model, stream one completion,
 	$(BIN)/python -m benchmarks.demo
 
 test: $(STAMP) ## All tests that need no GPU, those with real processes included
-	$(BIN)/pytest -q $(PARALLEL) -m 'not gpu and not slow and not cluster'
-	$(BIN)/pytest -q -m 'cluster and not gpu and not slow'
+	$(BIN)/pytest -q $(PARALLEL) -m 'not gpu and not slow and not cluster and not clients'
+	$(BIN)/pytest -q -m 'cluster and not gpu and not slow and not clients'
+
+# Other people's clients have an environment of their own, as they do with those people.
+$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/constraints.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install -q --disable-pip-version-check \
+		-c tests/clients/constraints.txt -r tests/clients/requirements.txt
+	@! command -v npm >/dev/null || cp tests/clients/package.json $(CLIENTS)
+	@! command -v npm >/dev/null || (cd $(CLIENTS) && npm install --silent --no-audit --no-fund)
+	@touch $@
+
+clients: $(STAMP) $(CLIENTS)/.installed ## Other people's clients, a browser and lm-eval against the service
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[clients]'
+	$(BIN)/pytest -q -m clients
 
 quick: $(STAMP) ## Tests without real processes
 	$(BIN)/pytest -q $(PARALLEL)
@@ -106,4 +120,4 @@ chaos: $(STAMP) ## Kill, hang, cut and slow everything under 30 streams
 	$(BIN)/python -m benchmarks.chaos
 
 clean: ## Remove the environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -rf $(VENV) $(CLIENTS) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

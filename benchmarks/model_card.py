@@ -84,7 +84,8 @@ def main() -> None:
 
 def model_files(folder: Path) -> list[Path]:
     """The model's files: config, weights, tokenizer."""
-    return [folder / name for name in ("config.json", "model.safetensors", "tokenizer.json")]
+    names = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    return [folder / name for name in names]
 
 
 def held_out_losses(folder: Path, files: Sequence[SourceFile]) -> dict[str, Any]:

@@ -38,7 +38,6 @@ from benchmarks.phases import PhasedLink, PhasedTower, Phases
 from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
 from benchmarks.soak_requests import RequestMaker, SoakRequest
 from twotower import Request
-from twotower.cluster.channel.grpc import LinkSpec
 from twotower.cluster.services.tower_services import (
     ContextTowerActor,
     DenoiserTowerActor,
@@ -134,8 +133,8 @@ class Soak:
     async def _start(self) -> PairServices:
         await self._context.load()
         await self._denoiser.load()
-        address = await self._denoiser.listen("soak")
-        await self._context.connect(0, LinkSpec(address, "soak", epoch=1))
+        link = await self._denoiser.listen("soak")
+        await self._context.connect(0, replace(link, epoch=1))
         link = self.engine.link
         assert link is not None
         self.engine.link = PhasedLink(link, self._phases)

@@ -69,7 +69,7 @@ def collect(address: Connection) -> None:
     """Takes traces and drops them; tells its port first."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             self.rfile.read(int(self.headers["content-length"]))
             self.send_response(200)
             self.end_headers()

@@ -67,6 +67,14 @@ def test_a_checkpoint_of_ones_own(run: Run, tiny_a: Path) -> None:
     assert tokens == str(whole.token_ids)
 
 
+def test_a_program_of_transformers(run: Run, shipped: TwoTower) -> None:
+    (whole,) = shipped.generate(["class A:\n"], max_tokens=32)
+    text, loss = run("hugging_face.py", "class A:\n").rstrip("\n").rsplit("\n", 1)
+    assert text == f"class A:\n{whole.text}"
+    scores = shipped.score([*shipped.encode("class A:\n"), *whole.token_ids])
+    assert loss == f"loss {-sum(scores) / len(scores):.2f} nats a token"
+
+
 @pytest.mark.cluster
 @pytest.mark.filterwarnings("default")
 def test_a_resumed_stream_has_the_text_of_one_that_was_not_left(run: Run) -> None:

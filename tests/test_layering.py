@@ -78,6 +78,7 @@ WINGS = {
     "streams": "towers/decoding call_loop",
     "results": "towers/decoding",
     "api": "towers/text towers/decoding towers/checkpoint towers/engine call_loop streams results",
+    "transformers": "towers/checkpoint streams api",
     "agreement": "api results",
     "cli": "towers/text towers/checkpoint towers/training towers/verify cluster/placement "
     "deployments/access deployments/config deployments/router deployments/server client planner "

@@ -43,6 +43,7 @@ def test_exported_names() -> None:
         "GenerationParams",
         "GenerationResult",
         "GenerationStream",
+        "ProvisionalBlock",
         "Request",
         "TextBlock",
         "TwoTower",
@@ -74,25 +75,31 @@ def test_the_signatures() -> None:
         ("draft_steps", 1),
         ("min_tokens", 0),
         ("stop", None),
+        ("presence_penalty", 0.0),
+        ("frequency_penalty", 0.0),
+        ("logit_bias", None),
+        ("top_logprobs", 0),
     ]
     of_generate = defaults_of(TwoTower.generate)[2:]
     for stream in (TwoTower.stream, TwoTower.astream):
         head, *middle, last = defaults_of(stream)[1:]
         assert (head, last) == (("prompt", empty), ("generated_token_ids", ()))
-        assert middle == of_generate
+        assert middle == [*of_generate, ("provisional", False)]
     assert defaults_of(TwoTower.from_pretrained) == [
         ("path", None),
         ("device", "cpu"),
         ("dtype", "float32"),
+        ("progress", None),
     ]
     assert defaults_of(TwoTower.score) == [("self", empty), ("token_ids", empty)]
+    assert defaults_of(TwoTower.logits) == [("self", empty), ("prompts", empty)]
     assert defaults_of(TwoTower.decode) == [("self", empty), ("token_ids", empty)]
 
 
 def test_the_defaults_of_a_request_are_those_of_generate() -> None:
     params = GenerationParams()
     for name, default in defaults_of(TwoTower.generate)[2:]:
-        assert getattr(params, name) == (() if name == "stop" else default)
+        assert getattr(params, name) == (() if name in ("stop", "logit_bias") else default)
 
 
 def test_what_a_result_holds() -> None:
@@ -109,6 +116,7 @@ def test_what_a_result_holds() -> None:
         "accepted_tokens",
         "drafted_tokens",
         "log_probs",
+        "top_log_probs",
     }
     fields = set(twotower.Block.__dataclass_fields__)
     assert {"token_ids", "commit_steps", "confidences"} <= fields
@@ -138,6 +146,28 @@ def test_results_are_consistent(model: TwoTower, mode: Any) -> None:
         assert [len(result.blocks) for result in results] == [1, 1]
         assert results[0].blocks[0].commit_steps == tuple(range(37))
         assert results[0].nfe == (0 if mode == "ar" else 37)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_alternatives_of_a_result(model: TwoTower, mode: Any) -> None:
+    how = {"mode": mode, "max_tokens": 10, "seed": 4}
+    plain = model.generate([PROMPT], **how)[0]
+    result = model.generate([PROMPT], top_logprobs=3, **how)[0]
+    assert plain.top_log_probs == []
+    assert (result.token_ids, result.log_probs) == (plain.token_ids, plain.log_probs)
+    assert [len(line) for line in result.top_log_probs] == [3] * 10
+    assert result.top_log_probs == [line for b in result.blocks for line in b.top_log_probs]
+    # The best of the model's own distribution, which is drawn where nothing else was asked for.
+    assert [line[0][0] for line in result.top_log_probs] == result.token_ids
+
+
+def test_a_bias_forces_and_forbids(model: TwoTower) -> None:
+    forced = model.generate([PROMPT], max_tokens=6, logit_bias={9: 100.0}, seed=4)[0]
+    assert forced.token_ids == [9] * 6
+    free = model.generate([PROMPT], mode="ar", max_tokens=3)[0]
+    banned = dict.fromkeys(free.token_ids, -100.0)
+    others = model.generate([PROMPT], mode="ar", max_tokens=3, logit_bias=banned)[0]
+    assert not {*others.token_ids} & {*free.token_ids}
 
 
 def recorded(folder: Path, kind: str) -> list[tuple[dict[str, Any], list[int], list[int]]]:
@@ -244,6 +274,19 @@ def test_scores(model: TwoTower) -> None:
     assert all(math.isfinite(score) and score < 0 for score in scores)
     assert model.score(PROMPT[:3]) == pytest.approx(scores[:2], abs=1e-4)
     assert model.score([7]) == []
+
+
+def test_logits_are_those_that_scores_are_of(model: TwoTower) -> None:
+    first, second = model.logits([PROMPT, [7]])
+    assert first.shape == (len(PROMPT), model.config.vocab_size)
+    assert second.shape == (1, model.config.vocab_size)
+    table = torch.log_softmax(first.float(), dim=-1)
+    scores = [float(table[at, token]) for at, token in enumerate(PROMPT[1:])]
+    assert scores == pytest.approx(model.score(PROMPT), abs=1e-5)
+    assert model.logits([[7]])[0].equal(second)
+    for prompts in ([[]], [[10**6]], PROMPT, "text"):
+        with pytest.raises(InvalidRequestError):
+            model.logits(prompts)
 
 
 async def test_it_works_inside_an_event_loop(model: TwoTower) -> None:

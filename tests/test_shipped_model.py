@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from twotower import TwoTower
 from twotower.towers.checkpoint.weights import SHIPPED_MODEL
 from twotower.towers.config.model_config import LAYER_KINDS, MLP
+from twotower.towers.training.tokenizer import tokenizer_config
 
 LIBRARY_CODE = (
     "import os\nimport sys\n\n\ndef main(argv=None):\n    if argv is None:\n        argv = sys.argv"
 )
-FILES = ("config.json", "model.safetensors", "tokenizer.json")
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +25,11 @@ def model() -> TwoTower:
 def test_it_fits_the_package_and_has_a_card() -> None:
     assert sum((SHIPPED_MODEL / name).stat().st_size for name in FILES) <= 20_000_000
     assert "tokens per denoiser call" in (SHIPPED_MODEL / "README.md").read_text()
+
+
+def test_transformers_is_told_of_its_special_tokens(model: TwoTower) -> None:
+    told = json.loads((SHIPPED_MODEL / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert told == tokenizer_config(model.config.max_position_embeddings)
 
 
 def test_it_has_every_released_kind_of_layer(model: TwoTower) -> None:

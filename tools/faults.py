@@ -516,8 +516,8 @@ GENERATION = [
     Fault(
         "generation: passes of the prefill count with every block",
         "towers",
-        "            prefilled = Prefilled(0)\n",
-        "",
+        "prefilled, first = Prefilled(0), None\n",
+        "first = None\n",
         "test_generation",
     ),
 ]

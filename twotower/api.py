@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from twotower.call_loop import CallLoop
-from twotower.results import GenerationResult, results_of
+from twotower.results import GenerationResult, results_of, together
 from twotower.streams import AsyncGenerationStream, GenerationStream
+from twotower.towers.checkpoint.checkpoint import ReadProgress
 from twotower.towers.checkpoint.weights import parse_device, parse_dtype, resolve_checkpoint
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.decoding.generation import generate_blocks
@@ -71,19 +72,21 @@ class TwoTower:
         path: str | Path | None = None,
         device: Device | tuple[Device, Device] = "cpu",
         dtype: str = "float32",
+        progress: ReadProgress | None = None,
     ) -> TwoTower:
         """Loads a folder, a hub id, or (None) the shipped model.
 
         `device` is one device or a pair (context, denoiser); `dtype` is float32 or bfloat16.
-        Raises CheckpointError or ConfigError, naming the tensor or key; InvalidRequestError for
-        another `dtype`.
+        `progress` gets the bytes read so far and those of both towers, after each tensor. Raises
+        CheckpointError or ConfigError, naming the tensor or key; InvalidRequestError for another
+        `dtype`.
         """
         context_device, denoiser_device = device if isinstance(device, tuple) else (device, device)
         places = _fixed(parse_device(context_device)), _fixed(parse_device(denoiser_device))
         working = parse_dtype(dtype)
         folder = resolve_checkpoint(path)
         limit_threads()
-        context, denoiser = load_engines(folder, *places, working)
+        context, denoiser = load_engines(folder, *places, working, progress=progress)
         return cls(context, denoiser, load_tokenizer(folder))
 
     def generate(
@@ -201,6 +204,19 @@ class TwoTower:
         limits = GenerationParams(mode="ar", max_tokens=1)
         limits.check_row(ids, self.config.vocab_size, self.config.max_position_embeddings + 1, [])
         return self._calls.run(self._context.score(ids)).log_probs
+
+    def logits(self, prompts: Sequence[Prompt] | Array) -> list[torch.Tensor]:
+        """The context tower's logits at every token of each prompt, [n, V] in the model's dtype, on
+        the context tower's device: those at a token predict the next one.
+
+        Prompts are those of `generate` and are read together. Raises InvalidRequestError.
+        """
+        rows = [self.encode(prompt) for prompt in prompt_rows(prompts)]
+        limits = GenerationParams(mode="ar", max_tokens=1)
+        for ids in rows:
+            most = self.config.max_position_embeddings + 1
+            limits.check_row(ids, self.config.vocab_size, most, [])
+        return self._calls.run(together([self._context.logits(ids) for ids in rows]))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: of a text those that the tokenizer gives, with the special tokens

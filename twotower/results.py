@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from twotower.towers.decoding.commit_log import CommitLog
 from twotower.towers.decoding.output import Begun, Output
 from twotower.towers.decoding.output_text import OutputText
 from twotower.towers.decoding.services import Block, TopLogProbs
 from twotower.towers.request.params import FinishReason, GenerationParams
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,17 @@ class GenerationResult:
     accepted_tokens: int
     drafted_tokens: int
     log_probs: list[float]
-    top_log_probs: list[TopLogProbs]
+    top_log_probs: list[TopLogProbs] = field(default_factory=list)
 
 
 async def results_of(rows: Sequence[Begun]) -> list[GenerationResult]:
     """Decodes rows together; if one fails or the call is cancelled, all are freed."""
-    tasks = [asyncio.ensure_future(_result(*row)) for row in rows]
+    return await together([_result(*row) for row in rows])
+
+
+async def together(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of calls that run at once; if one fails or all are cancelled, none goes on."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return list(await asyncio.gather(*tasks))
     finally:

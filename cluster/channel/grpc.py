@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -23,6 +23,7 @@ from twotower.cluster.channel import framing, process_group
 from twotower.cluster.channel.allocator import keep_freed_memory
 from twotower.cluster.channel.carrier import BesideFrame, Carrier, CarrierError, InFrame
 from twotower.cluster.channel.outgoing import Outgoing, ShareQueue
+from twotower.cluster.channel.tls import TARGET_NAME, channel_credentials
 from twotower.cluster.channel.transfers import Transfers
 from twotower.cluster.topology import Transport
 from twotower.protos.v1 import state_pb2
@@ -54,12 +55,14 @@ _Broken = (grpc.aio.AioRpcError, asyncio.InvalidStateError, CarrierError, Unavai
 @dataclass(frozen=True)
 class LinkSpec:
     """The peer of a link (`host:port`), the pair's secret, the link's epoch, and the transport of
-    the bytes. The port of a process group's store comes with the receiver's admission."""
+    the bytes. The port of a process group's store comes with the receiver's admission.
+    `certificate` is the receiver's (PEM), for a stream over TLS; None: over plain TCP."""
 
     address: str
-    token: str
+    token: str = field(repr=False)
     epoch: int
     transport: Transport = "grpc"
+    certificate: bytes | None = field(default=None, repr=False)
 
 
 class GrpcStateLink:
@@ -292,7 +295,7 @@ class GrpcStateLink:
 
     async def _connect(self) -> None:
         keep_freed_memory()
-        self._channel = grpc.aio.insecure_channel(self._spec.address, options=OPTIONS)
+        self._channel = _channel_to(self._spec)
         # Frames are serialized by `framing`.
         publish: Any = self._channel.stream_stream(
             METHOD, request_serializer=None, response_deserializer=state_pb2.StateReceipt.FromString
@@ -371,6 +374,13 @@ class _Writer:
 
     def abort(self) -> None:
         self._link.abort(self._outgoing)
+
+
+def _channel_to(spec: LinkSpec) -> grpc.aio.Channel:
+    if spec.certificate is None:
+        return grpc.aio.insecure_channel(spec.address, options=OPTIONS)
+    credentials = channel_credentials(spec.certificate)
+    return grpc.aio.secure_channel(spec.address, credentials, options=[*OPTIONS, *TARGET_NAME])
 
 
 def _retrieve(task: asyncio.Task[int]) -> None:

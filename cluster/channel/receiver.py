@@ -27,6 +27,7 @@ from twotower.cluster.channel.grpc import (
 )
 from twotower.cluster.channel.mirrors import Mirrors
 from twotower.cluster.channel.process_group import Rendezvous
+from twotower.cluster.channel.tls import Identity
 from twotower.cluster.topology import Transport
 from twotower.protos.v1 import state_pb2
 from twotower.towers.state.update import StateUpdate
@@ -41,7 +42,8 @@ class StateReceiver:
     `apply(row_id, update)` raises ValueError for an update that does not continue the row,
     `follow(tensors)` for replay weights of another model. Only rows that were opened are followed,
     so a late update of a released row leaves nothing behind. `device` is where NCCL receives;
-    otherwise the CPU. A group's calls end within `timeout_s`.
+    otherwise the CPU. A group's calls end within `timeout_s`. With an `identity` streams are taken
+    over TLS only.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class StateReceiver:
         transport: Transport = "grpc",
         device: torch.device = CPU,
         timeout_s: float = RECEIPT_TIMEOUT_S,
+        identity: Identity | None = None,
     ) -> None:
         self._follow = follow
         self._token = token.encode()
@@ -61,6 +64,7 @@ class StateReceiver:
         self._transport = transport
         self._device = device
         self._timeout = timeout_s
+        self._identity = identity
         self._host = ""
         self._mirrors = Mirrors(apply)
         self._server: grpc.aio.Server | None = None
@@ -90,9 +94,14 @@ class StateReceiver:
         handlers = grpc.method_handlers_generic_handler(service, {method: handler})
         self._server.add_generic_rpc_handlers((handlers,))
         self._host = f"[{host}]" if ":" in host else host
-        port = self._server.add_insecure_port(f"{self._host}:0")
+        port = self._add_port(self._server, f"{self._host}:0")
         await self._server.start()
         return f"{self._host}:{port}"
+
+    def _add_port(self, server: grpc.aio.Server, address: str) -> int:
+        if self._identity is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, self._identity.server_credentials())
 
     async def stop(self) -> None:
         """Ends all streams and stops to listen."""

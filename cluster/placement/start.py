@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -64,8 +65,9 @@ async def _start_colocated(topology: PairTopology, group: PlacementGroup | None)
 class _Keeper:
     """Starts denoiser towers as Ray actors and links them to the context tower.
 
-    A denoiser has one token for its life and each of its links an epoch: the receiver passes over
-    what an older link may still send.
+    A denoiser has one token for its life, and with `channel_tls` one certificate, which it makes
+    itself. Each of its links has an epoch: the receiver passes over what an older link may still
+    send.
     """
 
     def __init__(
@@ -97,17 +99,14 @@ class _Keeper:
     async def link(self, index: int) -> RemoteDenoiser:
         """Links the loaded tower in place `index` to the context tower."""
         token = secrets.token_hex(16)
-        address = await self._towers[index].listen(token)
-        self._links[index] = LinkSpec(address, token, 0, self._topology.transport)
+        self._links[index] = await self._towers[index].listen(token)
         await self.relink(index)
         return self._towers[index]
 
     async def relink(self, index: int) -> None:
         """A new link to the tower in place `index`, which is alive."""
-        last = self._links[index]
         self._epoch += 1
-        link = LinkSpec(last.address, last.token, self._epoch, last.transport)
-        await self._context.connect(index, link)
+        await self._context.connect(index, replace(self._links[index], epoch=self._epoch))
 
 
 def _actor(kind: type, topology: PairTopology, group: PlacementGroup | None, bundle: int) -> Any:

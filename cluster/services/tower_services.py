@@ -21,6 +21,7 @@ from twotower.cluster.channel.faults import FaultyLink
 from twotower.cluster.channel.grpc import CPU, GrpcStateLink, LinkSpec
 from twotower.cluster.channel.link_fan import Link, LinkFan
 from twotower.cluster.channel.receiver import StateReceiver
+from twotower.cluster.channel.tls import new_identity
 from twotower.cluster.channel.transfers import Transfers
 from twotower.cluster.services.loading import loaded
 from twotower.cluster.services.ray_errors import detached, plainly
@@ -268,10 +269,10 @@ class RemoteDenoiser(_Remote, DenoiserTowerService):
                 watch(item)
         raise UnavailableError("a stream of drafts ended without its block")
 
-    async def listen(self, token: str) -> str:
-        """Starts the engine and waits for its link; returns the link's address."""
-        address: str = await plainly(self._actor.listen.remote(token))
-        return address
+    async def listen(self, token: str) -> LinkSpec:
+        """Starts the engine and waits for its link; returns what the link needs, as epoch 0."""
+        link: LinkSpec = await plainly(self._actor.listen.remote(token))
+        return link
 
 
 class EngineService(TowerService, Generic[E]):
@@ -391,14 +392,17 @@ class DenoiserTowerActor(EngineService[DenoiserEngine], DenoiserTowerService):
         """Loads the tower. Raises CheckpointError."""
         self._tower = await loaded(load_denoiser_tower, self._topology)
 
-    async def listen(self, token: str) -> str:
-        """Starts the engine on the loaded tower and waits for its link; returns `host:port`."""
+    async def listen(self, token: str) -> LinkSpec:
+        """Starts the engine on the loaded tower and waits for its link; returns what the link
+        needs, as epoch 0."""
         assert self._tower is not None, "load comes first"
         options = self._topology.engine
         pool = options.pool_for(self._tower)
         engine = DenoiserEngine(self._tower, options, pool=pool, threaded=True)
         await asyncio.to_thread(engine.warm_up)
         transport = self._topology.transport
+        # Made here: the private key is in no message.
+        identity = new_identity() if self._topology.channel_tls else None
         receiver = StateReceiver(
             engine.receive,
             engine.follow,
@@ -406,12 +410,14 @@ class DenoiserTowerActor(EngineService[DenoiserEngine], DenoiserTowerService):
             max_update_bytes(self._tower.config, self._topology.engine.max_context),
             transport=transport,
             device=self._tower.device if transport == "nccl" else CPU,
+            identity=identity,
         )
         # The address of the node: on one machine that is still not open to every interface.
         address = await receiver.start(ray.util.get_node_ip_address())
         self._receiver = receiver
         self.run(engine)
-        return address
+        certificate = None if identity is None else identity.certificate
+        return LinkSpec(address, token, 0, transport, certificate)
 
     async def open(self, row_id: str, capacity: int) -> None:
         await super().open(row_id, capacity)

@@ -18,11 +18,12 @@ _EXPECTED = "expected 'Bearer KEY'"
 @dataclass(frozen=True)
 class Caller:
     """Who has sent a request: a name for logs and metrics, rights, and limits that all requests of
-    this caller share."""
+    this caller share. `anonymous` callers have shown no key."""
 
     name: str
     admin: bool
     limits: KeyLimits
+    anonymous: bool = False
 
     def check_admin(self) -> None:
         """Raises ForbiddenError unless the caller may use admin routes."""
@@ -53,8 +54,8 @@ class Access:
         self._allow_anonymous = allow_anonymous
         self._callers = {key.name: _caller(key, share, clock) for key in keys}
         free = KeyLimits(ANONYMOUS)
-        self._here = Caller(ANONYMOUS, True, free)
-        self._elsewhere = Caller(ANONYMOUS, False, free)
+        self._here = Caller(ANONYMOUS, True, free, anonymous=True)
+        self._elsewhere = Caller(ANONYMOUS, False, free, anonymous=True)
 
     def caller(
         self, authorization: str | None, peer: str | None, *, forwarded: bool = False

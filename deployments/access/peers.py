@@ -19,13 +19,21 @@ def is_loopback_peer(peer: str | None) -> bool:
     scheme, _, rest = peer.partition(":")
     if scheme in ("unix", "unix-abstract"):
         return True
-    address = unquote(rest) if scheme in ("ipv4", "ipv6") else peer
-    try:
-        parsed = ipaddress.ip_address(_host(address))
-    except ValueError:
-        return False
+    parsed = _parsed(unquote(rest) if scheme in ("ipv4", "ipv6") else peer)
     # A socket for both families shows an IPv4 peer as ::ffff:127.0.0.1.
-    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
+    return parsed is not None and (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
+
+
+def is_address(host: str) -> bool:
+    """True if a host, with or without a port, is an IP address and not a name."""
+    return len(host) <= _MOST_CHARACTERS and _parsed(host) is not None
+
+
+def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(_host(address))
+    except ValueError:
+        return None
 
 
 def _host(address: str) -> str:

@@ -20,6 +20,11 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
+    @property
+    def text(self) -> str:
+        """The template itself."""
+        return str(self._tokenizer.chat_template)
+
     def token_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The ids of a conversation, up to where the next answer begins.
 

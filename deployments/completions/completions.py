@@ -47,6 +47,7 @@ from twotower.towers.text.tokenizer import Tokenizer, load_tokenizer
 logger = logging.getLogger("ray.serve")
 
 READY_TIMEOUT_S = 5.0
+SPECIAL_TOKENS = ("eos_token", "bos_token", "pad_token")
 # Takes a number of tokens that a caller has used.
 Charge = Callable[[int], None]
 
@@ -141,6 +142,9 @@ class Completions:
         self._from_zero = config.autoscaling is not None and config.autoscaling.min_pairs == 0
         max_context = min(config.max_context, model.max_position_embeddings)
         self.reader = TextReader(self.tokenizer, longest_token_bytes(folder), max_context)
+        self.special_tokens = {
+            name: self._spelled(getattr(model, f"{name}_id")) for name in SPECIAL_TOKENS
+        }
         self.model = ServedModel(
             name=config.shown_name(),
             version=twotower.__version__,
@@ -183,6 +187,11 @@ class Completions:
             for index, params in enumerate(request.choices(), first_index)
         ]
 
+    def _spelled(self, token_id: int | None) -> str | None:
+        if token_id is None or self.tokenizer is None:
+            return None
+        return self.tokenizer.token(token_id)
+
     async def _begin(
         self,
         prompt: tuple[int, ...],
@@ -213,6 +222,16 @@ class Completions:
         self.reader.check_count(field, len(given))
         return given
 
+    async def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text; of one that is a special token and nothing else, that token's.
+
+        Raises InvalidRequestError, QueueFullError.
+        """
+        special = None if self.tokenizer is None else self.tokenizer.special_id(text)
+        if special is not None:
+            return [special]
+        return await self.reader.encode("prompt", text, add_special_tokens)
+
     async def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The ids of a conversation. Raises InvalidRequestError, also without a template and for
         more than the model takes, QueueFullError if too many texts wait to be read."""
@@ -224,6 +243,12 @@ class Completions:
         ids = await self.reader.run(size, partial(self.chat_template.token_ids, messages))
         self.reader.check_count("messages", len(ids))
         return ids
+
+    def check_ids(self, field: str, token_ids: Sequence[int]) -> None:
+        """Raises InvalidRequestError for no id at all, and for one that the model does not have."""
+        if not token_ids:
+            raise InvalidRequestError(field, [], "at least 1 token")
+        check_ids(field, token_ids, self.model.vocab_size)
 
     async def score(
         self,
@@ -237,9 +262,7 @@ class Completions:
         Raises InvalidRequestError.
         """
         check_whole("top_logprobs", top_logprobs, 0, MAX_TOP_LOGPROBS)
-        check_ids(field, token_ids, self.model.vocab_size)
-        if not token_ids:
-            raise InvalidRequestError(field, [], "at least 1 token")
+        self.check_ids(field, token_ids)
         charge(len(token_ids))
         return await self._attempts.score(token_ids, top_logprobs)
 

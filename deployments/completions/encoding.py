@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import BoundedSemaphore
 from typing import TypeVar
 
@@ -59,7 +60,7 @@ class TextReader:
         self._short = Lane("short", MAX_SHORT_WAITING)
         self._long = Lane("long", MAX_LONG_WAITING)
 
-    async def encode(self, field: str, text: str) -> list[int]:
+    async def encode(self, field: str, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of a request's text.
 
         Raises InvalidRequestError without a tokenizer and for a text that is too long or that it
@@ -68,7 +69,8 @@ class TextReader:
         check_text(field, text)
         size = len(text.encode())
         self.check_size(field, size)
-        token_ids = await self.run(size, lambda: text_ids(self._tokenizer, field, text))
+        encode = partial(text_ids, self._tokenizer, field, text, add_special_tokens)
+        token_ids = await self.run(size, encode)
         self.check_count(field, len(token_ids))
         return token_ids
 

@@ -208,6 +208,15 @@ class TokenizeAnswer(BaseModel):
     tokens: list[int]
 
 
+class TokenizerAnswer(BaseModel):
+    """The tokenizer's special tokens, and its chat template if it has one."""
+
+    eos_token: str | None
+    bos_token: str | None
+    pad_token: str | None
+    chat_template: str | None
+
+
 class DetokenizeAnswer(BaseModel):
     """The text of ids."""
 

@@ -24,12 +24,13 @@ from twotower.deployments.http.answers import (
     ModelAnswer,
     ModelList,
     TokenizeAnswer,
+    TokenizerAnswer,
     VersionAnswer,
 )
 from twotower.deployments.http.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from twotower.deployments.http.chat import chat
 from twotower.deployments.http.completions import complete
-from twotower.deployments.http.errors import add_handlers
+from twotower.deployments.http.errors import NotFoundError, add_handlers
 from twotower.deployments.http.exchange import Exchange, check_model
 from twotower.deployments.http.front import Front
 from twotower.deployments.http.metrics import metrics_routes
@@ -57,7 +58,12 @@ def build_http_app(service: Completions, config: ServiceConfig, access: Access) 
     app.include_router(metrics_routes(service.recorder.metrics.instruments))
     app.include_router(page_routes())
     add_handlers(app)
-    app.add_middleware(Front, access=access, max_bytes=longest_body(service.max_message))
+    app.add_middleware(
+        Front,
+        access=access,
+        cors_origins=config.cors_origins,
+        max_bytes=longest_body(service.max_message),
+    )
     if config.cors_origins:
         # Outermost: what the front refuses carries its headers too, and a preflight has no key.
         app.add_middleware(
@@ -146,7 +152,8 @@ def model_routes(service: Completions) -> APIRouter:
     async def tokenize(body: TokenizeBody) -> TokenizeAnswer:
         """The ids of a text."""
         check_model(service, body.model)
-        ids = await service.token_ids("prompt", body.prompt)
+        around = body.add_special_tokens is not False
+        ids = await service.tokenize(body.prompt, around)
         return TokenizeAnswer(count=len(ids), max_model_len=served.max_context, tokens=ids)
 
     @router.post("/detokenize")
@@ -154,6 +161,16 @@ def model_routes(service: Completions) -> APIRouter:
         """The text of ids."""
         check_model(service, body.model)
         return DetokenizeAnswer(prompt=await service.decode("tokens", body.tokens))
+
+    @router.get("/tokenizer_info")
+    async def tokenizer_info() -> TokenizerAnswer:
+        """Special tokens and chat template, for clients that cut texts themselves."""
+        if service.tokenizer is None:
+            raise NotFoundError("this model has no tokenizer", None, "no_tokenizer")
+        template = service.chat_template
+        return TokenizerAnswer(
+            **service.special_tokens, chat_template=None if template is None else template.text
+        )
 
     return router
 

@@ -171,8 +171,13 @@ class ChatBody(SamplingBody):
 class TokenizeBody(Body):
     """Body of POST /tokenize."""
 
-    prompt: str
+    prompt: str = Field(
+        description="a text; a special token that stands alone gives its own id, as nowhere else"
+    )
     model: str | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="those that the tokenizer puts around a text; default true"
+    )
 
 
 class DetokenizeBody(Body):

@@ -116,9 +116,12 @@ async def _admitted(
     prompts, completions = [], []
     for index, given in enumerate(asked.prompts):
         ids = await service.token_ids("prompt", given)
-        request = exchange.request(ids, params)
-        admitted = await service.admit(request, exchange.admission.charge, index * exchange.choices)
-        completions += admitted if asked.max_tokens else []
+        if asked.max_tokens:
+            request = exchange.request(ids, params)
+            first = index * exchange.choices
+            completions += await service.admit(request, exchange.admission.charge, first)
+        else:
+            service.check_ids("prompt", ids)
         text = given if isinstance(given, str) else ""
         if asked.echo and not isinstance(given, str) and service.tokenizer is not None:
             text = await service.decode("prompt", ids)

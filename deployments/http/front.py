@@ -4,11 +4,13 @@ errors."""
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 
 import twotower
 from twotower.deployments.access.access import Access, Caller
+from twotower.deployments.access.pages import check_page
 from twotower.deployments.completions.requests import request_id_of
 from twotower.deployments.http.errors import error_response
 from twotower.deployments.http.middleware import MARK, App, Message, Receive, Scope, Send, bounded
@@ -25,9 +27,12 @@ class Front:
     """Names each request, finds out who calls before anything is read, bounds the body and turns
     what a route raises into an answer."""
 
-    def __init__(self, app: App, access: Access, max_bytes: int) -> None:
+    def __init__(
+        self, app: App, access: Access, cors_origins: Sequence[str], max_bytes: int
+    ) -> None:
         self._app = app
         self._access = access
+        self._origins = cors_origins
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,10 +62,12 @@ class Front:
             await error_response(error, request_id)(scope, receive, marked)
 
     def _caller(self, scope: Scope, headers: Headers, path: str) -> Caller:
-        """Who calls. Raises UnauthenticatedError, and ForbiddenError if only admins may."""
+        """Who calls. Raises UnauthenticatedError, and ForbiddenError if only admins may, or if it
+        is another site's page."""
         peer = scope["client"][0] if scope.get("client") else None
         forwarded = "x-forwarded-for" in headers
         caller = self._access.caller(headers.get("authorization"), peer, forwarded=forwarded)
+        check_page(caller, headers.get("origin"), headers.get("host"), self._origins)
         if path.startswith(ADMIN_PATHS):
             caller.check_admin()
         return caller

@@ -18,6 +18,7 @@ module that is not.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import random
 import secrets
@@ -36,6 +37,7 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
+from ray.serve.context import _get_serve_request_context, _serve_request_context
 from ray.serve.exceptions import BackPressureError
 from ray.serve.request_router import RequestRouter
 
@@ -207,7 +209,7 @@ class PairClient:
         with ExitStack() as ending:
             ending.callback(pairs.PAIRS.ended, job.row_id)
             try:
-                stream = self._streaming.generate.remote(job)
+                stream = _apart(lambda: self._streaming.generate.remote(job))
                 ending.callback(stream.cancel)
                 async for block in stream:
                     pair = pairs.PAIRS.worked(job.row_id)
@@ -229,7 +231,9 @@ class PairClient:
     async def score(self, token_ids: Sequence[int], top_logprobs: int = 0) -> Scores:
         """As TowerPair.score."""
         try:
-            scores: Scores = await self._handle.score.remote(list(token_ids), top_logprobs)
+            scores: Scores = await _apart(
+                lambda: self._handle.score.remote(list(token_ids), top_logprobs)
+            )
         except _WRAPPED as error:
             raise _plain(error) from None
         return scores
@@ -237,7 +241,7 @@ class PairClient:
     async def ping(self) -> None:
         """Returns if a pair can serve."""
         try:
-            await self._handle.ping.remote()
+            await _apart(self._handle.ping.remote)
         except _WRAPPED as error:
             raise _plain(error) from None
 
@@ -288,6 +292,22 @@ class PairChooser(RequestRouter):  # type: ignore[misc]
 
     def _tell(self) -> None:
         pairs.PAIRS.present([replica_id.unique_id for replica_id in self.curr_replicas])
+
+
+def _apart(call: Callable[[], T]) -> T:
+    """Makes a call of Serve that has an identity of its own, and keeps the name of the request.
+
+    Serve finds a call that waits for a replica by the identity of the request within which it is
+    made. Calls that a request makes at a time would share it: one gets the replica of another, and
+    the others none, or late.
+    """
+
+    def made() -> T:
+        context = _get_serve_request_context()
+        _serve_request_context.set(replace(context, _internal_request_id=""))
+        return call()
+
+    return contextvars.copy_context().run(made)
 
 
 def _plain(error: BaseException) -> BaseException:

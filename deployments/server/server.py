@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -54,17 +55,24 @@ class LocalService:
     """A service in new processes on this machine.
 
     `address` is its gRPC target. Ray's files go to `folder`, an existing one in a prepared
-    environment, or to a new one. Entering raises CheckpointError or ConfigError
-    before anything is started, UnavailableError if the towers do not come up.
+    environment, or to a new one. `phase` is told what is next while it starts. Entering raises
+    CheckpointError or ConfigError before anything is started, UnavailableError if the towers do not
+    come up.
     """
 
     def __init__(
-        self, config: ServiceConfig, *, verbose: bool = False, folder: Path | None = None
+        self,
+        config: ServiceConfig,
+        *,
+        verbose: bool = False,
+        folder: Path | None = None,
+        phase: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.config = config
         self.address = f"127.0.0.1:{config.grpc_port}"
         self._verbose = verbose
         self._folder = folder
+        self._phase = phase
         self._made = ExitStack()
 
     def __enter__(self) -> LocalService:
@@ -76,8 +84,11 @@ class LocalService:
         _check_free(self.config.grpc_port, EVERYWHERE)
         _check_free(self.config.http_port, self.config.http_host)
         try:
+            self._phase("Ray")
             self._start_ray()
+            self._phase("loading the towers and warming them up")
             serve.run(app, name=APP_NAME, route_prefix="/")
+            self._phase("opening the ports")
             await_proxy(self.address)
         except (RuntimeError, OSError, RayError) as error:
             reason = _reason() or _first_line(error)

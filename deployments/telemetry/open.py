@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from twotower.deployments.telemetry.errors import ERROR_ANSWERS
+from twotower.deployments.telemetry.exporter import check_exporter
 from twotower.deployments.telemetry.logs import name_requests
 from twotower.deployments.telemetry.record import CodeOf, Recorder, TraceSink
 from twotower.deployments.telemetry.router_metrics import RouterMetrics
@@ -37,6 +38,7 @@ def open_traces(settings: Settings) -> TraceSink | None:
     """Tracing to the collector of the settings; None without one. Raises ConfigError."""
     if settings.otlp_endpoint is None:
         return None
+    check_exporter()
     # Its packages cost time and memory, and most services have no collector.
     from twotower.deployments.telemetry.tracing import open_tracing
 

@@ -20,7 +20,6 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 import twotower
-from twotower.deployments.telemetry.exporter import check_exporter
 from twotower.deployments.telemetry.spans import Trace
 
 logger = logging.getLogger("ray.serve")
@@ -97,9 +96,7 @@ class Tracing:
 
 
 def open_tracing(endpoint: str, sample_ratio: float) -> Tracing:
-    """Tracing to the collector at `endpoint`, such as http://localhost:4318. Raises ConfigError
-    without the exporter's package."""
-    check_exporter()
+    """Tracing to the collector at `endpoint`, such as http://localhost:4318."""
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
     return Tracing(OTLPSpanExporter(endpoint.rstrip("/") + TRACES_PATH), sample_ratio)

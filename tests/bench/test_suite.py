@@ -45,6 +45,16 @@ def test_the_most_important_comes_first() -> None:
     assert len(set(names)) == len(names)
 
 
+def test_each_step_is_told_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    chosen = [
+        Step("scans", name, lambda *_, name=name: told.append(f"ran {name}")) for name in ("a", "b")
+    ]
+    monkeypatch.setattr(suite, "steps", lambda _: chosen)
+    run_suite(QUICK, None, lambda _: None, lambda *one: told.append(one))
+    assert told == [(0, 2, "a"), "ran a", (1, 2, "b"), "ran b"]
+
+
 def test_only_the_sections_asked_for_are_measured() -> None:
     options = BenchOptions(sections=("scans", "baseline"))
     assert [step.section for step in steps(options)] == ["scans", "baseline", "baseline"]

@@ -88,7 +88,7 @@ def number_options() -> Iterator[tuple[str, list[str], str]]:
 def test_there_are_options_to_try() -> None:
     found = [(name, option) for name, _, option in number_options()]
     assert len(found) > 40
-    assert {name for name, _ in found} == {"serve", "generate", "train", "plan", "bench"}
+    assert {name for name, _ in found} == {"serve", "generate", "train", "plan", "bench", "top"}
 
 
 @pytest.mark.parametrize(("command", "before", "option"), list(number_options()))

@@ -6,14 +6,19 @@ import inspect
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from tests.client.test_client_resume import Mortal, Server
+from tests.support.terminal import run_in_terminal
+from tests.test_sampling_parameters import NOT_YET_ON_THE_WIRE
 from twotower import TwoTower
 from twotower.agreement import Comparison
 from twotower.cli.main import app
@@ -36,11 +41,13 @@ def test_help_needs_no_heavy_import() -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
-    for word in ("serve", "generate", "verify", "quantize", "bench", "plan", "train"):
+    for word in ("serve", "generate", "verify", "quantize", "bench", "plan", "train", "top"):
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "verify", "quantize", "plan", "train"])
+@pytest.mark.parametrize(
+    "command", ["serve", "generate", "verify", "quantize", "plan", "train", "top"]
+)
 def test_each_command_explains_itself(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0
@@ -98,7 +105,7 @@ class Recorded:
         self.log_probs: list[float] = []
         self.closed = 0
 
-    def from_pretrained(self, *_: object) -> Recorded:
+    def from_pretrained(self, *_: object, **__: object) -> Recorded:
         return self
 
     def stream(self, prompt: str, **parameters: object) -> Recorded:
@@ -127,13 +134,78 @@ def test_generate_passes_its_options_on(recorded: Recorded) -> None:
     # Everything that a model in this process takes is given, at its default.
     signature = inspect.signature(TwoTower.stream).parameters
     parameters = {name: one.default for name, one in signature.items() if name != "self"}
-    del parameters["generated_token_ids"]
+    for name in ("generated_token_ids", *NOT_YET_ON_THE_WIRE):
+        del parameters[name]
     assert recorded.asked == {**parameters, "prompt": "x", "stop": [], "eos_token_id": 2}
     options = ["--mode", "verified", "--draft-steps", "3", "--min-tokens", "5", "--ignore-eos"]
     CliRunner().invoke(app, ["generate", "x", *options, "--stop", "a b", "--stop", "\n\n"])
     changed = {"mode": "verified", "draft_steps": 3, "min_tokens": 5, "eos_token_id": None}
     assert recorded.asked == {**parameters, **changed, "prompt": "x", "stop": ["a b", "\n\n"]}
     assert recorded.closed == 2
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A provisional block."""
+
+    start: int
+    step: int
+    token_ids: tuple[int, ...]
+    masked: tuple[bool, ...]
+    confidences: tuple[float, ...]
+
+
+class Drafting(Recorded):
+    """One whose stream has provisional blocks, where they are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer: Any = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
+
+    def stream(self, prompt: str, provisional: bool = False, **parameters: object) -> Recorded:
+        self.provisional = provisional
+        return super().stream(prompt, **parameters)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.provisional:
+            yield Draft(0, 0, (81, 0), (False, True), (0.9, 0.0))
+            # Drawn by a thread, ten times a second.
+            time.sleep(0.3)
+        yield from super().__iter__()
+
+
+def test_provisional_blocks_are_asked_for_where_they_are_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Drafting()
+    monkeypatch.setattr("twotower.api.TwoTower", model)
+    piped = CliRunner().invoke(app, ["generate", "x"])
+    assert (piped.stdout, model.provisional) == ("text", False)
+    monkeypatch.setattr("twotower.cli.generate.is_live", lambda _: True)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    plain = CliRunner().invoke(app, ["generate", "x", "--plain"])
+    assert (plain.stdout, model.provisional) == ("text", False)
+    shown = CliRunner().invoke(app, ["generate", "x"])
+    assert model.provisional
+    assert shown.exit_code == 0, shown.output
+    # The sure position in its text and shade, the masked one dim.
+    assert "\x1b[1;36mQ\x1b[0m\x1b[2m░\x1b[0m" in shown.stdout
+    assert shown.stdout.endswith("text")
+    assert shown.stderr.startswith("\n2 tokens, 1 NFE, ")
+
+
+def test_a_service_is_shown_on_a_terminal_too() -> None:
+    server = Server(Mortal(b"some text\nof a service"))
+    command = ["twotower.cli", "generate", "x", "--target", f"127.0.0.1:{server.port}"]
+    try:
+        ended = run_in_terminal(command)
+    finally:
+        server.close()
+    assert ended.code == 0
+    first, second, cost = ended.screen.all_lines()[:3]
+    assert (first, second) == ("some text", "of a service")
+    assert "tokens/s" in cost
+    assert "░" in ended.sent.decode()
 
 
 def test_log_probabilities_are_printed_beside_the_text(recorded: Recorded) -> None:

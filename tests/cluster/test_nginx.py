@@ -1,16 +1,10 @@
-"""The nginx front as it is in cluster/manifests, run for real before a fake service."""
+"""The nginx front before a fake gRPC service; HTTP is in test_nginx_http.py."""
 
 from __future__ import annotations
 
-import shutil
-import socket
 import subprocess
-import threading
-import time
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,141 +12,16 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.support.nginx import KSERVE_LIVE, NEEDS_NGINX, NGINX, WAIT_S, Front, running
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.protos.v1 import generation_pb2_grpc
 
-CONFIG = Path(__file__).parents[2] / "cluster" / "manifests" / "nginx.conf"
-NGINX = shutil.which("nginx", path="/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin")
-WAIT_S = 20.0
-
-pytestmark = [
-    pytest.mark.skipif(NGINX is None, reason="needs nginx (Debian's package nginx-light)"),
-    pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl"),
-]
-
-
-class Backend(generation_pb2_grpc.GenerationServicer, health_pb2_grpc.HealthServicer):
-    """Sends a block whenever a test lets it, and notes whose calls ended early."""
-
-    def __init__(self) -> None:
-        self.next_block = threading.Semaphore(0)
-        self.cancelled = threading.Event()
-
-    def Generate(self, request: Any, context: Any) -> Iterator[pb.GenerateResponse]:  # noqa: N802
-        context.add_callback(self.cancelled.set)
-        yield pb.GenerateResponse(started=pb.Started(request_id=request.request_id, seed=7))
-        for index in range(request.sampling_params.max_tokens):
-            while not self.next_block.acquire(timeout=0.2):
-                if not context.is_active():
-                    return
-            yield pb.GenerateResponse(block=pb.Block(index=index, token_ids=[index]))
-        if request.sampling_params.mode == "full":
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue: 256 rows wait already")
-
-    def Score(self, request: Any, _context: Any) -> pb.ScoreResponse:  # noqa: N802
-        return pb.ScoreResponse(token_ids=request.tokens.ids)
-
-    def Check(self, _request: Any, _context: Any) -> health_pb2.HealthCheckResponse:  # noqa: N802
-        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
-
-
-class Front:
-    """Addresses of a running front, and the backend behind it."""
-
-    def __init__(self, folder: Path, backend: Backend) -> None:
-        self.backend = backend
-        self.folder = folder
-        self.tls_port, self.plain_port, self.backend_port = free_ports(3)
-        self._root = (folder / "tls.crt").read_bytes()
-
-    def channel(self) -> grpc.Channel:
-        credentials = grpc.ssl_channel_credentials(self._root)
-        return grpc.secure_channel(f"localhost:{self.tls_port}", credentials)
-
-    def written(self, **changes: str) -> Path:
-        """The shipped file with this test's ports and paths in place of an installation's."""
-        text = CONFIG.read_text(encoding="utf-8")
-        own = {
-            "listen 8443 ssl http2": f"listen 127.0.0.1:{self.tls_port} ssl http2",
-            "listen 8080": f"listen 127.0.0.1:{self.plain_port}",
-            "server 127.0.0.1:9000": f"server 127.0.0.1:{self.backend_port}",
-            "/etc/twotower/tls/": f"{self.folder}/",
-            "/run/twotower-nginx.pid": f"{self.folder}/nginx.pid",
-            "/dev/stdout": f"{self.folder}/access.log",
-            **changes,
-        }
-        for old, new in own.items():
-            assert old in text, f"{CONFIG.name} no longer has {old!r}"
-            text = text.replace(old, new)
-        path = self.folder / "nginx.conf"
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    def log(self) -> str:
-        return (self.folder / "access.log").read_text(encoding="utf-8")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on; all are held until the last is known."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tls")
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    files = ["-keyout", str(folder / "tls.key"), "-out", str(folder / "tls.crt")]
-    command = ["openssl", "req", "-x509", "-days", "1", *key, *subject, *files]
-    subprocess.run(command, check=True, capture_output=True, timeout=WAIT_S)
-    return folder
-
-
-@contextmanager
-def running(front: Front, *, with_backend: bool = True, **changes: str) -> Iterator[Front]:
-    assert NGINX is not None
-    config = str(front.written(**changes))
-    command = [NGINX, "-c", config, "-p", str(front.folder), "-g", "daemon off;"]
-    with ThreadPoolExecutor(8) as pool:
-        server = grpc.server(pool)
-        generation_pb2_grpc.add_GenerationServicer_to_server(front.backend, server)
-        health_pb2_grpc.add_HealthServicer_to_server(front.backend, server)
-        if with_backend:
-            server.add_insecure_port(f"127.0.0.1:{front.backend_port}")
-            server.start()
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-            try:
-                await_port(front.tls_port)
-                yield front
-            finally:
-                process.terminate()
-                process.wait(WAIT_S)
-                server.stop(None)
-
-
-def await_port(port: int) -> None:
-    end = time.monotonic() + WAIT_S
-    while True:
-        try:
-            with socket.create_connection(("127.0.0.1", port), timeout=1):
-                return
-        except OSError:
-            assert time.monotonic() < end, f"nothing listens on {port}"
-            time.sleep(0.05)
+pytestmark = NEEDS_NGINX
 
 
 @pytest.fixture
-def front(certificate: Path, tmp_path: Path) -> Iterator[Front]:
-    for name in ("tls.key", "tls.crt"):
-        shutil.copy(certificate / name, tmp_path / name)
-    with running(Front(tmp_path, Backend())) as started:
+def front(tmp_path: Path) -> Iterator[Front]:
+    with running(Front(tmp_path)) as started:
         yield started
 
 
@@ -168,10 +37,8 @@ def refused(call: Any) -> tuple[grpc.StatusCode, str]:
     return error.code(), error.details()
 
 
-def test_the_file_is_valid_without_a_warning(certificate: Path, tmp_path: Path) -> None:
-    for name in ("tls.key", "tls.crt"):
-        shutil.copy(certificate / name, tmp_path / name)
-    config = str(Front(tmp_path, Backend()).written())
+def test_the_file_is_valid_without_a_warning(tmp_path: Path) -> None:
+    config = str(Front(tmp_path).written())
     command = [str(NGINX), "-t", "-c", config, "-p", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
     assert done.returncode == 0, done.stderr
@@ -246,10 +113,8 @@ def test_a_prompt_that_is_too_large_is_refused_by_the_front(front: Front) -> Non
     assert error.details() == "the request is malformed or too large"
 
 
-def test_one_address_has_so_many_streams_and_no_more(certificate: Path, tmp_path: Path) -> None:
-    for name in ("tls.key", "tls.crt"):
-        shutil.copy(certificate / name, tmp_path / name)
-    own = Front(tmp_path, Backend())
+def test_one_address_has_so_many_streams_and_no_more(tmp_path: Path) -> None:
+    own = Front(tmp_path)
     few = {"limit_conn streams 256": "limit_conn streams 2"}
     with running(own, **few), own.channel() as channel:
         stub = generation_pb2_grpc.GenerationStub(channel)
@@ -265,12 +130,20 @@ def test_one_address_has_so_many_streams_and_no_more(certificate: Path, tmp_path
         assert [len(list(call)) for call in held] == [1, 1]
 
 
-def test_without_a_proxy_behind_it_the_front_is_unavailable(
-    certificate: Path, tmp_path: Path
-) -> None:
-    for name in ("tls.key", "tls.crt"):
-        shutil.copy(certificate / name, tmp_path / name)
-    own = Front(tmp_path, Backend())
+@pytest.mark.parametrize("method", [KSERVE_LIVE, "/twotower.v1.Generation/Score"])
+def test_keys_pass_and_the_caller_is_named(front: Front, method: str) -> None:
+    """What a client says of whom it comes from is replaced."""
+    metadata = (("authorization", "Bearer tt-secret"), ("x-forwarded-for", "10.1.2.3"))
+    request = pb.ScoreRequest(text="x").SerializeToString()
+    with front.channel() as channel:
+        channel.unary_unary(method)(request, metadata=metadata, timeout=WAIT_S)
+    assert front.backend.metadata["authorization"] == "Bearer tt-secret"
+    assert front.backend.metadata["x-forwarded-for"] == "127.0.0.1"
+    assert "secret" not in front.logged(method)
+
+
+def test_without_a_proxy_behind_it_the_front_is_unavailable(tmp_path: Path) -> None:
+    own = Front(tmp_path)
     with running(own, with_backend=False), own.channel() as channel:
         call = generation_pb2_grpc.GenerationStub(channel).Generate(asked(1), timeout=WAIT_S)
         assert refused(call) == (
@@ -286,12 +159,9 @@ def test_nothing_but_tls_is_spoken_and_no_text_is_logged(front: Front) -> None:
     with front.channel() as channel:
         request = pb.ScoreRequest(text="a secret prompt")
         generation_pb2_grpc.GenerationStub(channel).Score(request, timeout=WAIT_S)
-    end = time.monotonic() + WAIT_S
-    while "/twotower.v1.Generation/Score" not in front.log():
-        assert time.monotonic() < end, front.log()
-        time.sleep(0.05)
-    assert "200 grpc=0" in front.log()
-    assert "secret" not in front.log()
+    log = front.logged("/twotower.v1.Generation/Score")
+    assert "200 grpc=0" in log
+    assert "secret" not in log
 
 
 def test_probes_without_grpc(front: Front) -> None:

@@ -13,14 +13,20 @@ from typing import Any
 
 import grpc
 import pytest
+from ray import serve
 
 from tests.support.nodes import deploy_anew
-from tests.support.pairs import await_no_rows
+from tests.support.pairs import await_no_rows, await_true, held
 from tests.support.processes import own_processes
 from twotower import TwoTower
 from twotower.client import Client, ServiceError
-from twotower.deployments.config import ServiceConfig
+from twotower.deployments.app import PAIR_DEPLOYMENT
+from twotower.deployments.config import APP_NAME, ServiceConfig
+from twotower.deployments.pair.tower_pair import Job
+from twotower.deployments.routing.attempts import attempt_id
 from twotower.deployments.server.server import LocalService, free_port
+from twotower.towers.decoding.services import Block, ProvisionalBlock
+from twotower.towers.request.params import GenerationParams
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("default")]
 
@@ -43,7 +49,7 @@ REQUESTS: list[tuple[list[int], dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def service(tiny_text: Path) -> Iterator[LocalService]:
-    """The service with two denoisers for one context tower."""
+    """The service with two denoisers for one context tower, which get states over TLS."""
     config = ServiceConfig(
         model=str(tiny_text),
         grpc_port=free_port(),
@@ -52,6 +58,7 @@ def service(tiny_text: Path) -> Iterator[LocalService]:
         max_num_seqs=8,
         health_check_period_s=1.0,
         denoisers_per_context=DENOISERS,
+        channel_tls=True,
     )
     with LocalService(config) as running:
         yield running
@@ -79,6 +86,27 @@ def begun(address: str, pool: ThreadPoolExecutor) -> list[Future[list[int]]]:
     return [pool.submit(tokens, address, prompt, how) for prompt, how in REQUESTS]
 
 
+def assert_drafts_come_over_actors(want: list[list[int]]) -> None:
+    """Asks the pair itself: drafts, then their block, and no row is left by one who leaves."""
+    prompt, how = REQUESTS[0]
+    params = GenerationParams(**how, provisional=True)
+    asking = serve.get_deployment_handle(PAIR_DEPLOYMENT, APP_NAME).options(stream=True)
+    try:
+        items = list(asking.generate.remote(Job(attempt_id(), tuple(prompt), (), params)))
+        leaving = asking.generate.remote(Job(attempt_id(), tuple(prompt), (), params))
+        assert isinstance(next(iter(leaving)), ProvisionalBlock)
+        leaving.cancel()
+    finally:
+        # As in tests/support/pairs.py.
+        asking.shutdown()
+    blocks = [item for item in items if isinstance(item, Block)]
+    assert [token for block in blocks for token in block.token_ids] == want[0]
+    drafts = [item for item in items if isinstance(item, ProvisionalBlock)]
+    # A reader on a busy machine may miss some.
+    assert len(blocks) < len(drafts) <= sum(block.nfe - 1 for block in blocks)
+    await_true(lambda: held(1) == 0, "rows are left", timeout_s=8)
+
+
 def test_a_killed_denoiser_is_started_again_in_its_place(
     service: LocalService, want: list[list[int]]
 ) -> None:
@@ -96,6 +124,7 @@ def test_a_killed_denoiser_is_started_again_in_its_place(
             print(f"{DENOISERS} denoisers, one killed: {time.monotonic() - started:.1f} s")
         await_no_rows()
     assert own_processes("ray::ContextTowerActor") == contexts
+    assert_drafts_come_over_actors(want)
 
 
 def test_both_towers_in_one_process(service: LocalService, want: list[list[int]]) -> None:
@@ -105,6 +134,7 @@ def test_both_towers_in_one_process(service: LocalService, want: list[list[int]]
     with ThreadPoolExecutor(len(REQUESTS)) as pool:
         streams = begun(service.address, pool)
         assert [stream.result(timeout=120) for stream in streams] == want
+    assert_drafts_come_over_actors(want)
 
 
 def test_the_context_tower_alone_serves_ar(service: LocalService, want: list[list[int]]) -> None:

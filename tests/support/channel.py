@@ -19,11 +19,13 @@ from tests.support.random_model import small_config
 from twotower.cluster.channel.assembly import Assembly
 from twotower.cluster.channel.grpc import METHOD, TOKEN_KEY, TRANSPORT_KEY, GrpcStateLink, LinkSpec
 from twotower.cluster.channel.receiver import StateReceiver
+from twotower.cluster.channel.tls import new_identity
 from twotower.protos.v1 import state_pb2
 from twotower.towers.engine.local_link import LocalLink
 from twotower.towers.state.update import StateUpdate, UpdatePlan
 
-TRANSPORTS = ("in_process", "grpc", "gloo")
+# "grpc_tls" is the wire grpc over TLS.
+TRANSPORTS = ("in_process", "grpc", "grpc_tls", "gloo")
 # One process drives both GPUs here; the link does not know.
 NCCL = pytest.param(
     "nccl",
@@ -92,7 +94,8 @@ class Channel:
     """A receiver in front of a recorder, and links to it."""
 
     def __init__(self, transport: str, recorder: Any, timeout_s: float = TIMEOUT_S) -> None:
-        self.transport = transport
+        self.identity = new_identity() if transport == "grpc_tls" else None
+        self.transport: Any = transport.removesuffix("_tls")
         self.recorder = recorder
         self.address = ""
         self.receiver: StateReceiver | None = None
@@ -109,8 +112,13 @@ class Channel:
                 transport=self.transport,
                 device=device_of(self.transport, sender=False),
                 timeout_s=self._timeout,
+                identity=self.identity,
             )
             self.address = await self.receiver.start("127.0.0.1")
+
+    @property
+    def certificate(self) -> bytes | None:
+        return None if self.identity is None else self.identity.certificate
 
     def link(
         self,
@@ -125,7 +133,7 @@ class Channel:
             tower = SimpleNamespace(config=config, dtype=DTYPE, replay_tensors=lambda: weights)
             made: Any = LocalLink(tower, self.recorder, shared=False)
         else:
-            spec = LinkSpec(self.address, token, epoch, self.transport)
+            spec = LinkSpec(self.address, token, epoch, self.transport, self.certificate)
             made = GrpcStateLink(
                 spec,
                 config,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from twotower.towers.training import SHIPPED_CONFIG, TrainingOptions, train
 from twotower.towers.training.batches import BatchShape, draw_masks, draw_sequences
 from twotower.towers.training.corpus import TokenArray, encode_files, is_held_out, read_corpus
 from twotower.towers.training.export import export_model, load_for_training
-from twotower.towers.training.loop import Budget, Phase, rate_factor
+from twotower.towers.training.loop import Budget, Phase, Progress, rate_factor
 from twotower.towers.training.losses import Objective, context_loss, held_out_context
 from twotower.towers.training.model import Loads, context_hidden, denoiser_hidden
 from twotower.towers.training.optimizer import OptimizerSettings, newton_schulz
@@ -331,6 +332,23 @@ def test_phase_learns_and_continues_exactly(
         assert torch.equal(value, resumed.params[name]), name
 
 
+def test_each_step_is_told_with_its_share_and_loss(tmp_path: Path) -> None:
+    stream = np.arange(500, dtype=np.uint16) % 40
+    told: list[tuple[float, float, str]] = []
+    phase = make_phase(tmp_path / "phase.pt")
+    run_phase(
+        phase,
+        Objective(TINY, TINY_SHAPE),
+        stream,
+        shown=lambda *values: told.append(values),
+    )
+    assert [(share, whole) for share, whole, _ in told] == [(n / 20, 1.0) for n in range(1, 21)]
+    # The mean of the losses that were told is what the record has of all steps.
+    losses = [float(note.rpartition(" ")[2]) for _, _, note in told]
+    assert sum(losses) / 20 == pytest.approx(phase.record.losses[-1][1], abs=1e-3)
+    assert told[6][2].startswith("context, step 7, loss ")
+
+
 def make_phase(path: Path) -> Phase:
     generator = torch.Generator().manual_seed(8)
     params = initial_context(TINY, generator)
@@ -338,7 +356,11 @@ def make_phase(path: Path) -> Phase:
 
 
 def run_phase(
-    phase: Phase, objective: Objective, stream: TokenArray, stop_after: int | None = None
+    phase: Phase,
+    objective: Objective,
+    stream: TokenArray,
+    stop_after: int | None = None,
+    shown: Progress | None = None,
 ) -> None:
     """20 steps, or an interrupt in the step after `stop_after`."""
 
@@ -355,6 +377,7 @@ def run_phase(
         TINY_SHAPE.rows * TINY_SHAPE.length,
         lambda _params: 0.0,
         lambda _line: None,
+        shown,
     )
 
 
@@ -381,7 +404,14 @@ def test_whole_run_exports_a_readable_model(
         held_out_batches=1,
         touch_bytes=3_500_000_000,
     )
-    folder = train(options, lines.append)
+    told: list[tuple[float, float, str]] = []
+    folder = train(options, lines.append, lambda *values: told.append(values))
+    assert [note.partition(",")[0] for _, _, note in told] == [
+        *["context"] * 4,
+        "writing own text",
+        *["denoiser"] * 4,
+    ]
+    assert [told[3][0], told[4][0], told[8][0]] == [1.0, told[4][1], 1.0]
     # All of them would be more than there is.
     assert touched == [500]
     config, params, tokenizer = load_for_training(folder)

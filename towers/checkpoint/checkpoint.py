@@ -8,7 +8,8 @@ refused as a whole, by the name of its first wrong tensor.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +34,8 @@ TOWERS = ("context_tower", "denoiser_tower")
 FLOATING = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 FP8_NAME = "F8_E4M3"
 Shape = tuple[int, ...]
+# Gets the bytes that have been read so far, and those of all that will be.
+ReadProgress = Callable[[int, int], None]
 # Tower, layer index and up_proj or down_proj: the kind of a routed expert's matrix.
 ExpertSide = tuple[str, int, str]
 
@@ -157,6 +160,8 @@ class Checkpoint:
         self._files: dict[str, Path] = {}
         self._stored: dict[str, str] = {}
         self._dtypes: dict[str, str] = {}
+        self._progress: ReadProgress | None = None
+        self._bytes_read = self._bytes_to_read = 0
         self._check()
 
     @property
@@ -174,6 +179,16 @@ class Checkpoint:
     def dtype_name(self, name: str) -> str:
         """The dtype of a tensor as its file names it, like BF16."""
         return self._dtypes[name]
+
+    def bytes_of(self, names: Iterable[str]) -> int:
+        """Bytes of tensors as they are stored."""
+        shapes, sizes = tensor_shapes(self.config), FLOATING | {FP8_NAME: 1}
+        return sum(math.prod(shapes[name]) * sizes[self._dtypes[name]] for name in names)
+
+    def watch(self, names: Iterable[str], progress: ReadProgress | None) -> None:
+        """Tells `progress` of each tensor that is read from now on, which will be `names`."""
+        self._progress = progress
+        self._bytes_read, self._bytes_to_read = 0, self.bytes_of(names)
 
     def read(self, name: str, target: Tensor) -> None:
         """Copies a tensor into `target`, converted to its dtype. Raises CheckpointError for an
@@ -193,6 +208,9 @@ class Checkpoint:
     def _mapped(self, name: str) -> Tensor:
         with _opened(self._files[name]) as file:
             tensor: Tensor = file.get_tensor(self._stored[name])
+        if self._progress is not None:
+            self._bytes_read += tensor.nbytes
+            self._progress(self._bytes_read, self._bytes_to_read)
         return tensor
 
     def _check(self) -> None:

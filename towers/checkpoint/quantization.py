@@ -24,6 +24,7 @@ from twotower.towers.checkpoint.checkpoint import (
     INDEX_FILE,
     Checkpoint,
     ExpertSide,
+    ReadProgress,
     expert_matrices,
     scale_name,
     tensor_shapes,
@@ -97,12 +98,15 @@ class _Sums:
         return float((self.error[side] / self.weight[side]) ** 0.5) if self.weight[side] else 0.0
 
 
-def quantize_checkpoint(source: Path, target: Path) -> QuantizationReport:
+def quantize_checkpoint(
+    source: Path, target: Path, progress: ReadProgress | None = None
+) -> QuantizationReport:
     """Writes the checkpoint in `source` to the new folder `target`, routed experts in 8 bits.
 
     Files keep their names; a single tensor at a time is in memory. `target` appears when it is
-    complete. Raises CheckpointError for a `target` that is not empty, and for a checkpoint that is
-    quantized already, has no MoE layer or holds values that are not finite.
+    complete. `progress` gets the bytes read so far and those of all tensors. Raises CheckpointError
+    for a `target` that is not empty, and for a checkpoint that is quantized already, has no MoE
+    layer or holds values that are not finite.
     """
     checkpoint = Checkpoint(source)
     if checkpoint.config.quantized_experts:
@@ -112,6 +116,7 @@ def quantize_checkpoint(source: Path, target: Path) -> QuantizationReport:
             f"hybrid_override_pattern: got {checkpoint.config.layer_pattern!r}, expected at least "
             "one MoE layer ('E'): only routed experts are quantized"
         )
+    checkpoint.watch(tensor_shapes(checkpoint.config), progress)
     with _replacing(target) as folder:
         report = _write_tensors(checkpoint, folder)
         _write_config(source, folder)

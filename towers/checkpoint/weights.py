@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from twotower.towers.checkpoint.checkpoint import Checkpoint
+from twotower.towers.checkpoint.checkpoint import Checkpoint, ReadProgress, tensor_shapes
 from twotower.towers.checkpoint.tower_loader import TowerLoader
 from twotower.towers.errors import CheckpointError, ConfigError, InvalidRequestError, shorten
 from twotower.towers.model.context_tower import ContextTower
@@ -20,7 +21,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.txt"]
 
 
-def resolve_checkpoint(path: str | Path | None) -> Path:
+class HubOptions(TypedDict, total=False):
+    """Which snapshot of a hub id is fetched, and how; None is the hub client's default."""
+
+    revision: str | None
+    cache_dir: str | Path | None
+    token: str | bool | None
+    force_download: bool
+    local_files_only: bool
+
+
+def resolve_checkpoint(path: str | Path | None, **hub: Unpack[HubOptions]) -> Path:
     """The folder of a checkpoint: `path` itself, the snapshot of a hub id (safetensors, json and
     tokenizer files are fetched), or for None the shipped model. Raises CheckpointError if there is
     no such folder or hub id."""
@@ -38,13 +49,13 @@ def resolve_checkpoint(path: str | Path | None) -> Path:
         raise CheckpointError(f"{shorten(str(path))}: not a folder's name") from None
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise CheckpointError(f"{path}: not a folder, nor a hub id like owner/name")
-    return _fetched(str(path))
+    return _fetched(str(path), hub)
 
 
-def _fetched(hub_id: str) -> Path:
+def _fetched(hub_id: str, hub: HubOptions) -> Path:
     """The local folder of a hub id's files, downloaded if needed; raises CheckpointError."""
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"{hub_id}: could not be fetched ({type(error).__name__})") from None
     except Exception as error:
@@ -88,14 +99,18 @@ def load_context_tower(
     dtype: torch.dtype = torch.float32,
     *,
     for_triton: bool | None = None,
+    progress: ReadProgress | None = None,
 ) -> ContextTower:
     """Reads the context tower and its head, and no tensor of the denoiser. Raises CheckpointError,
     and ConfigError if the weights are larger than the free memory of the device.
 
     With `for_triton` (None: on CUDA) matrices keep the layout that Triton's kernels read, experts
-    stacked; otherwise they are packed for a CPU's products.
+    stacked; otherwise they are packed for a CPU's products. `progress` gets the bytes read so far,
+    and those of this tower in its files, after each tensor.
     """
-    loader = TowerLoader(Checkpoint(folder), torch.device(device), dtype, for_triton)
+    checkpoint = Checkpoint(folder)
+    checkpoint.watch(_names(checkpoint, context=True), progress)
+    loader = TowerLoader(checkpoint, torch.device(device), dtype, for_triton)
     return ContextTower(loader.config, loader.tower("context_tower", "context_lm_head"))
 
 
@@ -105,9 +120,21 @@ def load_denoiser_tower(
     dtype: torch.dtype = torch.float32,
     *,
     for_triton: bool | None = None,
+    progress: ReadProgress | None = None,
 ) -> DenoiserTower:
     """Reads the denoiser tower, its head and its timestep conditioning; arguments and errors as in
     `load_context_tower`."""
-    loader = TowerLoader(Checkpoint(folder), torch.device(device), dtype, for_triton)
+    checkpoint = Checkpoint(folder)
+    checkpoint.watch(_names(checkpoint, context=False), progress)
+    loader = TowerLoader(checkpoint, torch.device(device), dtype, for_triton)
     weights = loader.tower("denoiser_tower", "lm_head")
     return DenoiserTower(loader.config, weights, loader.timestep())
+
+
+def _names(checkpoint: Checkpoint, *, context: bool) -> list[str]:
+    """Names of the context tower's tensors, or of all others, which are the denoiser's."""
+    return [
+        name
+        for name in tensor_shapes(checkpoint.config)
+        if name.startswith(("context_tower.", "context_lm_head.")) == context
+    ]

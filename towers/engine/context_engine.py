@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from twotower.towers.decoding.sampling import DOMAIN_AUTOREGRESSIVE, Draw, Sampler
@@ -142,6 +143,15 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         row = self._add(ContextRow(f"score-{secrets.token_hex(8)}"))
         try:
             return await self._owned(row, self._score(row, token_ids, top_logprobs))
+        finally:
+            await self.release(row.row_id)
+
+    async def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """The logits [n, V] at every token, in the tower's dtype and on its device; holds a row
+        during the call."""
+        row = self._add(ContextRow(f"logits-{secrets.token_hex(8)}"))
+        try:
+            return await self._owned(row, self._logits(row, token_ids))
         finally:
             await self.release(row.row_id)
 
@@ -344,6 +354,17 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
             logprobs.extend(result.logprobs)
             most.extend(result.top_log_probs)
         return Scores(logprobs, most)
+
+    async def _logits(self, row: ContextRow, token_ids: Sequence[int]) -> Tensor:
+        state = row.state = await self._admission.acquire(row.row_id, len(token_ids))
+        parts: list[Tensor] = []
+        for start in range(0, len(token_ids), self.prefill_chunk):
+            piece = token_ids[start : start + self.prefill_chunk]
+            work = ContextWork(state, piece, prefill=True, logits=True)
+            result = await self._submit(work)
+            assert result.logits is not None
+            parts.append(result.logits)
+        return torch.cat(parts)
 
     async def _submit(self, work: ContextWork) -> ContextResult:
         return await self._loop.submit(work, len(work.tokens), prefill=work.prefill)

@@ -96,6 +96,9 @@ class ContextPass:
             elif work.targets is not None:
                 span = slice(end - len(work.tokens), end)
                 results.append(self._score(hidden[span], work.targets, work.top_logprobs, last))
+            elif work.logits:
+                logits = self._tower.logits(hidden[end - len(work.tokens) : end])
+                results.append(_whole_result(last, logits))
             else:
                 results.append(ContextResult(last, picked))
         return results
@@ -119,3 +122,10 @@ class ContextPass:
             if top_logprobs:
                 most += most_probable(logprobs, top_logprobs)
         return ContextResult(last, logprobs=tuple(found), top_log_probs=tuple(most))
+
+
+def _whole_result(last: Tensor, logits: Tensor) -> ContextResult | NumericalError:
+    """The result of a work that asks for the logits [n, V] of its tokens."""
+    if not bool(torch.isfinite(logits).all()):
+        return NumericalError("non-finite logits while reading")
+    return ContextResult(last, logits=logits)

@@ -19,8 +19,8 @@ from twotower.towers.state.link import UpdateWriter
 class ContextWork:
     """Tokens of a row to read. `advance` moves the snapshot over them, otherwise they stay in the
     log; `draw` draws at the last of them, `targets` asks for these tokens' log-probabilities and
-    `top_logprobs` for so many most probable tokens beside each, `sink` takes the update's shares.
-    `prefill` is a piece of a prompt."""
+    `top_logprobs` for so many most probable tokens beside each, `logits` for those of every token,
+    `sink` takes the update's shares. `prefill` is a piece of a prompt."""
 
     state: ContextState
     tokens: Sequence[int]
@@ -30,6 +30,7 @@ class ContextWork:
     sink: UpdateWriter | None = None
     prefill: bool = False
     top_logprobs: int = 0
+    logits: bool = False
 
     @property
     def is_step(self) -> bool:
@@ -55,12 +56,14 @@ def _draws(draw: Draw | None, count: int) -> bool:
 @dataclass(frozen=True)
 class ContextResult:
     """A row's last hidden state [H], the tokens that were drawn, the log-probabilities of the
-    work's targets and the most probable tokens there."""
+    work's targets and the most probable tokens there, and the logits [n, V] of all its tokens, in
+    the tower's dtype."""
 
     hidden: Tensor
     drawn: Drawn | None = None
     logprobs: tuple[float, ...] = ()
     top_log_probs: tuple[TopLogProbs, ...] = ()
+    logits: Tensor | None = None
 
 
 def result_of(hidden: Tensor, drawn: Drawn | NumericalError) -> ContextResult | NumericalError:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from twotower.towers.checkpoint.checkpoint import ReadProgress
 from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
 from twotower.towers.decoding.unmasking import CommitRule
 from twotower.towers.engine.context_engine import ContextEngine
@@ -25,15 +26,18 @@ def load_engines(
     options: EngineOptions | None = None,
     threaded: bool = False,
     rule: Callable[[GenerationParams], CommitRule] | None = None,
+    progress: ReadProgress | None = None,
 ) -> tuple[ContextEngine, DenoiserEngine]:
     """Both towers of a checkpoint as linked engines of this process.
 
-    On one device they share one copy of every row's state. Raises CheckpointError, and
+    On one device they share one copy of every row's state. `progress` gets the bytes read so far,
+    and those of both towers in their files, after each tensor. Raises CheckpointError, and
     ConfigError if the states have no room.
     """
     chosen = options or EngineOptions()
-    context_tower = load_context_tower(folder, context_device, dtype)
-    denoiser_tower = load_denoiser_tower(folder, denoiser_device, dtype)
+    first, second = (None, None) if progress is None else _halves(progress)
+    context_tower = load_context_tower(folder, context_device, dtype, progress=first)
+    denoiser_tower = load_denoiser_tower(folder, denoiser_device, dtype, progress=second)
     shared = torch.device(context_device) == torch.device(denoiser_device)
     denoiser = DenoiserEngine(
         denoiser_tower,
@@ -47,3 +51,19 @@ def load_engines(
     pool = chosen.pool_for(context_tower, *readers)
     context = ContextEngine(context_tower, link, chosen, pool=pool, threaded=threaded)
     return context, denoiser
+
+
+def _halves(progress: ReadProgress) -> tuple[ReadProgress, ReadProgress]:
+    """What the two towers tell one after the other, as one progress. The second is taken for as
+    large as the first until it says its size."""
+    before = 0
+
+    def first(done: int, total: int) -> None:
+        nonlocal before
+        before = total
+        progress(done, 2 * total)
+
+    def second(done: int, total: int) -> None:
+        progress(before + done, before + total)
+
+    return first, second

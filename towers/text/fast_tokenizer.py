@@ -51,11 +51,13 @@ class FastTokenizer:
         self._falls_back = any(decoder["type"] == "ByteFallback" for decoder in decoders)
         self.keeps_beginnings = _keep_beginnings(decoders, tokenizer)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids; raises InvalidRequestError for a text that the vocabulary cannot spell."""
         try:
             # In a batch call the library releases the GIL.
-            [encoding] = self._tokenizer.encode_batch_fast([text])
+            [encoding] = self._tokenizer.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens
+            )
             return list(encoding.ids)
         except BaseException as error:  # the library raises bare Exception
             if not (isinstance(error, Exception) or is_panic(error)):
@@ -87,8 +89,18 @@ class FastTokenizer:
         """False for special tokens and for ids without a token: decoding leaves those out."""
         return self._visible(token_id) is not None
 
+    def token(self, token_id: int) -> str | None:
+        """The token of an id as the vocabulary spells it, None for an id without one."""
+        spelled: str | None = self._tokenizer.id_to_token(token_id)
+        return spelled
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that the text is, None if it is none."""
+        known: int | None = self._tokenizer.token_to_id(text) if text in self._special else None
+        return known
+
     def _visible(self, token_id: int) -> str | None:
-        token: str | None = self._tokenizer.id_to_token(token_id)
+        token = self.token(token_id)
         return None if token in self._special else token
 
 

@@ -28,9 +28,22 @@ class SlowTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         # As in FastTokenizer: special tokens around a text, and none that it spells out.
-        return list(self._tokenizer.encode(text, split_special_tokens=True))
+        return list(
+            self._tokenizer.encode(
+                text, add_special_tokens=add_special_tokens, split_special_tokens=True
+            )
+        )
+
+    def token(self, token_id: int) -> str | None:
+        found = self._tokenizer.convert_ids_to_tokens(token_id)
+        return None if found is None else str(found)
+
+    def special_id(self, text: str) -> int | None:
+        if text not in self._tokenizer.all_special_tokens:
+            return None
+        return int(self._tokenizer.convert_tokens_to_ids(text))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         # Cleaning up would take back spaces once the next token is a full stop.

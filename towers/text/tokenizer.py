@@ -24,11 +24,17 @@ _UNFINISHED_BYTES = 3
 class Tokenizer(Protocol):
     """Encodes text as token ids, and decodes them."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer puts around one."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids; special tokens give none."""
+
+    def token(self, token_id: int) -> str | None:
+        """The token of an id as the vocabulary spells it, None for an id without one."""
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that the text is, None if it is none."""
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
@@ -47,14 +53,18 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     return None
 
 
-def text_ids(tokenizer: Tokenizer | None, field: str, text: str) -> list[int]:
+def text_ids(
+    tokenizer: Tokenizer | None, field: str, text: str, add_special_tokens: bool = True
+) -> list[int]:
     """Token ids of the text in a request's field. Raises InvalidRequestError, naming the field,
     for a text that has none, and without a tokenizer."""
     check_text(field, text)
     if tokenizer is None:
         raise InvalidRequestError(field, text, "token ids, as this model has no tokenizer")
     try:
-        return tokenizer.encode(text)
+        if add_special_tokens:
+            return tokenizer.encode(text)
+        return tokenizer.encode(text, add_special_tokens=False)
     except InvalidRequestError as error:
         raise InvalidRequestError(field, error.value, error.limit) from None
 

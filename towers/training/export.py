@@ -14,16 +14,17 @@ from torch import Tensor
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.errors import CheckpointError
 from twotower.towers.training.parameters import ROUTER_BIAS, split_experts, stack_experts
-from twotower.towers.training.tokenizer import plain_text_only
+from twotower.towers.training.tokenizer import plain_text_only, tokenizer_config
 
 MAX_BYTES = 20_000_000
-_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
 def export_model(
     folder: Path, config: TwoTowerConfig, params: Mapping[str, Tensor], tokenizer: Tokenizer
 ) -> int:
-    """Writes config, bf16 weights (router bias fp32) and tokenizer; returns their size in bytes.
+    """Writes config, bf16 weights (router bias fp32) and tokenizer, with what transformers wants to
+    know of it; returns their size in bytes.
 
     Raises ValueError if it is above `MAX_BYTES`, since the folder ships in the package.
     """
@@ -34,13 +35,18 @@ def export_model(
     }
     contiguous = {name: value.contiguous() for name, value in sorted(tensors.items())}
     save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    _write_json(folder / "config.json", config.to_dict())
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    described = tokenizer_config(config.max_position_embeddings)
+    _write_json(folder / "tokenizer_config.json", described)
     total = sum((folder / name).stat().st_size for name in _FILES)
     if total > MAX_BYTES:
         raise ValueError(f"{folder}: got {total} bytes, expected at most {MAX_BYTES}")
     return total
+
+
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_for_training(folder: Path) -> tuple[TwoTowerConfig, dict[str, Tensor], Tokenizer]:

@@ -24,6 +24,8 @@ ROUTER_BIAS_RATE = 0.003
 # Seconds between progress lines, held-out losses and checkpoints.
 REPORT_SECONDS, HELD_OUT_SECONDS, CHECKPOINT_SECONDS = 20.0, 300.0, 180.0
 
+# Gets what is done, of how much, and what it is: of a phase its share of 1, step and loss.
+Progress = Callable[[float, float, str], None]
 # From cast parameters and the share of the phase that is done; fills in the experts' loads.
 LossFunction = Callable[[Parameters, float, Loads], Tensor]
 
@@ -120,8 +122,12 @@ class Phase:
         tokens_per_step: int,
         held_out: Callable[[Parameters], float],
         report: Callable[[str], None],
+        shown: Progress | None = None,
     ) -> None:
-        """Trains until the budget is spent; saves a checkpoint at intervals and at the end."""
+        """Trains until the budget is spent; saves a checkpoint at intervals and at the end.
+
+        `report` gets a line at intervals, `shown` the share of the budget after each step.
+        """
         record = self.record
         if budget.progress(record.steps, record.seconds) >= 1.0:
             return
@@ -133,6 +139,9 @@ class Phase:
             record.steps += 1
             record.tokens += tokens_per_step
             record.seconds = time.monotonic() - offset
+            if shown is not None:
+                spent = budget.progress(record.steps, record.seconds)
+                shown(spent, 1.0, f"{self.name}, step {record.steps}, loss {losses[-1]:.3f}")
             if record.seconds - marks["report"] >= REPORT_SECONDS:
                 marks["report"] = record.seconds
                 self._report(losses, progress, report)

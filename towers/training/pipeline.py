@@ -27,7 +27,7 @@ from twotower.towers.training.corpus import (
     standard_library,
 )
 from twotower.towers.training.export import export_model
-from twotower.towers.training.loop import Budget, LossFunction, Phase
+from twotower.towers.training.loop import Budget, LossFunction, Phase, Progress
 from twotower.towers.training.losses import (
     Objective,
     context_loss,
@@ -62,8 +62,12 @@ class Data:
     figures: dict[str, int]
 
 
-def train(options: TrainingOptions, report: Report) -> Path:
-    """Trains both towers, exports them to `options.out_dir` and returns that folder."""
+def train(options: TrainingOptions, report: Report, shown: Progress | None = None) -> Path:
+    """Trains both towers, exports them to `options.out_dir` and returns that folder.
+
+    `report` gets lines for a log, `shown` each phase's share of 1 that is done, with its step
+    and loss.
+    """
     torch.set_num_threads(options.threads)
     # Checked now rather than after hours of work.
     for folder in (options.out_dir, options.work_dir):
@@ -74,10 +78,10 @@ def train(options: TrainingOptions, report: Report) -> Path:
         report("memory: this libc keeps no pages; expect uneven steps")
     operators = compiled_operators() if options.compile else PLAIN
     objective = Objective(options.config, options.shape, operators)
-    context = _train_context(options, objective, data, report)
+    context = _train_context(options, objective, data, report, shown)
     frozen = context.cast(options.torch_dtype)
-    own_text = _own_text(options, frozen, data, report)
-    denoiser = _train_denoiser(options, objective, data, own_text, context.params, report)
+    own_text = _own_text(options, frozen, data, report, shown)
+    denoiser = _train_denoiser(options, objective, data, own_text, context.params, report, shown)
     params = {**context.params, **denoiser.params}
     size = export_model(options.out_dir, options.config, params, data.tokenizer)
     _write_record(options, data, own_text, context, denoiser)
@@ -143,7 +147,11 @@ def _data(options: TrainingOptions, report: Report) -> Data:
 
 
 def _train_context(
-    options: TrainingOptions, objective: Objective, data: Data, report: Report
+    options: TrainingOptions,
+    objective: Objective,
+    data: Data,
+    report: Report,
+    shown: Progress | None,
 ) -> Phase:
     """Trains the context tower and its head on the corpus, from fresh parameters or where an
     earlier run stopped."""
@@ -162,12 +170,16 @@ def _train_context(
     def held_out(params: Parameters) -> float:
         return held_out_context(objective, params, data.held_out, options.held_out_batches)
 
-    _run(phase, options, options.context_budget, loss, held_out, report)
+    _run(phase, options, options.context_budget, loss, held_out, report, shown)
     return phase
 
 
 def _own_text(
-    options: TrainingOptions, frozen: Parameters, data: Data, report: Report
+    options: TrainingOptions,
+    frozen: Parameters,
+    data: Data,
+    report: Report,
+    shown: Progress | None,
 ) -> TokenArray:
     """Rows uint16 [N, length] written by the context tower for `own_text_minutes`, at least one
     batch; read from `work_dir` when the run resumes."""
@@ -194,6 +206,10 @@ def _own_text(
         )
         batches.append(rows.numpy().astype(np.uint16))
         report(f"own text: {len(batches) * options.own_text_rows} rows of {shape.length}")
+        if shown is not None:
+            left = max(0.0, until - time.monotonic())
+            seconds = options.own_text_minutes * 60
+            shown(max(0.0, seconds - left), seconds, "writing own text")
     written = np.concatenate(batches)
     np.save(path, written)
     return written
@@ -206,6 +222,7 @@ def _train_denoiser(
     own_text: TokenArray,
     context: Parameters,
     report: Report,
+    shown: Progress | None,
 ) -> Phase:
     """Trains the denoiser with the frozen context tower, on the corpus and then also on
     `own_text`."""
@@ -232,7 +249,7 @@ def _train_denoiser(
     def held_out(params: Parameters) -> float:
         return held_out_denoiser(objective, cast, params, data.held_out, options.held_out_batches)
 
-    _run(phase, options, options.denoiser_budget, loss, held_out, report)
+    _run(phase, options, options.denoiser_budget, loss, held_out, report, shown)
     return phase
 
 
@@ -243,10 +260,11 @@ def _run(
     loss: LossFunction,
     held_out: Callable[[Parameters], float],
     report: Report,
+    shown: Progress | None,
 ) -> None:
     shape = options.shape
     tokens = shape.rows * shape.length
-    phase.run(budget, options.torch_dtype, loss, tokens, held_out, report)
+    phase.run(budget, options.torch_dtype, loss, tokens, held_out, report, shown)
 
 
 def _write_record(

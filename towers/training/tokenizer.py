@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -32,6 +33,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return plain_text_only(tokenizer)
+
+
+def tokenizer_config(max_context: int) -> dict[str, Any]:
+    """The tokenizer_config.json of such a tokenizer, by which transformers knows its special tokens
+    and the longest context. Prompts of a batch are padded on the left, where output follows."""
+    pad, bos, eos, mask = SPECIAL_TOKENS
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": pad,
+        "bos_token": bos,
+        "eos_token": eos,
+        "mask_token": mask,
+        "model_max_length": max_context,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+    }
 
 
 def plain_text_only(tokenizer: Tokenizer) -> Tokenizer:

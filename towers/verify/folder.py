@@ -55,10 +55,12 @@ def verify_folder(
     dtype: str = "float32",
     report: Callable[[str], None] = print,
     kinds: Sequence[str] = (),
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> bool:
     """Replays every case of `folder`, reports a line for each and a summary; True if all hold.
 
-    `kinds` are those of cases to replay, all if none is given. Raises CheckpointError
+    `kinds` are those of cases to replay, all if none is given. `progress` gets, before each case,
+    the number of those done, of all, and its id. Raises CheckpointError
     if the folder has no readable cases or its checkpoint is wrong.
     """
     target = parse_device(device)
@@ -67,7 +69,9 @@ def verify_folder(
     context = load_context_tower(folder, target, parse_dtype(dtype))
     denoiser = load_denoiser_tower(folder, target, parse_dtype(dtype))
     missed = 0
-    for case in cases:
+    for index, case in enumerate(cases):
+        if progress is not None:
+            progress(index, len(cases), str(case["id"]))
         prefix = f"{case['id']}/"
         recorded = {
             name.removeprefix(prefix): value

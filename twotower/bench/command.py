@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -23,8 +24,15 @@ from twotower.towers.checkpoint.weights import DTYPES, parse_device
 from twotower.towers.errors import ConfigError, cut_off, shorten
 from twotower.towers.limits import limit_threads
 
+# Around the measurements; its value gets the number of those done, of all, and the next name.
+Watch = Callable[[], AbstractContextManager[Callable[[int, int, str], None] | None]]
 
-def main(arguments: Sequence[str], program: str = "python -m twotower.bench") -> int:
+
+def main(
+    arguments: Sequence[str],
+    program: str = "python -m twotower.bench",
+    watch: Watch = nullcontext,
+) -> int:
     """Measures, writes the report and prints its tables; returns the exit code: 1 if a measurement
     failed, 2 for wrong arguments."""
     parser = _parser(program)
@@ -41,7 +49,8 @@ def main(arguments: Sequence[str], program: str = "python -m twotower.bench") ->
         # Said before the measurements, which take long.
         print(f"{NO_MATPLOTLIB}; going on without a picture", file=sys.stderr)
         wants_plot = False
-    report = run_suite(options, args.out, lambda line: print(line, file=sys.stderr, flush=True))
+    with watch() as progress:
+        report = run_suite(options, args.out, _say, progress)
     report.write(args.out)
     table = markdown(report.to_dict())
     if args.table is not None:
@@ -50,6 +59,10 @@ def main(arguments: Sequence[str], program: str = "python -m twotower.bench") ->
         plot(report.to_dict(), args.plot)
     print(table)
     return 1 if report.any_failed() else 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -35,9 +35,14 @@ class Step:
     run: Callable[[Workbench, Report], None]
 
 
-def run_suite(options: BenchOptions, out: Path | None, say: Callable[[str], None]) -> Report:
+def run_suite(
+    options: BenchOptions,
+    out: Path | None,
+    say: Callable[[str], None],
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Report:
     """Runs all steps of `options`, each announced with `say`; writes the report to `out` after
-    each."""
+    each. `progress` gets, before each, the number of those done, of all, and its name."""
     deadline = time.monotonic() + 60.0 * options.minutes
     report = Report(asdict(options), hardware(torch.device(options.device)))
     begun = time.monotonic()
@@ -57,7 +62,10 @@ def run_suite(options: BenchOptions, out: Path | None, say: Callable[[str], None
     if options.experts != "full" and "baseline" in options.sections:
         report.left_out("plain PyTorch", f"{options.experts} experts have no plain product")
     try:
-        for step in steps(options):
+        wanted = steps(options)
+        for index, step in enumerate(wanted):
+            if progress is not None:
+                progress(index, len(wanted), step.name)
             if time.monotonic() >= deadline:
                 report.left_out(step.name, f"{options.minutes:g} minutes were over")
             else:

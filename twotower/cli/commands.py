@@ -9,14 +9,16 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from twotower.cli.progress import hub_bars, restore_terminal, working
 
 if TYPE_CHECKING:
     from twotower.deployments.config import ServiceConfig
@@ -46,7 +48,11 @@ def serve(
         )
         typer.echo("starting the towers ...", err=True)
         work = partial(_run_service, service_config, folder, verbose)
-        code = supervise(work, service_config.graceful_shutdown_timeout_s, held)
+        try:
+            code = supervise(work, service_config.graceful_shutdown_timeout_s, held)
+        finally:
+            # Of a process that is killed while it starts.
+            restore_terminal()
     raise typer.Exit(code)
 
 
@@ -63,8 +69,12 @@ def _run_service(
     with (
         redirect_stdout(messages),
         WaitingPairs(lambda line: typer.echo(line, err=True)),
-        LocalService(config, verbose=verbose, folder=folder) as service,
+        ExitStack() as made,
     ):
+        with working("starting", wanted=not verbose) as bar:
+            service = made.enter_context(
+                LocalService(config, verbose=verbose, folder=folder, phase=bar.note)
+            )
         # Ray sets a handler of SIGTERM when it starts, so this comes after it.
         stop = _stop_signals()
         ready()
@@ -92,9 +102,11 @@ def _stop_signals() -> int:
 
 def verify(folder: Path, device: str, dtype: str) -> None:
     """Replays recorded cases; ends with exit code 1 if one differs."""
-    from twotower.towers.verify import verify_folder
+    with working("verifying", "pieces") as bar:
+        from twotower.towers.verify import verify_folder
 
-    if not verify_folder(folder, device, dtype, typer.echo):
+        held = verify_folder(folder, device, dtype, bar.say, progress=bar)
+    if not held:
         raise typer.Exit(1)
 
 
@@ -105,25 +117,36 @@ def quantize(source: str, target: Path, evaluate: bool, device: str, dtype: str)
     from twotower.towers.checkpoint.weights import parse_device, parse_dtype, resolve_checkpoint
     from twotower.towers.text.tokenizer import load_tokenizer
 
-    folder = resolve_checkpoint(source)
+    with hub_bars():
+        folder = resolve_checkpoint(source)
     # Here and not after an hour of work.
     parse_device(device)
     parse_dtype(dtype)
     if evaluate and load_tokenizer(folder) is None:
         raise ValueError(f"--evaluate: {folder} has no tokenizer for its prompts")
-    report = quantize_checkpoint(folder, target)
+    with working("quantizing", "bytes") as bar:
+        report = quantize_checkpoint(folder, target, progress=bar)
     typer.echo(report.table(), err=True)
     figures = asdict(report)
     if evaluate:
-        figures["evaluation"] = asdict(compare(folder, target, device=device, dtype=dtype))
+        with working("decoding with both checkpoints"):
+            figures["evaluation"] = asdict(compare(folder, target, device=device, dtype=dtype))
     typer.echo(json.dumps(figures, indent=2))
 
 
 def train(settings: dict[str, Any]) -> None:
     """Trains a model."""
-    from twotower.towers.training import TrainingOptions, train
+    with working("training") as bar:
+        from twotower.towers.training import TrainingOptions, train
 
-    train(TrainingOptions(**settings), typer.echo)
+        train(TrainingOptions(**settings), bar.say, shown=bar)
+
+
+def bench(arguments: Sequence[str]) -> None:
+    """Measures both towers; ends with the exit code of the measurements."""
+    from twotower.bench.command import main as measure
+
+    raise typer.Exit(measure(arguments, "twotower bench", lambda: working("measuring", "pieces")))
 
 
 def plan(settings: dict[str, Any], model: str | None, measured: Path | None, as_json: bool) -> None:
@@ -134,7 +157,8 @@ def plan(settings: dict[str, Any], model: str | None, measured: Path | None, as_
     from twotower.planner.text import to_dict, to_text
 
     question = Question(**{**settings, "experts": formats_named(settings["experts"])})
-    config = model_config(model)
+    with hub_bars():
+        config = model_config(model)
     known = read_measured(measured, config, question) if measured is not None else None
     answer = make_plan(question, config, known)
     typer.echo(json.dumps(to_dict(answer), indent=2) if as_json else to_text(answer))

@@ -8,17 +8,22 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from inspect import signature
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from twotower.cli.options import Device, Dtype, Model
+from twotower.cli.progress import hub_bars, is_live, working
 
 if TYPE_CHECKING:
+    from twotower.api import TwoTower
     from twotower.client import GenerationStream as ServiceStream
     from twotower.streams import GenerationStream
+    from twotower.towers.request.results import TextBlock
+    from twotower.towers.text.tokenizer import Tokenizer
 
 _GRPC_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
 
@@ -79,8 +84,14 @@ def generate(
     logprobs: Annotated[
         bool, typer.Option("--logprobs", help="Print each token's log-probability at the end.")
     ] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="On a terminal too, print text and nothing else.")
+    ] = False,
 ) -> None:
-    """Complete a text: stdout gets the text as it is committed, stderr what it cost."""
+    """Complete a text: stdout gets the text as it is committed, stderr what it cost.
+
+    A terminal shows each block while it is filled, unless NO_COLOR is set or TERM is dumb.
+    """
     sampling = {
         "mode": mode,
         "max_tokens": max_tokens,
@@ -100,9 +111,9 @@ def generate(
     }
     text = standard_input() if prompt == "-" else prompt
     if target is not None:
-        generate_remotely(target, api_key, text, sampling, ignore_eos, logprobs)
+        generate_remotely(target, api_key, text, sampling, ignore_eos, logprobs, plain)
     else:
-        generate_here(model, device, dtype, text, sampling, ignore_eos, logprobs)
+        generate_here(model, device, dtype, text, sampling, ignore_eos, logprobs, plain)
 
 
 def generate_remotely(
@@ -112,6 +123,7 @@ def generate_remotely(
     sampling: dict[str, Any],
     ignore_eos: bool,
     logprobs: bool,
+    plain: bool,
 ) -> None:
     """Streams a completion of a service to stdout."""
     from twotower.client import Client
@@ -119,9 +131,12 @@ def generate_remotely(
     _check_target(target)
     begin = time.perf_counter()
     with Client(target, api_key=api_key) as client:
-        stream = client.generate(prompt, **sampling, ignore_eos=ignore_eos, logprobs=logprobs)
-        for block in stream:
-            write(block.text)
+        asked: dict[str, Any] = {"ignore_eos": ignore_eos, "logprobs": logprobs}
+        asked |= _provisional(client.generate, plain)
+        stream = client.generate(prompt, **sampling, **asked)
+        with _shown(sampling, plain) as show:
+            for block in stream:
+                show(block)
     _report(stream, time.perf_counter() - begin)
     if stream.steps_per_block is not None:
         used = f"{stream.steps_per_block} steps, threshold {stream.confidence_threshold:g}"
@@ -152,28 +167,78 @@ def generate_here(
     sampling: dict[str, Any],
     ignore_eos: bool,
     logprobs: bool,
+    plain: bool,
 ) -> None:
     """Streams a completion of a model in this process to stdout."""
-    from twotower.api import TwoTower
-    from twotower.towers.checkpoint.weights import parse_dtype, resolve_checkpoint
     from twotower.towers.errors import InvalidRequestError
     from twotower.towers.request.params import FLOORS, GenerationParams
 
-    # Both before a checkpoint is fetched for nothing.
+    # Before a checkpoint is fetched for nothing.
     GenerationParams(**sampling)
-    parse_dtype(dtype)
-    loaded = TwoTower.from_pretrained(resolve_checkpoint(model), device, dtype)
+    loaded = _loaded(model, device, dtype, plain)
     if loaded.tokenizer is None:
         raise InvalidRequestError("prompt", prompt, "a model that has a tokenizer")
-    eos = None if ignore_eos else loaded.config.eos_token_id
-    here = {name: value for name, value in sampling.items() if name not in FLOORS}
+    here: dict[str, Any] = {name: one for name, one in sampling.items() if name not in FLOORS}
+    here["eos_token_id"] = None if ignore_eos else loaded.config.eos_token_id
+    here |= _provisional(loaded.stream, plain)
     begin = time.perf_counter()
-    with closing(loaded.stream(prompt, **here, eos_token_id=eos)) as stream:
+    with (
+        closing(loaded.stream(prompt, **here)) as stream,
+        _shown(sampling, plain, loaded.tokenizer) as show,
+    ):
         for block in stream:
-            write(block.text)
+            show(block)
     _report(stream, time.perf_counter() - begin)
     if logprobs:
         _report_log_probs(stream.token_ids, stream.log_probs)
+
+
+def _loaded(model: str | None, device: str, dtype: str, plain: bool) -> TwoTower:
+    """The model, with a bar of what is read of it."""
+    with working("starting", wanted=not plain):
+        from twotower.api import TwoTower
+        from twotower.towers.checkpoint.weights import parse_dtype, resolve_checkpoint
+
+        # Before a checkpoint is fetched for nothing.
+        parse_dtype(dtype)
+    with hub_bars():
+        folder = resolve_checkpoint(model)
+    with working("loading", "bytes", wanted=not plain) as bar:
+        return TwoTower.from_pretrained(folder, device, dtype, progress=bar)
+
+
+def _provisional(stream: Callable[..., Any], plain: bool) -> dict[str, bool]:
+    """Asks for provisional blocks where they are shown.
+
+    MERGE: until every stream has the argument; then it is `provisional=_is_shown(plain)`.
+    """
+    has = "provisional" in signature(stream).parameters
+    return {"provisional": True} if has and _is_shown(plain) else {}
+
+
+def _is_shown(plain: bool) -> bool:
+    return not plain and is_live(sys.stdout)
+
+
+@contextmanager
+def _shown(
+    sampling: dict[str, Any], plain: bool, tokenizer: Tokenizer | None = None
+) -> Iterator[Callable[[TextBlock], None]]:
+    """What shows the items of a stream: blocks as they are filled, or text alone. A service gives
+    no tokenizer."""
+    if not _is_shown(plain):
+        yield lambda block: write(block.text)
+        return
+    from rich.console import Console
+
+    from twotower.cli.live import BlockDisplay
+
+    console = Console(file=sys.stdout, force_terminal=True, highlight=False)
+    mode, masked = sampling["mode"], sampling["mode"] == "mask_diffusion"
+    size = sampling["block_size"] if masked else 0
+    decode = None if tokenizer is None else tokenizer.decode
+    with BlockDisplay(console, mode, size, sampling["max_tokens"], decode) as display:
+        yield display.take
 
 
 def standard_input() -> str:

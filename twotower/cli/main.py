@@ -12,6 +12,7 @@ from twotower.cli.errors import CommandGroup
 from twotower.cli.generate import generate
 from twotower.cli.keys import keys
 from twotower.cli.options import Device, Dtype, Model
+from twotower.cli.top import top
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -105,6 +106,7 @@ def serve(
 
 app.command()(generate)
 app.add_typer(keys, name="key")
+app.command()(top)
 
 
 @app.command()
@@ -185,9 +187,7 @@ def train(
 )
 def bench(context: typer.Context) -> None:
     """Measure both towers' speed in process; `twotower bench --help` lists its options."""
-    from twotower.bench.command import main as measure
-
-    raise typer.Exit(measure(context.args, "twotower bench"))
+    commands.bench(context.args)
 
 
 @app.command()

@@ -426,9 +426,9 @@ from tests.support.channel import CONFIG, DTYPE, TOKEN, WEIGHTS, device_of, shar
 from twotower.cluster.channel.grpc import GrpcStateLink, LinkSpec
 from twotower.towers.state.update import UpdatePlan
 
-async def main(address, transport):
+async def main(address, transport, certificate):
     device = device_of(transport, sender=True)
-    spec = LinkSpec(address, TOKEN, 1, transport)
+    spec = LinkSpec(address, TOKEN, 1, transport, certificate.encode() or None)
     link = GrpcStateLink(spec, CONFIG, DTYPE, WEIGHTS, device=device)
     link.open("a")
     plan = UpdatePlan("kv", 0, 4096)
@@ -445,6 +445,7 @@ async def test_a_killed_sender_leaves_nothing(channel: Channel) -> None:
     remote_only(channel, "peer")
     channel.open("a")
     arguments = ["-c", DYING_SENDER, channel.address, channel.transport]
+    arguments.append((channel.certificate or b"").decode())
     process = await asyncio.create_subprocess_exec(sys.executable, *arguments, cwd=ROOT)
     try:
         await until(lambda: num_unfinished() == 1, 40)
@@ -498,7 +499,7 @@ async def test_replay_weights_of_another_model_break_the_link(channel: Channel) 
 async def test_both_sides_must_use_one_transport(channel: Channel) -> None:
     remote_only(channel, "wire")
     other = "gloo" if channel.transport == "grpc" else "grpc"
-    spec = LinkSpec(channel.address, TOKEN, 1, other)
+    spec = LinkSpec(channel.address, TOKEN, 1, other, channel.certificate)
     link = GrpcStateLink(spec, CONFIG, DTYPE, {})
     link.open("a")
     with pytest.raises(UnavailableError, match=f"transport: got '{other}'"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -25,6 +26,7 @@ from twotower.cluster.services.tower_services import (
 )
 from twotower.cluster.topology import PairTopology
 from twotower.towers.decoding.generation import generate_blocks
+from twotower.towers.decoding.services import Block, ProvisionalBlock
 from twotower.towers.engine.options import EngineOptions
 from twotower.towers.errors import UnavailableError
 from twotower.towers.request.params import GenerationParams
@@ -92,7 +94,7 @@ class Keeper:
         self.started = 0
         self.relinked = 0
         self.fails = False
-        self._addresses: dict[int, str] = {}
+        self._links: dict[int, LinkSpec] = {}
         self._epoch = 0
 
     async def start(self, index: int) -> Tower:
@@ -103,7 +105,7 @@ class Keeper:
         tower = self.towers[index] = Tower()
         self.started += 1
         await tower.actor.load()
-        self._addresses[index] = await tower.actor.listen("secret")
+        self._links[index] = await tower.actor.listen("secret")
         await self._link(index)
         return tower
 
@@ -113,7 +115,7 @@ class Keeper:
 
     async def _link(self, index: int) -> None:
         self._epoch += 1
-        await self.context.connect(index, LinkSpec(self._addresses[index], "secret", self._epoch))
+        await self.context.connect(index, replace(self._links[index], epoch=self._epoch))
 
 
 class Service:
@@ -236,6 +238,29 @@ async def test_no_row_notices_that_a_denoiser_was_lost(
         assert service.keeper.started == before
     else:
         assert service.keeper.started == before + 1
+
+
+async def test_drafts_of_a_block_come_again_after_a_loss(single: Service) -> None:
+    # A position a step: eight steps of each block.
+    params = replace(BASE, max_tokens=16, confidence_threshold=1.0, provisional=True)
+    want = await single.tokens("undisturbed", PROMPTS[0], replace(params, provisional=False))
+    rows = generate_blocks(single.pair.context, single.pair.denoiser, "row", PROMPTS[0], params)
+    drafts: list[ProvisionalBlock] = []
+    got: list[int] = []
+    async for item in rows:
+        if isinstance(item, Block):
+            got += item.token_ids
+            continue
+        drafts.append(item)
+        if len(drafts) == 3:
+            await single.keeper.towers[0].kill()
+    assert got == want
+    assert single.keeper.started == 2
+    seen = Counter((draft.start, draft.step) for draft in drafts)
+    assert (seen[4, 0], seen[12, 0]) == (2, 1)
+    # Made again they are the same.
+    assert len(set(drafts)) == len(seen) < len(drafts)
+    await single.assert_empty()
 
 
 async def test_a_denoiser_that_dies_again_and_again(

@@ -34,7 +34,7 @@ class FrontHere:
         self.service = Completions(config, self.handle)
         self.app = build_http_app(self.service, config, config.access())
         transport = httpx.ASGITransport(self.app, client=(client, 50000))
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://front")
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1")
 
     async def complete(self, **body: Any) -> dict[str, Any]:
         """The answer of /v1/completions."""

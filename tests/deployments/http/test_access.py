@@ -36,6 +36,15 @@ async def test_an_operator_may_let_everyone_in_but_not_to_admin_paths(fronts: Fr
     assert (await front.client.get("/admin/stats")).status_code == 403
 
 
+async def test_another_sites_page_cannot_use_a_browser_on_this_machine(fronts: Fronts) -> None:
+    client = fronts().client
+    for headers in ({"origin": "https://evil.example"}, {"host": "evil.example"}):
+        answer = await client.get("/v1/models", headers=headers)
+        assert answer.status_code == 403, headers
+    own = {"origin": "http://localhost:8000", "host": "localhost:8000"}
+    assert (await client.get("/v1/models", headers=own)).status_code == 200
+
+
 async def test_with_keys_each_request_needs_one(fronts: Fronts) -> None:
     (plain, hashed), (chief, chief_hash) = new_key(), new_key()
     front = fronts(

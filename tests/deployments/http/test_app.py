@@ -42,6 +42,26 @@ async def test_texts_to_ids_and_back(front: FrontHere) -> None:
     assert "id in 0..511" in message
 
 
+async def test_special_tokens(front: FrontHere) -> None:
+    """As lm-eval's remote tokenizer asks for them."""
+    info = (await front.client.get("/tokenizer_info")).json()
+    assert info == {
+        "eos_token": "<eos>",
+        "bos_token": "<bos>",
+        "pad_token": "<pad>",
+        "chat_template": None,
+    }
+
+    async def ids(text: str) -> list[int]:
+        body = {"prompt": text, "add_special_tokens": False}
+        found: list[int] = (await front.client.post("/tokenize", json=body)).json()["tokens"]
+        return found
+
+    assert await ids("<eos>") == [2]
+    # Spelled out within a text it is letters.
+    assert 2 not in await ids("a <eos>")
+
+
 async def test_counters(front: FrontHere) -> None:
     await front.complete(prompt=[5, 6, 7], max_tokens=5, ignore_eos=True)
     await front.complete(prompt=[5, 6, 7], max_tokens=4, n=2, ignore_eos=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.deployments.http.conftest import FrontHere
+from tests.deployments.http.conftest import MAX_CONTEXT, FrontHere
 from twotower import TwoTower
 
 PROMPT = "def test_front(self):"
@@ -162,6 +162,13 @@ async def test_echo_with_logprobs_scores_the_prompt(
         assert max(top.values()) >= value
         assert value in top.values() or max(top.values()) > value
         assert 1 <= len(top) <= 2
+
+
+async def test_a_prompt_that_fills_the_context_can_be_scored(front: FrontHere) -> None:
+    ids = [5 + index % 40 for index in range(MAX_CONTEXT)]
+    answer = await front.complete(prompt=ids, max_tokens=0, echo=True, logprobs=0)
+    assert len(answer["choices"][0]["logprobs"]["tokens"]) == MAX_CONTEXT
+    assert front.handle.rows() == 0
 
 
 async def test_logprobs_are_those_of_the_context_tower_in_ar(

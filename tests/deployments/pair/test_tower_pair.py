@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from twotower import TwoTower
-from twotower.cluster.channel.grpc import LinkSpec
 from twotower.cluster.services.tower_services import (
     ContextTowerActor,
     DenoiserTowerActor,
@@ -19,7 +18,7 @@ from twotower.cluster.services.tower_services import (
 )
 from twotower.cluster.topology import PairTopology
 from twotower.deployments.pair.tower_pair import Job, TowerPair
-from twotower.towers.decoding.services import Block
+from twotower.towers.decoding.services import Block, ProvisionalBlock
 from twotower.towers.engine.options import EngineOptions
 from twotower.towers.request.params import GenerationParams
 
@@ -50,8 +49,8 @@ async def linked_towers() -> Actors:
     context, denoiser = ContextTowerActor(TOPOLOGY), DenoiserTowerActor(TOPOLOGY)
     await context.load()
     await denoiser.load()
-    address = await denoiser.listen("secret")
-    await context.connect(0, LinkSpec(address, "secret", epoch=1))
+    link = await denoiser.listen("secret")
+    await context.connect(0, replace(link, epoch=1))
     return context, denoiser
 
 
@@ -138,6 +137,25 @@ async def test_closing_a_stream_frees_its_row(pair: TowerPair, params: Generatio
     await settled(pair)
 
 
+@pytest.mark.parametrize("params", [DIFFUSION, MODES[3]], ids=["mask_diffusion", "verified"])
+async def test_a_pair_hands_drafts_on(pair: TowerPair, params: GenerationParams) -> None:
+    params = replace(params, max_tokens=16, draft_steps=4)
+    asked = replace(params, provisional=True)
+    items = [item async for item in pair.generate(job(0, PROMPTS[0], asked))]
+    blocks = [item for item in items if isinstance(item, Block)]
+    assert blocks == [block async for block in pair.generate(job(1, PROMPTS[0], params))]
+    drafts = [item for item in items if isinstance(item, ProvisionalBlock)]
+    assert len(drafts) == sum(block.nfe - 1 for block in blocks) > 0
+    assert all(any(draft.masked) for draft in drafts)
+
+
+async def test_closing_a_stream_at_a_draft_frees_its_row(pair: TowerPair) -> None:
+    asked = replace(DIFFUSION, max_tokens=120, provisional=True)
+    async with aclosing(pair.generate(job(0, PROMPTS[1], asked))) as items:
+        assert isinstance(await anext(items), ProvisionalBlock)
+    await settled(pair)
+
+
 @pytest.mark.parametrize("delay", [0.0, 0.001, 0.005, 0.02, 0.05, 0.1])
 async def test_cancelling_at_any_moment_frees_the_row(pair: TowerPair, delay: float) -> None:
     long = replace(DIFFUSION, max_tokens=120)
@@ -182,5 +200,6 @@ async def test_a_pair_that_has_not_started_says_nothing() -> None:
 
 async def test_score(pair: TowerPair) -> None:
     model = await asyncio.to_thread(TwoTower.from_pretrained, TINY)
-    scores = await pair.score(PROMPTS[1])
+    scores = await pair.score(PROMPTS[1], 2)
+    assert [len(line) for line in scores.top_log_probs] == [2] * (len(PROMPTS[1]) - 1)
     assert scores.log_probs == await asyncio.to_thread(model.score, PROMPTS[1])

@@ -20,7 +20,7 @@ from twotower.deployments.routing.pairs import Pairs
 from twotower.deployments.routing.policy import Room
 from twotower.deployments.routing.retry import LostTooOftenError, RetryPolicy
 from twotower.towers.decoding.commit_log import CommitLog
-from twotower.towers.decoding.services import Block
+from twotower.towers.decoding.services import Block, ProvisionalBlock, Scores
 from twotower.towers.errors import (
     CapacityError,
     InvalidRequestError,
@@ -134,7 +134,7 @@ class Handle:
             return self._ping()
         if isinstance(arguments[0], Job):
             return self._generate(arguments[0])
-        return self._score(arguments[0])
+        return self._score(*arguments)
 
     def _generate(self, job: Job) -> Stream:
         assert all(stream.cancelled for stream in self.streams), "two attempts at once"
@@ -147,10 +147,11 @@ class Handle:
             await asyncio.sleep(60)
         return True
 
-    async def _score(self, token_ids: Sequence[int]) -> list[float]:
+    async def _score(self, token_ids: Sequence[int], top_logprobs: int) -> Scores:
         if self.scores:
             raise self.scores.pop(0)
-        return [-float(token) for token in token_ids[1:]]
+        log_probs = [-float(token) for token in token_ids[1:]]
+        return Scores(log_probs, [((token, -0.5),) * top_logprobs for token in token_ids[1:]])
 
 
 @pytest.fixture(autouse=True)
@@ -242,6 +243,58 @@ async def test_late_blocks_of_an_earlier_attempt_are_dropped() -> None:
 
     handle = Handle(dying(DEATHS[0], 3), late)
     assert seen(await run(handle)) == seen(await run(Handle()))
+
+
+def draft_at(position: int, step: int) -> ProvisionalBlock:
+    start = len(PROMPT) + position
+    return ProvisionalBlock(start, step, (9,) * BLOCK, (True,) * BLOCK, (0.5,) * BLOCK)
+
+
+def drafting(error: Exception | None = None, after: int = 0) -> Pair:
+    """A pair that gives two drafts before each block, and may be lost after some blocks between
+    two drafts."""
+
+    async def items(job: Job) -> AsyncIterator[Any]:
+        count = 0
+        async for block in all_of(job):
+            yield draft_at(block.start - len(PROMPT), 0)
+            if error is not None and count == after:
+                raise error
+            yield draft_at(block.start - len(PROMPT), 1)
+            yield block
+            count += 1
+
+    return items
+
+
+async def test_drafts_are_handed_on_and_come_again_after_a_loss() -> None:
+    handle = Handle(drafting(DEATHS[0], 1), drafting())
+    log = CommitLog(len(PROMPT), ())
+    attempts = Attempts(PairClient(handle), RetryPolicy(20, max_attempts=8), Room(4, 4))
+    seen_drafts: list[tuple[int, int]] = []
+    async for item in attempts.blocks(JOB, log):
+        if isinstance(item, ProvisionalBlock):
+            seen_drafts.append((item.start - len(PROMPT), item.step))
+        else:
+            assert log.append(item)
+    assert log.token_ids == OUTPUT
+    assert handle.jobs[1].generated == OUTPUT[:4]
+    rest = [(position, step) for position in range(4, len(OUTPUT), BLOCK) for step in (0, 1)]
+    assert seen_drafts == [(0, 0), (0, 1), (4, 0), *rest]
+
+
+async def test_drafts_do_not_make_up_for_losses() -> None:
+    """A pair that dies after a draft, again and again, has done nothing for the request."""
+    handle = Handle(*[drafting(DEATHS[0])] * 9)
+    attempts = Attempts(PairClient(handle), RetryPolicy(20, max_attempts=3), Room(4, 4))
+
+    async def read() -> None:
+        async for item in attempts.blocks(JOB, CommitLog(len(PROMPT), ())):
+            assert isinstance(item, ProvisionalBlock)
+
+    with pytest.raises(LostTooOftenError):
+        await read()
+    assert len(handle.jobs) == 3
 
 
 async def test_after_a_gap_the_attempt_is_given_up() -> None:
@@ -396,7 +449,35 @@ async def test_a_score_is_repeated_too() -> None:
     handle = Handle()
     handle.scores = [ActorDiedError(), UnavailableError("gone")]
     attempts = Attempts(PairClient(handle), RetryPolicy(20, max_attempts=8), Room(4, 4))
-    assert await attempts.score([4, 5, 6]) == [-5.0, -6.0]
+    scores = await attempts.score([4, 5, 6], 2)
+    assert scores == Scores([-5.0, -6.0], [((5, -0.5),) * 2, ((6, -0.5),) * 2])
     handle.scores = [NumericalError("nan")]
     with pytest.raises(NumericalError):
         await attempts.score([4, 5])
+
+
+async def test_calls_of_one_request_are_told_apart() -> None:
+    """Serve matches a call that waits with the identity that this context gives it."""
+    from ray.serve.context import (
+        _get_serve_request_context,
+        _RequestContext,
+        _serve_request_context,
+    )
+
+    seen_by_calls: list[_RequestContext] = []
+
+    class Noting(Handle):
+        def remote(self, *args: object) -> object:
+            seen_by_calls.append(_get_serve_request_context())
+            return super().remote(*args)
+
+    handle = Noting(all_of, all_of)
+    whole = _RequestContext(request_id="mine", _internal_request_id="shared")
+    before = _serve_request_context.set(whole)
+    try:
+        await run(handle)
+        assert _get_serve_request_context() is whole
+    finally:
+        _serve_request_context.reset(before)
+    assert [context._internal_request_id for context in seen_by_calls] == [""]
+    assert [context.request_id for context in seen_by_calls] == ["mine"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from twotower.towers.checkpoint.weights import (
     parse_dtype,
     resolve_checkpoint,
 )
+from twotower.towers.engine.load import load_engines
 from twotower.towers.errors import CheckpointError, ConfigError
 from twotower.towers.model.weights import AttentionWeights, MambaWeights, MlpWeights, MoeWeights
 
@@ -95,6 +97,35 @@ def test_each_tower_reads_its_own_tensors_once_and_no_other(
     read_names.clear()
     load_denoiser_tower(folder)
     assert read_names == Counter({name: 1 for name in names if not is_context(name)})
+
+
+@pytest.mark.parametrize("load", [load_context_tower, load_denoiser_tower])
+def test_progress_counts_the_bytes_of_the_tower_in_its_file(tmp_path: Path, load: Any) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    told: list[tuple[int, int]] = []
+    load(folder, progress=lambda *one: told.append(one))
+    mine = [
+        tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+        if is_context(name) == (load is load_context_tower)
+    ]
+    size = sum(tensor.nbytes for tensor in mine)
+    assert len(told) == len(mine)
+    assert {total for _, total in told} == {size}
+    done = [0, *(so_far for so_far, _ in told)]
+    steps = [after - before for before, after in pairwise(done)]
+    assert sorted(steps) == sorted(tensor.nbytes for tensor in mine)
+    assert done[-1] == size
+
+
+def test_progress_of_both_towers_is_one(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    told: list[tuple[int, int]] = []
+    load_engines(folder, "cpu", "cpu", torch.float32, progress=lambda *one: told.append(one))
+    size = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    assert told[-1] == (size, size)
+    assert all(before < after for (before, _), (after, _) in pairwise(told))
+    assert all(done <= total for done, total in told)
 
 
 def test_the_other_towers_numbers_may_be_anything(tmp_path: Path) -> None:

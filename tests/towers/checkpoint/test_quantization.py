@@ -110,8 +110,11 @@ def test_values_are_the_nearest_that_the_format_has(source: Path, target: Path) 
 
 
 def test_the_report_is_what_the_files_say(source: Path, target: Path) -> None:
-    report = quantize_checkpoint(source, target)
+    told: list[tuple[int, int]] = []
+    report = quantize_checkpoint(source, target, lambda *one: told.append(one))
     before, after = read(source), read(target)
+    size = sum(tensor.nbytes for tensor in before.values())
+    assert (told[-1], len(told)) == ((size, size), len(before))
     towers = [(layer.tower, layer.layer) for layer in report.layers]
     assert towers == [("context_tower", 2), ("denoiser_tower", 2)]
     for layer in report.layers:

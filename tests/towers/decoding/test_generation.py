@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
-from twotower.towers.decoding.generation import cut, generate_blocks
-from twotower.towers.decoding.services import Block, Prefilled, Scores, Watcher
+from twotower.towers.decoding.generation import committed, cut, generate_blocks
+from twotower.towers.decoding.services import (
+    Block,
+    BlockTiming,
+    Prefilled,
+    ProvisionalBlock,
+    Scores,
+    Watcher,
+)
 from twotower.towers.errors import CapacityError, NumericalError, UnavailableError
 from twotower.towers.request.params import GenerationParams
 
@@ -23,7 +31,8 @@ class Script:
     """The output that both towers pretend to make, and what they were asked to do.
 
     `fail` maps a call, such as "denoise" or "extend", to the error that it raises; the number
-    after it says at which of these calls.
+    after it says at which of these calls. `told` is the output that each call was given, `drafts`
+    the number of drafts of a block for those who watch it.
     """
 
     output: Sequence[int]
@@ -31,6 +40,8 @@ class Script:
     calls: list[Any] = field(default_factory=list)
     rows: dict[str, set[str]] = field(default_factory=lambda: {"context": set(), "denoiser": set()})
     counts: dict[str, int] = field(default_factory=dict)
+    told: list[tuple[int, ...]] = field(default_factory=list)
+    drafts: int = 2
 
     async def step(self, name: str, *details: Any) -> None:
         self.calls.append((name, *details))
@@ -84,8 +95,9 @@ class ScriptedContext(Side):
         return 1
 
     async def decode(
-        self, row_id: str, count: int, params: GenerationParams, output: Sequence[int] = ()
+        self, row_id: str, count: int, params: GenerationParams, output: Sequence[int]
     ) -> Block:
+        self.script.told.append(tuple(output))
         assert row_id in self.rows
         assert params.mode == "ar"
         await self.script.step("decode", count)
@@ -112,13 +124,18 @@ class ScriptedDenoiser(Side):
         row_id: str,
         position: int,
         params: GenerationParams,
-        known: Sequence[int] = (),
-        output: Sequence[int] = (),
-        watch: Watcher | None = None,
+        known: Sequence[int],
+        output: Sequence[int],
+        watch: Watcher | None,
     ) -> Block:
+        self.script.told.append(tuple(output))
         assert not known
         assert row_id in self.rows
         await self._at(position)
+        for step in range(self.script.drafts if watch else 0):
+            assert watch is not None
+            watch(draft_of(position, step))
+            await asyncio.sleep(0)
         await self.script.step("denoise", position)
         return block_of(self.script.part(position, params.block_size), position, nfe=3)
 
@@ -128,8 +145,9 @@ class ScriptedDenoiser(Side):
         position: int,
         last_token: int,
         params: GenerationParams,
-        output: Sequence[int] = (),
+        output: Sequence[int],
     ) -> Block:
+        self.script.told.append(tuple(output))
         assert row_id in self.rows
         assert params.mode == "mock_ar"
         await self._at(position)
@@ -144,6 +162,10 @@ class ScriptedDenoiser(Side):
 def block_of(tokens: tuple[int, ...], start: int, nfe: int, passes: int = 0) -> Block:
     steps = tuple(range(len(tokens)))
     return Block(start, tokens, steps, tuple(0.1 * (s + 1) for s in steps), nfe, passes)
+
+
+def draft_of(start: int, step: int) -> ProvisionalBlock:
+    return ProvisionalBlock(start, step, (step,), (True,), (0.5,))
 
 
 def make_row(script: Script, params: GenerationParams, generated: Sequence[int] = ()) -> Any:
@@ -424,3 +446,143 @@ def test_cutting_a_block(
     assert block.finish_reason == reason
     assert len(block.commit_steps) == len(block.confidences) == len(tokens)
     assert (block.start, block.nfe) == (3, 2)
+
+
+PENALIZED: dict[str, Any] = {"frequency_penalty": 0.5, "max_tokens": 10}
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "ar"])
+async def test_with_penalties_every_call_is_told_the_output(mode: Any) -> None:
+    script = Script(range(10, 30))
+    await collect(script, params_of(mode, **PENALIZED))
+    assert script.told == [(), tuple(range(10, 14)), tuple(range(10, 18))]
+    script = Script(range(10, 30))
+    await collect(script, params_of(mode, presence_penalty=-1.0, max_tokens=10), range(10, 14))
+    assert script.told == [tuple(range(10, 14)), tuple(range(10, 18))]
+    script = Script(range(10, 30))
+    await collect(script, params_of("mock_ar", **PENALIZED | {"max_tokens": 3}))
+    assert script.told == [(), (10,), (10, 11)]
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "ar", "mock_ar"])
+async def test_without_penalties_no_call_carries_the_output(mode: Any) -> None:
+    script = Script(range(10, 30))
+    how = {"logit_bias": {3: 1.0}, "top_logprobs": 2}
+    await collect(script, params_of(mode, max_tokens=10, **how))
+    assert set(script.told) == {()}
+
+
+async def test_drafts_come_before_their_block() -> None:
+    script = Script(range(10, 30))
+    items = [item async for item in make_row(script, params_of(max_tokens=8, provisional=True))]
+    assert [item for item in items if isinstance(item, ProvisionalBlock)] == [
+        draft_of(start, step) for start in (3, 7) for step in (0, 1)
+    ]
+    kinds = [type(item) for item in items]
+    assert kinds == [ProvisionalBlock, ProvisionalBlock, Block] * 2
+    assert [item for item in items if isinstance(item, Block)] == await collect(
+        Script(range(10, 30)), params_of(max_tokens=8)
+    )
+
+
+async def test_a_slow_reader_gets_the_latest_draft() -> None:
+    script = Script(range(10, 30), drafts=5)
+    row = make_row(script, params_of(max_tokens=8, provisional=True))
+    assert await anext(row) == draft_of(3, 0)
+    while "denoise" not in names(script):
+        await asyncio.sleep(0)
+    assert await anext(row) == draft_of(3, 4)
+    assert isinstance(await anext(row), Block)
+    await row.aclose()
+
+
+@pytest.mark.parametrize("mode", ["ar", "mock_ar"])
+async def test_modes_without_drafts_have_none(mode: Any) -> None:
+    wanted = await collect(Script(range(10, 30)), params_of(mode, max_tokens=6))
+    got = await collect(Script(range(10, 30)), params_of(mode, max_tokens=6, provisional=True))
+    assert got == wanted
+
+
+async def test_a_reader_that_leaves_at_a_draft_frees_the_row() -> None:
+    script = Script(range(10, 30))
+    row = make_row(script, params_of(max_tokens=8, provisional=True))
+    assert isinstance(await anext(row), ProvisionalBlock)
+    await row.aclose()
+    assert script.rows == {"context": set(), "denoiser": set()}
+    assert "denoise" not in names(script)
+
+
+async def test_an_error_comes_after_the_drafts_before_it() -> None:
+    script = Script(range(10, 30), fail={"denoise": NumericalError("nan")})
+    row = make_row(script, params_of(max_tokens=8, provisional=True))
+    assert [await anext(row) for _ in range(2)] == [draft_of(3, 0), draft_of(3, 1)]
+    with pytest.raises(NumericalError):
+        await anext(row)
+    assert script.rows == {"context": set(), "denoiser": set()}
+
+
+async def test_committed_blocks_alone() -> None:
+    script = Script(range(10, 30))
+    blocks = committed(make_row(script, params_of(max_tokens=8, provisional=True)))
+    assert isinstance(await anext(blocks), Block)
+    await blocks.aclose()
+    assert script.rows == {"context": set(), "denoiser": set()}
+
+
+class SlowContext(ScriptedContext):
+    """Each call takes its own number of hundredths of a second."""
+
+    async def open(self, row_id: str, capacity: int) -> int:
+        await asyncio.sleep(0.03)
+        return await super().open(row_id, capacity)
+
+    async def prefill(self, *how: Any) -> Prefilled:
+        await asyncio.sleep(0.06)
+        return await super().prefill(*how)
+
+    async def extend(self, *how: Any) -> int:
+        await asyncio.sleep(0.04)
+        return await super().extend(*how)
+
+
+class SlowDenoiser(ScriptedDenoiser):
+    """As SlowContext; says how long it waited for its mirror."""
+
+    async def denoise_block(self, *how: Any) -> Block:
+        asked = time.monotonic()
+        await self._at(how[1])
+        waited = time.monotonic() - asked
+        await asyncio.sleep(0.05)
+        block = await super().denoise_block(*how)
+        return replace(block, timing=BlockTiming(time.time(), transfer_s=waited))
+
+
+async def test_the_times_of_a_block() -> None:
+    script = Script(range(10, 30))
+    context = SlowContext(script, "context")
+    before, started = time.time(), time.monotonic()
+    row = generate_blocks(
+        context, SlowDenoiser(script, context), "row", PROMPT, params_of(max_tokens=8)
+    )
+    first, second = [block.timing async for block in row]
+    elapsed = time.monotonic() - started
+    assert first is not None
+    assert second is not None
+    assert before <= first.begin < second.begin < time.time()
+    assert second.begin - first.begin >= 0.03 + 0.06 + 0.05
+    assert (first.queue_s >= 0.03, first.prefill_s >= 0.06, first.denoise_s >= 0.05) == (True,) * 3
+    assert (first.commit_s, second.queue_s, second.prefill_s) == (0.0, 0.0, 0.0)
+    # The block waits for the extension by the block before, beside it.
+    assert (second.transfer_s > 0.03, second.denoise_s >= 0.05, second.commit_s >= 0.04) == (
+        True,
+    ) * 3
+    # Nothing but the extension is counted twice.
+    phases = [first.queue_s, first.prefill_s, first.transfer_s, first.denoise_s]
+    assert sum([*phases, second.transfer_s, second.denoise_s]) <= elapsed
+
+
+def test_a_block_is_cut_with_its_alternatives() -> None:
+    tops = tuple(((token, -0.5),) for token in range(4))
+    whole = replace(block_of((1, 2, 3, 4), 3, nfe=1), top_log_probs=tops)
+    assert cut(whole, 3, 2).top_log_probs == tops[:2]
+    assert whole == replace(whole, timing=BlockTiming(1.0))

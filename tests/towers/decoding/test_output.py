@@ -4,13 +4,14 @@ complete output, or are refused."""
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
 
 from twotower.towers.decoding.output import begin_output, commit_blocks, text_block
 from twotower.towers.decoding.output_text import OutputText
-from twotower.towers.decoding.services import Block
+from twotower.towers.decoding.services import Block, ProvisionalBlock
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.request.params import GenerationParams
 
@@ -121,6 +122,27 @@ async def test_blocks_are_committed_as_they_come() -> None:
     assert (seen[1].token_ids, seen[1].commit_steps) == (tuple(ids("cd")), (0, 1))
     assert (seen[1].confidences, seen[1].log_probs) == ((0.5, 0.25), (-0.5, -1.5))
     assert (log.finish_reason, log.usage.completion_tokens, log.usage.nfe) == ("length", 6, 6)
+    assert source.closed
+
+
+async def test_drafts_are_passed_on_and_not_committed() -> None:
+    source = Source("abcd")
+
+    async def with_drafts() -> AsyncGenerator[Block | ProvisionalBlock, None]:
+        async with aclosing(source.blocks()) as blocks:
+            async for block in blocks:
+                yield ProvisionalBlock(block.start, 0, (7, 7), (True, True), (0.5, 0.5))
+                tops = tuple(((token, -0.5), (1, -2.0)) for token in block.token_ids)
+                yield replace(block, top_log_probs=tops)
+
+    text, log = begin_output(Letters(), PARAMS, 3)
+    seen = [part async for part in commit_blocks(with_drafts(), text, log)]
+    assert [type(item) for item, _ in seen] == [ProvisionalBlock, Block] * 2
+    assert [settled for _, settled in seen] == ["", "ab", "", "cd"]
+    assert log.token_ids == tuple(ids("abcd"))
+    last = seen[-1][0]
+    assert isinstance(last, Block)
+    assert text_block(log, last, "cd").top_log_probs == last.top_log_probs
     assert source.closed
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from tests.support.comparing import assert_rows_are_independent, normal
 from tests.support.statistics import chi_square
 from twotower.kernels.philox import uniforms
+from twotower.towers.decoding.alternatives import most_probable
 from twotower.towers.decoding.sampling import (
     DOMAIN_AUTOREGRESSIVE,
     DOMAIN_DENOISE,
@@ -352,3 +354,110 @@ def test_a_row_without_eos_is_drawn_as_ever() -> None:
     drawn = Sampler.from_params(params).draw(logits, positions, 0, DOMAIN_AUTOREGRESSIVE)
     plain = Sampler.from_params(replace(params, eos_from=0))
     assert drawn == plain.draw(logits, positions, 0, DOMAIN_AUTOREGRESSIVE)
+
+
+# Token 0 to 3; of an output 1, 1, 3 the second token's count is 2.
+FOUR = torch.tensor([[1.0, 2.0, 0.5, 1.5]])
+SHIFTED = replace(
+    GREEDY, frequency_penalty=0.5, presence_penalty=0.25, logit_bias=((0, -1.0), (2, 1.0))
+)
+
+
+def test_bias_and_penalties_by_hand() -> None:
+    lines = FOUR.repeat(3, 1)
+    draw = Draw(SHIFTED, range(3), output=[1, 1, 3], drafted=[[], [2], [2, 2, 0]])
+    assert draw_scores(lines, draw).tolist() == [
+        # 1 - 1; 2 - 2 * 0.5 - 0.25; 0.5 + 1; 1.5 - 0.5 - 0.25
+        [0.0, 0.75, 1.5, 0.75],
+        [0.0, 0.75, 1.5 - 0.75, 0.75],
+        [0.0 - 0.75, 0.75, 1.5 - 1.25, 0.75],
+    ]
+    drawn = draw_tokens(lines, [draw])[0]
+    assert isinstance(drawn, Drawn)
+    # Of equals the lowest id.
+    assert drawn.token_ids == [2, 1, 1]
+    # What the model thinks of them, as if nothing had been shifted.
+    want = torch.log_softmax(FOUR[0], dim=-1)[[2, 1, 1]]
+    assert drawn.log_probs == pytest.approx(want.tolist(), abs=1e-6)
+    assert drawn.confidences == pytest.approx(want.exp().tolist(), abs=1e-6)
+
+
+def test_negative_penalties_favour_what_was_said() -> None:
+    how = replace(GREEDY, frequency_penalty=-1.0)
+    assert how.draw(FOUR, [0], 0, DOMAIN_DENOISE, [2, 2]).token_ids == [2]
+    assert how.draw(FOUR, [0], 0, DOMAIN_DENOISE).token_ids == [1]
+
+
+def test_bias_comes_before_temperature_and_filters() -> None:
+    # exp(2 * (2 - 2)) : exp(2 * 1.5) of the tokens that top-k leaves.
+    how = replace(sampler(temperature=0.5, top_k=2), logit_bias=((1, -2.0),))
+    got = probabilities(FOUR, how)
+    share = math.exp(2 * 1.5) / (math.exp(2 * 1.5) + math.exp(2 * 1.0))
+    assert got == pytest.approx([1 - share, 0, 0, share], abs=1e-6)
+
+
+def test_no_bias_gives_a_token_that_may_not_be_drawn() -> None:
+    how = replace(GREEDY, logit_bias=((1, 100.0), (3, 100.0)), eos_token_id=3, eos_from=5)
+    drawn = draw_tokens(FOUR.repeat(2, 1), [Draw(how, [4, 5], excluded_token=1)])[0]
+    assert isinstance(drawn, Drawn)
+    assert drawn.token_ids == [0, 3]
+
+
+def test_neighbours_of_a_shifted_draw_keep_their_bits() -> None:
+    logits = normal(12, 515, scale=3.0)
+    others = [sampler(0.8), GREEDY, sampler(1.0, top_p=0.9, key=5)]
+    plain = [Draw(how, range(4 * i, 4 * i + 3)) for i, how in enumerate(others)]
+    strange = Draw(replace(SHIFTED, top_logprobs=3), [90, 91, 92], output=[4, 4])
+    alone = [draw_tokens(logits[3 * i : 3 * i + 3], [draw])[0] for i, draw in enumerate(plain)]
+    mixed = torch.cat([logits[:3], logits[9:], logits[3:9]])
+    got = draw_tokens(mixed, [plain[0], strange, *plain[1:]])
+    assert [got[0], *got[2:]] == alone
+    assert got[1] == draw_tokens(logits[9:], [strange])[0]
+
+
+@pytest.mark.parametrize("count", [1, 5, 20])
+@pytest.mark.parametrize("excluded", [None, 7])
+def test_alternatives_are_the_most_probable(count: int, excluded: int | None) -> None:
+    logits = normal(6, 300, scale=3.0)
+    how = replace(sampler(1.0), top_logprobs=count, logit_bias=((3, 5.0),))
+    drawn = draw_tokens(logits, [Draw(how, range(6), excluded_token=excluded)])[0]
+    assert isinstance(drawn, Drawn)
+    wide = logits.double()
+    if excluded is not None:
+        wide[:, excluded] = -math.inf
+    values, ids = torch.log_softmax(wide, dim=-1).topk(count)
+    assert [[token for token, _ in line] for line in drawn.top_log_probs] == ids.tolist()
+    got = torch.tensor([[value for _, value in line] for line in drawn.top_log_probs])
+    torch.testing.assert_close(got, values.float(), atol=1e-5, rtol=0)
+    for token, value, line in zip(
+        drawn.token_ids, drawn.log_probs, drawn.top_log_probs, strict=True
+    ):
+        # One distribution: where the token is among them, it has its own number.
+        assert dict(line).get(token, value) == value
+
+
+def test_of_equal_alternatives_the_lowest_ids_come_first() -> None:
+    logits = torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.0, 2.0, 0.0]])
+    for count, want in ((1, [5]), (2, [5, 1]), (4, [5, 1, 3, 0]), (6, [5, 1, 3, 0, 2, 4])):
+        (line,) = most_probable(logits, count)
+        assert [token for token, _ in line] == want
+    (line,) = most_probable(torch.tensor([[0.0, -math.inf, 1.0]]), 20)
+    assert [token for token, _ in line] == [2, 0]
+
+
+def test_alternatives_of_logits_that_are_not_finite_are_an_error() -> None:
+    how = replace(GREEDY, top_logprobs=2)
+    logits = torch.tensor([[0.0, math.nan, 1.0], [0.0, 1.0, 2.0]])
+    broken, fine = draw_tokens(logits, [Draw(how, [0]), Draw(how, [1])])
+    assert isinstance(broken, NumericalError)
+    assert isinstance(fine, Drawn)
+    assert [token for token, _ in fine.top_log_probs[0]] == [2, 1]
+
+
+def test_which_draws_a_device_makes_alone() -> None:
+    assert GREEDY.plain
+    assert sampler(0.7).plain
+    shifts: list[dict[str, Any]] = [{"presence_penalty": 0.1}, {"frequency_penalty": -0.1}]
+    shifts += [{"logit_bias": ((1, 0.0),)}, {"top_logprobs": 1}, {"temperature": 1.0, "top_k": 3}]
+    for shift in shifts:
+        assert not replace(GREEDY, **shift).plain

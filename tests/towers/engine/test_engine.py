@@ -192,6 +192,17 @@ def test_scores_are_the_log_softmax_of_one_pass(pair: Pair, length: int) -> None
     pair.assert_empty()
 
 
+@pytest.mark.parametrize("length", [1, 64, 65, 140])
+def test_logits_are_those_of_one_pass(pair: Pair, length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    tokens = torch.randint(0, 24, (length,), generator=generator).tolist()
+    tower = pair.context.tower
+    want = tower.logits(tower.forward([tokens], [tower.new_state(length)]))
+    got = asyncio.run(pair.context.logits(tokens))
+    torch.testing.assert_close(got, want, atol=2e-3, rtol=0.0)
+    pair.assert_empty()
+
+
 def test_committed_tokens_never_change_and_t_is_the_rows_own(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:

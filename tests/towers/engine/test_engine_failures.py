@@ -118,13 +118,14 @@ def test_an_autoregressive_row_fails_alone_too(pair: Pair) -> None:
     pair.assert_empty()
 
 
-def test_scores_that_are_not_finite_are_an_error(pair: Pair) -> None:
+@pytest.mark.parametrize("call", ["score", "logits"])
+def test_what_is_read_and_not_finite_is_an_error(pair: Pair, call: str) -> None:
     tower = pair.context.tower
     true_logits = tower.logits
     tower.logits = lambda hidden: true_logits(hidden) * float("nan")  # type: ignore[method-assign]
     try:
         with pytest.raises(NumericalError):
-            asyncio.run(pair.context.score(PROMPT))
+            asyncio.run(getattr(pair.context, call)(PROMPT))
     finally:
         tower.logits = true_logits  # type: ignore[method-assign]
 

@@ -19,6 +19,13 @@ from twotower.towers.request.params import GenerationParams
 PROMPTS = ([9], [5, 3, 17, 3, 9], list(range(70)))
 GREEDY = GenerationParams(mode="verified", max_tokens=45, block_size=8, seed=11)
 SAMPLED = replace(GREEDY, temperature=1.0, top_p=0.9)
+# Rows of three tokens, of which the counts choose.
+PENALIZED = replace(
+    GREEDY,
+    frequency_penalty=1.5,
+    presence_penalty=0.5,
+    logit_bias=((4, 60.0), (5, 60.0), (6, 60.0)),
+)
 
 
 @pytest.fixture
@@ -79,15 +86,18 @@ def test_the_output_is_that_of_ar(
     pair.assert_empty()
 
 
+@pytest.mark.parametrize("params", [SAMPLED, PENALIZED], ids=["sampled", "penalized"])
 @pytest.mark.parametrize("wrong_at", [(), (0,), (3,), (7, 8, 9), range(45)], ids=str)
-def test_any_draft_gives_the_output_of_ar(pair: Pair, wrong_at: Sequence[int]) -> None:
+def test_any_draft_gives_the_output_of_ar(
+    pair: Pair, wrong_at: Sequence[int], params: GenerationParams
+) -> None:
     prompt = PROMPTS[1]
-    own = own_tokens(pair, prompt, replace(SAMPLED, max_tokens=60))
+    own = own_tokens(pair, prompt, replace(params, max_tokens=60))
     drafts = Drafts(own, len(prompt), wrong_at)
     pair.context.link = None
 
     async def run() -> list[Block]:
-        rows = generate_blocks(pair.context, drafts, "row", prompt, SAMPLED)
+        rows = generate_blocks(pair.context, drafts, "row", prompt, params)
         return [block async for block in rows]
 
     blocks = asyncio.run(run())

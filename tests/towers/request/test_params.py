@@ -42,6 +42,17 @@ BAD: dict[str, tuple[list[Any], str]] = {
         "a finite number in [0, 0.8]",
     ),
     "stop": (["", "ab", None, 3, {"a": 1}, b"a"], "a list of strings"),
+    "presence_penalty": (
+        [-2.01, 2.01, NAN, INF, True, "0", None, HUGE],
+        "a finite number in [-2, 2]",
+    ),
+    "frequency_penalty": (
+        [-2.01, 2.01, NAN, -INF, False, "0", None, HUGE],
+        "a finite number in [-2, 2]",
+    ),
+    "logit_bias": ([None, 3, "ab", b"a", {1}], "a mapping of token ids to numbers, or pairs"),
+    "top_logprobs": ([-1, 21, *WHOLE], "at least 0, at most 20"),
+    "provisional": ([None, 0, 1, "true", NAN], "true or false"),
     "eos_from": ([-1, *WHOLE], "at least 0"),
 }
 GOOD: dict[str, list[Any]] = {
@@ -61,6 +72,11 @@ GOOD: dict[str, list[Any]] = {
     "min_steps_per_block": [None, 1, 16],
     "min_confidence_threshold": [None, 0, 0.0, 0.8],
     "stop": [(), ("a",), ("x" * 256, "日") * 8],
+    "presence_penalty": [-2, 0, 2.0],
+    "frequency_penalty": [-2.0, 0.0, 2],
+    "logit_bias": [(), ((0, -100.0), (2**31 - 1, 100.0)), tuple((i, 1.0) for i in range(1024))],
+    "top_logprobs": [0, 20],
+    "provisional": [False, True],
     "eos_from": [0, 10**9],
 }
 
@@ -103,6 +119,50 @@ def test_stop_strings_are_kept_as_a_tuple() -> None:
 def test_a_bad_stop_string_is_named_by_its_place(stop: Any, field: str, limit: str) -> None:
     with pytest.raises(InvalidRequestError, match=rf"^{field}: got .*{limit}"):
         GenerationParams(stop=stop)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {9: 1, 2: -0.5},
+        [(9, 1), (2, -0.5)],
+        [[2, -0.5], [9, 1.0]],
+        {np.int64(9): np.float32(1.0), torch.tensor(2): torch.tensor(-0.5)},
+    ],
+    ids=["mapping", "pairs", "lists", "arrays"],
+)
+def test_a_bias_is_kept_by_token(given: Any) -> None:
+    kept = GenerationParams(logit_bias=given).logit_bias
+    assert kept == ((2, -0.5), (9, 1.0))
+    assert [type(part) for pair in kept for part in pair] == [int, float] * 2
+
+
+@pytest.mark.parametrize(
+    ("bias", "field", "limit"),
+    [
+        (dict.fromkeys(range(1025), 0.0), "logit_bias", "at most 1024 tokens"),
+        ({-1: 0.0}, "logit_bias", "at least 0"),
+        ({2**31: 0.0}, "logit_bias", "at most 2147483647"),
+        ({10**5000: 0.0}, "logit_bias", "at most 2147483647"),
+        ({"5": 0.0}, "logit_bias", "a whole number"),
+        ({True: 0.0}, "logit_bias", "a whole number"),
+        ([(5, 1.0, 2)], "logit_bias", "or pairs of these"),
+        ([5], "logit_bias", "or pairs of these"),
+        ({5: 100.1}, r"logit_bias\[5\]", r"a finite number in \[-100, 100\]"),
+        ({5: NAN}, r"logit_bias\[5\]", "a finite number"),
+        ({5: None}, r"logit_bias\[5\]", "a finite number"),
+        ([(7, 1.0), (5, 1.0), (5, 1.0)], r"logit_bias\[5\]", "one for a token"),
+    ],
+)
+def test_a_bad_bias_is_named_by_its_token(bias: Any, field: str, limit: str) -> None:
+    with pytest.raises(InvalidRequestError, match=rf"^{field}: got .*{limit}"):
+        GenerationParams(logit_bias=bias)
+
+
+def test_a_bias_is_of_the_vocabulary() -> None:
+    check(GenerationParams(logit_bias={49: 1.0}), [1])  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match=r"^logit_bias\[50\]: got 50, .* below 50"):
+        check(GenerationParams(logit_bias={3: 1.0, 50: 1.0, 51: 1.0}), [1])  # type: ignore[arg-type]
 
 
 def test_the_first_position_of_eos_follows_from_the_prompt() -> None:

@@ -20,9 +20,11 @@ PREDICTIONS = ("trace.predicted", "trace.confidence")
 
 def test_every_recorded_case_holds(folder: Path) -> None:
     lines: list[str] = []
-    assert verify_folder(folder, report=lines.append)
+    told: list[tuple[int, int, str]] = []
+    assert verify_folder(folder, report=lines.append, progress=lambda *one: told.append(one))
     cases = json.loads((folder / "manifest.json").read_text())["cases"]
     assert len(lines) == len(cases) + 1
+    assert told == [(index, len(cases), case["id"]) for index, case in enumerate(cases)]
     for case, line in zip(cases, lines, strict=False):
         assert line.split()[:3] == ["ok", case["kind"], case["id"]]
     assert lines[-1].startswith(f"{len(cases)} of {len(cases)} cases hold ({folder.name}, cpu")

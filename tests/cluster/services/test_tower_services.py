@@ -1,0 +1,153 @@
+"""The proxy of a denoiser tower asks its actor for drafts only if somebody watches."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from twotower.cluster.services.colocated import ColocatedActor
+from twotower.cluster.services.tower_services import (
+    DenoiserTowerActor,
+    DenoiserTowerService,
+    RemoteDenoiser,
+    Side,
+)
+from twotower.cluster.topology import PairTopology
+from twotower.towers.decoding.services import Block, ProvisionalBlock, Watcher
+from twotower.towers.engine.options import EngineOptions
+from twotower.towers.errors import NumericalError, UnavailableError
+from twotower.towers.request.params import GenerationParams
+
+PARAMS = GenerationParams(seed=1)
+BLOCK = Block(3, (7, 8), (0, 1), (0.5, 0.5), nfe=3)
+DRAFTS = [ProvisionalBlock(3, step, (7, step), (False, True), (0.5, 0.25)) for step in (0, 1)]
+TOPOLOGY = PairTopology(
+    model_path="",
+    device="cpu",
+    dtype="float32",
+    engine=EngineOptions(),
+    cpus_per_tower=0.4,
+    gpus_per_tower=0.0,
+)
+
+
+class Engine:
+    """Makes the block over and over, and writes down how it was asked."""
+
+    def __init__(self, *, fail: Exception | None = None) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self._fail = fail
+
+    async def denoise_block(self, *how: Any) -> Block:
+        *asked, watch = how
+        self.asked.append((*asked, watch is not None))
+        for draft in DRAFTS if watch else ():
+            watch(draft)
+            await asyncio.sleep(0)
+        if self._fail is not None:
+            raise self._fail
+        return BLOCK
+
+
+class Method:
+    """A method of an actor as Ray calls it: with each answer something to await."""
+
+    def __init__(self, actor: Any, name: str, kinds: list[str], death: Exception | None) -> None:
+        self._method = getattr(actor, name)
+        self._kinds = kinds
+        self._death = death
+        self._streams = False
+
+    def options(self, *, num_returns: str) -> Method:
+        assert num_returns == "streaming"
+        self._streams = True
+        return self
+
+    def remote(self, *args: Any) -> Any:
+        self._kinds.append("stream" if self._streams else "call")
+        return self._stream(*args) if self._streams else self._method(*args)
+
+    async def _stream(self, *args: Any) -> AsyncIterator[Awaitable[Any]]:
+        async def given(value: Any) -> Any:
+            if isinstance(value, Exception):
+                raise value
+            return value
+
+        try:
+            async for item in self._method(*args):
+                yield given(item)
+                if self._death is not None:
+                    yield given(self._death)
+                    return
+        except Exception as error:
+            yield given(RayTaskError("watched_block", "trace", error).as_instanceof_cause())
+
+
+class Actor:
+    """The handle of an actor with such methods; `kinds` are the calls that were made."""
+
+    def __init__(self, actor: Any, death: Exception | None = None) -> None:
+        self._actor = actor
+        self._death = death
+        self.kinds: list[str] = []
+
+    def __getattr__(self, name: str) -> Method:
+        return Method(self._actor, name, self.kinds, self._death)
+
+
+def remote(
+    side: Side | None, engine: Engine, death: Exception | None = None
+) -> tuple[DenoiserTowerService, Actor]:
+    """The proxy of a tower alone, or of one that shares its process."""
+    if side is None:
+        tower = DenoiserTowerActor(TOPOLOGY)
+        tower.run(engine)  # type: ignore[arg-type]
+        actor = Actor(tower, death)
+    else:
+        both = ColocatedActor(TOPOLOGY)
+        both._denoiser.run(engine)  # type: ignore[arg-type]
+        actor = Actor(both, death)
+    return RemoteDenoiser(actor, side), actor
+
+
+async def denoise(tower: DenoiserTowerService, watch: Watcher | None) -> Block:
+    return await tower.denoise_block("row", 3, PARAMS, (7,), (5, 7), watch)
+
+
+SIDES: list[Any] = [None, "denoiser"]
+
+
+@pytest.mark.parametrize("side", SIDES, ids=["apart", "colocated"])
+async def test_drafts_come_over_a_stream_and_last_the_block(side: Side | None) -> None:
+    engine = Engine()
+    tower, actor = remote(side, engine)
+    seen: list[ProvisionalBlock] = []
+    assert await denoise(tower, seen.append) == BLOCK
+    assert seen == DRAFTS
+    assert actor.kinds == ["stream"]
+    assert engine.asked == [("row", 3, PARAMS, (7,), (5, 7), True)]
+
+
+@pytest.mark.parametrize("side", SIDES, ids=["apart", "colocated"])
+async def test_without_a_watcher_it_is_one_call(side: Side | None) -> None:
+    engine = Engine()
+    tower, actor = remote(side, engine)
+    assert await denoise(tower, None) == BLOCK
+    assert actor.kinds == ["call"]
+    assert engine.asked == [("row", 3, PARAMS, (7,), (5, 7), False)]
+
+
+@pytest.mark.parametrize("side", SIDES, ids=["apart", "colocated"])
+async def test_errors_of_a_stream_are_those_of_the_tower(side: Side | None) -> None:
+    seen: list[ProvisionalBlock] = []
+    tower, _ = remote(side, Engine(fail=NumericalError("nan")))
+    with pytest.raises(NumericalError, match="nan"):
+        await denoise(tower, seen.append)
+    assert seen == DRAFTS
+    tower, _ = remote(side, Engine(), ActorDiedError())
+    with pytest.raises(UnavailableError, match="is gone"):
+        await denoise(tower, seen.append)
