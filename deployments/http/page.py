@@ -9,7 +9,14 @@ from fastapi import APIRouter
 from starlette.responses import FileResponse, Response
 
 _FOLDER = Path(__file__).parent / "page"
-_FILES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+_FILES = {
+    "index.html": "text/html",
+    "page.css": "text/css",
+    "page.js": "text/javascript",
+    "column.js": "text/javascript",
+    "service.js": "text/javascript",
+    "trace.js": "text/javascript",
+}
 # The page loads its own files and talks to its own server, and nobody may frame it.
 _HEADERS = {
     "content-security-policy": (
@@ -26,12 +33,12 @@ def page_routes() -> APIRouter:
     """`/`, and the files that it names."""
     router = APIRouter(include_in_schema=False)
 
-    @router.get("/")
+    @router.api_route("/", methods=["GET", "HEAD"])
     async def page() -> Response:
         return _file("index.html")
 
     for name in _FILES:
-        router.add_api_route(f"/page/{name}", _answering(name), methods=["GET"])
+        router.add_api_route(f"/page/{name}", _answering(name), methods=["GET", "HEAD"])
     return router
 
 
