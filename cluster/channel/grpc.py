@@ -91,7 +91,7 @@ class GrpcStateLink:
         self._replay_tensors = replay_tensors
         self._device = device
         self._timeout = receipt_timeout_s
-        self._transfers = transfers or Transfers()
+        self.transfers = transfers or Transfers()
         self._next_index: dict[str, int] = {}
         self._on_the_way: dict[str, Outgoing] = {}
         self._unsent: dict[int, Outgoing] = {}
@@ -198,7 +198,8 @@ class GrpcStateLink:
             raise UnavailableError("the denoiser tower does not answer") from None
         finally:
             self._settled(update)
-        self._transfers.took(update.num_bytes, time.monotonic_ns() - finished)
+        if outcome == state_pb2.StateReceipt.OUTCOME_APPLIED:
+            self.transfers.took(update.num_bytes, time.monotonic_ns() - finished)
         if outcome != state_pb2.StateReceipt.OUTCOME_REFUSED:
             row_id = update.header.row_id
             if row_id in self._next_index:

@@ -20,6 +20,7 @@ from twotower.deployments.access.errors import (
 )
 from twotower.deployments.routing.retry import LostTooOftenError
 from twotower.deployments.telemetry.errors import ERROR_ANSWERS
+from twotower.deployments.telemetry.logs import REQUEST_ID
 from twotower.protos.refusals import (
     BUSY_TEXT,
     INTERNAL_TEXT,
@@ -85,6 +86,7 @@ def _shown(error: BaseException) -> str:
 
 def refuse(context: Any, error: BaseException, request_id: str) -> NoReturn:
     """Sets the status of a Serve gRPC call and ends it."""
+    REQUEST_ID.set(request_id)
     code, details = status_of(error, request_id)
     ERROR_ANSWERS.note(code.name)
     if details.startswith(INTERNAL_TEXT):
