@@ -91,8 +91,13 @@ class CompletionRecord:
     ) -> None:
         reason, code = self._outcome(error)
         seconds = self._metrics.ended(reason)
-        usage = self._log.usage
-        fields = {
+        log_completion(self._line(reason, code, seconds))
+        if self._recorder.traces is not None:
+            self._recorder.traces.ended(self._trace(reason, code, seconds))
+
+    def _line(self, reason: str, code: str, seconds: float) -> dict[str, object]:
+        usage, first_s = self._log.usage, self._metrics.first_s
+        return {
             "request_id": self._origin.request_id,
             "key": self._origin.caller,
             "mode": self._mode,
@@ -103,11 +108,8 @@ class CompletionRecord:
             "finish_reason": reason,
             "code": code,
             "seconds": round(seconds, 6),
-            "ttft": None if self._metrics.first_s is None else round(self._metrics.first_s, 6),
+            "ttft": None if first_s is None else round(first_s, 6),
         }
-        log_completion(fields)
-        if self._recorder.traces is not None:
-            self._recorder.traces.ended(self._trace(reason, code, seconds))
 
     def _outcome(self, error: BaseException | None) -> tuple[str, str]:
         """Reason and status; whoever goes after the last block has had everything."""

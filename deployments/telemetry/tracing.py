@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import BoundedSemaphore
 
 from opentelemetry import trace
@@ -58,8 +58,7 @@ class Tracing:
         if not self._places.acquire(blocking=False):
             logger.debug("%d completions wait for their spans: one is not traced", MAX_WAITING)
             return
-        made = self._maker.submit(self._make, completion)
-        made.add_done_callback(lambda _: self._places.release())
+        self._maker.submit(self._make, completion).add_done_callback(self._made)
 
     def flush(self) -> None:
         """Waits until all that has ended was sent."""
@@ -71,6 +70,12 @@ class Tracing:
         """Sends what is left."""
         self._maker.shutdown()
         self._provider.shutdown()
+
+    def _made(self, made: Future[None]) -> None:
+        self._places.release()
+        error = made.exception()
+        if error is not None:
+            logger.error("the spans of a completion could not be made", exc_info=error)
 
     def _make(self, completion: Trace) -> None:
         carrier = {"traceparent": completion.traceparent} if completion.traceparent else {}
