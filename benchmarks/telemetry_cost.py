@@ -1,10 +1,10 @@
 """What metrics, traces and log lines cost: tokens a second with and without them.
 
 Rows of the shipped model run through a router's completions and a pair in this process, whose only
-busy thread every microsecond of telemetry is taken from. Metrics go to Ray, traces of all requests
-to a collector in another process, and each run ends when all was sent. Seconds are those of this
-process's threads on the CPU, so that other work on the machine does not count. Runs with and
-without alternate; the figure is the median of the ratios of neighbours.
+busy thread every microsecond of telemetry is taken from. Metrics go to Ray, traces to a collector
+in another process, and each run ends when all was sent. Seconds are those of this process's threads
+on the CPU, so that other work on the machine does not count. Runs with and without alternate; the
+figure is the median of the ratios of neighbours.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ async def compare(args: argparse.Namespace, endpoint: str) -> None:
     """Prints the table."""
     folder = resolve_checkpoint(args.model)
     handle = HandleHere(folder, max_num_seqs=args.rows, max_context=1024)
-    service = Completions(ServiceConfig(model=args.model, otlp_endpoint=endpoint), handle)
+    config = ServiceConfig(model=args.model, otlp_endpoint=endpoint, trace_sample_ratio=args.traced)
+    service = Completions(config, handle)
     kept = service.recorder
     none = NoRecorder(kept.metrics, kept.code_of)
     print("| mode | with, tokens per CPU second | without | ratio | worst and best pair of runs |")
@@ -148,6 +149,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--traced", type=float, default=1.0, help="share of requests")
     parser.add_argument("--modes", nargs="+", default=["mask_diffusion", "ar"])
     args = parser.parse_args()
     print(machine(1))

@@ -199,7 +199,7 @@ class ServiceConfig(BaseModel):
         "`http://localhost:4318`; needs the extra `tracing`; none = no traces",
     )
     trace_sample_ratio: float = Field(
-        1.0,
+        0.1,
         ge=0,
         le=1,
         description="share of the requests without a trace context of their own that are traced",

@@ -63,11 +63,14 @@ class CompletionRecord:
         self._log = log
         self._pair = ""
         self._metrics: CompletionMetrics
+        self._began = 0.0
         self._blocks: list[tuple[BlockTiming, dict[str, int]]] = []
 
     def __enter__(self) -> CompletionRecord:
         origin = self._origin
         REQUEST_ID.set(origin.request_id)
+        # By one look at both clocks: spans are in wall time, and the request came a while ago.
+        self._began = time.time() - (time.monotonic() - origin.arrived)
         self._metrics = CompletionMetrics(self._recorder.metrics, self._mode, origin.arrived)
         return self
 
@@ -120,7 +123,7 @@ class CompletionRecord:
         return "error", self._recorder.code_of(error)
 
     def _trace(self, reason: str, code: str, seconds: float) -> Trace:
-        end, usage = time.time(), self._log.usage
+        usage = self._log.usage
         attributes = {
             "twotower.request_id": self._origin.request_id,
             "twotower.model": self._recorder.metrics.model,
@@ -134,9 +137,9 @@ class CompletionRecord:
         }
         return Trace(
             traceparent=self._origin.traceparent,
-            begin=end - seconds,
+            begin=self._began,
             mode=self._mode,
-            end=end,
+            end=self._began + seconds,
             attributes=attributes,
             error=code if reason == "error" else None,
             blocks=self._blocks,

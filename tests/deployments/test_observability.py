@@ -70,6 +70,7 @@ def observed(tiny_text: Path) -> Iterator[Observed]:
             api_keys=[ApiKey(name="operator", sha256=digest, admin=True)],
             log_format="json",
             otlp_endpoint=collector.address,
+            trace_sample_ratio=1.0,
         )
         headers = {"authorization": f"Bearer {key}", "x-request-id": "observed-1"}
         url = f"http://127.0.0.1:{config.http_port}"

@@ -30,7 +30,8 @@ SLACK_NS = 5_000_000
 def traced(fronts: Fronts, **settings: Any) -> Iterator[tuple[FrontHere, Collector]]:
     """A front that has sent all it has to a collector when the block ends."""
     with collecting() as collector:
-        front = fronts(otlp_endpoint=collector.address, **settings)
+        given = {"trace_sample_ratio": 1.0, **settings}
+        front = fronts(otlp_endpoint=collector.address, **given)
         yield front, collector
     assert collector.spans == [] or collector.services == {"twotower"}
 
