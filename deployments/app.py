@@ -22,6 +22,8 @@ from twotower.deployments.pair.metrics import PairMetrics
 from twotower.deployments.pair.tower_pair import TowerPair
 from twotower.deployments.router.router import Router
 from twotower.deployments.router.waiting import WatchedRouter
+from twotower.deployments.telemetry.exporter import check_exporter
+from twotower.deployments.telemetry.logs import serve_logging
 from twotower.towers.errors import ConfigError
 from twotower.towers.limits import usable_cpus
 
@@ -55,10 +57,13 @@ def build_app(
     not take.
     """
     config.checkpoint()
+    if config.otlp_endpoint is not None:
+        check_exporter()
     topology = topology or config.topology()
     pair = _placed(serve.deployment(TowerPair), config, topology).options(
         name=PAIR_DEPLOYMENT,
         max_ongoing_requests=_pair_requests(config),
+        logging_config=serve_logging(config.log_format),
         max_constructor_retry_count=START_ATTEMPTS,
         request_router_config=RequestRouterConfig(
             request_router_class=PAIR_CHOOSER, request_routing_stats_period_s=REPORT_S
@@ -71,9 +76,11 @@ def build_app(
         ray_actor_options={"num_cpus": ROUTER_CPUS},
         num_replicas=config.num_routers,
         max_ongoing_requests=ROUTER_ONGOING,
+        logging_config=serve_logging(config.log_format),
         **_watching(config),
     )
-    towers = pair.bind(partial(start_towers, topology), PairMetrics, config.dial())
+    metrics = partial(PairMetrics.of_replica, config.shown_name())
+    towers = pair.bind(partial(start_towers, topology), metrics, config.dial())
     return router.bind(config, towers)
 
 

@@ -22,6 +22,7 @@ from twotower.deployments.access.keys import ApiKey, check_distinct
 from twotower.deployments.pair.autoscaling import PairAutoscaling
 from twotower.deployments.pair.overload import OverloadDial
 from twotower.deployments.settings_file import check_names, read_settings
+from twotower.deployments.telemetry.logs import LogFormat
 from twotower.protos.incoming import (
     MESSAGE_VARIABLE,
     MOST_MESSAGE_BYTES,
@@ -194,6 +195,21 @@ class ServiceConfig(BaseModel):
     autoscaling: PairAutoscaling | None = Field(
         None, description="pairs that come and go with the load, in place of num_pairs"
     )
+    log_format: LogFormat = Field(
+        "text", description="text or json: lines of the service's logs, with a request's name"
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s]{1,2000}$",
+        description="OpenTelemetry collector (OTLP over HTTP) that takes traces, as "
+        "`http://localhost:4318`; needs the extra `tracing`; none = no traces",
+    )
+    trace_sample_ratio: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="share of the requests without a trace context of their own that are traced",
+    )
     health_check_period_s: float = Field(2.0, gt=0)
     health_check_timeout_s: float = Field(30.0, gt=0)
     graceful_shutdown_timeout_s: float = Field(20.0, ge=0)
@@ -285,6 +301,10 @@ class ServiceConfig(BaseModel):
             field = ".".join(str(part) for part in first["loc"]) or "settings"
             field = field if field.isprintable() else repr(field)
             raise ConfigError(f"{field}: {first['msg']}{_got(first)}") from None
+
+    def shown_name(self) -> str:
+        """The model's name for clients. Raises CheckpointError without a checkpoint."""
+        return self.model_name or resolve_checkpoint(self.model).name
 
     def access(self) -> Access:
         """Who may call, as each of the service's routers decides it."""

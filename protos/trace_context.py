@@ -25,6 +25,13 @@ def trace_parent_of(given: Iterable[str]) -> str:
     return f"00-{_drawn(16)}-{_drawn(8)}-00"
 
 
+def given_trace(given: Iterable[str]) -> str | None:
+    """The caller's `traceparent` out of all headers of that name, None without a valid one."""
+    headers = list(given)
+    found = trace_parent_of(headers)
+    return found if found in headers else None
+
+
 def trace_id_of(trace_parent: str) -> str:
     """The trace in a valid `traceparent`, 32 digits. Raises ValueError for an invalid one."""
     found = _FORM.fullmatch(trace_parent)

@@ -54,19 +54,22 @@ WINGS = {
     "cluster/placement": "cluster/topology cluster/channel cluster/services",
     "deployments/settings_file": "",
     "deployments/access": "deployments/settings_file",
-    "deployments/pair": "towers/decoding towers/engine cluster/services",
+    "deployments/telemetry": "towers/decoding",
+    "deployments/pair": "towers/decoding towers/engine cluster/services deployments/telemetry",
     "deployments/config": "towers/text towers/checkpoint towers/engine protos cluster/topology "
-    "deployments/settings_file deployments/access deployments/pair",
+    "deployments/settings_file deployments/access deployments/telemetry deployments/pair",
     "deployments/routing": "towers/decoding protos cluster/services deployments/pair",
     "deployments/completions": "towers/text towers/decoding towers/checkpoint protos "
-    "cluster/services deployments/access deployments/config deployments/pair deployments/routing",
+    "cluster/services deployments/access deployments/telemetry deployments/config "
+    "deployments/pair deployments/routing",
     "deployments/http": "towers/text towers/decoding protos cluster/services deployments/access "
-    "deployments/config deployments/completions",
+    "deployments/telemetry deployments/config deployments/completions",
     "deployments/router": "towers/decoding protos cluster/placement deployments/access "
     "deployments/config deployments/completions deployments/http",
-    "deployments/app": "cluster/topology cluster/placement deployments/config deployments/pair "
-    "deployments/router",
-    "deployments/server": "protos cluster/placement deployments/config deployments/http "
+    "deployments/app": "cluster/topology cluster/placement deployments/telemetry "
+    "deployments/config deployments/pair deployments/router",
+    "deployments/server": "protos cluster/placement deployments/telemetry deployments/config "
+    "deployments/http "
     "deployments/router deployments/app",
     "client": "protos",
     "planner": "towers/state towers/checkpoint towers/engine towers/decoding",

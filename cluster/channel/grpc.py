@@ -9,6 +9,7 @@ stays broken: the pair replaces the link whole.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from twotower.cluster.channel.allocator import keep_freed_memory
 from twotower.cluster.channel.carrier import BesideFrame, Carrier, CarrierError, InFrame
 from twotower.cluster.channel.outgoing import Outgoing, ShareQueue
 from twotower.cluster.channel.tls import TARGET_NAME, channel_credentials
+from twotower.cluster.channel.transfers import Transfers
 from twotower.cluster.topology import Transport
 from twotower.protos.v1 import state_pb2
 from twotower.towers.config.model_config import TwoTowerConfig
@@ -68,7 +70,8 @@ class GrpcStateLink:
 
     Updates leave from `device` (that of the tower for NCCL, otherwise the CPU) as `dtype`, the
     tower's; shares that are there already are read where they stand. `replay_tensors` are the
-    context tower's, sent when the stream opens: with them the receiver replays deltas.
+    context tower's, sent when the stream opens: with them the receiver replays deltas. What was
+    carried is counted in `transfers`.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class GrpcStateLink:
         *,
         device: torch.device = CPU,
         receipt_timeout_s: float = RECEIPT_TIMEOUT_S,
+        transfers: Transfers | None = None,
     ) -> None:
         self._spec = spec
         self._config = config
@@ -87,6 +91,7 @@ class GrpcStateLink:
         self._replay_tensors = replay_tensors
         self._device = device
         self._timeout = receipt_timeout_s
+        self.transfers = transfers or Transfers()
         self._next_index: dict[str, int] = {}
         self._on_the_way: dict[str, Outgoing] = {}
         self._unsent: dict[int, Outgoing] = {}
@@ -182,6 +187,7 @@ class GrpcStateLink:
             await self._channel.close(grace=None)
 
     async def _receipt(self, update: Outgoing) -> int:
+        finished = time.monotonic_ns()
         try:
             # Without a limit as a whole: the writer gives up when nothing moves any more.
             await update.written
@@ -192,6 +198,8 @@ class GrpcStateLink:
             raise UnavailableError("the denoiser tower does not answer") from None
         finally:
             self._settled(update)
+        if outcome == state_pb2.StateReceipt.OUTCOME_APPLIED:
+            self.transfers.took(update.num_bytes, time.monotonic_ns() - finished)
         if outcome != state_pb2.StateReceipt.OUTCOME_REFUSED:
             row_id = update.header.row_id
             if row_id in self._next_index:

@@ -45,6 +45,11 @@ class LinkFan:
             }
             await last.close()
 
+    @property
+    def connected(self) -> bool:
+        """True once there is a link."""
+        return bool(self._links)
+
     def broken(self) -> list[int]:
         """Indices of the links that do not work any more."""
         return [index for index, link in self._links.items() if _is_broken(link)]

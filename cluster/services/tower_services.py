@@ -22,6 +22,7 @@ from twotower.cluster.channel.grpc import CPU, GrpcStateLink, LinkSpec
 from twotower.cluster.channel.link_fan import Link, LinkFan
 from twotower.cluster.channel.receiver import StateReceiver
 from twotower.cluster.channel.tls import new_identity
+from twotower.cluster.channel.transfers import Transfers
 from twotower.cluster.services.loading import loaded
 from twotower.cluster.services.ray_errors import detached, plainly
 from twotower.cluster.services.watch import Watch
@@ -320,6 +321,7 @@ class ContextTowerActor(EngineService[ContextEngine], ContextTowerService):
     def __init__(self, topology: PairTopology) -> None:
         super().__init__(topology)
         self._links = LinkFan()
+        self._transfers = Transfers()
         self._disturbed: set[int] = set()
 
     async def load(self) -> None:
@@ -340,6 +342,7 @@ class ContextTowerActor(EngineService[ContextEngine], ContextTowerService):
             tower.dtype,
             tower.replay_tensors(),
             device=tower.device if link.transport == "nccl" else CPU,
+            transfers=self._transfers,
         )
         faults = self._topology.faults
         if faults is not None and denoiser not in self._disturbed:
@@ -360,6 +363,18 @@ class ContextTowerActor(EngineService[ContextEngine], ContextTowerService):
 
     async def broken_links(self) -> list[int]:
         return self._links.broken()
+
+    async def stats(self) -> EngineStats:
+        """The engine's counters, and what the links have carried, if there are any."""
+        stats, carried = await super().stats(), self._transfers
+        if not self._links.connected:
+            return stats
+        return replace(
+            stats,
+            transfers=carried.updates,
+            transfer_bytes=carried.num_bytes,
+            transfer_seconds=carried.nanoseconds / 1e9,
+        )
 
     async def close(self) -> None:
         """Closes every link."""

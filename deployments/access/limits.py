@@ -46,6 +46,11 @@ class KeyLimits:
         self._lock = threading.Lock()
 
     @property
+    def name(self) -> str:
+        """The name of the key."""
+        return self._name
+
+    @property
     def running(self) -> int:
         """Requests that are admitted and not released."""
         return self._running
@@ -104,6 +109,11 @@ class Admission:
         self._limits = limits
         self._lock = threading.Lock()
         self._released = False
+
+    @property
+    def name(self) -> str:
+        """The name of the key."""
+        return self._limits.name
 
     def charge(self, tokens: int) -> None:
         """Counts tokens of the prompt or the output, as soon as they are known."""

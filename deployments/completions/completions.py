@@ -20,12 +20,16 @@ from twotower.deployments.completions.chat import load_chat_template
 from twotower.deployments.completions.counters import RouterLoad
 from twotower.deployments.completions.encoding import TextReader
 from twotower.deployments.completions.requests import CompletionRequest, Input
+from twotower.deployments.completions.status import status_name
 from twotower.deployments.config import ServiceConfig
 from twotower.deployments.pair.tower_pair import Job
 from twotower.deployments.routing import pairs as table
 from twotower.deployments.routing.attempts import Attempts, PairClient, attempt_id
 from twotower.deployments.routing.policy import Room
 from twotower.deployments.routing.retry import RetryPolicy
+from twotower.deployments.telemetry.logs import REQUEST_ID
+from twotower.deployments.telemetry.open import open_recorder
+from twotower.deployments.telemetry.record import CompletionRecord, Origin
 from twotower.towers.checkpoint.weights import resolve_checkpoint
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.decoding.commit_log import CommitLog
@@ -80,6 +84,7 @@ class Completion:
         log: CommitLog,
         index: int,
         charge: Charge,
+        record: CompletionRecord,
     ) -> None:
         self.index = index
         self.prompt = job.prompt
@@ -90,6 +95,7 @@ class Completion:
         self._load = load
         self._job = job
         self._charge = charge
+        self._record = record
 
     @property
     def seed(self) -> int:
@@ -104,14 +110,17 @@ class Completion:
         self._load.began(self.log.usage)
         self._charge(self.log.prompt_tokens)
         try:
-            blocks = commit_blocks(self._attempts.blocks(self._job, self.log), self.text, self.log)
-            async with aclosing(blocks) as items:
-                async for block, text in items:
-                    if isinstance(block, Block):
-                        self._load.committed(block, first=not began)
-                        self._charge(len(block.token_ids))
-                        began = True
-                    yield block, text
+            with self._record as record:
+                source = self._attempts.blocks(self._job, self.log, record.served_by)
+                blocks = commit_blocks(source, self.text, self.log)
+                async with aclosing(blocks) as items:
+                    async for block, text in items:
+                        if isinstance(block, Block):
+                            record.committed(block)
+                            self._load.committed(block, first=not began)
+                            self._charge(len(block.token_ids))
+                            began = True
+                        yield block, text
         finally:
             self._load.ended(began=began)
 
@@ -137,7 +146,7 @@ class Completions:
             name: self._spelled(getattr(model, f"{name}_id")) for name in SPECIAL_TOKENS
         }
         self.model = ServedModel(
-            name=config.model_name or folder.name,
+            name=config.shown_name(),
             version=twotower.__version__,
             vocab_size=model.vocab_size,
             max_context=max_context,
@@ -147,6 +156,7 @@ class Completions:
             layer_pattern=model.layer_pattern,
             dtype=config.dtype,
         )
+        self.recorder = open_recorder(config, status_name)
 
     async def admit(
         self,
@@ -159,6 +169,8 @@ class Completions:
         Sizes are checked before anything else. Raises InvalidRequestError, and QueueFullError if
         too many texts wait to be encoded.
         """
+        REQUEST_ID.set(request.request_id)
+        self.recorder.metrics.let_in(request.caller)
         self.reader.check_count("generated_token_ids", len(request.generated))
         modes = self.model.modes
         if request.params.mode not in modes:
@@ -171,7 +183,7 @@ class Completions:
         check([])
         check_ids("generated_token_ids", generated, self.model.vocab_size)
         return [
-            await self._begin(tuple(prompt), params, generated, index, charge)
+            await self._begin(tuple(prompt), params, request, index, charge)
             for index, params in enumerate(request.choices(), first_index)
         ]
 
@@ -184,17 +196,20 @@ class Completions:
         self,
         prompt: tuple[int, ...],
         params: GenerationParams,
-        generated: tuple[int, ...],
+        request: CompletionRequest,
         index: int,
         charge: Charge,
     ) -> Completion:
+        generated = request.generated
         begin = partial(begin_output, self.tokenizer, params, len(prompt), generated)
         text, log = await self.reader.run(_work_of(params, generated), begin)
         if log.finish_reason is None:
             limits = self.model.vocab_size, self.model.max_context
             params.check_row(list(prompt), *limits, list(generated))
         job = Job(attempt_id(), prompt, generated, params)
-        return Completion(self._attempts, self._load, job, text, log, index, charge)
+        origin = Origin(request.request_id, request.caller, request.traceparent, request.arrived)
+        record = self.recorder.completion(origin, params.mode, log)
+        return Completion(self._attempts, self._load, job, text, log, index, charge, record)
 
     async def token_ids(self, field: str, given: Input) -> list[int]:
         """The ids of a text or of ids, not yet checked against the vocabulary.

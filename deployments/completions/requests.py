@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass, field, replace
 
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.request.number_checks import check_whole
@@ -27,9 +28,10 @@ class NotServedError(InvalidRequestError):
 class CompletionRequest:
     """A prompt, and the parameters of its `n` completions.
 
-    `generated` are tokens of an earlier stream, which this one goes on after. Raises
-    InvalidRequestError on construction for more choices than a request may have, and for several
-    that are to go on.
+    `generated` are tokens of an earlier stream, which this one goes on after. `caller` names the
+    key that was used, `traceparent` is the request's W3C trace context, and `arrived` the monotonic
+    time at which it came. Raises InvalidRequestError on construction for more choices than a
+    request may have, and for several that are to go on.
     """
 
     request_id: str
@@ -37,6 +39,9 @@ class CompletionRequest:
     params: GenerationParams
     generated: tuple[int, ...] = ()
     n: int = 1
+    caller: str = ""
+    traceparent: str | None = None
+    arrived: float = field(default_factory=time.monotonic, compare=False)
 
     def __post_init__(self) -> None:
         check_whole("n", self.n, 1, MAX_CHOICES)

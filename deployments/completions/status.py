@@ -20,6 +20,8 @@ from twotower.deployments.access.errors import (
 )
 from twotower.deployments.completions.requests import NotServedError
 from twotower.deployments.routing.retry import LostTooOftenError
+from twotower.deployments.telemetry.errors import ERROR_ANSWERS
+from twotower.deployments.telemetry.logs import REQUEST_ID
 from twotower.protos.refusals import (
     BUSY_TEXT,
     INTERNAL_TEXT,
@@ -70,6 +72,11 @@ def status_of(error: BaseException, request_id: str) -> tuple[grpc.StatusCode, s
     return grpc.StatusCode.INTERNAL, f"{INTERNAL_TEXT} {request_id}"
 
 
+def status_name(error: BaseException) -> str:
+    """The name of the gRPC status for an error."""
+    return status_of(error, "")[0].name
+
+
 def _shown(error: BaseException) -> str:
     text = str(error)[:MAX_DETAILS]
     if isinstance(error, NumericalError):
@@ -81,7 +88,9 @@ def _shown(error: BaseException) -> str:
 
 def refuse(context: Any, error: BaseException, request_id: str) -> NoReturn:
     """Sets the status of a Serve gRPC call and ends it."""
+    REQUEST_ID.set(request_id)
     code, details = status_of(error, request_id)
+    ERROR_ANSWERS.note(code.name)
     if details.startswith(INTERNAL_TEXT):
         logger.error("request %s failed", request_id, exc_info=error)
     context.set_code(code)

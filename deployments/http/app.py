@@ -33,6 +33,7 @@ from twotower.deployments.http.completions import complete
 from twotower.deployments.http.errors import NotFoundError, add_handlers
 from twotower.deployments.http.exchange import Exchange, check_model
 from twotower.deployments.http.front import Front
+from twotower.deployments.http.metrics import metrics_routes
 from twotower.deployments.http.page import page_routes
 from twotower.protos.incoming import longest_body
 
@@ -54,6 +55,7 @@ def build_http_app(service: Completions, config: ServiceConfig, access: Access) 
     app.include_router(completion_routes(service))
     app.include_router(model_routes(service))
     app.include_router(admin_routes(service))
+    app.include_router(metrics_routes(service.recorder.metrics.instruments))
     app.include_router(page_routes())
     add_handlers(app)
     app.add_middleware(
@@ -186,7 +188,8 @@ def admin_routes(service: Completions) -> APIRouter:
 
 
 def _exchange(service: Completions, request: Request, body: Any, admission: Admission) -> Exchange:
-    return Exchange(service, body, request.state.request_id, admission)
+    state = request.state
+    return Exchange(service, body, state.request_id, admission, state.traceparent)
 
 
 @contextmanager

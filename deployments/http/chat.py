@@ -9,7 +9,6 @@ from dataclasses import replace
 from starlette.responses import StreamingResponse
 
 from twotower.deployments.completions.completions import Completion
-from twotower.deployments.completions.requests import CompletionRequest
 from twotower.deployments.http.answers import (
     ChatAlternative,
     ChatAnswer,
@@ -77,8 +76,7 @@ async def _admitted(exchange: Exchange, body: ChatBody) -> list[Completion]:
     if asked is None:
         room = params.most_tokens(len(ids), service.model.max_context)
         params = replace(params, max_tokens=max(1, room))
-    request = CompletionRequest(exchange.request_id, ids, params, n=exchange.choices)
-    return await service.admit(request, exchange.admission.charge)
+    return await service.admit(exchange.request(ids, params), exchange.admission.charge)
 
 
 async def _events(

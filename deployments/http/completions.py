@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from starlette.responses import StreamingResponse
 
 from twotower.deployments.completions.completions import Completion
-from twotower.deployments.completions.requests import MAX_CHOICES, CompletionRequest, Input
+from twotower.deployments.completions.requests import MAX_CHOICES, Input
 from twotower.deployments.http.answers import (
     Choice,
     ChoiceExtra,
@@ -117,7 +117,7 @@ async def _admitted(
     for index, given in enumerate(asked.prompts):
         ids = await service.token_ids("prompt", given)
         if asked.max_tokens:
-            request = CompletionRequest(exchange.request_id, ids, params, n=exchange.choices)
+            request = exchange.request(ids, params)
             first = index * exchange.choices
             completions += await service.admit(request, exchange.admission.charge, first)
         else:

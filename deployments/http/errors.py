@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from twotower.cluster.services.ray_errors import plain_error
 from twotower.deployments.completions.status import status_of
 from twotower.deployments.http.answers import ErrorAnswer, ErrorBody
+from twotower.deployments.telemetry.errors import ERROR_ANSWERS
 from twotower.protos.refusals import INTERNAL_TEXT, retry_after_of
 from twotower.towers.errors import InvalidRequestError, shorten
 
@@ -49,10 +50,13 @@ class TooLargeError(Exception):
 def answer_of(error: BaseException, request_id: str) -> tuple[int, ErrorAnswer]:
     """Status and body for an error; the text names a field or says what to do, never a place."""
     if isinstance(error, NotFoundError):
+        ERROR_ANSWERS.note(grpc.StatusCode.NOT_FOUND.name)
         return 404, _answer(str(error), "invalid_request_error", error.param, error.code)
     if isinstance(error, TooLargeError):
+        ERROR_ANSWERS.note(grpc.StatusCode.INVALID_ARGUMENT.name)
         return 413, _answer(str(error), "invalid_request_error", None, "request_too_large")
     code, text = status_of(error, request_id)
+    ERROR_ANSWERS.note(code.name)
     status, kind, name = _HTTP.get(code, _HTTP[grpc.StatusCode.INTERNAL])
     plain = plain_error(error)
     param = plain.field if isinstance(plain, InvalidRequestError) else None
@@ -81,6 +85,7 @@ def add_handlers(app: FastAPI) -> None:
 
     async def refuse_fields(_request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
+        ERROR_ANSWERS.note(grpc.StatusCode.INVALID_ARGUMENT.name)
         text, field = _first_fault(error.errors())
         return JSONResponse(_answer(text, "invalid_request_error", field, None).model_dump(), 400)
 

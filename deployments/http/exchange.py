@@ -12,6 +12,7 @@ from starlette.responses import StreamingResponse
 
 from twotower.deployments.access.limits import Admission
 from twotower.deployments.completions.completions import Completion, Completions
+from twotower.deployments.completions.requests import CompletionRequest
 from twotower.deployments.http.answers import (
     BlockAnswer,
     ChoiceExtra,
@@ -22,6 +23,7 @@ from twotower.deployments.http.answers import (
 from twotower.deployments.http.bodies import SamplingBody
 from twotower.deployments.http.errors import NotFoundError, answer_of
 from twotower.deployments.http.pieces import Piece, token_text
+from twotower.towers.request.params import GenerationParams
 from twotower.towers.request.results import Usage
 
 DONE = b"data: [DONE]\n\n"
@@ -32,13 +34,28 @@ _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 @dataclass(frozen=True)
 class Exchange:
     """A request by HTTP: its name, the service, and what was asked for. `admission` is its place
-    among its caller's requests, which it has until its answer has ended."""
+    among its caller's requests, which it has until its answer has ended, and `traceparent` its W3C
+    trace context."""
 
     service: Completions
     body: SamplingBody
     request_id: str
     admission: Admission
+    traceparent: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+    arrived: float = field(default_factory=time.monotonic)
+
+    def request(self, ids: list[int], params: GenerationParams) -> CompletionRequest:
+        """The request for the completions of a prompt."""
+        return CompletionRequest(
+            self.request_id,
+            ids,
+            params,
+            n=self.choices,
+            caller=self.admission.name,
+            traceparent=self.traceparent,
+            arrived=self.arrived,
+        )
 
     def check_model(self) -> None:
         """Raises NotFoundError for a model that is not served."""

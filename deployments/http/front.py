@@ -14,6 +14,8 @@ from twotower.deployments.access.pages import check_page
 from twotower.deployments.completions.requests import request_id_of
 from twotower.deployments.http.errors import error_response
 from twotower.deployments.http.middleware import MARK, App, Message, Receive, Scope, Send, bounded
+from twotower.deployments.telemetry.logs import REQUEST_ID
+from twotower.protos.trace_context import TRACE_PARENT, given_trace
 from twotower.towers.errors import InvalidRequestError
 
 # For everyone: the page, which has nothing of anybody, and probes. All other paths need a caller.
@@ -42,13 +44,18 @@ class Front:
             return
         headers, state = Headers(scope=scope), scope.setdefault("state", {})
         state["request_id"] = request_id = _request_id(headers.get("x-request-id", ""))
+        state["traceparent"] = trace = given_trace(headers.getlist(TRACE_PARENT))
+        REQUEST_ID.set(request_id)
         started = False
 
         async def marked(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message).append(MARK, twotower.__version__)
+                answer = MutableHeaders(scope=message)
+                answer.append(MARK, twotower.__version__)
+                if trace is not None:
+                    answer.append(TRACE_PARENT, trace)
             await send(message)
 
         try:

@@ -1,52 +1,78 @@
-"""A pair's load: as gauges of Ray's own metrics, for Prometheus and dashboards, and as the signals
-from which the number of pairs is decided."""
+"""A pair's load: as metrics, for Prometheus and dashboards, and as the signals from which the
+number of pairs is decided."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 
-from ray.util.metrics import Gauge
+from ray import serve
 
+from twotower.deployments.telemetry.instruments import Instruments, open_instruments
+from twotower.deployments.telemetry.names import PAIR
 from twotower.towers.engine.stats import EngineStats
 
 # Counters of each tower of a pair, by the tower's name: "context", "denoiser".
 PairStats = Mapping[str, EngineStats]
 
+# Metrics of a tower by the names of its counters, beside those of the same name.
 GAUGES = {
-    "rows": "Rows that are open or wait for room.",
-    "queued_rows": "Rows that wait for a slot and pages.",
-    "slots_used": "Slots of Mamba states in use.",
-    "pages_used": "Pages of K/V in use, the prefix cache's included.",
-    "state_bytes": "Bytes of slots and pages in use.",
-    "cache_hits": "Prompts of which the prefix cache had a part.",
-    "busy_share": "Share of the time since the last report that the tower spent in passes.",
+    **{name: name for name in ("rows", "queued_rows", "slots", "slots_used", "state_bytes")},
+    "prefix_cache_entries": "cache_entries",
+    "prefix_cache_bytes": "cache_bytes",
+}
+COUNTERS = {
+    "passes_total": "passes",
+    "pass_rows_total": "pass_rows",
+    "pass_tokens_total": "pass_tokens",
+    "pass_seconds_total": "pass_seconds",
+    "prefix_cache_prompt_hits_total": "cache_hits",
+    "prefix_cache_prompt_misses_total": "cache_misses",
+    "state_transfers_total": "transfers",
+    "state_transfer_bytes_total": "transfer_bytes",
+    "state_transfer_seconds_total": "transfer_seconds",
 }
 
 
 class PairMetrics:
-    """Gauges `twotower_*`, one value per tower; Ray adds the replica's own tags."""
+    """The metrics of the pair `pair` of a service of `model`, one value per tower."""
 
-    def __init__(self) -> None:
-        self._gauges = {
-            name: Gauge(f"twotower_{name}", description, tag_keys=("tower",))
-            for name, description in GAUGES.items()
-        }
-        self._eased = Gauge(
-            "twotower_eased", "Share of the way to their floors on which rows begin now."
-        )
+    def __init__(self, model: str, pair: str, instruments: Instruments | None = None) -> None:
+        self._labels = {"model": model, "pair": pair}
+        self._to = instruments or open_instruments(PAIR)
         self._last: dict[str, EngineStats] = {}
 
+    @classmethod
+    def of_replica(cls, model: str) -> PairMetrics:
+        """Those of the Serve replica that this process is."""
+        return cls(model, serve.get_replica_context().replica_id.unique_id)
+
     def report(self, stats: PairStats, eased: float) -> None:
-        """Sets every gauge that a tower has a value for, and that of the overload dial."""
-        self._eased.set(eased)
+        """Sets and adds what a tower has a value for, and sets the overload dial."""
+        self._to.set("eased", eased, self._labels)
         for tower, now in stats.items():
-            busy = now.busy_share_since(self._last.get(tower, now))
+            before = self._last.get(tower)
             self._last[tower] = now
-            known = {**now.report(), "busy_share": busy}
-            for name, gauge in self._gauges.items():
-                if name in known:
-                    gauge.set(known[name], tags={"tower": tower})
+            self._gauges(tower, now, now if before is None else before)
+            self._counters(tower, now, before)
+
+    def _gauges(self, tower: str, now: EngineStats, before: EngineStats) -> None:
+        known = now.report()
+        values = {name: known[own] for name, own in GAUGES.items() if own in known}
+        values["busy_share"] = now.busy_share_since(before)
+        if now.pages and now.pages_used is not None:
+            values["kv_cache_usage_perc"] = now.pages_used / now.pages
+        for name, value in values.items():
+            self._to.set(name, value, {**self._labels, "tower": tower})
+
+    def _counters(self, tower: str, now: EngineStats, before: EngineStats | None) -> None:
+        known, last = now.report(), {} if before is None else before.report()
+        for name, own in COUNTERS.items():
+            if own in known:
+                # A tower that was started anew counts from 0 again.
+                grown = known[own] - last.get(own, 0)
+                added = known[own] if grown < 0 else grown
+                self._to.add(name, added, {**self._labels, "tower": tower})
 
 
 def signals(before: PairStats, now: PairStats) -> dict[str, float]:

@@ -10,7 +10,7 @@ import grpc
 from twotower.deployments.completions.requests import request_id_of
 from twotower.protos.incoming import Refusal
 from twotower.protos.refusals import LOST_TEXT, marked, shown
-from twotower.protos.trace_context import REQUEST_ID, TRACE_PARENT, trace_parent_of
+from twotower.protos.trace_context import REQUEST_ID, TRACE_PARENT, given_trace, trace_parent_of
 from twotower.towers.errors import InvalidRequestError
 
 logger = logging.getLogger("ray.serve")
@@ -41,7 +41,9 @@ class CallContext:
             (TRACE_PARENT, trace_parent_of(_values(given, TRACE_PARENT))),
         )
         others = [pair for pair in given if pair[0] not in (REQUEST_ID, TRACE_PARENT)]
-        self._metadata = (*others, *self._names)
+        # A trace that was drawn here is nobody's: whether to record it is the router's choice.
+        drawn = given_trace(_values(given, TRACE_PARENT)) is None
+        self._metadata = (*others, *(self._names[:1] if drawn else self._names))
         self._shown = _shown_names(self._names, request)
         self._sent = False
 
@@ -58,7 +60,8 @@ class CallContext:
         return self._auth_context
 
     def invocation_metadata(self) -> tuple[tuple[str, Any], ...]:
-        """The client's metadata, with a valid name and trace of the request in any case."""
+        """The client's metadata, with a valid name of the request in any case, and its trace if the
+        client has given a valid one."""
         return self._metadata
 
     async def send_names(self) -> None:

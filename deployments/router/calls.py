@@ -1,4 +1,5 @@
-"""What a gRPC call brings beside its message: who calls, and the request's name."""
+"""What a gRPC call brings beside its message: who calls, the request's name and
+its trace."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from typing import Any
 
 from twotower.deployments.access.access import Access, Caller
 from twotower.deployments.completions.requests import request_id_of
-from twotower.protos.trace_context import REQUEST_ID
+from twotower.protos.trace_context import REQUEST_ID, TRACE_PARENT
 from twotower.towers.errors import InvalidRequestError
 
 
@@ -21,6 +22,12 @@ def request_name(grpc_context: Any, given: str = "") -> str:
     """The name of a request: the message's, not checked, else that of the call's metadata, which
     the proxy has drawn if need be."""
     return given or dict(grpc_context.invocation_metadata()).get(REQUEST_ID) or request_id_of("")
+
+
+def trace_parent(grpc_context: Any) -> str | None:
+    """The client's `traceparent`, None if it has given no valid one."""
+    found: str | None = dict(grpc_context.invocation_metadata()).get(TRACE_PARENT)
+    return found
 
 
 def log_name(grpc_context: Any, given: str = "") -> str:

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from twotower.deployments.access.access import Access, Caller
@@ -17,7 +18,7 @@ from twotower.deployments.completions.completions import Completions
 from twotower.deployments.completions.requests import MAX_CHOICES, request_id_of
 from twotower.deployments.completions.status import refuse, status_of
 from twotower.deployments.router import codec, kserve
-from twotower.deployments.router.calls import caller_of, log_name, request_name
+from twotower.deployments.router.calls import caller_of, log_name, request_name, trace_parent
 from twotower.protos.incoming import Refusal
 from twotower.protos.kserve import inference_pb2 as pb
 from twotower.protos.refusals import INTERNAL_TEXT
@@ -87,7 +88,9 @@ class InferenceMethods:
         try:
             name = request_name(grpc_context, request.id)
             with caller_of(self._access, grpc_context).limits.admit() as admission:
-                async with aclosing(self._inferred(request, name, admission)) as answers:
+                trace = trace_parent(grpc_context)
+                inferred = self._inferred(request, name, admission, trace=trace)
+                async with aclosing(inferred) as answers:
                     async for answer in answers:
                         return answer
             raise RuntimeError("a request without an answer")
@@ -127,13 +130,15 @@ class InferenceMethods:
         name: str,
         admission: Admission,
         *,
+        trace: str | None = None,
         may_stream: bool = False,
     ) -> AsyncGenerator[pb.ModelInferResponse, None]:
         """The answers to a request: one for each block if it streams, otherwise one."""
         model = self._completions.model
         codec.check_size(request, self._completions.max_message)
         inference = kserve.inference_of(request, name, model, may_stream=may_stream)
-        [completion] = await self._completions.admit(inference.asked, admission.charge)
+        asked = replace(inference.asked, caller=admission.name, traceparent=trace)
+        [completion] = await self._completions.admit(asked, admission.charge)
         texts: list[str] = []
         token_ids: list[int] = []
         async with aclosing(completion.blocks()) as blocks:

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -24,7 +25,7 @@ from twotower.deployments.completions.status import refuse
 from twotower.deployments.config import ServiceConfig
 from twotower.deployments.http.app import build_http_app
 from twotower.deployments.router import codec
-from twotower.deployments.router.calls import caller_of, log_name, request_name
+from twotower.deployments.router.calls import caller_of, log_name, request_name, trace_parent
 from twotower.deployments.router.inference import InferenceMethods
 from twotower.protos.incoming import (
     MESSAGE_VARIABLE,
@@ -70,7 +71,8 @@ class Router(InferenceMethods):
         name = request_name(grpc_context, request.request_id)
         try:
             with caller_of(self._access, grpc_context).limits.admit() as admission:
-                async with aclosing(self._events(request, name, admission)) as events:
+                trace = trace_parent(grpc_context)
+                async with aclosing(self._events(request, name, trace, admission)) as events:
                     async for event in events:
                         yield event
         except Exception as error:
@@ -152,10 +154,11 @@ class Router(InferenceMethods):
             await asyncio.sleep(WATCH_PERIOD_S)
 
     async def _events(
-        self, request: pb.GenerateRequest, name: str, admission: Admission
+        self, request: pb.GenerateRequest, name: str, trace: str | None, admission: Admission
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         eos, longest = self._completions.model.eos_token_id, self._completions.max_message
         asked = codec.completion_request(request, eos, longest, name)
+        asked = replace(asked, caller=admission.name, traceparent=trace)
         completions = await self._completions.admit(asked, admission.charge)
         log_probs = request.sampling_params.logprobs
         for completion in completions:

@@ -69,6 +69,12 @@ _GONE = (
 )
 _WRAPPED = (RayTaskError, RayActorError, *_GONE)
 T = TypeVar("T")
+# Takes the name of a pair.
+Told = Callable[[str], None]
+
+
+def _nobody(_pair: str) -> None:
+    """For callers that do not ask."""
 
 
 def attempt_id() -> str:
@@ -88,8 +94,9 @@ class Attempts:
         self._retry = retry
         self._room = room
 
-    async def blocks(self, job: Job, log: CommitLog) -> Blocks:
+    async def blocks(self, job: Job, log: CommitLog, served_by: Told = _nobody) -> Blocks:
         """The job's blocks from the log's end on, in order, and drafts if it asks for them.
+        `served_by` is told of each attempt's pair before its first block.
 
         The caller commits each block before it asks for the next. After a loss drafts of a block
         may come again. Raises what the pair raised if that
@@ -100,7 +107,7 @@ class Attempts:
         try:
             while True:
                 try:
-                    async with aclosing(self._read(job, next_id, losses)) as stream:
+                    async with aclosing(self._read(job, next_id, losses, served_by)) as stream:
                         async for block in stream:
                             if isinstance(block, ProvisionalBlock):
                                 yield block
@@ -136,14 +143,14 @@ class Attempts:
             except Exception as error:
                 await losses.pause(error)
 
-    async def _read(self, job: Job, next_id: str, losses: Losses) -> Blocks:
+    async def _read(self, job: Job, next_id: str, losses: Losses, served_by: Told) -> Blocks:
         """The blocks of one attempt. Raises _MovedError if it moves before the first."""
 
         def look() -> None:
             if pairs.PAIRS.moved(job.row_id, next_id, self._room):
                 raise _MovedError
 
-        async with aclosing(self._client.generate(job)) as stream:
+        async with aclosing(self._client.generate(job, served_by)) as stream:
             block = await self._while_a_pair_is_up(anext(stream, None), losses, look)
             while block is not None:
                 yield block
@@ -193,8 +200,10 @@ class PairClient:
         self._handle = handle
         self._streaming = handle.options(stream=True)
 
-    async def generate(self, job: Job) -> Blocks:
-        """The blocks of a job; closing it frees the row. Raises what the pair raised."""
+    async def generate(self, job: Job, served_by: Told = _nobody) -> Blocks:
+        """The blocks of a job; closing it frees the row. Raises what the pair raised. `served_by`
+        is told of the pair before the first block."""
+        told = False
         # Before the call, which Serve may route at once.
         pairs.PAIRS.opened(job.row_id)
         with ExitStack() as ending:
@@ -203,7 +212,10 @@ class PairClient:
                 stream = _apart(lambda: self._streaming.generate.remote(job))
                 ending.callback(stream.cancel)
                 async for block in stream:
-                    pairs.PAIRS.worked(job.row_id)
+                    pair = pairs.PAIRS.worked(job.row_id)
+                    if pair is not None and not told:
+                        told = True
+                        served_by(pair)
                     if isinstance(block, Block) and block.finish_reason is not None:
                         # Its place may have been given to the next before the stream has ended.
                         pairs.PAIRS.ended(job.row_id)

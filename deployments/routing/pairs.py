@@ -74,8 +74,8 @@ class Pairs:
             self._attempts[row_id] = _Attempt(pair, self._breaker.avoids(pair))
             self._on(pair).waiting[row_id] = None
 
-    def worked(self, row_id: str) -> None:
-        """Notes that an attempt has brought a block: its pair works."""
+    def worked(self, row_id: str) -> str | None:
+        """Notes that an attempt has brought a block: its pair works. Returns the pair."""
         with self._lock:
             pair = self._attempt(row_id).pair
             if pair is not None:
@@ -83,6 +83,7 @@ class Pairs:
                 rows.drop(row_id)
                 rows.begun.add(row_id)
                 self._breaker.worked(pair)
+            return pair
 
     def lost(self, row_id: str) -> bool:
         """Notes that an attempt was lost with its pair; True if that was to be expected of it."""

@@ -24,6 +24,7 @@ from twotower.deployments.app import build_app, check_room, this_machine
 from twotower.deployments.config import APP_NAME, ServiceConfig
 from twotower.deployments.http.middleware import PROXY_CALLBACK, PROXY_VARIABLE
 from twotower.deployments.router.ingress import SERVICER_FUNCTIONS
+from twotower.deployments.telemetry.logs import serve_logging, worker_logging
 from twotower.protos.incoming import MAX_MESSAGE_BYTES, MESSAGE_VARIABLE, message_variables
 from twotower.towers.errors import ConfigError, TwoTowerError, UnavailableError
 
@@ -43,6 +44,8 @@ ENVIRONMENT = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     # What runs in front of Serve's own HTTP proxy.
     PROXY_VARIABLE: PROXY_CALLBACK,
+    # Metrics are handed over every 10 s by default: here somebody looks on.
+    "RAY_metrics_report_interval_ms": "2000",
     # By default Serve takes messages of 2 GiB.
     MESSAGE_VARIABLE: str(MAX_MESSAGE_BYTES),
 }
@@ -127,6 +130,7 @@ class LocalService:
             logging_level=logging.INFO if self._verbose else logging.ERROR,
             _temp_dir=str(folder),
             _plasma_directory=shared_memory(folder),
+            **worker_logging(self.config.log_format),
         )
         start_serve(self.config)
 
@@ -136,6 +140,7 @@ def start_serve(config: ServiceConfig, **options: Any) -> None:
     serve.start(
         http_options=HTTPOptions(host=config.http_host, port=config.http_port),
         grpc_options=gRPCOptions(port=config.grpc_port, grpc_servicer_functions=SERVICER_FUNCTIONS),
+        logging_config=serve_logging(config.log_format),
         **options,
     )
 

@@ -173,8 +173,8 @@ async def test_a_failure_in_a_stream_is_its_last_event(
 
     whole = Attempts.blocks
 
-    async def fail_after_one(self: Attempts, job: Any, log: Any) -> Any:
-        async for block in whole(self, job, log):
+    async def fail_after_one(self: Attempts, *args: Any) -> Any:
+        async for block in whole(self, *args):
             yield block
             raise KeyError("/secret/path")
 

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import ClassVar
+from dataclasses import fields, replace
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from twotower.deployments.pair import metrics
 from twotower.deployments.pair.autoscaling import PairSignals
-from twotower.deployments.pair.metrics import PairMetrics, signals
+from twotower.deployments.pair.metrics import COUNTERS, GAUGES, PairMetrics, signals
+from twotower.deployments.telemetry.instruments import LocalInstruments
+from twotower.deployments.telemetry.names import PAIR
 from twotower.towers.engine.stats import EngineStats
-
-
-class Recorded:
-    """Stands in for Ray's gauge, which needs a cluster."""
-
-    values: ClassVar[dict[tuple[str, str], float]] = {}
-
-    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...] = ()) -> None:
-        assert description.endswith(".")
-        self.per_tower = tag_keys == ("tower",)
-        self.name = name
-
-    def set(self, value: float, tags: dict[str, str] | None = None) -> None:
-        assert (tags is not None) == self.per_tower
-        self.values[self.name, tags["tower"] if tags is not None else "pair"] = value
 
 
 def stats(**changed: float) -> EngineStats:
@@ -51,24 +37,74 @@ STATS = EngineStats(
 )
 
 
-def test_gauges_follow_the_stats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "Gauge", Recorded)
-    report = PairMetrics()
+def exported(instruments: LocalInstruments) -> dict[tuple[str, str], float]:
+    """Values by name and tower, all of one model and one pair."""
+    found = {}
+    text = (instruments.text() or b"").decode()
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            assert (sample.labels["model"], sample.labels["pair"]) == ("tiny", "p1")
+            name = sample.name.removeprefix("twotower_")
+            if not name.endswith("_created"):
+                found[name, sample.labels.get("tower", "")] = sample.value
+    return found
+
+
+def test_gauges_follow_the_stats_and_counters_what_is_added() -> None:
+    instruments = LocalInstruments(PAIR)
+    report = PairMetrics("tiny", "p1", instruments)
+    first = replace(STATS, rows=3, queued_rows=2, slots_used=4, cache_entries=6, cache_hits=2)
     alone = replace(STATS, slots=None, slots_used=None, pages=None, pages_used=None)
-    first = replace(alone, rows=3, queued_rows=2, slots_used=4)
     report.report({"context": first, "denoiser": replace(alone, rows=1)}, eased=0.0)
-    later = replace(first, rows=0, clock_seconds=12.0, pass_seconds=2.5)
+    later = replace(
+        first,
+        rows=0,
+        clock_seconds=12.0,
+        pass_seconds=2.5,
+        passes=14,
+        pages_used=50,
+        transfers=3,
+        transfer_bytes=3000,
+        transfer_seconds=0.5,
+    )
     report.report({"context": later}, eased=0.25)
-    assert Recorded.values == {
-        ("twotower_eased", "pair"): 0.25,
-        ("twotower_rows", "context"): 0,
-        ("twotower_queued_rows", "context"): 2,
-        ("twotower_slots_used", "context"): 4,
-        ("twotower_busy_share", "context"): 0.75,
-        ("twotower_rows", "denoiser"): 1,
-        ("twotower_queued_rows", "denoiser"): 0,
-        ("twotower_busy_share", "denoiser"): 0.0,
+    found = exported(instruments)
+    assert {name: value for (name, tower), value in found.items() if tower == "context"} == {
+        "rows": 0,
+        "queued_rows": 2,
+        "slots": 8,
+        "slots_used": 4,
+        "kv_cache_usage_perc": 0.5,
+        "prefix_cache_entries": 6,
+        "prefix_cache_prompt_hits_total": 2,
+        "busy_share": 0.75,
+        "passes_total": 14,
+        "pass_rows_total": 50,
+        "pass_tokens_total": 500,
+        "pass_seconds_total": 2.5,
+        "state_transfers_total": 3,
+        "state_transfer_bytes_total": 3000,
+        "state_transfer_seconds_total": 0.5,
     }
+    assert {name for name, tower in found if tower == "denoiser"} == {
+        *("rows", "queued_rows", "busy_share"),
+        *("passes_total", "pass_rows_total", "pass_tokens_total", "pass_seconds_total"),
+    }
+    assert found["eased", ""] == 0.25
+
+
+def test_a_tower_that_was_started_anew_counts_on() -> None:
+    instruments = LocalInstruments(PAIR)
+    report = PairMetrics("tiny", "p1", instruments)
+    for passes in (10, 4, 5):
+        report.report({"denoiser": replace(STATS, passes=passes)}, eased=0.0)
+    assert exported(instruments)["passes_total", "denoiser"] == 10 + 4 + 1
+
+
+def test_every_metric_of_a_pair_has_a_source() -> None:
+    known = {field.name for field in fields(EngineStats)}
+    assert {*GAUGES.values(), *COUNTERS.values()} <= known
+    assert {*GAUGES, *COUNTERS, "kv_cache_usage_perc", "busy_share", "eased"} == set(PAIR)
 
 
 def test_signals_say_what_two_readings_show() -> None:

@@ -13,6 +13,8 @@ from twotower.deployments.completions.completions import Completion
 from twotower.deployments.completions.counters import RouterLoad
 from twotower.deployments.pair.tower_pair import Job
 from twotower.deployments.router import codec
+from twotower.deployments.telemetry.record import Origin, Recorder
+from twotower.deployments.telemetry.router_metrics import RouterMetrics
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.decoding.commit_log import CommitLog
 from twotower.towers.decoding.output_text import OutputText
@@ -112,7 +114,9 @@ def completion(log: CommitLog, params: GenerationParams = PLAIN, index: int = 0)
     text = OutputText(Letters(), params)
     attempts: Any = None
     job = Job("row", tuple(range(log.prompt_tokens)), (), params)
-    return Completion(attempts, RouterLoad(), job, text, log, index, lambda _: None)
+    recorder = Recorder(RouterMetrics("tiny"), lambda _: "UNKNOWN")
+    record = recorder.completion(Origin("r-1", "", None, 0.0), job.params.mode, log)
+    return Completion(attempts, RouterLoad(), job, text, log, index, lambda _: None, record)
 
 
 def log_of_one_block() -> CommitLog:

@@ -14,7 +14,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from twotower.deployments.pair.tower_pair import Job
-from twotower.deployments.routing import retry
+from twotower.deployments.routing import pairs, retry
 from twotower.deployments.routing.attempts import Attempts, PairClient
 from twotower.deployments.routing.pairs import Pairs
 from twotower.deployments.routing.policy import Room
@@ -189,6 +189,27 @@ async def test_a_death_at_any_block_loses_nothing(error: Exception) -> None:
         assert all(stream.cancelled for stream in handle.streams)
         if after < BLOCKS:
             assert handle.jobs[1].generated == OUTPUT[: after * BLOCK]
+
+
+async def test_each_pair_that_serves_is_told_before_its_first_block() -> None:
+    names = iter(("p1", "p2"))
+
+    class Routing(Handle):
+        """Says of each call which pair has it, as Serve does."""
+
+        def _generate(self, job: Job) -> Stream:
+            pairs.PAIRS.routed(job.row_id, next(names))
+            return super()._generate(job)
+
+    log, seen_there = CommitLog(len(JOB.prompt), JOB.generated), list[object]()
+    client = PairClient(Routing(dying(DEATHS[0], 1)))
+    attempts = Attempts(client, RetryPolicy(20, max_attempts=8), Room(4, 4))
+    async for block in attempts.blocks(JOB, log, seen_there.append):
+        log.append(block)
+        seen_there.append(block.start)
+    starts = [item for item in seen_there if isinstance(item, int)]
+    assert seen_there == ["p1", starts[0], "p2", *starts[1:]]
+    assert len(starts) == BLOCKS
 
 
 async def test_each_attempt_has_a_name_of_its_own() -> None:
