@@ -10,7 +10,7 @@ import grpc
 from twotower.deployments.completions.requests import request_id_of
 from twotower.protos.incoming import Refusal
 from twotower.protos.refusals import LOST_TEXT, marked, shown
-from twotower.protos.trace_context import REQUEST_ID, TRACE_PARENT, given_trace, trace_parent_of
+from twotower.protos.trace_context import REQUEST_ID, TRACE_PARENT, given_trace
 from twotower.towers.errors import InvalidRequestError
 
 logger = logging.getLogger("ray.serve")
@@ -36,14 +36,12 @@ class CallContext:
         context.add_done_callback(self._end)
         given = tuple(context.invocation_metadata() or ())
         self.refusal = request if isinstance(request, Refusal) else None
-        self._names = (
-            (REQUEST_ID, self._request_id(_values(given, REQUEST_ID))),
-            (TRACE_PARENT, trace_parent_of(_values(given, TRACE_PARENT))),
-        )
+        self._names = [(REQUEST_ID, self._request_id(_values(given, REQUEST_ID)))]
+        trace = given_trace(_values(given, TRACE_PARENT))
+        if trace is not None:
+            self._names.append((TRACE_PARENT, trace))
         others = [pair for pair in given if pair[0] not in (REQUEST_ID, TRACE_PARENT)]
-        # A trace that was drawn here is nobody's: whether to record it is the router's choice.
-        drawn = given_trace(_values(given, TRACE_PARENT)) is None
-        self._metadata = (*others, *(self._names[:1] if drawn else self._names))
+        self._metadata = (*others, *self._names)
         self._shown = _shown_names(self._names, request)
         self._sent = False
 
@@ -113,13 +111,11 @@ def _values(metadata: tuple[tuple[str, Any], ...], name: str) -> list[str]:
     return [value for key, value in metadata if key == name]
 
 
-def _shown_names(
-    names: tuple[tuple[str, str], tuple[str, str]], request: Any
-) -> tuple[tuple[str, str], tuple[str, str]]:
+def _shown_names(names: list[tuple[str, str]], request: Any) -> tuple[tuple[str, str], ...]:
     """The names as the client reads them: the message's own name goes before that of metadata, as
     it does in the router, which refuses an invalid one."""
     given = next((value for name in _NAMES if (value := getattr(request, name, ""))), "")
     try:
-        return (REQUEST_ID, request_id_of(given or names[0][1])), names[1]
+        return (REQUEST_ID, request_id_of(given or names[0][1])), *names[1:]
     except InvalidRequestError:
-        return names
+        return tuple(names)
