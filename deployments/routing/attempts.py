@@ -23,6 +23,7 @@ import random
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack, aclosing
+from contextvars import Context
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -198,7 +199,7 @@ class PairClient:
         with ExitStack() as ending:
             ending.callback(pairs.PAIRS.ended, job.row_id)
             try:
-                stream = self._streaming.generate.remote(job)
+                stream = _call(self._streaming.generate, job)
                 ending.callback(stream.cancel)
                 async for block in stream:
                     pairs.PAIRS.worked(job.row_id)
@@ -217,7 +218,7 @@ class PairClient:
     async def score(self, token_ids: Sequence[int], top_logprobs: int = 0) -> Scores:
         """As TowerPair.score."""
         try:
-            scores: Scores = await self._handle.score.remote(list(token_ids), top_logprobs)
+            scores: Scores = await _call(self._handle.score, list(token_ids), top_logprobs)
         except _WRAPPED as error:
             raise _plain(error) from None
         return scores
@@ -225,7 +226,7 @@ class PairClient:
     async def ping(self) -> None:
         """Returns if a pair can serve."""
         try:
-            await self._handle.ping.remote()
+            await _call(self._handle.ping)
         except _WRAPPED as error:
             raise _plain(error) from None
 
@@ -276,6 +277,16 @@ class PairChooser(RequestRouter):  # type: ignore[misc]
 
     def _tell(self) -> None:
         pairs.PAIRS.present([replica_id.unique_id for replica_id in self.curr_replicas])
+
+
+def _call(method: Any, *args: Any) -> Any:
+    """A call of the pairs that Serve takes for a request of its own.
+
+    In the context of a request all its calls have that one's internal id, by which Serve's router
+    finds who waits for a pair: of several that wait at once it would find only one, and look for
+    the others without an end and without a pause.
+    """
+    return Context().run(method.remote, *args)
 
 
 def _plain(error: BaseException) -> BaseException:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, NodeDiedError, RayTaskError
 from ray.serve._private.common import DeploymentID
+from ray.serve.context import _get_serve_request_context, _set_request_context
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from twotower.deployments.pair.tower_pair import Job
@@ -454,3 +455,47 @@ async def test_a_score_is_repeated_too() -> None:
     handle.scores = [NumericalError("nan")]
     with pytest.raises(NumericalError):
         await attempts.score([4, 5])
+
+
+class Noting:
+    """A handle whose calls note which of Serve's requests they belong to."""
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self.generate = self.score = self.ping = self
+
+    def options(self, **_: Any) -> Noting:
+        return self
+
+    def remote(self, *_: Any) -> Any:
+        self.ids.append(_get_serve_request_context()._internal_request_id)
+        return Empty()
+
+
+class Empty:
+    """An answer of nothing."""
+
+    def __aiter__(self) -> Empty:
+        return self
+
+    async def __anext__(self) -> Block:
+        raise StopAsyncIteration
+
+    def __await__(self) -> Any:
+        return iter(())
+
+    def cancel(self) -> None:
+        """Has nothing to end."""
+
+
+async def test_calls_of_one_request_are_requests_of_their_own_to_serve() -> None:
+    # Serve's router finds who waits for a pair by the id of the request that its context names: of
+    # two calls with the same one it finds only the first.
+    handle = Noting()
+    client = PairClient(handle)
+    _set_request_context(_internal_request_id="the request")
+    assert _get_serve_request_context()._internal_request_id == "the request"
+    assert [block async for block in client.generate(JOB)] == []
+    await client.score([5, 6])
+    await client.ping()
+    assert handle.ids == ["", "", ""]
