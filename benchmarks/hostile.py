@@ -45,7 +45,8 @@ TITLES = {
 }
 PROMPTS = ("def main():\n    ", "class Reader:\n", "import os\nimport sys\n")
 TOKENS = 32
-ROWS = 16
+# Fewer than the choices of a request that is to wait.
+ROWS = 8
 # Of a client's fault no front may say that the service is to blame.
 _BLAMED = ("INTERNAL", "UNKNOWN", "UNAVAILABLE", "DATA_LOSS", NO_ANSWER, "raised")
 _BROKEN = (" without ", " in another shape")
@@ -164,7 +165,7 @@ async def run(
 ) -> Figures:
     """The neighbour alone, then both halves of the requests beside it, then it alone again."""
     figures = Figures(outcomes={name: Counter() for name in kinds})
-    alone_s = max(5.0, min(45.0, args.requests / 200))
+    alone_s = max(8.0, min(40.0, args.requests / 250))
     await warmed_up(target, kinds, args.seed)
     figures.pids.append(processes())
     figures.alone += await quiet(readings, alone_s)

@@ -86,7 +86,8 @@ def _cheap() -> pb.GenerateRequest:
 
 
 def _long(**sampling: Any) -> pb.GenerateRequest:
-    asked = {"max_tokens": 200, "ignore_eos": True, **sampling}
+    # Long enough to be left in the middle, and each pass of it short.
+    asked = {"max_tokens": 64, "block_size": 4, "ignore_eos": True, **sampling}
     return pb.GenerateRequest(text="def f", sampling_params=pb.SamplingParams(**asked))
 
 
@@ -182,7 +183,7 @@ async def many_messages(target: Target, draw: random.Random) -> str:
     return "OK"
 
 
-@kind("grpc: deadline in every phase", 3)
+@kind("grpc: deadline in every phase", 1.5)
 async def deadlines(target: Target, draw: random.Random) -> str:
     raw = _long().SerializeToString()
     return await _called(_channel(target, draw), GENERATE, raw, draw.uniform(0, 0.15))
@@ -207,28 +208,28 @@ async def _cancelled(
         return (await call.code()).name
 
 
-@kind("grpc: abort in the queue", 1)
+@kind("grpc: abort in the queue", 0.5)
 async def abort_queued(target: Target, draw: random.Random) -> str:
-    request = _long(max_tokens=16)
-    request.n = 24
+    request = _long()
+    request.n = 10
     return await _cancelled(_channel(target, draw), draw, request, 0.02)
 
 
-@kind("grpc: abort in prefill", 1.5)
+@kind("grpc: abort in prefill", 0.7)
 async def abort_prefill(target: Target, draw: random.Random) -> str:
-    ids = [draw.randrange(5, 2000) for _ in range(draw.randint(200, 500))]
+    ids = [draw.randrange(5, 2000) for _ in range(draw.randint(100, 250))]
     request = _long()
     request.tokens.ids.extend(ids)
     return await _cancelled(_channel(target, draw), draw, request, 0.1)
 
 
-@kind("grpc: abort between blocks", 1.5)
+@kind("grpc: abort between blocks", 0.7)
 async def abort_between(target: Target, draw: random.Random) -> str:
-    request = _long(block_size=4)
+    request = _long()
     return await _cancelled(_channel(target, draw), draw, request, 0.0, draw.randint(1, 3))
 
 
-@kind("grpc: abort in a block", 1.5)
+@kind("grpc: abort in a block", 0.7)
 async def abort_in_block(target: Target, draw: random.Random) -> str:
     request = _long(provisional=True)
     return await _cancelled(_channel(target, draw), draw, request, 0.05, draw.randint(1, 4))
@@ -243,9 +244,9 @@ async def abort_connection(target: Target, draw: random.Random) -> str:
     return SILENCE
 
 
-@kind("grpc: slow reader", 1.5)
+@kind("grpc: slow reader", 1)
 async def slow_reader(target: Target, draw: random.Random) -> str:
-    request = _long(max_tokens=32, provisional=True, top_logprobs=20, logprobs=True)
+    request = _long(max_tokens=16, provisional=True, top_logprobs=20, logprobs=True)
     request.n = 2
     call = _channel(target, draw).unary_stream(GENERATE)(
         request.SerializeToString(), timeout=ANSWER_S

@@ -275,10 +275,10 @@ async def slow_writer(target: Target, draw: random.Random) -> str:
         return await http_status(reader)
 
 
-@kind("http: slow reader", 2)
+@kind("http: slow reader", 1)
 async def slow_reader(target: Target, draw: random.Random) -> str:
     body = {"prompt": "def f", "stream": True, "provisional": True, "n": draw.randint(1, 2)}
-    data = _whole(**body, max_tokens=draw.choice((16, 32)), ignore_eos=True)
+    data = _whole(**body, max_tokens=16, block_size=4, ignore_eos=True)
     async with connected(target.http_port, abrupt=True, window=1024) as (reader, writer):
         await sent(writer, data)
         await asyncio.sleep(draw.uniform(0, HELD_S))
@@ -314,7 +314,8 @@ async def _aborted(
         return status
 
 
-_LONG = {"max_tokens": 200, "ignore_eos": True, "stream": True}
+# Long enough to be left in the middle, and each pass of it short.
+_LONG = {"max_tokens": 64, "block_size": 4, "ignore_eos": True, "stream": True}
 
 
 @kind("http: abort while connecting, after headers", 2)
@@ -325,32 +326,32 @@ async def abort_early(target: Target, draw: random.Random) -> str:
     return SILENCE
 
 
-@kind("http: abort in the queue", 1)
+@kind("http: abort in the queue", 0.5)
 async def abort_queued(target: Target, draw: random.Random) -> str:
-    return await _aborted(target, draw, 0.02, prompt="def f", n=24, max_tokens=16, stream=True)
+    return await _aborted(target, draw, 0.02, prompt="def f", n=10, **_LONG)
 
 
-@kind("http: abort in prefill", 1.5)
+@kind("http: abort in prefill", 0.7)
 async def abort_prefill(target: Target, draw: random.Random) -> str:
-    prompt = [draw.randrange(5, 2000) for _ in range(draw.randint(200, 500))]
+    prompt = [draw.randrange(5, 2000) for _ in range(draw.randint(100, 250))]
     return await _aborted(target, draw, 0.1, prompt=prompt, **_LONG)
 
 
-@kind("http: abort between blocks", 1.5)
+@kind("http: abort between blocks", 0.7)
 async def abort_between(target: Target, draw: random.Random) -> str:
     events = draw.randint(1, 2)
-    return await _aborted(target, draw, 0.0, events=events, prompt="def f", block_size=4, **_LONG)
+    return await _aborted(target, draw, 0.0, events=events, prompt="def f", **_LONG)
 
 
-@kind("http: abort in a block", 1.5)
+@kind("http: abort in a block", 0.7)
 async def abort_in_block(target: Target, draw: random.Random) -> str:
     body = {"provisional": True, **_LONG}
     return await _aborted(target, draw, 0.05, events=draw.randint(1, 3), prompt="def f", **body)
 
 
-@kind("http: abort of an answer in one piece", 1)
+@kind("http: abort of an answer in one piece", 0.5)
 async def abort_whole(target: Target, draw: random.Random) -> str:
-    return await _aborted(target, draw, 0.2, prompt="def f", max_tokens=200, ignore_eos=True)
+    return await _aborted(target, draw, 0.2, prompt="def f", **{**_LONG, "stream": False})
 
 
 @kind("http: pipelining", 2)
