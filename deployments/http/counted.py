@@ -18,7 +18,7 @@ from twotower.towers.errors import InvalidRequestError
 
 # A conversation has a few for each message, and a message has at least a token.
 MAX_CONTAINERS = 1 << 16
-# One that does not end goes to the body's end: otherwise each quote in it would be tried as another.
+# One without an end goes to the body's end: otherwise each of its quotes would begin another.
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 
 
