@@ -30,6 +30,7 @@ from twotower.deployments.http.answers import (
 from twotower.deployments.http.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from twotower.deployments.http.chat import chat
 from twotower.deployments.http.completions import complete
+from twotower.deployments.http.counted import CountedRoute
 from twotower.deployments.http.errors import NotFoundError, add_handlers
 from twotower.deployments.http.exchange import Exchange, check_model
 from twotower.deployments.http.front import Front
@@ -39,6 +40,14 @@ from twotower.protos.incoming import longest_body
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"model": ErrorAnswer} for code in (400, 401, 403, 404, 413, 429, 500, 503)
+}
+_JSON_CONTENT: dict[str, Any] = {"content": {"application/json": {}}}
+# Of a completion with `stream`, beside its answer in one piece.
+_EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "the completions; with `stream` chunks of them as server-sent events",
+        "content": {"text/event-stream": {}},
+    }
 }
 
 
@@ -58,6 +67,7 @@ def build_http_app(service: Completions, config: ServiceConfig, access: Access) 
     app.include_router(metrics_routes(service.recorder.metrics.instruments))
     app.include_router(page_routes())
     add_handlers(app)
+    _leave_out_422(app)
     app.add_middleware(
         Front,
         access=access,
@@ -84,7 +94,9 @@ def probe_routes(service: Completions) -> APIRouter:
         """Liveness of this process."""
         return {"status": "ok"}
 
-    @router.get("/ready", responses={503: {"description": "no pair of towers is up"}})
+    @router.get(
+        "/ready", responses={503: {"description": "no pair of towers is up", **_JSON_CONTENT}}
+    )
     async def ready() -> Response:
         """Readiness: a pair of towers can serve."""
         if await service.is_ready():
@@ -101,10 +113,13 @@ def probe_routes(service: Completions) -> APIRouter:
 
 def completion_routes(service: Completions) -> APIRouter:
     """Completions of prompts and of conversations."""
-    router = APIRouter(responses=_ERRORS)
+    router = APIRouter(responses=_ERRORS, route_class=CountedRoute)
 
     @router.post(
-        "/v1/completions", response_model=CompletionAnswer, response_model_exclude_unset=True
+        "/v1/completions",
+        response_model=CompletionAnswer,
+        response_model_exclude_unset=True,
+        responses=_EVENTS,
     )
     async def completions(body: CompletionBody, request: Request) -> Any:
         """Completes prompts; with `stream` as server-sent events."""
@@ -112,7 +127,10 @@ def completion_routes(service: Completions) -> APIRouter:
             return await complete(_exchange(service, request, body, admission), body)
 
     @router.post(
-        "/v1/chat/completions", response_model=ChatAnswer, response_model_exclude_unset=True
+        "/v1/chat/completions",
+        response_model=ChatAnswer,
+        response_model_exclude_unset=True,
+        responses=_EVENTS,
     )
     async def chat_completions(body: ChatBody, request: Request) -> Any:
         """Answers a conversation; with `stream` as server-sent events."""
@@ -124,7 +142,7 @@ def completion_routes(service: Completions) -> APIRouter:
 
 def model_routes(service: Completions) -> APIRouter:
     """The model, and its tokenizer."""
-    router = APIRouter(responses=_ERRORS)
+    router = APIRouter(responses=_ERRORS, route_class=CountedRoute)
     served = service.model
     answer = ModelAnswer(
         id=served.name,
@@ -185,6 +203,16 @@ def admin_routes(service: Completions) -> APIRouter:
         return service.stats()
 
     return router
+
+
+def _leave_out_422(app: FastAPI) -> None:
+    """Takes FastAPI's status for a faulty request out of the schema: here it is 400."""
+    schema = app.openapi()
+    for path in schema["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        schema["components"]["schemas"].pop(name, None)
 
 
 def _exchange(service: Completions, request: Request, body: Any, admission: Admission) -> Exchange:

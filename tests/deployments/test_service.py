@@ -199,6 +199,19 @@ def test_modes_and_resume(client: Client, tiny_text: Path) -> None:
     assert client.score(PROMPTS[1]).log_probs == pytest.approx(model.score(PROMPTS[1]), abs=1e-6)
 
 
+def test_choices_of_one_request_all_get_a_pair(service: LocalService) -> None:
+    # Serve's router once found only the first of several calls that a request made at once.
+    request = pb.GenerateRequest(
+        tokens=pb.TokenIds(ids=PROMPTS[0]), sampling_params=pb.SamplingParams(max_tokens=2), n=4
+    )
+    with grpc.insecure_channel(service.address) as channel:
+        stub = generation_pb2_grpc.GenerationStub(channel)
+        for _ in range(10):
+            events = list(stub.Generate(request, timeout=30))
+            complete = [event.choice for event in events if event.HasField("complete")]
+            assert sorted(complete) == [0, 1, 2, 3]
+
+
 def test_text_streams(client: Client) -> None:
     stream = client.generate("def test(", max_tokens=32)
     pieces = [block.text for block in stream]
