@@ -8,6 +8,7 @@ subclass overrides only the calls to which it adds something.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
@@ -201,6 +202,7 @@ class _Remote(TowerService):
     def __init__(self, actor: Any, side: Side | None = None) -> None:
         self._actor = actor
         self._side = side
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def load(self) -> None:
         """Loads the tower. Raises CheckpointError."""
@@ -209,6 +211,26 @@ class _Remote(TowerService):
     async def release(self, row_id: str) -> None:
         """Frees the row, even if the request that asks for it is cancelled."""
         await detached(lambda: self._call(TowerService.release, row_id))
+
+    async def _opened(self, row_id: str, opening: Coroutine[Any, Any, T]) -> T:
+        """Waits until a row is open. If this is cancelled, the row is released once that call has
+        ended as well: Ray may run a release before the call that was sent ahead of it, and then
+        nobody else knows of the row."""
+        call = asyncio.ensure_future(opening)
+        try:
+            return await asyncio.shield(call)
+        except asyncio.CancelledError:
+            ending = asyncio.create_task(
+                self._release_after(call, row_id), context=contextvars.Context()
+            )
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
+            raise
+
+    async def _release_after(self, call: asyncio.Future[T], row_id: str) -> None:
+        await asyncio.gather(call, return_exceptions=True)
+        # A tower that is gone has nothing to release.
+        await asyncio.gather(self.release(row_id), return_exceptions=True)
 
     async def _call(self, call: Call[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         if self._side is not None:
@@ -236,6 +258,12 @@ class RemoteContext(_Remote, ContextTowerService):
         super().__init__(actor, side)
         self._watch = Watch(partial(ray.kill, actor))
 
+    async def open(self, row_id: str, capacity: int) -> int:
+        return await self._opened(row_id, super().open(row_id, capacity))
+
+    async def open_for(self, row_id: str, capacity: int, denoiser: int) -> int:
+        return await self._opened(row_id, super().open_for(row_id, capacity, denoiser))
+
     async def connect(self, denoiser: int, link: LinkSpec) -> None:
         """Links the tower to a denoiser tower, in place of the link to it that was there."""
         await plainly(self._actor.connect.remote(denoiser, link))
@@ -252,6 +280,9 @@ class RemoteContext(_Remote, ContextTowerService):
 
 class RemoteDenoiser(_Remote, DenoiserTowerService):
     """A denoiser tower in another process."""
+
+    async def open(self, row_id: str, capacity: int) -> None:
+        await self._opened(row_id, super().open(row_id, capacity))
 
     async def denoise_block(
         self,

@@ -14,6 +14,7 @@ from twotower.cluster.services.colocated import ColocatedActor
 from twotower.cluster.services.tower_services import (
     DenoiserTowerActor,
     DenoiserTowerService,
+    RemoteContext,
     RemoteDenoiser,
     Side,
 )
@@ -169,3 +170,44 @@ async def test_errors_of_a_stream_are_those_of_the_tower(side: Side | None) -> N
     tower, _ = remote(side, Engine(), ActorDiedError())
     with pytest.raises(UnavailableError, match="is gone"):
         await denoise(tower, seen.append)
+
+
+class OvertakenTower:
+    """A tower's actor in which a release runs before the call that opened the row, as Ray may run
+    calls of an actor."""
+
+    def __init__(self) -> None:
+        self.rows: set[str] = set()
+        self.may_open = asyncio.Event()
+
+    async def open(self, row_id: str, _capacity: int) -> int:
+        await self.may_open.wait()
+        self.rows.add(row_id)
+        return 0
+
+    async def open_for(self, row_id: str, capacity: int, _denoiser: int) -> int:
+        return await self.open(row_id, capacity)
+
+    async def release(self, row_id: str) -> None:
+        self.rows.discard(row_id)
+
+
+@pytest.mark.parametrize("kind", ["context", "context for a denoiser", "denoiser"])
+async def test_a_row_whose_release_overtakes_its_open_is_not_left(kind: str) -> None:
+    actor = OvertakenTower()
+    tower = (RemoteDenoiser if kind == "denoiser" else RemoteContext)(Actor(actor))
+    if kind == "context for a denoiser":
+        assert isinstance(tower, RemoteContext)
+        opening = asyncio.ensure_future(tower.open_for("row", 8, 0))
+    else:
+        opening = asyncio.ensure_future(tower.open("row", 8))
+    await asyncio.sleep(0)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    # What the block loop does in any case; the row is not open yet.
+    await tower.release("row")
+    actor.may_open.set()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert actor.rows == set()
