@@ -48,6 +48,8 @@ logger = logging.getLogger("ray.serve")
 
 READY_TIMEOUT_S = 5.0
 SPECIAL_TOKENS = ("eos_token", "bos_token", "pad_token")
+# Of a message, beside its content: about what a template writes around it.
+_MESSAGE_BYTES = 32
 # Takes a number of tokens that a caller has used.
 Charge = Callable[[int], None]
 
@@ -240,6 +242,8 @@ class Completions:
             raise InvalidRequestError("messages", f"{len(messages)} messages", limit)
         size = sum(len(message["content"].encode()) for message in messages)
         self.reader.check_size("messages", size)
+        # The template writes something for each message, be it empty.
+        size += _MESSAGE_BYTES * len(messages)
         ids = await self.reader.run(size, partial(self.chat_template.token_ids, messages))
         self.reader.check_count("messages", len(ids))
         return ids
