@@ -322,7 +322,7 @@ async def merged(completions: Sequence[Completion]) -> AsyncGenerator[tuple[Comp
     try:
         while left:
             completion, item = await queue.get()
-            if isinstance(item, Exception):
+            if isinstance(item, BaseException):
                 raise item
             if item is None:
                 left -= 1
@@ -336,12 +336,17 @@ async def merged(completions: Sequence[Completion]) -> AsyncGenerator[tuple[Comp
 
 async def _pour(completion: Completion, queue: asyncio.Queue[tuple[Completion, Any]]) -> None:
     """Puts a completion's items, then None, or the error that ended it."""
-    end: Exception | None = None
+    task = asyncio.current_task()
+    assert task is not None
+    end: BaseException | None = None
     try:
         async with aclosing(completion.blocks()) as items:
             async for item in items:
                 await queue.put((completion, item))
-    except Exception as error:
+    except (Exception, asyncio.CancelledError) as error:
+        if task.cancelling():
+            raise
+        # Ray says of a call that was ended elsewhere that it was cancelled.
         end = error
     await queue.put((completion, end))
 
