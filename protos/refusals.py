@@ -42,7 +42,7 @@ _FOREIGN = {
 
 
 class RequestRefusedError(Exception):
-    """Ends a call whose status has been set; carries the same plain text.
+    """Ends a call whose status has been set; carries its code's name and nothing of the request.
 
     It lives here because Serve's proxies read it, and import what its module imports: with torch in
     it the first refusal stopped all streams of a proxy for the better part of a second.

@@ -48,6 +48,8 @@ logger = logging.getLogger("ray.serve")
 
 READY_TIMEOUT_S = 5.0
 SPECIAL_TOKENS = ("eos_token", "bos_token", "pad_token")
+# Of a message, beside its content: about what a template writes around it.
+_MESSAGE_BYTES = 32
 # Takes a number of tokens that a caller has used.
 Charge = Callable[[int], None]
 
@@ -240,6 +242,8 @@ class Completions:
             raise InvalidRequestError("messages", f"{len(messages)} messages", limit)
         size = sum(len(message["content"].encode()) for message in messages)
         self.reader.check_size("messages", size)
+        # The template writes something for each message, be it empty.
+        size += _MESSAGE_BYTES * len(messages)
         ids = await self.reader.run(size, partial(self.chat_template.token_ids, messages))
         self.reader.check_count("messages", len(ids))
         return ids
@@ -318,7 +322,7 @@ async def merged(completions: Sequence[Completion]) -> AsyncGenerator[tuple[Comp
     try:
         while left:
             completion, item = await queue.get()
-            if isinstance(item, Exception):
+            if isinstance(item, BaseException):
                 raise item
             if item is None:
                 left -= 1
@@ -332,12 +336,17 @@ async def merged(completions: Sequence[Completion]) -> AsyncGenerator[tuple[Comp
 
 async def _pour(completion: Completion, queue: asyncio.Queue[tuple[Completion, Any]]) -> None:
     """Puts a completion's items, then None, or the error that ended it."""
-    end: Exception | None = None
+    task = asyncio.current_task()
+    assert task is not None
+    end: BaseException | None = None
     try:
         async with aclosing(completion.blocks()) as items:
             async for item in items:
                 await queue.put((completion, item))
-    except Exception as error:
+    except (Exception, asyncio.CancelledError) as error:
+        if task.cancelling():
+            raise
+        # Ray says of a call that was ended elsewhere that it was cancelled.
         end = error
     await queue.put((completion, end))
 

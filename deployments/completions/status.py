@@ -95,4 +95,5 @@ def refuse(context: Any, error: BaseException, request_id: str) -> NoReturn:
         logger.error("request %s failed", request_id, exc_info=error)
     context.set_code(code)
     context.set_details(marked(details))
-    raise RequestRefusedError(details) from None
+    # Serve writes this error into its log, and the details may repeat a part of the prompt.
+    raise RequestRefusedError(code.name) from None

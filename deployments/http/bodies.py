@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from twotower.towers.errors import InvalidRequestError
+from twotower.towers.request.logit_bias import MAX_LOGIT_BIAS
 from twotower.towers.request.params import SAMPLING_PARAMETERS, GenerationParams
 
 # Of a completion without max_tokens: what OpenAI's own API does.
 DEFAULT_MAX_TOKENS = 16
 MAX_COMPLETION_LOGPROBS = 5
+# Of a conversation, and parts of a message: each costs time to check, be it empty.
+MAX_MESSAGES = 4096
 
 
 class _FirstFault(FailFast):
@@ -26,14 +30,31 @@ class _FirstFault(FailFast):
         return hash(self.fail_fast)
 
 
+def _few(given: Any) -> Any:
+    """Biases, counted before each of them is looked at."""
+    if isinstance(given, dict) and len(given) > MAX_LOGIT_BIAS:
+        raise PydanticCustomError("too_long", f"it should have at most {MAX_LOGIT_BIAS} tokens")
+    return given
+
+
 Ids = Annotated[list[int], _FirstFault()]
-Prompt = str | Ids | Annotated[list[str], _FirstFault()] | Annotated[list[Ids], _FirstFault()]
+Texts = Annotated[list[str], _FirstFault()]
+Prompt = str | Ids | Texts | Annotated[list[Ids], _FirstFault()]
 
 
 class Body(BaseModel):
     """Base of all bodies."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_unknown(cls, given: Any) -> Any:
+        """The fields without all unknown ones but the first: each would be a fault of its own."""
+        if not isinstance(given, dict) or len(given) <= len(cls.model_fields):
+            return given
+        unknown = next(name for name in given if name not in cls.model_fields)
+        return {name: given[name] for name in (*cls.model_fields, unknown) if name in given}
 
 
 class StreamOptions(Body):
@@ -52,7 +73,7 @@ class SamplingBody(Body):
     n: int | None = Field(None, description="completions of each prompt, 1 (default) to 128")
     stream: bool | None = Field(None, description="answer block by block, as server-sent events")
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = Field(
+    stop: str | Texts | None = Field(
         None, description="the output ends before the first of these, at most 16"
     )
     temperature: float | None = Field(None, description="0 (default) takes the likeliest token")
@@ -64,7 +85,7 @@ class SamplingBody(Body):
     seed: int | None = Field(None, description="0 to 2^63 - 1; the same seed gives the same text")
     presence_penalty: float | None = Field(None, description="-2 to 2")
     frequency_penalty: float | None = Field(None, description="-2 to 2")
-    logit_bias: dict[str, float] | None = Field(
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_few)] = Field(
         None, description="-100 to 100 by token id; at most 1024"
     )
     user: str | None = Field(None, description="taken and not used")
@@ -139,7 +160,7 @@ class Message(Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], _FirstFault(), Field(max_length=MAX_MESSAGES)]
     name: str | None = None
 
     def text(self) -> str:
@@ -158,7 +179,7 @@ class ResponseFormat(Body):
 class ChatBody(SamplingBody):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], _FirstFault()] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(
         None, description="most tokens of output; default: what the context has room for"
     )

@@ -21,6 +21,7 @@ from twotower.towers.errors import InvalidRequestError, shorten
 
 logger = logging.getLogger("ray.serve")
 
+_MOST_OF_A_NAME = 80
 # Status, and OpenAI's type and code, of each gRPC status that the service gives.
 _HTTP: dict[grpc.StatusCode, tuple[int, str, str | None]] = {
     grpc.StatusCode.INVALID_ARGUMENT: (400, "invalid_request_error", None),
@@ -134,5 +135,6 @@ def _first_fault(errors: Sequence[Any]) -> tuple[str, str | None]:
 
 def _path(loc: Sequence[Any]) -> list[str]:
     """The names and numbers of a fault's place in the body, without the names of a union's
-    branches, which are those of types."""
-    return [str(part) for part in loc[1:] if part != "str" and "[" not in str(part)]
+    branches, which are those of types; of a client's own name its beginning."""
+    names = [str(part)[:_MOST_OF_A_NAME] for part in loc[1:]]
+    return [name for name in names if name != "str" and "[" not in name]

@@ -26,6 +26,8 @@ PROXY_CALLBACK = "twotower.deployments.http.middleware.proxy_middlewares"
 MARK = "x-twotower-version"
 # Of a request line's target.
 MAX_TARGET = 4096
+# Paths that Serve's proxy answers itself.
+_PROBES = ("/-/healthz", "/-/routes")
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 # By these a client would tell Serve's proxy what to do: not to notice that it has gone, to end its
 # own request, to keep a session.
@@ -86,7 +88,7 @@ class _ProxyAnswer:
     def __init__(self, scope: Scope, send: Send) -> None:
         self._scope = scope
         self._send = send
-        self._own = str(scope["path"]).startswith("/-/")
+        self._own = str(scope["path"]) in _PROBES
         self._replaced = self._started = False
 
     async def send(self, message: Message) -> None:

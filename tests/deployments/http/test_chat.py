@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +131,23 @@ async def test_a_model_without_a_template_says_so(fronts: Fronts) -> None:
     status, message, param = await fronts().refused({"messages": HI}, CHAT)
     assert (status, param) == (400, "messages")
     assert "chat template" in message
+
+
+async def test_many_empty_messages_are_read_beside_the_event_loop(
+    fronts: Fronts, tiny_chat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front = fronts(tiny_chat)
+    threads: list[str] = []
+    template = front.service.chat_template
+    assert template is not None
+    read = template.token_ids
+
+    def noted(messages: Sequence[dict[str, str]]) -> list[int]:
+        threads.append(threading.current_thread().name)
+        return read(messages)
+
+    monkeypatch.setattr(template, "token_ids", noted)
+    for count in (1, 1000):
+        await front.client.post(CHAT, json={"messages": [{"role": "user", "content": ""}] * count})
+    assert threads[0] == threading.current_thread().name
+    assert "texts" in threads[1]

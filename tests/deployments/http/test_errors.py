@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from tests.deployments.http.conftest import MAX_CONTEXT, FrontHere, Fronts
+from twotower.deployments.http import errors as front_errors
+from twotower.deployments.http.bodies import MAX_MESSAGES
+from twotower.deployments.http.errors import _first_fault
 from twotower.towers.errors import NumericalError, QueueFullError, UnavailableError
 
+CHAT = "/v1/chat/completions"
 WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({}, "prompt", "missing"),
     ({"prompt": 5}, "prompt", "got 5"),
@@ -106,6 +111,50 @@ async def test_what_is_no_request_at_all(front: FrontHere, raw: bytes) -> None:
     status, message, _ = await front.refused(raw)
     assert status == 400
     assert len(message) < 500
+
+
+MANY = 30_000
+ONES = b",".join([b"1"] * MANY)
+NAMED = b",".join(b'"a%d": "b"' % index for index in range(MANY))
+HI = b'"messages": [{"role": "user", "content": "a"}]'
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b'"messages": [' + ONES + b"]", "messages.0"),
+        (b'"messages": [{"role": "user", "content": [' + ONES + b"]}]", "messages.0.content.0"),
+        (b'"messages": [{' + NAMED + b"}]", "messages.0.a0"),
+        (HI + b', "stop": [' + ONES + b"]", "stop.0"),
+        (HI + b', "logit_bias": {' + NAMED + b"}", "logit_bias"),
+        (HI + b"," + NAMED, "a0"),
+        (HI + b', "' + b"a" * 100_000 + b'": 1', "a" * 80),
+    ],
+    ids=["messages", "parts", "names in a message", "stop", "biases", "names", "a long name"],
+)
+async def test_of_many_faults_one_is_looked_for(
+    front: FrontHere, monkeypatch: pytest.MonkeyPatch, body: bytes, field: str
+) -> None:
+    looked_at: list[int] = []
+
+    def counted(errors: Sequence[Any]) -> tuple[str, str | None]:
+        looked_at.append(len(errors))
+        return _first_fault(errors)
+
+    monkeypatch.setattr(front_errors, "_first_fault", counted)
+    status, message, param = await front.refused(b"{" + body + b"}", CHAT)
+    assert (status, param) == (400, field)
+    # One for each branch of a union, and those of the fields that are missing.
+    assert looked_at[0] < 10
+    assert len(message) < 500
+
+
+async def test_a_conversation_has_so_many_messages(front: FrontHere) -> None:
+    message = {"role": "user", "content": ""}
+    body = {"messages": [message] * (MAX_MESSAGES + 1)}
+    status, text, param = await front.refused(body, CHAT)
+    assert (status, param) == (400, "messages")
+    assert f"at most {MAX_MESSAGES} items" in text
 
 
 async def test_a_body_that_is_too_long(front: FrontHere) -> None:
