@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 # A test file stays with one process; tests with real processes have the machine to themselves.
 PARALLEL := -n auto --dist loadfile
 
-.PHONY: help env demo test quick clients quick-products lint format types layering proto check-proto configuration drawings docs-check docs verify check house mutants bench gpu-dry chaos clean
+.PHONY: help env demo test quick clients quick-products lint format types layering proto check-proto configuration drawings docs-check docs verify check house mutants bench gpu-dry chaos hostile pictures clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -118,6 +118,12 @@ gpu-dry: $(STAMP) ## Every stage of the GPU program, at tiny shapes on this CPU
 
 chaos: $(STAMP) ## Kill, hang, cut and slow everything under 30 streams
 	$(BIN)/python -m benchmarks.chaos
+
+hostile: $(STAMP) ## 10,000 hostile requests over both fronts, beside a client with manners
+	$(BIN)/python -m benchmarks.hostile
+
+pictures: $(STAMP) ## Redraw the README's pictures of the page; needs chromium and the extra `clients`
+	$(BIN)/python -m tools.pictures
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) $(CLIENTS) .mypy_cache .ruff_cache .pytest_cache build *.egg-info
