@@ -45,8 +45,8 @@ from twotower.towers.errors import UnavailableError
 from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.request.params import GenerationParams
 
-# A draft costs a message on each hop to the client, whatever a pass takes; an eye sees no more.
-DRAFT_PERIOD_S = 0.04
+# A draft costs a message on each hop to the client, whatever a pass takes.
+DRAFT_PERIOD_S = 0.15
 P = ParamSpec("P")
 T = TypeVar("T")
 E = TypeVar("E", bound=Engine[Any, Any, Any])
