@@ -20,7 +20,7 @@ from twotower.deployments.http.answers import (
     ChatTokenLogprob,
 )
 from twotower.deployments.http.bodies import ChatBody
-from twotower.deployments.http.exchange import DONE, Exchange, begun, event, guarded, streamed
+from twotower.deployments.http.exchange import DONE, Begun, Exchange, begun, event, streamed
 from twotower.deployments.http.pieces import (
     Piece,
     TokenLogprob,
@@ -45,7 +45,7 @@ async def chat(exchange: Exchange, body: ChatBody) -> ChatAnswer | StreamingResp
         texts = [TokenTexts(exchange.service.tokenizer) for _ in completions]
     pieces = await begun(exchange, output_pieces(completions, texts))
     if body.stream:
-        return streamed(guarded(_events(exchange, completions, pieces), exchange.request_id))
+        return streamed(_events(exchange, completions, pieces), pieces, exchange.request_id)
     return await _joined(exchange, completions, pieces)
 
 
@@ -80,7 +80,7 @@ async def _admitted(exchange: Exchange, body: ChatBody) -> list[Completion]:
 
 
 async def _events(
-    exchange: Exchange, completions: Sequence[Completion], pieces: AsyncGenerator[Piece, None]
+    exchange: Exchange, completions: Sequence[Completion], pieces: Begun
 ) -> AsyncGenerator[bytes, None]:
     told: set[int] = set()
     async with aclosing(pieces):
@@ -101,7 +101,7 @@ async def _events(
 
 
 async def _joined(
-    exchange: Exchange, completions: Sequence[Completion], pieces: AsyncGenerator[Piece, None]
+    exchange: Exchange, completions: Sequence[Completion], pieces: Begun
 ) -> ChatAnswer:
     parts: list[list[Piece]] = [[] for _ in completions]
     async with aclosing(pieces):

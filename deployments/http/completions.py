@@ -22,7 +22,7 @@ from twotower.deployments.http.bodies import (
     MAX_COMPLETION_LOGPROBS,
     CompletionBody,
 )
-from twotower.deployments.http.exchange import DONE, Exchange, begun, event, guarded, streamed
+from twotower.deployments.http.exchange import DONE, Begun, Exchange, begun, event, streamed
 from twotower.deployments.http.pieces import (
     Piece,
     TokenLogprob,
@@ -73,7 +73,7 @@ async def complete(
     if body.stream:
         spare = _spare(exchange, asked, prompts)
         events = _events(exchange, asked, prompts, completions, pieces, spare)
-        return streamed(guarded(events, exchange.request_id))
+        return streamed(events, pieces, exchange.request_id)
     return await _joined(exchange, asked, prompts, completions, pieces)
 
 
@@ -183,7 +183,7 @@ async def _events(
     asked: _Asked,
     prompts: Sequence[_Prompt],
     completions: Sequence[Completion],
-    pieces: AsyncGenerator[Piece, None],
+    pieces: Begun,
     spare: Sequence[Usage],
 ) -> AsyncGenerator[bytes, None]:
     told: set[int] = set()
@@ -209,7 +209,7 @@ async def _joined(
     asked: _Asked,
     prompts: Sequence[_Prompt],
     completions: Sequence[Completion],
-    pieces: AsyncGenerator[Piece, None],
+    pieces: Begun,
 ) -> CompletionAnswer:
     parts: list[list[Piece]] = [[] for _ in range(len(prompts) * exchange.choices)]
     async with aclosing(pieces):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -266,3 +268,46 @@ async def test_a_client_that_goes_frees_its_row(front: FrontHere) -> None:
                 await asyncio.sleep(0.01)
         counters = front.service.stats()["router"]
         assert (counters["running"], counters["waiting"]) == (0, 0)
+
+
+@pytest.mark.parametrize("sent_before", range(3))
+@pytest.mark.parametrize("choices", [1, 2])
+async def test_a_client_that_goes_while_it_is_sent_something_frees_its_rows(
+    front: FrontHere, sent_before: int, choices: int
+) -> None:
+    """At once, not when Python next collects what nobody can reach."""
+    body = {"prompt": "x", "max_tokens": 200, "ignore_eos": True, "stream": True, "n": choices}
+    given = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    left, gone = sent_before, asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        if given:
+            return given.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(_message: Any) -> None:
+        nonlocal left
+        if not left:
+            gone.set()
+            await asyncio.Event().wait()
+        left -= 1
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "headers": [(b"content-type", b"application/json")],
+        "query_string": b"",
+        "client": ("127.0.0.1", 1),
+    }
+    gc.disable()
+    try:
+        await front.app(scope, receive, send)
+        async with asyncio.timeout(5):
+            while front.handle.rows():
+                await asyncio.sleep(0.01)
+    finally:
+        gc.enable()
+    counters = front.service.stats()["router"]
+    assert (counters["running"], counters["waiting"]) == (0, 0)
