@@ -20,7 +20,7 @@ from twotower.deployments.http.answers import (
     ChatTokenLogprob,
 )
 from twotower.deployments.http.bodies import ChatBody
-from twotower.deployments.http.exchange import DONE, Exchange, begun, event, guarded, streamed
+from twotower.deployments.http.exchange import DONE, Begun, Exchange, begun, event, streamed
 from twotower.deployments.http.pieces import (
     Piece,
     TokenLogprob,
@@ -32,6 +32,7 @@ from twotower.deployments.http.pieces import (
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.request.number_checks import check_whole
 from twotower.towers.request.params import MAX_TOP_LOGPROBS
+from twotower.towers.text.fast_tokenizer import REPLACEMENT
 
 
 async def chat(exchange: Exchange, body: ChatBody) -> ChatAnswer | StreamingResponse:
@@ -45,7 +46,7 @@ async def chat(exchange: Exchange, body: ChatBody) -> ChatAnswer | StreamingResp
         texts = [TokenTexts(exchange.service.tokenizer) for _ in completions]
     pieces = await begun(exchange, output_pieces(completions, texts))
     if body.stream:
-        return streamed(guarded(_events(exchange, completions, pieces), exchange.request_id))
+        return streamed(_events(exchange, completions, pieces), pieces, exchange.request_id)
     return await _joined(exchange, completions, pieces)
 
 
@@ -80,7 +81,7 @@ async def _admitted(exchange: Exchange, body: ChatBody) -> list[Completion]:
 
 
 async def _events(
-    exchange: Exchange, completions: Sequence[Completion], pieces: AsyncGenerator[Piece, None]
+    exchange: Exchange, completions: Sequence[Completion], pieces: Begun
 ) -> AsyncGenerator[bytes, None]:
     told: set[int] = set()
     async with aclosing(pieces):
@@ -101,7 +102,7 @@ async def _events(
 
 
 async def _joined(
-    exchange: Exchange, completions: Sequence[Completion], pieces: AsyncGenerator[Piece, None]
+    exchange: Exchange, completions: Sequence[Completion], pieces: Begun
 ) -> ChatAnswer:
     parts: list[list[Piece]] = [[] for _ in completions]
     async with aclosing(pieces):
@@ -172,7 +173,7 @@ def _logprobs(exchange: Exchange, tokens: Sequence[TokenLogprob] | None) -> Chat
             ChatTokenLogprob(
                 token=own,
                 logprob=token.log_prob,
-                bytes=list(own.encode()),
+                bytes=_bytes(own),
                 top_logprobs=tops,
             )
         )
@@ -180,4 +181,9 @@ def _logprobs(exchange: Exchange, tokens: Sequence[TokenLogprob] | None) -> Chat
 
 
 def _alternative(text: str, value: float) -> ChatAlternative:
-    return ChatAlternative(token=text, logprob=value, bytes=list(text.encode()))
+    return ChatAlternative(token=text, logprob=value, bytes=_bytes(text))
+
+
+def _bytes(text: str) -> list[int] | None:
+    # Clients join bytes to characters: those of the sign for an unfinished one would be wrong.
+    return None if REPLACEMENT in text else list(text.encode())

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 
 from starlette.responses import StreamingResponse
 
@@ -22,7 +23,7 @@ from twotower.deployments.http.bodies import (
     MAX_COMPLETION_LOGPROBS,
     CompletionBody,
 )
-from twotower.deployments.http.exchange import DONE, Exchange, begun, event, guarded, streamed
+from twotower.deployments.http.exchange import DONE, Begun, Exchange, begun, event, streamed
 from twotower.deployments.http.pieces import (
     Piece,
     TokenLogprob,
@@ -35,6 +36,9 @@ from twotower.deployments.http.pieces import (
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.request.number_checks import check_whole
 from twotower.towers.request.results import Usage
+
+# Of a text that is read in the time in which a token's text is found.
+_SPLIT_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ async def complete(
     if body.stream:
         spare = _spare(exchange, asked, prompts)
         events = _events(exchange, asked, prompts, completions, pieces, spare)
-        return streamed(guarded(events, exchange.request_id))
+        return streamed(events, pieces, exchange.request_id)
     return await _joined(exchange, asked, prompts, completions, pieces)
 
 
@@ -164,7 +168,10 @@ async def _score(exchange: Exchange, tops: int, prompts: Sequence[_Prompt]) -> N
     )
     for prompt, found in zip(prompts, scores, strict=True):
         texts = TokenTexts(service.tokenizer)
-        prompt.logprobs = prompt_logprobs(texts, prompt.token_ids, found)
+        split = partial(prompt_logprobs, texts, prompt.token_ids, found)
+        # Token by token: a long prompt takes seconds.
+        size = len(prompt.token_ids) * _SPLIT_BYTES
+        prompt.logprobs = await service.reader.run(size, split)
 
 
 def _spare(exchange: Exchange, asked: _Asked, prompts: Sequence[_Prompt]) -> list[Usage]:
@@ -183,7 +190,7 @@ async def _events(
     asked: _Asked,
     prompts: Sequence[_Prompt],
     completions: Sequence[Completion],
-    pieces: AsyncGenerator[Piece, None],
+    pieces: Begun,
     spare: Sequence[Usage],
 ) -> AsyncGenerator[bytes, None]:
     told: set[int] = set()
@@ -209,7 +216,7 @@ async def _joined(
     asked: _Asked,
     prompts: Sequence[_Prompt],
     completions: Sequence[Completion],
-    pieces: AsyncGenerator[Piece, None],
+    pieces: Begun,
 ) -> CompletionAnswer:
     parts: list[list[Piece]] = [[] for _ in range(len(prompts) * exchange.choices)]
     async with aclosing(pieces):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from twotower.deployments.access.limits import Admission
 from twotower.deployments.completions.completions import Completion, Completions
@@ -132,17 +133,32 @@ def event(chunk: BaseModel) -> bytes:
     return b"data: " + chunk.model_dump_json(exclude_unset=True).encode() + b"\n\n"
 
 
-def streamed(events: AsyncIterator[bytes]) -> StreamingResponse:
-    """The answer that sends these events."""
-    return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
+class Begun:
+    """Pieces of which the `first` is there. Closing them, begun to be read or not, ends what makes
+    them."""
+
+    def __init__(self, first: Piece | None, rest: AsyncGenerator[Piece, None]) -> None:
+        self._first = first
+        self._rest = rest
+
+    def __aiter__(self) -> Begun:
+        return self
+
+    async def __anext__(self) -> Piece:
+        if self._first is None:
+            return await anext(self._rest)
+        first, self._first = self._first, None
+        return first
+
+    async def aclose(self) -> None:
+        """Frees the rows, and the caller's place."""
+        await self._rest.aclose()
 
 
-async def begun(
-    exchange: Exchange, pieces: AsyncGenerator[Piece, None]
-) -> AsyncGenerator[Piece, None]:
+async def begun(exchange: Exchange, pieces: AsyncGenerator[Piece, None]) -> Begun:
     """The same pieces once the first is there: until then an error is an answer of its own.
 
-    The caller's place is free again when they have ended or are dropped.
+    The caller's place is free again when they have ended or are closed.
     """
 
     async def held() -> AsyncGenerator[Piece, None]:
@@ -152,19 +168,40 @@ async def begun(
                     yield piece
 
     whole = held()
-    first = await anext(whole, None)
-
-    async def again() -> AsyncGenerator[Piece, None]:
-        async with aclosing(whole):
-            if first is not None:
-                yield first
-            async for piece in whole:
-                yield piece
-
-    return again()
+    return Begun(await anext(whole, None), whole)
 
 
-async def guarded(events: AsyncGenerator[bytes, None], request_id: str) -> AsyncIterator[bytes]:
+class _Stream(StreamingResponse):
+    """Sends events, and closes them and their pieces however that ends.
+
+    A generator that has not been begun, or that waits while its event is sent, runs nothing when
+    its reader is cancelled: the rows would be free only when Python collects it.
+    """
+
+    def __init__(self, events: AsyncGenerator[bytes, None], pieces: Begun) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
+        self._events = events
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
+            await self._pieces.aclose()
+
+
+def streamed(
+    events: AsyncGenerator[bytes, None], pieces: Begun, request_id: str
+) -> StreamingResponse:
+    """The answer that sends these events, which are made of these pieces."""
+    return _Stream(guarded(events, request_id), pieces)
+
+
+async def guarded(
+    events: AsyncGenerator[bytes, None], request_id: str
+) -> AsyncGenerator[bytes, None]:
     """The events; an error after the first ends them as an event of its own, without DONE."""
     async with aclosing(events):
         try:

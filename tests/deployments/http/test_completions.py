@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ import pytest
 
 from tests.deployments.http.conftest import MAX_CONTEXT, FrontHere
 from twotower import TwoTower
+from twotower.deployments.http import completions as front_completions
+from twotower.deployments.http.pieces import prompt_logprobs
 
 PROMPT = "def test_front(self):"
 
@@ -164,6 +169,22 @@ async def test_echo_with_logprobs_scores_the_prompt(
         assert 1 <= len(top) <= 2
 
 
+async def test_a_long_prompt_is_split_beside_the_event_loop(
+    front: FrontHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+
+    def noted(*given: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return prompt_logprobs(*given)
+
+    monkeypatch.setattr(front_completions, "prompt_logprobs", noted)
+    for count in (3, 200):
+        await front.complete(prompt=[65] * count, max_tokens=0, echo=True, logprobs=1)
+    assert threads[0] == threading.current_thread().name
+    assert "texts" in threads[1]
+
+
 async def test_a_prompt_that_fills_the_context_can_be_scored(front: FrontHere) -> None:
     ids = [5 + index % 40 for index in range(MAX_CONTEXT)]
     answer = await front.complete(prompt=ids, max_tokens=0, echo=True, logprobs=0)
@@ -266,3 +287,46 @@ async def test_a_client_that_goes_frees_its_row(front: FrontHere) -> None:
                 await asyncio.sleep(0.01)
         counters = front.service.stats()["router"]
         assert (counters["running"], counters["waiting"]) == (0, 0)
+
+
+@pytest.mark.parametrize("sent_before", range(3))
+@pytest.mark.parametrize("choices", [1, 2])
+async def test_a_client_that_goes_while_it_is_sent_something_frees_its_rows(
+    front: FrontHere, sent_before: int, choices: int
+) -> None:
+    """At once, not when Python next collects what nobody can reach."""
+    body = {"prompt": "x", "max_tokens": 200, "ignore_eos": True, "stream": True, "n": choices}
+    given = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    left, gone = sent_before, asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        if given:
+            return given.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(_message: Any) -> None:
+        nonlocal left
+        if not left:
+            gone.set()
+            await asyncio.Event().wait()
+        left -= 1
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "headers": [(b"content-type", b"application/json")],
+        "query_string": b"",
+        "client": ("127.0.0.1", 1),
+    }
+    gc.disable()
+    try:
+        await front.app(scope, receive, send)
+        async with asyncio.timeout(5):
+            while front.handle.rows():
+                await asyncio.sleep(0.01)
+    finally:
+        gc.enable()
+    counters = front.service.stats()["router"]
+    assert (counters["running"], counters["waiting"]) == (0, 0)
