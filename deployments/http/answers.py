@@ -108,11 +108,12 @@ class CompletionAnswer(BaseModel):
 
 
 class ChatAlternative(BaseModel):
-    """A token with its log-probability, and its text's bytes."""
+    """A token with its log-probability, and its text's bytes; null for a token that is only a part
+    of a character, of which the tokenizer tells no bytes."""
 
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None
 
 
 class ChatTokenLogprob(ChatAlternative):

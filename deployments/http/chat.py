@@ -32,6 +32,7 @@ from twotower.deployments.http.pieces import (
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.request.number_checks import check_whole
 from twotower.towers.request.params import MAX_TOP_LOGPROBS
+from twotower.towers.text.fast_tokenizer import REPLACEMENT
 
 
 async def chat(exchange: Exchange, body: ChatBody) -> ChatAnswer | StreamingResponse:
@@ -172,7 +173,7 @@ def _logprobs(exchange: Exchange, tokens: Sequence[TokenLogprob] | None) -> Chat
             ChatTokenLogprob(
                 token=own,
                 logprob=token.log_prob,
-                bytes=list(own.encode()),
+                bytes=_bytes(own),
                 top_logprobs=tops,
             )
         )
@@ -180,4 +181,9 @@ def _logprobs(exchange: Exchange, tokens: Sequence[TokenLogprob] | None) -> Chat
 
 
 def _alternative(text: str, value: float) -> ChatAlternative:
-    return ChatAlternative(token=text, logprob=value, bytes=list(text.encode()))
+    return ChatAlternative(token=text, logprob=value, bytes=_bytes(text))
+
+
+def _bytes(text: str) -> list[int] | None:
+    # Clients join bytes to characters: those of the sign for an unfinished one would be wrong.
+    return None if REPLACEMENT in text else list(text.encode())

@@ -77,7 +77,8 @@ async def test_a_stream_gives_what_an_answer_gives(front: FrontHere) -> None:
         assert parts[-1]["finish_reason"] == choice["finish_reason"]
     for each in answer["choices"][0]["logprobs"]["content"]:
         assert len(each["top_logprobs"]) == 3
-        assert bytes(each["bytes"]).decode() == each["token"]
+        if "\ufffd" not in each["token"]:
+            assert bytes(each["bytes"]).decode() == each["token"]
         values = [top["logprob"] for top in each["top_logprobs"]]
         assert values == sorted(values, reverse=True)
 
@@ -151,3 +152,16 @@ async def test_many_empty_messages_are_read_beside_the_event_loop(
         await front.client.post(CHAT, json={"messages": [{"role": "user", "content": ""}] * count})
     assert threads[0] == threading.current_thread().name
     assert "texts" in threads[1]
+
+
+async def test_a_part_of_a_character_has_no_bytes(front: FrontHere) -> None:
+    tokenizer = front.service.tokenizer
+    assert tokenizer is not None
+    part = next(token for token in range(512) if tokenizer.decode([token]) == "\ufffd")
+    body = {"messages": HI, "max_tokens": 1, "mode": "ar", "logprobs": True, "top_logprobs": 3}
+    answer = await answered(front, **body, logit_bias={str(part): 100})
+    [token] = answer["choices"][0]["logprobs"]["content"]
+    assert (token["token"], token["bytes"]) == ("\ufffd", None)
+    for each in token["top_logprobs"]:
+        whole = "\ufffd" not in each["token"]
+        assert each["bytes"] == (list(each["token"].encode()) if whole else None)
