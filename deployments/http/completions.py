@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 
 from starlette.responses import StreamingResponse
 
@@ -35,6 +36,9 @@ from twotower.deployments.http.pieces import (
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.request.number_checks import check_whole
 from twotower.towers.request.results import Usage
+
+# Of a text that is read in the time in which a token's text is found.
+_SPLIT_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,10 @@ async def _score(exchange: Exchange, tops: int, prompts: Sequence[_Prompt]) -> N
     )
     for prompt, found in zip(prompts, scores, strict=True):
         texts = TokenTexts(service.tokenizer)
-        prompt.logprobs = prompt_logprobs(texts, prompt.token_ids, found)
+        split = partial(prompt_logprobs, texts, prompt.token_ids, found)
+        # Token by token: a long prompt takes seconds.
+        size = len(prompt.token_ids) * _SPLIT_BYTES
+        prompt.logprobs = await service.reader.run(size, split)
 
 
 def _spare(exchange: Exchange, asked: _Asked, prompts: Sequence[_Prompt]) -> list[Usage]:

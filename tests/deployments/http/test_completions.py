@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 
 from tests.deployments.http.conftest import MAX_CONTEXT, FrontHere
 from twotower import TwoTower
+from twotower.deployments.http import completions as front_completions
+from twotower.deployments.http.pieces import prompt_logprobs
 
 PROMPT = "def test_front(self):"
 
@@ -164,6 +167,22 @@ async def test_echo_with_logprobs_scores_the_prompt(
         assert max(top.values()) >= value
         assert value in top.values() or max(top.values()) > value
         assert 1 <= len(top) <= 2
+
+
+async def test_a_long_prompt_is_split_beside_the_event_loop(
+    front: FrontHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+
+    def noted(*given: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return prompt_logprobs(*given)
+
+    monkeypatch.setattr(front_completions, "prompt_logprobs", noted)
+    for count in (3, 200):
+        await front.complete(prompt=[65] * count, max_tokens=0, echo=True, logprobs=1)
+    assert threads[0] == threading.current_thread().name
+    assert "texts" in threads[1]
 
 
 async def test_a_prompt_that_fills_the_context_can_be_scored(front: FrontHere) -> None:
