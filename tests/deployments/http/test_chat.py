@@ -77,7 +77,8 @@ async def test_a_stream_gives_what_an_answer_gives(front: FrontHere) -> None:
         assert parts[-1]["finish_reason"] == choice["finish_reason"]
     for each in answer["choices"][0]["logprobs"]["content"]:
         assert len(each["top_logprobs"]) == 3
-        assert bytes(each["bytes"]).decode() == each["token"]
+        if "\ufffd" not in each["token"]:
+            assert bytes(each["bytes"]).decode() == each["token"]
         values = [top["logprob"] for top in each["top_logprobs"]]
         assert values == sorted(values, reverse=True)
 
