@@ -80,7 +80,7 @@ def build_http_app(service: Completions, config: ServiceConfig, access: Access) 
             CORSMiddleware,
             allow_origins=config.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["*"],
         )
     return app
 

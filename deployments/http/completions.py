@@ -163,10 +163,16 @@ async def _pieces(
 async def _score(exchange: Exchange, tops: int, prompts: Sequence[_Prompt]) -> None:
     """Adds the log-probabilities of each prompt."""
     service, charge = exchange.service, exchange.admission.charge
-    scores = await asyncio.gather(
-        *(service.score("prompt", prompt.token_ids, tops, charge) for prompt in prompts)
-    )
-    for prompt, found in zip(prompts, scores, strict=True):
+    try:
+        # An error of one ends the others.
+        async with asyncio.TaskGroup() as group:
+            scoring = [
+                group.create_task(service.score("prompt", prompt.token_ids, tops, charge))
+                for prompt in prompts
+            ]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    for prompt, found in zip(prompts, (task.result() for task in scoring), strict=True):
         texts = TokenTexts(service.tokenizer)
         split = partial(prompt_logprobs, texts, prompt.token_ids, found)
         # Token by token: a long prompt takes seconds.

@@ -44,18 +44,11 @@ class NotFoundError(Exception):
         self.code = code
 
 
-class TooLargeError(Exception):
-    """A body that is longer than the service takes."""
-
-
 def answer_of(error: BaseException, request_id: str) -> tuple[int, ErrorAnswer]:
     """Status and body for an error; the text names a field or says what to do, never a place."""
     if isinstance(error, NotFoundError):
         ERROR_ANSWERS.note(grpc.StatusCode.NOT_FOUND.name)
         return 404, _answer(str(error), "invalid_request_error", error.param, error.code)
-    if isinstance(error, TooLargeError):
-        ERROR_ANSWERS.note(grpc.StatusCode.INVALID_ARGUMENT.name)
-        return 413, _answer(str(error), "invalid_request_error", None, "request_too_large")
     code, text = status_of(error, request_id)
     ERROR_ANSWERS.note(code.name)
     status, kind, name = _HTTP.get(code, _HTTP[grpc.StatusCode.INTERNAL])

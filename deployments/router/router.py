@@ -37,11 +37,14 @@ from twotower.protos.incoming import (
 from twotower.protos.refusals import RequestRefusedError, marked
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.decoding.services import ProvisionalBlock
+from twotower.towers.errors import CapacityError
 
 logger = logging.getLogger("ray.serve")
 
 SERVICE_NAME = "twotower.v1.Generation"
 WATCH_PERIOD_S = 1.0
+# Streams of health of one router, each of which asks a pair every WATCH_PERIOD_S.
+MAX_WATCHES = 64
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
@@ -58,6 +61,7 @@ class Router(InferenceMethods):
         model = self._completions.model
         _compare_limits(self._completions.max_message, longest_answer(model.max_context))
         self._info = codec.model_info(model)
+        self._watches = 0
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The HTTP front; Serve asks for it after the constructor."""
@@ -142,16 +146,24 @@ class Router(InferenceMethods):
         return health_pb2.HealthListResponse(statuses=statuses)
 
     async def Watch(  # noqa: N802
-        self, request: health_pb2.HealthCheckRequest
+        self, request: health_pb2.HealthCheckRequest, grpc_context: Any = None
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """Streams the health, now and whenever it changes."""
-        last: int | None = None
-        while True:
-            status = await self._health(request.service)
-            if status != last:
-                yield health_pb2.HealthCheckResponse(status=status)
-                last = status
-            await asyncio.sleep(WATCH_PERIOD_S)
+        if self._watches >= MAX_WATCHES:
+            # They need no key, and never end: others would have no place left.
+            busy = CapacityError(f"{self._watches} watch already, expected fewer; use Check")
+            refuse(grpc_context, busy, log_name(grpc_context))
+        self._watches += 1
+        try:
+            last: int | None = None
+            while True:
+                status = await self._health(request.service)
+                if status != last:
+                    yield health_pb2.HealthCheckResponse(status=status)
+                    last = status
+                await asyncio.sleep(WATCH_PERIOD_S)
+        finally:
+            self._watches -= 1
 
     async def _events(
         self, request: pb.GenerateRequest, name: str, trace: str | None, admission: Admission

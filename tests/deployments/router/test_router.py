@@ -17,6 +17,7 @@ from twotower.deployments.completions import encoding
 from twotower.deployments.completions.encoding import Lane
 from twotower.deployments.config import ServiceConfig
 from twotower.deployments.pair.tower_pair import Job
+from twotower.deployments.router import router as router_module
 from twotower.deployments.router.router import SERVICE_NAME, Router
 from twotower.protos.refusals import RequestRefusedError, shown
 from twotower.protos.v1 import generation_pb2 as pb
@@ -493,3 +494,21 @@ def test_without_a_denoiser_other_modes_are_refused(tiny_text: Path) -> None:
     with pytest.raises(RequestRefusedError):
         asyncio.run(first(router.Generate(ask(mode="verified"), context)))
     assert context.details == "mode: got 'verified', expected ar alone"
+
+
+async def test_streams_of_health_are_bounded(
+    tiny_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They need no key and never end."""
+    monkeypatch.setattr(router_module, "MAX_WATCHES", 2)
+    router = Router(ServiceConfig(model=str(tiny_text), max_context=64), Handle())
+    request = health_pb2.HealthCheckRequest()
+    streams = [router.Watch(request, Context()) for _ in range(2)]
+    for stream in streams:
+        assert (await anext(stream)).status == health_pb2.HealthCheckResponse.SERVING
+    context = Context()
+    with pytest.raises(RequestRefusedError):
+        await anext(router.Watch(request, context))
+    assert context.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    await streams[0].aclose()  # type: ignore[attr-defined]
+    assert await anext(router.Watch(request, Context()))
