@@ -90,7 +90,8 @@ def test_a_resumed_stream_has_the_text_of_one_that_was_not_left(run: Run) -> Non
         found = re.fullmatch(r"(\d+) tokens after (\d+), seed (\d+)", last)
         assert found is not None
         later, earlier, seed = map(int, found.groups())
-        assert earlier == 16
+        # A block, or less where the drawn text ends in it.
+        assert 1 <= earlier <= 16
         with Client(service.address) as client:
             whole = client.generate("def read(path):\n", max_tokens=48, temperature=0.8, seed=seed)
             pieces = [block.text for block in whole]
