@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from twotower.deployments.http.middleware import MARK, GuardedProxy, proxy_middlewares
-from twotower.protos.incoming import MESSAGE_VARIABLE, longest_body
+from twotower.protos.incoming import REQUEST_VARIABLE, longest_body
 
 LIMIT = 1000
 
@@ -118,6 +118,6 @@ async def test_long_paths_are_refused(behind: Behind, client: httpx.AsyncClient)
 def test_a_proxy_process_takes_its_limit_from_its_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(MESSAGE_VARIABLE, "5000")
+    monkeypatch.setenv(REQUEST_VARIABLE, "5000")
     [middleware] = proxy_middlewares()
     assert middleware.kwargs == {"max_bytes": longest_body(5000)}

@@ -41,6 +41,7 @@ OPERATIONS = [
     ("POST", "/detokenize"),
     ("GET", "/tokenizer_info"),
     ("GET", "/admin/stats"),
+    ("GET", "/metrics"),
 ]
 SETTINGS = settings(
     max_examples=60,

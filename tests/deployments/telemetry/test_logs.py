@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -133,7 +134,8 @@ async def test_no_prompt_output_or_key_in_any_line(
     assert [*statuses, answer.status_code] == [200] * 4 + [400] * 3 + [404, 401]
     whole = "\n".join([*lines.lines, *capfd.readouterr()])
     assert len(lines.completions()) >= 4
-    assert "300" not in " ".join(str(line["message"]) for line in lines.completions())
+    # Ids in a row: a number alone may be part of a request's name.
+    assert not re.search(r"300\D{1,2}301", whole)
     for secret in (MARKER, key, digest):
         assert secret not in whole
 
