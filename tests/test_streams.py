@@ -366,10 +366,6 @@ async def test_a_slow_reader_of_an_async_stream_too(writing: TwoTower) -> None:
     assert kinds_of(items) == ["ProvisionalBlock", "TextBlock"] * 2
 
 
-# Until protos/v1/generation.proto has it, which a client's streams follow.
-NOT_YET_ON_THE_WIRE = {"top_log_probs"}
-
-
 def test_names_are_those_of_the_client(writing: TwoTower) -> None:
     """What reads a stream of the service reads one of a model here."""
     with closing(writing.stream(PROMPT, max_tokens=5)) as here:
@@ -377,7 +373,7 @@ def test_names_are_those_of_the_client(writing: TwoTower) -> None:
         list(here)
     with Client("127.0.0.1:1") as client:
         remote = client.generate(PROMPT, resume=False)
-        assert local - NOT_YET_ON_THE_WIRE <= set(names_of(remote))
+        assert local <= set(names_of(remote))
         with pytest.raises(Exception, match=grpc.StatusCode.UNAVAILABLE.name):
             list(remote)
     assert TextBlock is ClientBlock
