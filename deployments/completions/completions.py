@@ -205,7 +205,8 @@ class Completions:
         generated = request.generated
         begin = partial(begin_output, self.tokenizer, params, len(prompt), generated)
         text, log = await self.reader.run(_work_of(params, generated), begin)
-        if log.finish_reason is None:
+        if generated and log.finish_reason is None:
+            # Without any the row was checked with its request.
             limits = self.model.vocab_size, self.model.max_context
             params.check_row(list(prompt), *limits, list(generated))
         job = Job(attempt_id(), prompt, generated, params)

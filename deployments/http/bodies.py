@@ -117,6 +117,11 @@ class SamplingBody(Body):
         None, description="streams also carry the draft of a block after each denoiser step"
     )
 
+    def check_stream_options(self) -> None:
+        """Raises InvalidRequestError for options of a stream where there is none."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError("stream_options", "options", "null without stream")
+
     def params(
         self, max_tokens: int, top_logprobs: int, eos_token_id: int | None
     ) -> GenerationParams:

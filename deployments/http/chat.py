@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from starlette.responses import StreamingResponse
 
@@ -20,12 +20,17 @@ from twotower.deployments.http.answers import (
     ChatTokenLogprob,
 )
 from twotower.deployments.http.bodies import ChatBody
-from twotower.deployments.http.exchange import DONE, Begun, Exchange, begun, event, streamed
+from twotower.deployments.http.exchange import (
+    Exchange,
+    begun,
+    chunk_events,
+    streamed,
+    whole_pieces,
+)
 from twotower.deployments.http.pieces import (
     Piece,
     TokenLogprob,
     TokenTexts,
-    joined_piece,
     output_pieces,
     token_text,
 )
@@ -46,16 +51,26 @@ async def chat(exchange: Exchange, body: ChatBody) -> ChatAnswer | StreamingResp
         texts = [TokenTexts(exchange.service.tokenizer) for _ in completions]
     pieces = await begun(exchange, output_pieces(completions, texts))
     if body.stream:
-        return streamed(_events(exchange, completions, pieces), pieces, exchange.request_id)
-    return await _joined(exchange, completions, pieces)
+        choice_of, chunk_of = partial(_delta, exchange), partial(_chunk, exchange)
+        usage = partial(exchange.usage, completions)
+        events = chunk_events(exchange, pieces, choice_of, chunk_of, usage)
+        return streamed(events, pieces, exchange.request_id)
+    whole = await whole_pieces(pieces, len(completions))
+    return ChatAnswer(
+        id=f"chatcmpl-{exchange.request_id}",
+        object="chat.completion",
+        created=exchange.created,
+        model=exchange.model,
+        choices=[_choice(exchange, piece) for piece in whole],
+        usage=exchange.usage(completions),
+    )
 
 
 def _check(body: ChatBody) -> None:
     if body.response_format is not None and body.response_format.type != "text":
         kind = body.response_format.type
         raise InvalidRequestError("response_format.type", kind, "'text': no other is served")
-    if body.stream_options is not None and not body.stream:
-        raise InvalidRequestError("stream_options", "options", "null without stream")
+    body.check_stream_options()
     if body.top_logprobs is not None:
         check_whole("top_logprobs", body.top_logprobs, 0, MAX_TOP_LOGPROBS)
         if not body.logprobs:
@@ -78,45 +93,6 @@ async def _admitted(exchange: Exchange, body: ChatBody) -> list[Completion]:
         room = params.most_tokens(len(ids), service.model.max_context)
         params = replace(params, max_tokens=max(1, room))
     return await service.admit(exchange.request(ids, params), exchange.admission.charge)
-
-
-async def _events(
-    exchange: Exchange, completions: Sequence[Completion], pieces: Begun
-) -> AsyncGenerator[bytes, None]:
-    told: set[int] = set()
-    async with aclosing(pieces):
-        async for piece in pieces:
-            delta = _delta(exchange, piece)
-            if piece.choice not in told:
-                told.add(piece.choice)
-                delta.delta.role = "assistant"
-            chunk = _chunk(exchange, [delta])
-            if exchange.includes_usage:
-                chunk.usage = None
-            yield event(chunk)
-    if exchange.includes_usage:
-        last = _chunk(exchange, [])
-        last.usage = exchange.usage(completions)
-        yield event(last)
-    yield DONE
-
-
-async def _joined(
-    exchange: Exchange, completions: Sequence[Completion], pieces: Begun
-) -> ChatAnswer:
-    parts: list[list[Piece]] = [[] for _ in completions]
-    async with aclosing(pieces):
-        async for piece in pieces:
-            if piece.draft is None:
-                parts[piece.choice].append(piece)
-    return ChatAnswer(
-        id=f"chatcmpl-{exchange.request_id}",
-        object="chat.completion",
-        created=exchange.created,
-        model=exchange.model,
-        choices=[_choice(exchange, joined_piece(each)) for each in parts],
-        usage=exchange.usage(completions),
-    )
 
 
 def _chunk(exchange: Exchange, choices: list[ChatDelta]) -> ChatChunk:
@@ -142,7 +118,7 @@ def _choice(exchange: Exchange, piece: Piece) -> ChatChoice:
     return choice
 
 
-def _delta(exchange: Exchange, piece: Piece) -> ChatDelta:
+def _delta(exchange: Exchange, piece: Piece, first: bool) -> ChatDelta:
     delta = ChatDelta(
         index=piece.choice,
         delta=ChatMessage(content=piece.text),
@@ -150,11 +126,9 @@ def _delta(exchange: Exchange, piece: Piece) -> ChatDelta:
         finish_reason=piece.finish_reason,
         stop_reason=piece.stop_reason,
     )
-    if exchange.body.return_token_ids:
-        delta.token_ids = list(piece.token_ids)
-    extra = exchange.extra(piece)
-    if extra is not None:
-        delta.twotower = extra
+    if first:
+        delta.delta.role = "assistant"
+    exchange.add_extras(delta, piece)
     return delta
 
 

@@ -23,12 +23,17 @@ from twotower.deployments.http.bodies import (
     MAX_COMPLETION_LOGPROBS,
     CompletionBody,
 )
-from twotower.deployments.http.exchange import DONE, Begun, Exchange, begun, event, streamed
+from twotower.deployments.http.exchange import (
+    Exchange,
+    begun,
+    chunk_events,
+    streamed,
+    whole_pieces,
+)
 from twotower.deployments.http.pieces import (
     Piece,
     TokenLogprob,
     TokenTexts,
-    joined_piece,
     output_pieces,
     prompt_logprobs,
     token_text,
@@ -74,11 +79,22 @@ async def complete(
     asked = _asked(body, exchange.choices)
     prompts, completions = await _admitted(exchange, body, asked)
     pieces = await begun(exchange, _pieces(exchange, asked, prompts, completions))
+    usage = partial(exchange.usage, completions, _spare(exchange, asked, prompts))
+
+    def choice_of(piece: Piece, first: bool) -> Choice:
+        choice = _choice(exchange, asked, piece)
+        if first:
+            _introduce(exchange, choice, prompts, completions)
+        return choice
+
     if body.stream:
-        spare = _spare(exchange, asked, prompts)
-        events = _events(exchange, asked, prompts, completions, pieces, spare)
+        chunk_of = partial(_answer, exchange)
+        events = chunk_events(exchange, pieces, choice_of, chunk_of, usage)
         return streamed(events, pieces, exchange.request_id)
-    return await _joined(exchange, asked, prompts, completions, pieces)
+    whole = await whole_pieces(pieces, len(prompts) * exchange.choices)
+    answer = _answer(exchange, [choice_of(piece, True) for piece in whole])
+    answer.usage = usage()
+    return answer
 
 
 def _asked(body: CompletionBody, choices: int) -> _Asked:
@@ -86,8 +102,7 @@ def _asked(body: CompletionBody, choices: int) -> _Asked:
         raise InvalidRequestError("best_of", body.best_of, "1 or null: every choice is sent")
     if body.suffix:
         raise InvalidRequestError("suffix", body.suffix, "null: text goes on at its end only")
-    if body.stream_options is not None and not body.stream:
-        raise InvalidRequestError("stream_options", "options", "null without stream")
+    body.check_stream_options()
     if body.logprobs is not None:
         check_whole("logprobs", body.logprobs, 0, MAX_COMPLETION_LOGPROBS)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
@@ -191,52 +206,6 @@ def _spare(exchange: Exchange, asked: _Asked, prompts: Sequence[_Prompt]) -> lis
     ]
 
 
-async def _events(
-    exchange: Exchange,
-    asked: _Asked,
-    prompts: Sequence[_Prompt],
-    completions: Sequence[Completion],
-    pieces: Begun,
-    spare: Sequence[Usage],
-) -> AsyncGenerator[bytes, None]:
-    told: set[int] = set()
-    async with aclosing(pieces):
-        async for piece in pieces:
-            choice = _choice(exchange, asked, piece)
-            if piece.choice not in told:
-                told.add(piece.choice)
-                _introduce(exchange, choice, prompts, completions)
-            chunk = _answer(exchange, [choice])
-            if exchange.includes_usage:
-                chunk.usage = None
-            yield event(chunk)
-    if exchange.includes_usage:
-        last = _answer(exchange, [])
-        last.usage = exchange.usage(completions, spare)
-        yield event(last)
-    yield DONE
-
-
-async def _joined(
-    exchange: Exchange,
-    asked: _Asked,
-    prompts: Sequence[_Prompt],
-    completions: Sequence[Completion],
-    pieces: Begun,
-) -> CompletionAnswer:
-    parts: list[list[Piece]] = [[] for _ in range(len(prompts) * exchange.choices)]
-    async with aclosing(pieces):
-        async for piece in pieces:
-            if piece.draft is None:
-                parts[piece.choice].append(piece)
-    choices = [_choice(exchange, asked, joined_piece(each)) for each in parts]
-    for choice in choices:
-        _introduce(exchange, choice, prompts, completions)
-    answer = _answer(exchange, choices)
-    answer.usage = exchange.usage(completions, _spare(exchange, asked, prompts))
-    return answer
-
-
 def _answer(exchange: Exchange, choices: list[Choice]) -> CompletionAnswer:
     return CompletionAnswer(
         id=f"cmpl-{exchange.request_id}",
@@ -258,11 +227,7 @@ def _choice(exchange: Exchange, asked: _Asked, piece: Piece) -> Choice:
         finish_reason=piece.finish_reason,
         stop_reason=piece.stop_reason,
     )
-    if exchange.body.return_token_ids:
-        choice.token_ids = list(piece.token_ids)
-    extra = exchange.extra(piece)
-    if extra is not None:
-        choice.twotower = extra
+    exchange.add_extras(choice, piece)
     return choice
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from pydantic import BaseModel
 from starlette.responses import StreamingResponse
@@ -16,17 +17,23 @@ from twotower.deployments.completions.completions import Completion, Completions
 from twotower.deployments.completions.requests import CompletionRequest
 from twotower.deployments.http.answers import (
     BlockAnswer,
+    ChatChunk,
+    ChatDelta,
+    Choice,
     ChoiceExtra,
+    CompletionAnswer,
     ProvisionalAnswer,
     UsageAnswer,
     usage_answer,
 )
 from twotower.deployments.http.bodies import SamplingBody
 from twotower.deployments.http.errors import NotFoundError, answer_of
-from twotower.deployments.http.pieces import Piece, token_text
+from twotower.deployments.http.pieces import Piece, joined_piece, token_text
 from twotower.towers.request.params import GenerationParams
 from twotower.towers.request.results import Usage
 
+C = TypeVar("C", Choice, ChatDelta)
+Chunk = TypeVar("Chunk", CompletionAnswer, ChatChunk)
 DONE = b"data: [DONE]\n\n"
 # A proxy in front must not collect events.
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -83,7 +90,15 @@ class Exchange:
         usages = [completion.log.usage for completion in completions] or list(spare)
         return usage_answer(usages, len(usages) // self.choices, self.choices)
 
-    def extra(self, piece: Piece) -> ChoiceExtra | None:
+    def add_extras(self, choice: Choice | ChatDelta, piece: Piece) -> None:
+        """Adds what was asked for beside OpenAI's fields: ids, drafts, details of blocks."""
+        if self.body.return_token_ids:
+            choice.token_ids = list(piece.token_ids)
+        extra = self._extra(piece)
+        if extra is not None:
+            choice.twotower = extra
+
+    def _extra(self, piece: Piece) -> ChoiceExtra | None:
         """Draft or block of a piece, if the stream is to carry them."""
         if not self.body.provisional:
             return None
@@ -126,6 +141,42 @@ def check_model(service: Completions, name: str | None) -> None:
     if name is not None and name != service.model.name:
         text = f"model: got {name[:80]!r}, expected {service.model.name!r}"
         raise NotFoundError(text, "model", "model_not_found")
+
+
+async def chunk_events(
+    exchange: Exchange,
+    pieces: Begun,
+    choice_of: Callable[[Piece, bool], C],
+    chunk_of: Callable[[list[C]], Chunk],
+    usage: Callable[[], UsageAnswer],
+) -> AsyncGenerator[bytes, None]:
+    """The events of a stream: a chunk for each piece, one of `usage` if it was asked for, the end.
+
+    `choice_of` is told whether a piece is its choice's first.
+    """
+    told: set[int] = set()
+    async with aclosing(pieces):
+        async for piece in pieces:
+            chunk = chunk_of([choice_of(piece, piece.choice not in told)])
+            told.add(piece.choice)
+            if exchange.includes_usage:
+                chunk.usage = None
+            yield event(chunk)
+    if exchange.includes_usage:
+        last = chunk_of([])
+        last.usage = usage()
+        yield event(last)
+    yield DONE
+
+
+async def whole_pieces(pieces: Begun, count: int) -> list[Piece]:
+    """All pieces of each of `count` choices as one, without drafts."""
+    parts: list[list[Piece]] = [[] for _ in range(count)]
+    async with aclosing(pieces):
+        async for piece in pieces:
+            if piece.draft is None:
+                parts[piece.choice].append(piece)
+    return [joined_piece(each) for each in parts]
 
 
 def event(chunk: BaseModel) -> bytes:
