@@ -86,13 +86,20 @@ def _shown(error: BaseException) -> str:
     return with_retry_after(text, RETRY_AFTER_S) if isinstance(error, QueueFullError) else text
 
 
-def refuse(context: Any, error: BaseException, request_id: str) -> NoReturn:
-    """Sets the status of a Serve gRPC call and ends it."""
-    REQUEST_ID.set(request_id)
+def error_answer(error: BaseException, request_id: str) -> tuple[grpc.StatusCode, str]:
+    """As `status_of`, for an error that a client is told of now: it is counted, and one that the
+    client learns nothing of is logged."""
     code, details = status_of(error, request_id)
     ERROR_ANSWERS.note(code.name)
     if details.startswith(INTERNAL_TEXT):
         logger.error("request %s failed", request_id, exc_info=error)
+    return code, details
+
+
+def refuse(context: Any, error: BaseException, request_id: str) -> NoReturn:
+    """Sets the status of a Serve gRPC call and ends it."""
+    REQUEST_ID.set(request_id)
+    code, details = error_answer(error, request_id)
     context.set_code(code)
     context.set_details(marked(details))
     # Serve writes this error into its log, and the details may repeat a part of the prompt.

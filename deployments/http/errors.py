@@ -13,10 +13,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from twotower.cluster.services.ray_errors import plain_error
-from twotower.deployments.completions.status import status_of
+from twotower.deployments.completions.status import error_answer
 from twotower.deployments.http.answers import ErrorAnswer, ErrorBody
 from twotower.deployments.telemetry.errors import ERROR_ANSWERS
-from twotower.protos.refusals import INTERNAL_TEXT, retry_after_of
+from twotower.protos.refusals import retry_after_of
 from twotower.towers.errors import InvalidRequestError, shorten
 
 logger = logging.getLogger("ray.serve")
@@ -49,13 +49,10 @@ def answer_of(error: BaseException, request_id: str) -> tuple[int, ErrorAnswer]:
     if isinstance(error, NotFoundError):
         ERROR_ANSWERS.note(grpc.StatusCode.NOT_FOUND.name)
         return 404, _answer(str(error), "invalid_request_error", error.param, error.code)
-    code, text = status_of(error, request_id)
-    ERROR_ANSWERS.note(code.name)
+    code, text = error_answer(error, request_id)
     status, kind, name = _HTTP.get(code, _HTTP[grpc.StatusCode.INTERNAL])
     plain = plain_error(error)
     param = plain.field if isinstance(plain, InvalidRequestError) else None
-    if text.startswith(INTERNAL_TEXT):
-        logger.error("request %s failed", request_id, exc_info=error)
     return status, _answer(text, kind, param, name)
 
 

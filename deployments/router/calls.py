@@ -3,10 +3,12 @@ its trace."""
 
 from __future__ import annotations
 
+from types import TracebackType
 from typing import Any
 
 from twotower.deployments.access.access import Access, Caller
 from twotower.deployments.completions.requests import request_id_of
+from twotower.deployments.completions.status import refuse
 from twotower.protos.trace_context import REQUEST_ID, TRACE_PARENT
 from twotower.towers.errors import InvalidRequestError
 
@@ -36,3 +38,27 @@ def log_name(grpc_context: Any, given: str = "") -> str:
         return request_id_of(request_name(grpc_context, given))
     except InvalidRequestError:
         return "(invalid request_id)"
+
+
+class Refusing:
+    """Around what a call does: an error ends it with the status that is made for clients.
+
+    `given` is the name of the request, as in `log_name`.
+    """
+
+    def __init__(self, grpc_context: Any, given: str = "") -> None:
+        self._context = grpc_context
+        self._given = given
+
+    def __enter__(self) -> None:
+        """Does nothing: what counts is the end."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # The end of a stream that its reader leaves is no error.
+        if isinstance(error, Exception):
+            refuse(self._context, error, log_name(self._context, self._given))

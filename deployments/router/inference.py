@@ -16,12 +16,11 @@ from twotower.deployments.access.access import Access, Caller
 from twotower.deployments.access.limits import Admission
 from twotower.deployments.completions.completions import Completions
 from twotower.deployments.completions.requests import MAX_CHOICES, request_id_of
-from twotower.deployments.completions.status import refuse, status_of
+from twotower.deployments.completions.status import error_answer
 from twotower.deployments.router import codec, kserve
-from twotower.deployments.router.calls import caller_of, log_name, request_name, trace_parent
+from twotower.deployments.router.calls import Refusing, caller_of, request_name, trace_parent
 from twotower.protos.incoming import Refusal
 from twotower.protos.kserve import inference_pb2 as pb
-from twotower.protos.refusals import INTERNAL_TEXT
 from twotower.towers.decoding.services import Block
 from twotower.towers.errors import InvalidRequestError
 
@@ -54,38 +53,32 @@ class InferenceMethods:
         self, request: pb.ModelReadyRequest, grpc_context: Any
     ) -> pb.ModelReadyResponse:
         """Whether a request to a model would be served now."""
-        try:
+        with Refusing(grpc_context):
             kserve.check_model(self._completions.model, request.name, request.version)
             return pb.ModelReadyResponse(ready=await self._completions.is_ready())
-        except Exception as error:
-            refuse(grpc_context, error, log_name(grpc_context))
 
     async def ServerMetadata(  # noqa: N802
         self, _request: pb.ServerMetadataRequest, grpc_context: Any
     ) -> pb.ServerMetadataResponse:
         """Name and version of what serves."""
-        try:
+        with Refusing(grpc_context):
             caller_of(self._access, grpc_context)
             return kserve.server_metadata(self._completions.model)
-        except Exception as error:
-            refuse(grpc_context, error, log_name(grpc_context))
 
     async def ModelMetadata(  # noqa: N802
         self, request: pb.ModelMetadataRequest, grpc_context: Any
     ) -> pb.ModelMetadataResponse:
         """The model's tensors."""
-        try:
+        with Refusing(grpc_context):
             caller_of(self._access, grpc_context)
             kserve.check_model(self._completions.model, request.name, request.version)
             return kserve.model_metadata(self._completions.model)
-        except Exception as error:
-            refuse(grpc_context, error, log_name(grpc_context))
 
     async def ModelInfer(  # noqa: N802
         self, request: pb.ModelInferRequest, grpc_context: Any
     ) -> pb.ModelInferResponse:
         """Completes a prompt."""
-        try:
+        with Refusing(grpc_context, request.id):
             name = request_name(grpc_context, request.id)
             with caller_of(self._access, grpc_context).limits.admit() as admission:
                 trace = trace_parent(grpc_context)
@@ -94,21 +87,17 @@ class InferenceMethods:
                     async for answer in answers:
                         return answer
             raise RuntimeError("a request without an answer")
-        except Exception as error:
-            refuse(grpc_context, error, log_name(grpc_context, request.id))
 
     async def ModelStreamInfer(  # noqa: N802
         self, requests: AsyncIterator[pb.ModelInferRequest | Refusal], grpc_context: Any
     ) -> Answers:
         """Completes prompts side by side."""
-        try:
+        with Refusing(grpc_context):
             caller = caller_of(self._access, grpc_context)
             answered = side_by_side(requests, lambda request: self._told(request, caller))
             async with aclosing(answered) as answers:
                 async for answer in answers:
                     yield answer
-        except Exception as error:
-            refuse(grpc_context, error, log_name(grpc_context))
 
     async def _told(self, request: pb.ModelInferRequest | Refusal, caller: Caller) -> Answers:
         """The answers to a request of a stream, its error among them."""
@@ -207,7 +196,5 @@ def _failed(error: Exception, given: str) -> pb.ModelStreamInferResponse:
         name = request_id_of(given)
     except InvalidRequestError:
         name = "(invalid id)"
-    _, text = status_of(error, name)
-    if text.startswith(INTERNAL_TEXT):
-        logger.error("request %s failed", name, exc_info=error)
+    _, text = error_answer(error, name)
     return kserve.failure(text, given)

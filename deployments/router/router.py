@@ -25,7 +25,13 @@ from twotower.deployments.completions.status import refuse
 from twotower.deployments.config import ServiceConfig
 from twotower.deployments.http.app import build_http_app
 from twotower.deployments.router import codec
-from twotower.deployments.router.calls import caller_of, log_name, request_name, trace_parent
+from twotower.deployments.router.calls import (
+    Refusing,
+    caller_of,
+    log_name,
+    request_name,
+    trace_parent,
+)
 from twotower.deployments.router.inference import InferenceMethods
 from twotower.protos.incoming import (
     MESSAGE_VARIABLE,
@@ -73,56 +79,50 @@ class Router(InferenceMethods):
         """Streams the completions of a prompt."""
         # In the answer, too, if it is drawn here.
         name = request_name(grpc_context, request.request_id)
-        try:
-            with caller_of(self._access, grpc_context).limits.admit() as admission:
-                trace = trace_parent(grpc_context)
-                async with aclosing(self._events(request, name, trace, admission)) as events:
-                    async for event in events:
-                        yield event
-        except Exception as error:
-            refuse(grpc_context, error, log_name(grpc_context, name))
+        with (
+            Refusing(grpc_context, name),
+            caller_of(self._access, grpc_context).limits.admit() as admission,
+        ):
+            trace = trace_parent(grpc_context)
+            async with aclosing(self._events(request, name, trace, admission)) as events:
+                async for event in events:
+                    yield event
 
     async def Score(  # noqa: N802
         self, request: pb.ScoreRequest, grpc_context: Any
     ) -> pb.ScoreResponse:
         """Scores a text."""
-        try:
-            with caller_of(self._access, grpc_context).limits.admit() as admission:
-                return await self._scored(request, admission)
-        except Exception as error:
-            refuse(grpc_context, error, log_name(grpc_context, request.request_id))
+        with (
+            Refusing(grpc_context, request.request_id),
+            caller_of(self._access, grpc_context).limits.admit() as admission,
+        ):
+            return await self._scored(request, admission)
 
     async def Tokenize(  # noqa: N802
         self, request: pb.TokenizeRequest, grpc_context: Any
     ) -> pb.TokenizeResponse:
         """The ids of a text."""
-        try:
+        with Refusing(grpc_context):
             caller_of(self._access, grpc_context)
             ids = await self._completions.token_ids("text", request.text)
             return pb.TokenizeResponse(token_ids=ids)
-        except Exception as error:
-            refuse(grpc_context, error, log_name(grpc_context))
 
     async def Detokenize(  # noqa: N802
         self, request: pb.DetokenizeRequest, grpc_context: Any
     ) -> pb.DetokenizeResponse:
         """The text of ids."""
-        try:
+        with Refusing(grpc_context):
             caller_of(self._access, grpc_context)
             ids = list(request.token_ids)
             return pb.DetokenizeResponse(text=await self._completions.decode("token_ids", ids))
-        except Exception as error:
-            refuse(grpc_context, error, log_name(grpc_context))
 
     async def GetModelInfo(  # noqa: N802
         self, _request: pb.GetModelInfoRequest, grpc_context: Any
     ) -> pb.ModelInfo:
         """Model, limits and modes of the service."""
-        try:
+        with Refusing(grpc_context):
             caller_of(self._access, grpc_context)
             return self._info
-        except Exception as error:
-            refuse(grpc_context, error, log_name(grpc_context))
 
     async def Check(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, grpc_context: Any
