@@ -13,6 +13,7 @@ from dataclasses import dataclass
 _KERNELS = "tests/kernels"
 # The longest first, so that none of them is the last to begin.
 TEST_FILES = (
+    "tests/towers/engine/test_on_gpu.py",
     f"{_KERNELS}/test_mamba_scan_triton.py",
     f"{_KERNELS}/test_experts_triton.py",
     f"{_KERNELS}/test_attention_triton.py",
@@ -24,7 +25,6 @@ TEST_FILES = (
     f"{_KERNELS}/test_expert_tiles_triton.py",
     f"{_KERNELS}/test_commit.py",
     "tests/towers/engine/test_device_steps.py",
-    "tests/towers/engine/test_on_gpu.py",
 )
 DRY_TEST_FILES = (f"{_KERNELS}/test_rows.py", f"{_KERNELS}/test_philox.py")
 _GOLDEN = ("tiny_a", "tiny_b")
@@ -94,7 +94,7 @@ def _checks(shape: _Shape) -> Stage:
     tests = [(*pytest, *options, name) for name in shape.tests]
     replay = (sys.executable, "-m", "benchmarks.gpu.verify", "--device", shape.device, "--folder")
     verify = [(*replay, name, *shape.verified) for name in _GOLDEN]
-    return Stage("checks", 150, (*verify, *tests), workers=8)
+    return Stage("checks", 200, (*tests, *verify), workers=8)
 
 
 def _products(shape: _Shape) -> Stage:
@@ -143,12 +143,20 @@ def _tune(shape: _Shape) -> list[Stage]:
     ]
 
 
+def _continuous(shape: _Shape) -> list[Stage]:
+    """Decoding of rows that do not end their blocks together."""
+    return [
+        Stage(f"continuous-{rows}", 120, (shape.bench("continuous", (rows,)),))
+        for rows in (*shape.rows[1:], shape.many)
+    ]
+
+
 def _rest(shape: _Shape) -> list[Stage]:
     """Stages that run last."""
     long = ("--long-context", "1024") if shape.device == "cpu" else ()
     scans = ("--scans", "256") if shape.device == "cpu" else ()
     return [
-        Stage("continuous", 150, (shape.bench("continuous", shape.rows[1:2]),)),
+        *_continuous(shape),
         Stage("baseline", 150, (shape.bench("speed,baseline", shape.rows[:2]),)),
         Stage("attention", 120, (shape.bench("attention", shape.rows[1:2], *long),)),
         Stage("scans", 90, (shape.bench("scans", shape.rows[:1], *scans),)),

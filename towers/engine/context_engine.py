@@ -22,6 +22,7 @@ from twotower.towers.engine.engine import Engine, state_of
 from twotower.towers.engine.options import EngineOptions
 from twotower.towers.engine.prefill import KvFeed, prefill_pieces, send_update
 from twotower.towers.engine.stats import EngineStats
+from twotower.towers.engine.turns import Turn
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.request.params import GenerationParams
 from twotower.towers.state.link import StateLink, UpdateWriter
@@ -37,7 +38,8 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
     """Rows in a context tower. `link` carries their states to a denoiser, if there is one.
 
     Their states live in `pool` (None: a pool that `options` make for this tower alone).
-    `device_steps` (None: on CUDA) runs decode steps over fixed buffers, as CUDA graphs.
+    `device_steps` (None: on CUDA) runs decode steps over fixed buffers, as CUDA graphs. `turn` is
+    the context tower's of `Turns`, where the denoiser's passes run on the same device.
     """
 
     _admission: Admission
@@ -51,6 +53,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         pool: StatePool | None = None,
         threaded: bool = False,
         device_steps: bool | None = None,
+        turn: Turn | None = None,
     ) -> None:
         options, device = options or EngineOptions(), tower.device
         pool = pool or options.pool_for(tower)
@@ -64,7 +67,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         self._blocks = ContextBlocks(tower, memory) if wanted else None
         run = ContextPass(tower, self._steps, self._blocks).run
         limits = options.pass_limits(device.type)
-        super().__init__("context", run, admission, limits, threaded)
+        super().__init__("context", run, admission, limits, threaded, turn)
         self.tower = tower
         self.link = link
         self.pool = pool
@@ -367,7 +370,9 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         return torch.cat(parts)
 
     async def _submit(self, work: ContextWork) -> ContextResult:
-        return await self._loop.submit(work, len(work.tokens), prefill=work.prefill)
+        return await self._loop.submit(
+            work, len(work.tokens), prefill=work.prefill, patient=work.is_block
+        )
 
     async def _write_through(self, work: ContextWork, writer: UpdateWriter | None) -> ContextResult:
         """A pass whose update is sent while it computes."""

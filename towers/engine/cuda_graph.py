@@ -6,10 +6,11 @@ than the device. On a CPU the same work is simply called, so that everything els
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, Generic, TypeVar
 
@@ -39,6 +40,22 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     graph and go with it, and on a stream for each tower there would be one for each.
     """
     return torch.cuda.Stream(device)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Keeps the garbage collector from running, in any thread of the process.
+
+    A graph that it found, of an engine that is gone, would be freed by the thread that captures,
+    and CUDA ends a capture in which its thread frees a graph.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class GraphMemory:
@@ -93,11 +110,14 @@ class CapturedGraph:
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             # Other threads of the process go on allocating and copying meanwhile.
-            with torch.cuda.graph(
-                graph,
-                pool=self._memory.handle(),
-                stream=stream,
-                capture_error_mode="thread_local",
+            with (
+                no_collection(),
+                torch.cuda.graph(
+                    graph,
+                    pool=self._memory.handle(),
+                    stream=stream,
+                    capture_error_mode="thread_local",
+                ),
             ):
                 self._work()
         self._graph = graph

@@ -27,6 +27,7 @@ from twotower.towers.engine.denoiser_steps import DenoiserSteps, StepWork
 from twotower.towers.engine.device_drafts import DeviceDraft, StepResult, on_device
 from twotower.towers.engine.engine import Engine, EngineRow, state_of
 from twotower.towers.engine.options import EngineOptions
+from twotower.towers.engine.turns import Turn
 from twotower.towers.errors import UnavailableError
 from twotower.towers.model.context_tower import replay_shapes
 from twotower.towers.model.denoiser_tower import DenoiserTower
@@ -97,7 +98,8 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
     Mirrors live in `pool`; without one the engine reads states that a context tower on the same
     device lets it `adopt`. `rule` replaces the requests' commit rules, for benchmarks that replay
     recorded schedules. `device_steps` (None: on CUDA) keeps blocks on the device while they are
-    denoised, where their parameters allow it.
+    denoised, where their parameters allow it. `turn` is the denoiser's of `Turns`, where the
+    context tower's passes run on the same device.
     """
 
     def __init__(
@@ -109,12 +111,13 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
         rule: Callable[[GenerationParams], CommitRule] | None = None,
         threaded: bool = False,
         device_steps: bool | None = None,
+        turn: Turn | None = None,
     ) -> None:
         admission = Admission(pool) if pool is not None else None
         wanted = tower.device.type == "cuda" if device_steps is None else device_steps
         self._steps = DenoiserSteps(tower) if wanted else None
         limits = (options or EngineOptions()).pass_limits(tower.device.type)
-        super().__init__("denoiser", self._run, admission, limits, threaded)
+        super().__init__("denoiser", self._run, admission, limits, threaded, turn)
         self.tower = tower
         self.pool = pool
         self._rule = rule or commit_rule

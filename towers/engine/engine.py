@@ -17,6 +17,7 @@ from twotower.towers.engine.admission import Admission
 from twotower.towers.engine.options import PassLimits
 from twotower.towers.engine.scheduler import BatchLoop
 from twotower.towers.engine.stats import EngineStats
+from twotower.towers.engine.turns import Turn
 from twotower.towers.errors import UnavailableError
 from twotower.towers.state.context_state import ContextState
 from twotower.towers.state.pool import StatePool
@@ -42,7 +43,7 @@ class Engine(Generic[Row, Work, Result]):
     """Rows of many requests in one tower, batched pass by pass.
 
     `run` runs the works of a pass. Rows wait in `admission` for their memory; None in an engine
-    that reads the states of another.
+    that reads the states of another. `turn` is its share of a device that it shares.
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class Engine(Generic[Row, Work, Result]):
         admission: Admission | None,
         limits: PassLimits,
         threaded: bool,
+        turn: Turn | None = None,
     ) -> None:
         self._rows: dict[str, Row] = {}
         self._admission = admission
         executor = ThreadPoolExecutor(1, name) if threaded else None
-        self._loop: BatchLoop[Work, Result] = BatchLoop(run, limits, executor)
+        self._loop: BatchLoop[Work, Result] = BatchLoop(run, limits, executor, turn)
 
     @property
     def num_rows(self) -> int:

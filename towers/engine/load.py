@@ -14,6 +14,7 @@ from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
 from twotower.towers.engine.local_link import LocalLink
 from twotower.towers.engine.options import EngineOptions
+from twotower.towers.engine.turns import turns_of
 from twotower.towers.request.params import GenerationParams
 
 
@@ -39,17 +40,21 @@ def load_engines(
     context_tower = load_context_tower(folder, context_device, dtype, progress=first)
     denoiser_tower = load_denoiser_tower(folder, denoiser_device, dtype, progress=second)
     shared = torch.device(context_device) == torch.device(denoiser_device)
+    turns = turns_of(context_tower.device, shared=shared, threaded=threaded)
     denoiser = DenoiserEngine(
         denoiser_tower,
         chosen,
         pool=None if shared else chosen.pool_for(denoiser_tower),
         rule=rule,
         threaded=threaded,
+        turn=turns.denoiser if turns else None,
     )
     link = LocalLink(context_tower, denoiser, shared)
     readers = [denoiser_tower] if shared else []
     pool = chosen.pool_for(context_tower, *readers)
-    context = ContextEngine(context_tower, link, chosen, pool=pool, threaded=threaded)
+    context = ContextEngine(
+        context_tower, link, chosen, pool=pool, threaded=threaded, turn=turns.context if turns else None
+    )
     return context, denoiser
 
 

@@ -8,10 +8,12 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from twotower.towers.engine.options import PassLimits
+from twotower.towers.engine.turns import Load, Turn
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
@@ -100,6 +102,7 @@ class _Waiting(Generic[Work, Result]):
     work: Work
     tokens: int
     prefill: bool
+    patient: bool
     future: asyncio.Future[Result]
 
 
@@ -109,7 +112,7 @@ class BatchLoop(Generic[Work, Result]):
     Rows submit a piece of work each and wait; a row may join or leave at any pass. `run` is given
     the short works first, so that neighbours of one length share their products. A result may be
     an exception, which is raised to its submitter alone. With an executor the passes leave the
-    event loop responsive.
+    event loop responsive. With a `turn` they alternate with those of another loop.
 
     `passes` have run over `pass_rows` pieces of work of `pass_tokens` tokens, `prefill_tokens`
     among them, in `pass_seconds`.
@@ -120,6 +123,7 @@ class BatchLoop(Generic[Work, Result]):
         run: Callable[[Sequence[Work]], Sequence[Result | BaseException]],
         limits: PassLimits,
         executor: Executor | None = None,
+        turn: Turn | None = None,
     ) -> None:
         self.passes = self.pass_rows = self.pass_tokens = self.prefill_tokens = 0
         self.pass_seconds = 0.0
@@ -132,6 +136,9 @@ class BatchLoop(Generic[Work, Result]):
         self._task: asyncio.Task[None] | None = None
         self._running: asyncio.Future[Sequence[Result | BaseException]] | None = None
         self._pass_began: float | None = None
+        self._turn = turn
+        if turn is not None:
+            turn.watch(self.load)
 
     @property
     def pass_age(self) -> float:
@@ -144,24 +151,37 @@ class BatchLoop(Generic[Work, Result]):
         """Pieces of work that no pass has taken yet."""
         return len(self._waiting)
 
+    def load(self) -> Load:
+        """What waits now."""
+        waiting = self._waiting.values()
+        return Load(len(waiting), urgent=not all(entry.patient for entry in waiting))
+
     def busy_share(self, clock: float) -> float:
         """Share of the time from the first pass to `clock`, of `time.monotonic`, in passes."""
         lifetime = 0.0 if self._first_pass_at is None else clock - self._first_pass_at
         return self.pass_seconds / lifetime if lifetime > 0 else 0.0
 
     async def submit(
-        self, work: Work, tokens: int, *, prefill: bool = False, begun: bool = False
+        self,
+        work: Work,
+        tokens: int,
+        *,
+        prefill: bool = False,
+        begun: bool = False,
+        patient: bool = False,
     ) -> Result:
         """Waits for the pass that takes `work`, which counts as `tokens`; cancel to withdraw it.
 
-        `prefill` and `begun` are kinds of work, see `PassScheduler`. Raises the exception that the
-        pass gave for this work, or a copy of the pass's exception.
+        `prefill` and `begun` are kinds of work, see `PassScheduler`; `patient` work may wait for
+        more of its kind, see `turns`. Raises the exception that the pass gave for this work, or a
+        copy of the pass's exception.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
         ticket = next(self._tickets)
         self._scheduler.add(ticket, tokens, prefill, begun)
-        self._waiting[ticket] = _Waiting(work, tokens, prefill, future)
+        self._waiting[ticket] = _Waiting(work, tokens, prefill, patient, future)
+        self._tell()
         if self._task is None or self._task.done():
             self._task = loop.create_task(self._serve())
         try:
@@ -169,6 +189,11 @@ class BatchLoop(Generic[Work, Result]):
         finally:
             if self._waiting.pop(ticket, None) is not None:
                 self._scheduler.withdraw(ticket)
+                self._tell()
+
+    def _tell(self) -> None:
+        if self._turn is not None:
+            self._turn.changed()
 
     async def settle(self) -> None:
         """Waits for the end of the pass that runs now, if any: it may still use withdrawn work."""
@@ -180,9 +205,10 @@ class BatchLoop(Generic[Work, Result]):
         # event loop. One turn of patience lets them share the next pass too.
         await asyncio.sleep(0)
         while self._waiting:
-            batch = self._take()
-            if batch:
-                await self._pass(batch)
+            async with self._turn or nullcontext():
+                batch = self._take()
+                if batch:
+                    await self._pass(batch)
             await asyncio.sleep(0)
 
     def _take(self) -> list[_Waiting[Work, Result]]:

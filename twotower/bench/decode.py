@@ -22,6 +22,7 @@ from twotower.towers.engine.denoiser_engine import DenoiserEngine
 from twotower.towers.engine.local_link import LocalLink
 from twotower.towers.engine.options import EngineOptions
 from twotower.towers.engine.stats import EngineStats
+from twotower.towers.engine.turns import Turns
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.request.modes import Mode
@@ -95,16 +96,24 @@ class EnginePair:
         options = EngineOptions(
             max_num_batched_tokens=max_tokens, max_prefill_tokens=max_tokens, prefix_cache_mib=0
         )
+        turns = Turns()
         self.denoiser = DenoiserEngine(
             denoiser,
             options,
             rule=self._replay,
             threaded=False,
             device_steps=device_steps,
+            turn=turns.denoiser,
         )
         link = LocalLink(context, self.denoiser, shared=True)
         self.context = ContextEngine(
-            context, link, options, pool=pool, threaded=False, device_steps=device_steps
+            context,
+            link,
+            options,
+            pool=pool,
+            threaded=False,
+            device_steps=device_steps,
+            turn=turns.context,
         )
         # An engine belongs to one event loop, also over several runs.
         self._runner = asyncio.Runner()
