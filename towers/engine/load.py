@@ -53,7 +53,12 @@ def load_engines(
     readers = [denoiser_tower] if shared else []
     pool = chosen.pool_for(context_tower, *readers)
     context = ContextEngine(
-        context_tower, link, chosen, pool=pool, threaded=threaded, turn=turns.context if turns else None
+        context_tower,
+        link,
+        chosen,
+        pool=pool,
+        threaded=threaded,
+        turn=turns.context if turns else None,
     )
     return context, denoiser
 
