@@ -30,6 +30,7 @@ from twotower.deployments.routing.retry import RetryPolicy
 from twotower.deployments.telemetry.logs import REQUEST_ID
 from twotower.deployments.telemetry.open import open_recorder
 from twotower.deployments.telemetry.record import CompletionRecord, Origin
+from twotower.towers.checkpoint.fingerprint import fingerprint
 from twotower.towers.checkpoint.weights import resolve_checkpoint
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.decoding.commit_log import CommitLog
@@ -57,9 +58,11 @@ Charge = Callable[[int], None]
 @dataclass(frozen=True)
 class ServedModel:
     """What is served, and within which limits. `max_context` counts prompt and output together,
-    output rounded up to whole blocks; ids are below `vocab_size`."""
+    output rounded up to whole blocks; ids are below `vocab_size`. `fingerprint` changes with the
+    checkpoint's content."""
 
     name: str
+    fingerprint: str
     version: str
     vocab_size: int
     max_context: int
@@ -149,6 +152,7 @@ class Completions:
         }
         self.model = ServedModel(
             name=config.shown_name(),
+            fingerprint=fingerprint(folder),
             version=twotower.__version__,
             vocab_size=model.vocab_size,
             max_context=max_context,

@@ -182,12 +182,13 @@ class ChatChunk(BaseModel):
 
 
 class ModelAnswer(BaseModel):
-    """A model that is served."""
+    """A model that is served; `fingerprint` changes with its checkpoint's content."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "twotower"
+    fingerprint: str
     max_model_len: int
     modes: list[str]
     vocab_size: int

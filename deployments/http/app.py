@@ -149,6 +149,7 @@ def model_routes(service: Completions) -> APIRouter:
         object="model",
         created=int(time.time()),
         owned_by="twotower",
+        fingerprint=served.fingerprint,
         max_model_len=served.max_context,
         modes=list(served.modes),
         vocab_size=served.vocab_size,

@@ -30,7 +30,7 @@ from twotower.towers.request.params import GenerationParams
 from twotower.towers.request.token_ids import check_ids
 
 Code = grpc.StatusCode
-MODEL = ServedModel("m", "9.9", 512, 80, ("ar", "mask_diffusion"), 2, True, "M*", "float32")
+MODEL = ServedModel("m", "f1", "9.9", 512, 80, ("ar", "mask_diffusion"), 2, True, "M*", "float32")
 # What each prompt of ids is answered with.
 OUTPUT = ((10, 11), (12, 2))
 
