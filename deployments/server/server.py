@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,43 +18,26 @@ from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.serve.exceptions import RayServeException
 
-from twotower.cluster.placement.surroundings import runtime_folder, shared_memory
 from twotower.deployments.app import build_app, check_room, this_machine
 from twotower.deployments.config import APP_NAME, ServiceConfig
-from twotower.deployments.http.middleware import PROXY_CALLBACK, PROXY_VARIABLE
 from twotower.deployments.router.ingress import SERVICER_FUNCTIONS
-from twotower.deployments.telemetry.logs import serve_logging, worker_logging
-from twotower.protos.incoming import MAX_MESSAGE_BYTES, MESSAGE_VARIABLE, message_variables
+from twotower.deployments.server.local_ray import start_ray
+from twotower.deployments.telemetry.logs import serve_logging
+from twotower.protos.incoming import message_variables
 from twotower.towers.errors import ConfigError, TwoTowerError, UnavailableError
 
-OBJECT_STORE_BYTES = 200 * 1024 * 1024
 # Where Serve's gRPC side listens.
 EVERYWHERE = "0.0.0.0"
 PROXY_TIMEOUT_S = 30.0
 NO_PROXY = [("grpc.enable_http_proxy", 0)]
 _OWN_ERRORS = TwoTowerError.__module__
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_AUTO_CONNECT": "0",
-    # The library's own telemetry aside, its workers otherwise take every core for arithmetic.
-    "OMP_NUM_THREADS": "1",
-    # By default a proxy that is not up within 5 s is killed and started anew, which on a machine
-    # with other work on it only makes the start fail.
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    # What runs in front of Serve's own HTTP proxy.
-    PROXY_VARIABLE: PROXY_CALLBACK,
-    # Metrics are handed over every 10 s by default: here somebody looks on.
-    "RAY_metrics_report_interval_ms": "2000",
-    # By default Serve takes messages of 2 GiB.
-    MESSAGE_VARIABLE: str(MAX_MESSAGE_BYTES),
-}
 
 
 class LocalService:
     """A service in new processes on this machine.
 
     `address` is its gRPC target. Ray's files go to `folder`, an existing one in a prepared
-    environment, or to a new one. `phase` is told what is next while it starts. Entering raises
+    environment, or to a new one; it has `spare_cpus` places beside the towers'. `phase` is told what is next while it starts. Entering raises
     CheckpointError or ConfigError before anything is started, UnavailableError if the towers do not
     come up.
     """
@@ -66,12 +48,14 @@ class LocalService:
         *,
         verbose: bool = False,
         folder: Path | None = None,
+        spare_cpus: int = 0,
         phase: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.config = config
         self.address = f"127.0.0.1:{config.grpc_port}"
         self._verbose = verbose
         self._folder = folder
+        self._spare_cpus = spare_cpus
         self._phase = phase
         self._made = ExitStack()
 
@@ -116,21 +100,14 @@ class LocalService:
         self._made.close()
 
     def _start_ray(self) -> None:
-        limits = message_variables(self.config.message_bytes(), self.config.max_context)
-        os.environ.update(ENVIRONMENT | limits)
         logging.getLogger("ray.serve").setLevel(logging.INFO if self._verbose else logging.ERROR)
-        folder = self._folder or self._made.enter_context(runtime_folder(os.environ))
-        ray.init(
-            address="local",
-            num_cpus=int(this_machine().resources["CPU"]),
-            num_gpus=int(this_machine().resources["GPU"]),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=self._verbose,
-            logging_level=logging.INFO if self._verbose else logging.ERROR,
-            _temp_dir=str(folder),
-            _plasma_directory=shared_memory(folder),
-            **worker_logging(self.config.log_format),
+        start_ray(
+            self._made,
+            folder=self._folder,
+            variables=message_variables(self.config.message_bytes(), self.config.max_context),
+            spare_cpus=self._spare_cpus,
+            log_format=self.config.log_format,
+            verbose=self._verbose,
         )
         start_serve(self.config)
 

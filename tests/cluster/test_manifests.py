@@ -32,7 +32,8 @@ from twotower.cluster.placement.surroundings import make_folder
 from twotower.deployments.config import APP_NAME, ServiceConfig
 from twotower.deployments.router.ingress import SERVICER_FUNCTIONS
 from twotower.deployments.router.router import SERVICE_NAME
-from twotower.deployments.server.server import OBJECT_STORE_BYTES, free_port
+from twotower.deployments.server.local_ray import OBJECT_STORE_BYTES
+from twotower.deployments.server.server import free_port
 
 FOLDER = Path(__file__).parents[2] / "cluster" / "manifests"
 UP_S, LIMIT_S = 180.0, 60.0

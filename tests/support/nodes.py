@@ -14,12 +14,8 @@ from ray.cluster_utils import Cluster
 from twotower.cluster.topology import PairTopology
 from twotower.deployments.app import build_app
 from twotower.deployments.config import APP_NAME, ServiceConfig
-from twotower.deployments.server.server import (
-    ENVIRONMENT,
-    OBJECT_STORE_BYTES,
-    await_proxy,
-    start_serve,
-)
+from twotower.deployments.server.local_ray import ENVIRONMENT, OBJECT_STORE_BYTES
+from twotower.deployments.server.server import await_proxy, start_serve
 
 
 @contextmanager

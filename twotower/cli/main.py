@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from twotower.cli import commands
+from twotower.cli.batch import batch
 from twotower.cli.errors import CommandGroup
 from twotower.cli.generate import generate
 from twotower.cli.keys import keys
@@ -105,6 +106,7 @@ def serve(
 
 
 app.command()(generate)
+app.command()(batch)
 app.add_typer(keys, name="key")
 app.command()(top)
 

@@ -1,0 +1,63 @@
+"""Ray on this machine, for a service or for a job beside one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import ray
+
+from twotower.cluster.placement.surroundings import runtime_folder, shared_memory
+from twotower.deployments.app import this_machine
+from twotower.deployments.http.middleware import PROXY_CALLBACK, PROXY_VARIABLE
+from twotower.deployments.telemetry.logs import LogFormat, worker_logging
+from twotower.protos.incoming import MAX_MESSAGE_BYTES, MESSAGE_VARIABLE
+
+OBJECT_STORE_BYTES = 200 * 1024 * 1024
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+    # The library's own telemetry aside, its workers otherwise take every core for arithmetic.
+    "OMP_NUM_THREADS": "1",
+    # By default a proxy that is not up within 5 s is killed and started anew, which on a machine
+    # with other work on it only makes the start fail.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    # What runs in front of Serve's own HTTP proxy.
+    PROXY_VARIABLE: PROXY_CALLBACK,
+    # Metrics are handed over every 10 s by default: here somebody looks on.
+    "RAY_metrics_report_interval_ms": "2000",
+    # By default Serve takes messages of 2 GiB.
+    MESSAGE_VARIABLE: str(MAX_MESSAGE_BYTES),
+}
+
+
+def start_ray(
+    made: ExitStack,
+    *,
+    folder: Path | None = None,
+    variables: Mapping[str, str] | None = None,
+    spare_cpus: int = 0,
+    log_format: LogFormat = "text",
+    verbose: bool = False,
+) -> None:
+    """Starts Ray with this machine's CPUs and GPUs, and `spare_cpus` places for work that needs no
+    core. Its files go to `folder`, an existing one in a prepared environment, or to a new one that
+    `made` removes. `variables` are set beside ENVIRONMENT."""
+    os.environ.update(ENVIRONMENT | dict(variables or {}))
+    folder = folder or made.enter_context(runtime_folder(os.environ))
+    resources = this_machine().resources
+    ray.init(
+        address="local",
+        num_cpus=int(resources["CPU"]) + spare_cpus,
+        num_gpus=int(resources["GPU"]),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=verbose,
+        logging_level=logging.INFO if verbose else logging.ERROR,
+        _temp_dir=str(folder),
+        _plasma_directory=shared_memory(folder),
+        **worker_logging(log_format),
+    )

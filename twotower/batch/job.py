@@ -1,0 +1,305 @@
+"""A batch job: reads records, asks a service about each, and writes rows as they finish."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.data import DataContext
+from ray.data.checkpoint import CheckpointConfig
+from ray.exceptions import RayError
+
+from twotower.batch.inputs import Inputs, InputSource
+from twotower.batch.join import JobRows, join_parts
+from twotower.batch.journal import Format, JobPlaces, begin
+from twotower.batch.locations import Location
+from twotower.batch.meter import JobMeter
+from twotower.batch.requests import BatchDefaults
+from twotower.batch.retry import forget_errors
+from twotower.batch.service import AskedService, asked_service, job_ray, own_service
+from twotower.batch.sink import PartSink
+from twotower.batch.work import BatchWork
+from twotower.data.completer import complete
+from twotower.towers.errors import UnavailableError
+
+# Rows that are committed together: of a short job few, as they are what an interruption loses; of a
+# long one more, as every commit writes files of its own.
+_LEAST_ROWS, _MOST_ROWS, _COMMITS = 8, 256, 400
+_DEFAULT_IN_FLIGHT = 64
+# Requests that wait in the service beside those it works on, so that no row is free.
+_WAITING_SHARE = 0.25
+_POLL_S = 0.5
+_TASK_CPUS = 0.1
+# What reading a job's checkpoint takes beside the identifiers themselves.
+_FILTER_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What a job does. `service` has the settings of a service of its own, for a job without
+    `targets`; `concurrency` is the number of requests in flight of each of `callers` processes
+    (None: what the service has room for)."""
+
+    inputs: tuple[str, ...]
+    output: str
+    defaults: BatchDefaults
+    targets: tuple[str, ...] = ()
+    api_key: str | None = field(default=None, repr=False)
+    service: Mapping[str, Any] = field(default_factory=dict)
+    format: Format | None = None
+    concurrency: int | None = None
+    callers: tuple[int, int] = (1, 1)
+    patience_s: float = 600.0
+    rows_per_commit: int | None = None
+    ordered: bool = False
+    retry_errors: bool = False
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
+class JobCounts:
+    """How far a job is: rows of all its runs, and what this run has taken."""
+
+    rows: int
+    done: int
+    errors: int
+    prompt_tokens: int
+    completion_tokens: int
+    nfe: int
+    context_passes: int
+    retries: int
+    in_flight: int
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens that this run has had written in a second."""
+        return self.completion_tokens / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def tokens_per_pass(self) -> float | None:
+        """Tokens for each pass of the denoiser; None if it has made none."""
+        return self.completion_tokens / self.nfe if self.nfe else None
+
+
+@dataclass(frozen=True)
+class JobSummary:
+    """What a job has come to. `completed` and `errors` are rows of all its runs, the rest is of
+    this run."""
+
+    rows: int
+    completed: int
+    errors: int
+    counts: JobCounts
+    output: str
+    model: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary's JSON."""
+        counts = self.counts
+        rate = counts.tokens_per_pass
+        return {
+            "rows": self.rows,
+            "completed": self.completed,
+            "errors": self.errors,
+            "rows_of_this_run": counts.done,
+            "prompt_tokens": counts.prompt_tokens,
+            "completion_tokens": counts.completion_tokens,
+            "tokens_per_s": round(counts.tokens_per_s, 1),
+            "tokens_per_pass": None if rate is None else round(rate, 3),
+            "retries": counts.retries,
+            "seconds": round(counts.seconds, 1),
+            "model": self.model,
+            "output": self.output,
+        }
+
+
+def run_job(
+    options: JobOptions,
+    watch: Callable[[JobCounts], None] = lambda _: None,
+    phase: Callable[[str], None] = lambda _: None,
+) -> JobSummary:
+    """Runs a job to its end, or goes on with it.
+
+    `watch` is told how far it is about twice a second, `phase` what is done before. Raises
+    InvalidRequestError and ConfigError for options, inputs and outputs that cannot be, and
+    UnavailableError if the service is lost for longer than `patience_s`.
+    """
+    phase("reading the input")
+    inputs = Inputs.of(options.inputs)
+    places = JobPlaces.of(Location.of(options.output), options.format)
+    if options.fresh:
+        places.clear()
+    with _service_of(options, phase) as service:
+        begin(places, _facts(options, inputs, places, service))
+        return _Job(options, inputs, places, service).run(watch, phase)
+
+
+@contextmanager
+def _service_of(options: JobOptions, phase: Callable[[str], None]) -> Iterator[AskedService]:
+    if not options.targets:
+        with own_service(options.service, phase) as service:
+            yield service
+        return
+    service = asked_service(options.targets, options.api_key)
+    with job_ray():
+        yield service
+
+
+def _facts(
+    options: JobOptions, inputs: Inputs, places: JobPlaces, service: AskedService
+) -> dict[str, Any]:
+    """What rows depend on."""
+    defaults = options.defaults
+    return {
+        "inputs": {
+            "files": inputs.names,
+            "rows": inputs.rows,
+            "content": inputs.fingerprint,
+        },
+        "model": {"name": service.model, "fingerprint": service.fingerprint},
+        "parameters": dict(defaults.body),
+        "prompt_column": defaults.prompt_column,
+        "seed": defaults.seed,
+        "format": places.format,
+    }
+
+
+class _Job:
+    """A job that has begun."""
+
+    def __init__(
+        self, options: JobOptions, inputs: Inputs, places: JobPlaces, service: AskedService
+    ) -> None:
+        self._options = options
+        self._inputs = inputs
+        self._places = places
+        self._service = service
+        self._rows = JobRows(places.parts, places.checkpoint, places.format)
+        wanted = max(_LEAST_ROWS, min(_MOST_ROWS, inputs.rows // _COMMITS))
+        self._commit = options.rows_per_commit or wanted
+
+    def run(self, watch: Callable[[JobCounts], None], phase: Callable[[str], None]) -> JobSummary:
+        """All rows that are not done yet."""
+        if self._options.retry_errors:
+            phase("looking for rows that failed")
+            forget_errors(self._places)
+        before = self._rows.committed()
+        meter, began = JobMeter(), time.monotonic()
+
+        def counts() -> JobCounts:
+            return _counts(meter.sums(), self._inputs.rows, before, time.monotonic() - began)
+
+        if before < self._inputs.rows:
+            with _in_background(lambda: self._pipeline(meter)) as ended:
+                while not ended.wait(_POLL_S):
+                    watch(counts())
+        last = counts()
+        watch(last)
+        phase("writing the output")
+        completed, errors = self._finish()
+        return JobSummary(
+            self._inputs.rows, completed, errors, last, self._options.output, self._service.model
+        )
+
+    def _pipeline(self, meter: JobMeter) -> None:
+        """Reads, asks and writes; returns when all rows are committed."""
+        options = self._options
+        _set_context(self._places)
+        source = InputSource(self._inputs, rows_per_block=self._commit)
+        rows = ray.data.read_datasource(source, num_cpus=_TASK_CPUS)
+        done = complete(
+            rows,
+            BatchWork(options.defaults),
+            self._service.targets,
+            concurrency=self._concurrency(),
+            callers=options.callers,
+            batch_size=self._commit,
+            api_key=options.api_key,
+            patience_s=options.patience_s,
+            meter=meter,
+        )
+        sink = PartSink(self._places.parts, self._places.format, self._inputs.names)
+        done.write_datasink(sink, num_cpus=_TASK_CPUS)
+
+    def _concurrency(self) -> int:
+        """Requests of each caller that are in flight."""
+        if self._options.concurrency is not None:
+            return self._options.concurrency
+        room = self._service.max_rows
+        if room is None:
+            return _DEFAULT_IN_FLIGHT
+        return max(1, int(room * (1 + _WAITING_SHARE)) // self._options.callers[0])
+
+    def _finish(self) -> tuple[int, int]:
+        """Joins the parts if a file is wanted; rows that are completed, and that are errors."""
+        return join_parts(self._rows, self._places.file, ordered=self._options.ordered)
+
+
+def _set_context(places: JobPlaces) -> None:
+    """Ray Data's settings of the job."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.verbose_stats_logs = False
+    checkpoint = CheckpointConfig(
+        id_column="row",
+        checkpoint_path=places.checkpoint.path,
+        delete_checkpoint_on_success=False,
+        override_filesystem=places.checkpoint.filesystem,
+    )
+    checkpoint.checkpoint_actor_memory_bytes = _FILTER_BYTES
+    checkpoint.checkpoint_actor_pool_max_size = 1
+    context.checkpoint_config = checkpoint
+    for name in ("ray.data", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _counts(sums: Mapping[str, int], rows: int, before: int, seconds: float) -> JobCounts:
+    return JobCounts(
+        rows=rows,
+        done=before + sums.get("rows", 0),
+        errors=sums.get("errors", 0),
+        prompt_tokens=sums.get("prompt_tokens", 0),
+        completion_tokens=sums.get("completion_tokens", 0),
+        nfe=sums.get("nfe", 0),
+        context_passes=sums.get("context_passes", 0),
+        retries=sums.get("retries", 0),
+        in_flight=sums.get("in_flight", 0),
+        seconds=seconds,
+    )
+
+
+@contextmanager
+def _in_background(work: Callable[[], None]) -> Iterator[threading.Event]:
+    """Runs `work` in a thread, so that this one can show its progress and be interrupted; the event
+    is set at its end. Its error is raised at the end of the block."""
+    ended, failures = threading.Event(), []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            ended.set()
+
+    thread = threading.Thread(target=run, name="pipeline", daemon=True)
+    thread.start()
+    yield ended
+    if failures:
+        raise _as_ours(failures[0]) from failures[0]
+
+
+def _as_ours(error: BaseException) -> BaseException:
+    """An error of the pipeline, in one line if it is Ray's."""
+    if not isinstance(error, RayError):
+        return error
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return UnavailableError(f"the job's pipeline failed: {lines[-1] if lines else error!r}")
