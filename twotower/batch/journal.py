@@ -4,18 +4,19 @@ refused."""
 from __future__ import annotations
 
 import json
+import os
 import posixpath
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import pyarrow as pa
 from pyarrow import fs
 
-from twotower.batch.locations import Location
-from twotower.towers.errors import ConfigError, shorten
+from twotower.batch.filesystems import open_filesystem
+from twotower.batch.join import errors_path
+from twotower.batch.sink import Format
+from twotower.towers.errors import ConfigError, InvalidRequestError, shorten
 
-Format = Literal["jsonl", "parquet"]
 _FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _VERSION = 1
 _SHOWN = 120
@@ -23,51 +24,54 @@ _SHOWN = 120
 
 @dataclass(frozen=True)
 class JobPlaces:
-    """A job's output and the folders beside it.
+    """A job's output and the folders beside it, as paths or URLs.
 
     A file as output is joined at the end from parts in `OUTPUT.job/parts`; a folder as output holds
     the parts themselves. `file` is None for a folder.
     """
 
     format: Format
-    file: Location | None
-    parts: Location
-    checkpoint: Location
-    journal: Location
+    file: str | None
+    parts: str
+    checkpoints: str
+    journal: str
 
     @classmethod
-    def of(cls, output: Location, wanted: Format | None) -> JobPlaces:
-        """The places for an output. Raises ConfigError if its suffix and the wanted format
+    def of(cls, output: str, wanted: Format | None) -> JobPlaces:
+        """The places for an output. Raises InvalidRequestError if its suffix and the wanted format
         contradict each other."""
-        named = _FORMATS.get(posixpath.splitext(output.path)[1])
+        output = output.rstrip("/") if "://" in output else os.path.abspath(output)
+        named = _FORMATS.get(posixpath.splitext(output)[1])
         if named is not None and wanted not in (None, named):
-            raise ConfigError(f"format: got {wanted!r} for {output.name}, expected {named!r}")
-        job = output.beside(".job") if named is not None else output / "_job"
-        parts = job / "parts" if named is not None else output
+            raise InvalidRequestError("format", wanted, f"{named} for {posixpath.basename(output)}")
+        job = f"{output}.job" if named is not None else f"{output}/_job"
+        parts = f"{job}/parts" if named is not None else output
+        file = output if named is not None else None
         return cls(
-            named or wanted or "jsonl",
-            output if named is not None else None,
-            parts,
-            job / "checkpoint",
-            job / "job.json",
+            named or wanted or "jsonl", file, parts, f"{job}/checkpoints", f"{job}/job.json"
         )
 
     def make(self) -> None:
         """Makes the folders."""
-        for folder in (self.parts, self.checkpoint):
-            folder.filesystem.create_dir(folder.path, recursive=True)
+        for url in (self.parts, self.checkpoints):
+            filesystem, path = open_filesystem(url)
+            filesystem.create_dir(path, recursive=True)
 
     def clear(self) -> None:
-        """Deletes what a job has left, its output too."""
-        if self.journal.exists():
-            # Last: what has a journal can be gone on with or cleared.
-            for folder in (self.parts, self.checkpoint):
-                folder.filesystem.delete_dir_contents(folder.path, missing_dir_ok=True)
-            if self.file is not None and self.file.exists():
-                self.file.filesystem.delete_file(self.file.path)
-            self.journal.filesystem.create_dir(posixpath.dirname(self.journal.path))
-            if self.journal.exists():
-                self.journal.filesystem.delete_file(self.journal.path)
+        """Deletes what a job has left, its output too; nothing that no job has made."""
+        if not _exists(self.journal):
+            return
+        # The journal last: what has one can be gone on with or cleared.
+        files = [self.file, errors_path(self.file)] if self.file is not None else []
+        for url in files:
+            if _exists(url):
+                _delete(url)
+        for url in (self.checkpoints, self.parts):
+            filesystem, path = open_filesystem(url)
+            for found in filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True)):
+                if found.type == fs.FileType.File:
+                    filesystem.delete_file(found.path)
+        _delete(self.journal)
 
 
 def begin(places: JobPlaces, facts: Mapping[str, Any]) -> bool:
@@ -87,7 +91,7 @@ def begin(places: JobPlaces, facts: Mapping[str, Any]) -> bool:
     differences = list(_differences("", found, wanted))
     if differences:
         raise ConfigError(
-            f"job: {places.journal.name} was begun otherwise, and --fresh begins again: "
+            f"job: {places.journal} was begun otherwise, and --fresh begins again: "
             + "; ".join(differences)
         )
     return True
@@ -95,11 +99,13 @@ def begin(places: JobPlaces, facts: Mapping[str, Any]) -> bool:
 
 def _refuse_strangers(places: JobPlaces) -> None:
     """A job does not write among, or over, files that it has not made."""
-    if places.file is not None and places.file.exists():
-        raise ConfigError(f"output: {places.file.name} is there already, and no job has made it")
-    selector = fs.FileSelector(places.parts.path, allow_not_found=True)
-    if places.file is None and places.parts.filesystem.get_file_info(selector):
-        raise ConfigError(f"output: {places.parts.name} is not empty, and no job has filled it")
+    if places.file is not None:
+        if _exists(places.file):
+            raise ConfigError(f"output: {places.file} is there already, and no job has made it")
+        return
+    filesystem, path = open_filesystem(places.parts)
+    if filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True)):
+        raise ConfigError(f"output: {places.parts} is not empty, and no job has filled it")
 
 
 def _differences(name: str, found: Any, wanted: Any) -> Iterator[str]:
@@ -115,20 +121,31 @@ def _differences(name: str, found: Any, wanted: Any) -> Iterator[str]:
         yield f"{name} was {shown[0]} and is {shown[1]}"
 
 
-def _read(journal: Location) -> Any:
+def _read(journal: str) -> Any:
     """The journal's content; None if there is none. Raises ConfigError if it is damaged."""
-    if not journal.exists():
+    if not _exists(journal):
         return None
+    filesystem, path = open_filesystem(journal)
     try:
-        with journal.filesystem.open_input_stream(journal.path) as file:
+        with filesystem.open_input_stream(path) as file:
             return json.loads(file.read())
-    except (ValueError, pa.ArrowInvalid):
-        raise ConfigError(f"job: {journal.name} is damaged; begin again with --fresh") from None
+    except ValueError:
+        raise ConfigError(f"job: {journal} is damaged; --fresh begins again") from None
 
 
-def _write(journal: Location, text: str) -> None:
+def _write(journal: str, text: str) -> None:
     """Writes the journal in one step, so that it is never seen in part."""
-    scratch = f"{journal.path}.new"
-    with journal.filesystem.open_output_stream(scratch) as file:
+    filesystem, path = open_filesystem(journal)
+    with filesystem.open_output_stream(f"{path}.new") as file:
         file.write(text.encode())
-    journal.filesystem.move(scratch, journal.path)
+    filesystem.move(f"{path}.new", path)
+
+
+def _exists(url: str) -> bool:
+    filesystem, path = open_filesystem(url)
+    return bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
+
+
+def _delete(url: str) -> None:
+    filesystem, path = open_filesystem(url)
+    filesystem.delete_file(path)

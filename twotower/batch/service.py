@@ -51,8 +51,11 @@ def own_service(
 
 @contextmanager
 def job_ray() -> Iterator[None]:
-    """Ray for a job that asks a running service: the cluster that RAY_ADDRESS names, or processes
-    on this machine."""
+    """Ray for a job that asks a running service: that of this process if it has one, the cluster
+    that RAY_ADDRESS names, or processes on this machine."""
+    if ray.is_initialized():
+        yield
+        return
     with ExitStack() as made:
         address = os.environ.get("RAY_ADDRESS")
         if address:

@@ -1,0 +1,1 @@
+"""Batch jobs measured: `python -m benchmarks.batch.long | throughput | pairs | bad_rows`."""
