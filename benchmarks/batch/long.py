@@ -63,7 +63,9 @@ def measure(folder: Path, port: int, args: argparse.Namespace) -> dict[str, Any]
     options = ["--target", target, "--concurrency", str(args.concurrency)]
     log = folder / "job.log"
     write_requests(folder / "probe.jsonl", PROBE_ROWS, **body)
-    probe = JobProcess([str(folder / "probe.jsonl"), str(folder / "probe-out.jsonl"), *options], log)
+    probe = JobProcess(
+        [str(folder / "probe.jsonl"), str(folder / "probe-out.jsonl"), *options], log
+    )
     rate = PROBE_ROWS / float(probe.summary()["seconds"])
     rows = min(args.rows, int(rate * args.minutes * 60))
     write_requests(folder / "in.jsonl", rows, **body)

@@ -86,7 +86,9 @@ class JobProcess:
         stdout, _ = self.process.communicate()
         self._log.close()
         if self.process.returncode != 0:
-            raise RuntimeError(f"the job ended with {self.process.returncode}: see {self._log.name}")
+            raise RuntimeError(
+                f"the job ended with {self.process.returncode}: see {self._log.name}"
+            )
         found: dict[str, Any] = json.loads(stdout.splitlines()[-1])
         return found
 

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
@@ -15,22 +17,23 @@ from ray.data import DataContext
 from ray.data.checkpoint import CheckpointConfig
 from ray.exceptions import RayError
 
-from twotower.batch.inputs import Inputs, InputSource
-from twotower.batch.join import JobRows, join_parts
-from twotower.batch.journal import Format, JobPlaces, begin
-from twotower.batch.locations import Location
+from twotower.batch.filesystems import open_filesystem
+from twotower.batch.inputs import InputSource, find_inputs
+from twotower.batch.join import count_rows, join_parts
+from twotower.batch.journal import JobPlaces, begin
 from twotower.batch.meter import JobMeter
+from twotower.batch.recovery import repair_parts, retry_rows
 from twotower.batch.requests import BatchDefaults
-from twotower.batch.retry import forget_errors
+from twotower.batch.scan import InputSummary, scan
 from twotower.batch.service import AskedService, asked_service, job_ray, own_service
-from twotower.batch.sink import PartSink
+from twotower.batch.sink import Format, PartSink
 from twotower.batch.work import BatchWork
 from twotower.data.completer import complete
 from twotower.towers.errors import UnavailableError
 
 # Rows that are committed together: of a short job few, as they are what an interruption loses; of a
 # long one more, as every commit writes files of its own.
-_LEAST_ROWS, _MOST_ROWS, _COMMITS = 8, 256, 400
+_MOST_ROWS, _COMMITS = 256, 500
 _DEFAULT_IN_FLIGHT = 64
 # Requests that wait in the service beside those it works on, so that no row is free.
 _WAITING_SHARE = 0.25
@@ -67,25 +70,24 @@ class JobCounts:
     """How far a job is: rows of all its runs, and what this run has taken."""
 
     rows: int
+    before: int
     done: int
     errors: int
-    prompt_tokens: int
-    completion_tokens: int
+    tokens: int
     nfe: int
     context_passes: int
     retries: int
-    in_flight: int
     seconds: float
 
     @property
     def tokens_per_s(self) -> float:
         """Tokens that this run has had written in a second."""
-        return self.completion_tokens / self.seconds if self.seconds > 0 else 0.0
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def tokens_per_pass(self) -> float | None:
         """Tokens for each pass of the denoiser; None if it has made none."""
-        return self.completion_tokens / self.nfe if self.nfe else None
+        return self.tokens / self.nfe if self.nfe else None
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,8 @@ class JobSummary:
             "rows": self.rows,
             "completed": self.completed,
             "errors": self.errors,
-            "rows_of_this_run": counts.done,
-            "prompt_tokens": counts.prompt_tokens,
-            "completion_tokens": counts.completion_tokens,
+            "rows_of_this_run": counts.done - counts.before,
+            "completion_tokens": counts.tokens,
             "tokens_per_s": round(counts.tokens_per_s, 1),
             "tokens_per_pass": None if rate is None else round(rate, 3),
             "retries": counts.retries,
@@ -131,14 +132,16 @@ def run_job(
     InvalidRequestError and ConfigError for options, inputs and outputs that cannot be, and
     UnavailableError if the service is lost for longer than `patience_s`.
     """
-    phase("reading the input")
-    inputs = Inputs.of(options.inputs)
-    places = JobPlaces.of(Location.of(options.output), options.format)
-    if options.fresh:
-        places.clear()
-    with _service_of(options, phase) as service:
-        begin(places, _facts(options, inputs, places, service))
-        return _Job(options, inputs, places, service).run(watch, phase)
+    places = JobPlaces.of(options.output, options.format)
+    with TemporaryDirectory() as scratch:
+        phase("reading the input")
+        files = find_inputs(options.inputs, scratch=Path(scratch))
+        inputs = scan(files, prompt_column=options.defaults.prompt_column)
+        if options.fresh:
+            places.clear()
+        with _service_of(options, phase) as service:
+            begin(places, _facts(options, inputs, places, service))
+            return _Job(options, inputs, places, service).run(watch, phase)
 
 
 @contextmanager
@@ -153,14 +156,14 @@ def _service_of(options: JobOptions, phase: Callable[[str], None]) -> Iterator[A
 
 
 def _facts(
-    options: JobOptions, inputs: Inputs, places: JobPlaces, service: AskedService
+    options: JobOptions, inputs: InputSummary, places: JobPlaces, service: AskedService
 ) -> dict[str, Any]:
     """What rows depend on."""
     defaults = options.defaults
     return {
-        "inputs": {
-            "files": inputs.names,
-            "rows": inputs.rows,
+        "input": {
+            "files": len(inputs.files),
+            "rows": inputs.total_rows,
             "content": inputs.fingerprint,
         },
         "model": {"name": service.model, "fingerprint": service.fingerprint},
@@ -175,28 +178,27 @@ class _Job:
     """A job that has begun."""
 
     def __init__(
-        self, options: JobOptions, inputs: Inputs, places: JobPlaces, service: AskedService
+        self, options: JobOptions, inputs: InputSummary, places: JobPlaces, service: AskedService
     ) -> None:
         self._options = options
         self._inputs = inputs
         self._places = places
         self._service = service
-        self._rows = JobRows(places.parts, places.checkpoint, places.format)
-        wanted = max(_LEAST_ROWS, min(_MOST_ROWS, inputs.rows // _COMMITS))
-        self._commit = options.rows_per_commit or wanted
 
     def run(self, watch: Callable[[JobCounts], None], phase: Callable[[str], None]) -> JobSummary:
         """All rows that are not done yet."""
+        places, rows = self._places, self._inputs.total_rows
+        phase("looking for what is done")
+        repair_parts(places.parts, places.checkpoints)
         if self._options.retry_errors:
-            phase("looking for rows that failed")
-            forget_errors(self._places)
-        before = self._rows.committed()
+            retry_rows(places.parts, places.checkpoints)
+        before = sum(count_rows(places.parts, places.checkpoints, places.format))
         meter, began = JobMeter(), time.monotonic()
 
         def counts() -> JobCounts:
-            return _counts(meter.sums(), self._inputs.rows, before, time.monotonic() - began)
+            return _counts(meter.sums(), rows, before, time.monotonic() - began)
 
-        if before < self._inputs.rows:
+        if before < rows:
             with _in_background(lambda: self._pipeline(meter)) as ended:
                 while not ended.wait(_POLL_S):
                     watch(counts())
@@ -204,28 +206,30 @@ class _Job:
         watch(last)
         phase("writing the output")
         completed, errors = self._finish()
-        return JobSummary(
-            self._inputs.rows, completed, errors, last, self._options.output, self._service.model
-        )
+        return JobSummary(rows, completed, errors, last, self._options.output, self._service.model)
 
     def _pipeline(self, meter: JobMeter) -> None:
         """Reads, asks and writes; returns when all rows are committed."""
-        options = self._options
-        _set_context(self._places)
-        source = InputSource(self._inputs, rows_per_block=self._commit)
-        rows = ray.data.read_datasource(source, num_cpus=_TASK_CPUS)
+        options, inputs, places = self._options, self._inputs, self._places
+        _set_context(places)
+        source = InputSource(inputs.files, duplicates=inputs.duplicates)
         done = complete(
-            rows,
+            ray.data.read_datasource(source, num_cpus=_TASK_CPUS),
             BatchWork(options.defaults),
             self._service.targets,
             concurrency=self._concurrency(),
             callers=options.callers,
-            batch_size=self._commit,
             api_key=options.api_key,
             patience_s=options.patience_s,
             meter=meter,
         )
-        sink = PartSink(self._places.parts, self._places.format, self._inputs.names)
+        wanted = min(_MOST_ROWS, inputs.total_rows // _COMMITS)
+        sink = PartSink(
+            places.parts,
+            names=[file.name for file in inputs.files],
+            format=places.format,
+            rows_per_part=options.rows_per_commit or wanted,
+        )
         done.write_datasink(sink, num_cpus=_TASK_CPUS)
 
     def _concurrency(self) -> int:
@@ -239,7 +243,17 @@ class _Job:
 
     def _finish(self) -> tuple[int, int]:
         """Joins the parts if a file is wanted; rows that are completed, and that are errors."""
-        return join_parts(self._rows, self._places.file, ordered=self._options.ordered)
+        places = self._places
+        if places.file is None:
+            return count_rows(places.parts, places.checkpoints, places.format)
+        joined = join_parts(
+            places.parts,
+            places.checkpoints,
+            places.file,
+            ordered=self._options.ordered,
+            format=places.format,
+        )
+        return joined.rows, joined.errors
 
 
 def _set_context(places: JobPlaces) -> None:
@@ -248,11 +262,12 @@ def _set_context(places: JobPlaces) -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.verbose_stats_logs = False
+    filesystem, path = open_filesystem(places.checkpoints)
     checkpoint = CheckpointConfig(
         id_column="row",
-        checkpoint_path=places.checkpoint.path,
+        checkpoint_path=path,
         delete_checkpoint_on_success=False,
-        override_filesystem=places.checkpoint.filesystem,
+        override_filesystem=filesystem,
     )
     checkpoint.checkpoint_actor_memory_bytes = _FILTER_BYTES
     checkpoint.checkpoint_actor_pool_max_size = 1
@@ -264,14 +279,13 @@ def _set_context(places: JobPlaces) -> None:
 def _counts(sums: Mapping[str, int], rows: int, before: int, seconds: float) -> JobCounts:
     return JobCounts(
         rows=rows,
+        before=before,
         done=before + sums.get("rows", 0),
         errors=sums.get("errors", 0),
-        prompt_tokens=sums.get("prompt_tokens", 0),
-        completion_tokens=sums.get("completion_tokens", 0),
-        nfe=sums.get("nfe", 0),
+        tokens=sums.get("tokens", 0),
+        nfe=sums.get("passes", 0),
         context_passes=sums.get("context_passes", 0),
         retries=sums.get("retries", 0),
-        in_flight=sums.get("in_flight", 0),
         seconds=seconds,
     )
 

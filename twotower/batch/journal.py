@@ -47,9 +47,7 @@ class JobPlaces:
         job = f"{output}.job" if named is not None else f"{output}/_job"
         parts = f"{job}/parts" if named is not None else output
         file = output if named is not None else None
-        return cls(
-            named or wanted or "jsonl", file, parts, f"{job}/checkpoints", f"{job}/job.json"
-        )
+        return cls(named or wanted or "jsonl", file, parts, f"{job}/checkpoints", f"{job}/job.json")
 
     def make(self) -> None:
         """Makes the folders."""

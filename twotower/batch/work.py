@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from twotower.batch.answers import OUTPUT_SCHEMA, error_row, output_row
+from twotower.batch.answers import error_row, output_row, output_table
 from twotower.batch.requests import BatchDefaults, BatchRequest, RowError, parse_request
 from twotower.data.caller import Answer
 
@@ -16,6 +16,7 @@ class BatchWork:
     """Requests of records, and rows of output; fulfils `data.completer.RowWork`."""
 
     row_errors: tuple[type[Exception], ...] = (RowError,)
+    columns: Sequence[str] | None = None
 
     def __init__(self, defaults: BatchDefaults) -> None:
         self._defaults = defaults
@@ -30,11 +31,10 @@ class BatchWork:
         """The row of an answer."""
         return output_row(row["row"], request, answer)
 
-    def to_error(self, row: Mapping[str, Any], error: Exception) -> dict[str, Any]:
+    def to_error(self, row: Mapping[str, Any], error: RowError) -> dict[str, Any]:
         """The row of a record that made no request."""
-        assert isinstance(error, RowError)
-        return error_row(row["row"], row["line"], error)
+        return error_row(row["row"], None, error)
 
-    def to_table(self, batch: pa.Table, outputs: Sequence[dict[str, Any]]) -> pa.Table:
+    def to_table(self, _batch: pa.Table, outputs: Sequence[dict[str, Any]]) -> pa.Table:
         """Rows of output as the sink takes them."""
-        return pa.Table.from_pylist(list(outputs), schema=OUTPUT_SCHEMA)
+        return output_table(outputs)
