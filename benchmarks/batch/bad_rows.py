@@ -2,8 +2,8 @@
 
     python -m benchmarks.batch.bad_rows [--rows 400]
 
-Every good row must be completed, and every bad one be an error that names its reason. Prints one JSON
-object, and ends with 1 if that is not so.
+Every good row must be completed, and every bad one be an error that names its reason. Prints one
+JSON object, and ends with 1 if that is not so.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -90,17 +91,10 @@ def measure(folder: Path, given: list[tuple[str, Fault | None]]) -> dict[str, An
         "rows": len(given),
         "good_rows": len(given) - len(bad),
         "completed": sum(1 for own in _rows(target) if own["response"]["status_code"] == 200),
-        "errors": {
-            kind: len([f for f in bad.values() if f[0] == kind]) for kind, _, _ in faults_of(bad)
-        },
+        "errors": Counter(fault[0] for fault in bad.values()),
         "wrong": wrong + [{"line": line} for line in sorted(errors.keys() - bad.keys())],
         "summary": summary.to_dict(),
     }
-
-
-def faults_of(bad: dict[int, Fault]) -> list[Fault]:
-    """The kinds that are there, once each."""
-    return list({fault[0]: fault for fault in bad.values()}.values())
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -2,11 +2,11 @@
 
     python -m benchmarks.batch.long [--rows 100000] [--tokens 8] [--minutes 90] [--kills 2]
 
-Rows of the shipped model, greedy `ar` if `--mode` says nothing else, against a service that goes on
-running, so that its counters say what all runs of the job took together. The job's driver is killed
-with SIGKILL at equal distances of the expected time, and started again with the same command. If the
-rows would take longer than `--minutes` by the rate of the first ones, fewer are run, and their number
-is printed. Prints one JSON object.
+Rows of the shipped model, greedy `ar` if `--mode` says nothing else, against a service that goes
+on running, so that its counters say what all runs of the job took together. The job's driver is
+killed with SIGKILL at equal distances of the expected time, and started again with the same
+command. If the rows would take longer than `--minutes` by the rate of the first ones, fewer are
+run, and their number is printed. Prints one JSON object.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python -m benchmarks.batch.pairs [--rows 600] [--pairs 3] [--tokens 48]
 
-A service with one pair may have up to `--pairs`; a job asks it about all rows. Every row must have the text that it has in
-process. Prints one JSON object: when pairs were wanted, worked and had gone, in seconds since the job's
-first row and its end.
+A service with one pair may have up to `--pairs`; a job asks it about all rows. Every row must have
+the text that it has in process. Prints one JSON object: when pairs were wanted, worked and had
+gone, in seconds since the job's begin and its end.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def measure(folder: Path, target: str, args: argparse.Namespace) -> dict[str, An
 
 def wrong(output: Path, rows: int, tokens: int) -> int:
     """Rows whose text is not that of the same prompt in process."""
-    params = GenerationParams(max_tokens=tokens, ignore_eos=True)
+    params = GenerationParams(max_tokens=tokens)
     requests = [Request(prompt, params) for prompt in first_prompts(rows)]
     expected = [result.text for result in TwoTower.from_pretrained().generate_requests(requests)]
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]

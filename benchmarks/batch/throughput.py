@@ -3,10 +3,10 @@
     python -m benchmarks.batch.throughput [--rows 160] [--tokens 96] [--in-flight 16] [--rounds 3]
 
 The shipped model, mask_diffusion, greedy, prefix cache off, `--in-flight` rows at a time, a thread
-for each tower in both. In process all rows are given to the engine at once, which holds as many at a
-time. Of a job its rate between a tenth and nine tenths of its tokens counts: starting Ray, loading
-the model and writing the file are no part of it, and are printed beside it. Rounds alternate. Prints one
-JSON object.
+for each tower in both. In process all rows are given to the engine at once, which holds as many at
+a time. Of a job its rate between a tenth and nine tenths of its tokens counts: starting Ray,
+loading the model and writing the file are no part of it, and are printed beside it. Rounds
+alternate. Prints one JSON object.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ def batch(
     target: Annotated[
         list[str] | None,
         typer.Option(
-            help="URL of a running service's HTTP side, such as http://127.0.0.1:8000; may be given "
-            "several times. Without it the job starts a service of its own."
+            help="URL of a running service's HTTP side, such as http://127.0.0.1:8000; may be "
+            "given several times. Without it the job starts a service of its own."
         ),
     ] = None,
     api_key: Annotated[
