@@ -72,6 +72,7 @@ WINGS = {
     "deployments/http "
     "deployments/router deployments/app",
     "client": "protos",
+    "batch": "",
     "planner": "towers/state towers/checkpoint towers/engine towers/decoding",
     "bench": "towers/state towers/model towers/decoding towers/checkpoint towers/engine planner",
     "call_loop": "",

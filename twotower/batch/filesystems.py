@@ -28,11 +28,12 @@ def open_filesystem(url: str, field: str = "path") -> tuple[pyarrow.fs.FileSyste
 
 def _open(url: str) -> tuple[pyarrow.fs.FileSystem, str]:
     try:
-        return pyarrow.fs.FileSystem.from_uri(url)
+        filesystem, path = pyarrow.fs.FileSystem.from_uri(url)
     except (ValueError, NotImplementedError):
         # Not one of pyarrow's own, or a path with characters that it wants quoted.
-        filesystem, path = fsspec.core.url_to_fs(url)
-        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
+        other, path = fsspec.core.url_to_fs(url)
+        filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(other))
+    return filesystem, path
 
 
 def fsspec_of(filesystem: pyarrow.fs.FileSystem) -> fsspec.AbstractFileSystem:

@@ -25,7 +25,7 @@ _KINDS: dict[str, Kind] = {
     ".csv": "csv",
     ".parquet": "parquet",
 }
-_COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
+_COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 _KNOWN = f"{', '.join(_KINDS)}; all but the last also with {', '.join(_COMPRESSED)}"
 _MAGIC = "*?["
 
@@ -43,6 +43,11 @@ class InputFile:
     def name(self) -> str:
         """The file's name without its folders, as errors of its rows say it."""
         return posixpath.basename(self.path)
+
+    @property
+    def compression(self) -> str | None:
+        """What pyarrow calls the file's compression as a whole, None if it has none."""
+        return _COMPRESSED.get(posixpath.splitext(self.path)[1].lower())
 
 
 def find_inputs(

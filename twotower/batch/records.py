@@ -34,7 +34,7 @@ def read_records(
     """Index and line of each record of a file.
 
     `on_bytes` gets all bytes of the file in order as they are on disk, once. `columns` are those of
-    a Parquet file that are wanted, None for all.
+    a Parquet file that are wanted, if it has them, None for all.
 
     Raises InvalidRequestError, which names the file, if it cannot be read to its end.
     """
@@ -76,14 +76,13 @@ class _ByteStream:
             self._on_bytes(data)
         return data
 
+    def close(self) -> None:
+        """A decompressor that has come to its end says so; what it left is still to be read."""
+
     def drain(self) -> None:
-        """Reads what a decompressor left."""
+        """Reads on to the end of the file, and closes it."""
         while self.read():
             pass
-        self.close()
-
-    def close(self) -> None:
-        self.closed = True
         self._raw.close()
 
 
@@ -96,11 +95,9 @@ def _drain(raw: Any, on_bytes: Callable[[bytes], None]) -> None:
 
 
 def _decompressed(stream: _ByteStream, file: InputFile) -> Any:
-    try:
-        codec = pyarrow.Codec.detect(file.path)
-    except ValueError:
+    if file.compression is None:
         return stream
-    return pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, mode="r"), codec.name)
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, mode="r"), file.compression)
 
 
 def _split_lines(stream: Any) -> Iterator[bytes | None]:
@@ -140,8 +137,13 @@ def _json_records(lines: Iterator[bytes | None]) -> Iterator[tuple[int, str]]:
 def _parquet_records(file: InputFile, columns: Sequence[str] | None) -> Iterator[tuple[int, str]]:
     with file.filesystem.open_input_file(file.path) as opened:
         parquet = pyarrow.parquet.ParquetFile(opened, pre_buffer=False, buffer_size=_CHUNK_BYTES)
+        wanted = [name for name in parquet.schema_arrow.names if columns is None or name in columns]
+        if columns is not None and not wanted:
+            # pyarrow's batches of no columns have no rows.
+            yield from ((index, "{}") for index in range(parquet.metadata.num_rows))
+            return
         index = 0
-        for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
+        for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
             for record in batch.to_pylist():
                 yield index, dump_json(record)
                 index += 1

@@ -10,7 +10,7 @@ from ray.data.datasource.file_datasink import _FileDatasink
 Format = Literal["jsonl", "parquet"]
 
 
-class PartSink(_FileDatasink):
+class PartSink(_FileDatasink):  # type: ignore[misc]
     """The parts of a job in a folder: `{base}.jsonl` or `{base}.parquet`, `{base}.errors.jsonl`.
 
     `folder` is a path or URL. `names` are the base names of the input's files in order, for the

@@ -24,7 +24,7 @@ ROW_SCHEMA = pyarrow.schema(
 _BLOCK_CHARACTERS = 8 << 20
 
 
-class InputSource(Datasource):
+class InputSource(Datasource):  # type: ignore[misc]
     """Rows of `files` for `ray.data.read_datasource`, in blocks of at most `rows_per_block` rows.
 
     Columns: `row` (int64, see `lines.row_number`) and `line` (text: the record as JSON or a fault).
@@ -103,10 +103,8 @@ def read_blocks(
     size = 0
     for record, line in read_records(file):
         row = row_number(index, record)
-        if row in duplicates:
-            line = _duplicate(row, line, prompt_column)
         rows.append(row)
-        lines.append(line)
+        lines.append(_duplicate(row, line, prompt_column) if row in duplicates else line)
         size += len(line)
         if len(rows) == rows_per_block or size >= _BLOCK_CHARACTERS:
             yield pyarrow.table([rows, lines], schema=ROW_SCHEMA)
