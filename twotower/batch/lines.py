@@ -17,6 +17,8 @@ from typing import Any
 
 # 16 MiB of one record are far beyond any prompt, and still little memory.
 MAX_LINE_BYTES = 16 << 20
+# The column of a row's number, by which Ray Data's checkpoints say which rows are done.
+CHECKPOINT_COLUMN = "row"
 _RECORD_BITS = 40
 _FAULT = "\n"
 
