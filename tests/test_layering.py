@@ -73,6 +73,7 @@ WINGS = {
     "deployments/router deployments/app",
     "client": "protos",
     "data": "protos client",
+    "batch": "data deployments/settings_file deployments/config deployments/server",
     "planner": "towers/state towers/checkpoint towers/engine towers/decoding",
     "bench": "towers/state towers/model towers/decoding towers/checkpoint towers/engine planner",
     "call_loop": "",
@@ -83,7 +84,7 @@ WINGS = {
     "agreement": "api results",
     "cli": "towers/text towers/checkpoint towers/training towers/verify cluster/placement "
     "deployments/access deployments/config deployments/router deployments/server client planner "
-    "bench api streams agreement",
+    "bench api streams agreement batch",
 }
 # A door: its names lead to the public ones.
 PUBLIC = "__init__"

@@ -39,6 +39,8 @@ _DEFAULT_IN_FLIGHT = 64
 _WAITING_SHARE = 0.25
 _POLL_S = 0.5
 _TASK_CPUS = 0.1
+# A file is read in such pieces, and no further ahead than rows are wanted.
+_BLOCK_BYTES = 1 << 20
 # What reading a job's checkpoint takes beside the identifiers themselves.
 _FILTER_BYTES = 64 << 20
 
@@ -192,7 +194,7 @@ class _Job:
         repair_parts(places.parts, places.checkpoints)
         if self._options.retry_errors:
             retry_rows(places.parts, places.checkpoints)
-        before = sum(count_rows(places.parts, places.checkpoints, places.format))
+        before = sum(count_rows(places.parts, places.checkpoints))
         meter, began = JobMeter(), time.monotonic()
 
         def counts() -> JobCounts:
@@ -212,7 +214,11 @@ class _Job:
         """Reads, asks and writes; returns when all rows are committed."""
         options, inputs, places = self._options, self._inputs, self._places
         _set_context(places)
-        source = InputSource(inputs.files, duplicates=inputs.duplicates)
+        source = InputSource(
+            inputs.files,
+            duplicates=inputs.duplicates,
+            prompt_column=options.defaults.prompt_column,
+        )
         done = complete(
             ray.data.read_datasource(source, num_cpus=_TASK_CPUS),
             BatchWork(options.defaults),
@@ -245,7 +251,7 @@ class _Job:
         """Joins the parts if a file is wanted; rows that are completed, and that are errors."""
         places = self._places
         if places.file is None:
-            return count_rows(places.parts, places.checkpoints, places.format)
+            return count_rows(places.parts, places.checkpoints)
         joined = join_parts(
             places.parts,
             places.checkpoints,
@@ -262,6 +268,7 @@ def _set_context(places: JobPlaces) -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.verbose_stats_logs = False
+    context.target_max_block_size = _BLOCK_BYTES
     filesystem, path = open_filesystem(places.checkpoints)
     checkpoint = CheckpointConfig(
         id_column="row",

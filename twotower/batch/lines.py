@@ -11,10 +11,14 @@ newline, which no line of a file can. `parse_request` turns it into the row's er
 from __future__ import annotations
 
 import json
+import math
+from datetime import date, time
 from typing import Any
 
 # 16 MiB of one record are far beyond any prompt, and still little memory.
 MAX_LINE_BYTES = 16 << 20
+# The column of a row's number, by which Ray Data's checkpoints say which rows are done.
+CHECKPOINT_COLUMN = "row"
 _RECORD_BITS = 40
 _FAULT = "\n"
 
@@ -32,15 +36,33 @@ def split_row(row: int) -> tuple[int, int]:
 def dump_json(value: Any) -> str:
     """JSON on one line, readable where its text can be written as UTF-8, else in ASCII.
 
-    Raises ValueError for numbers that JSON does not have, as infinity.
+    Numbers that JSON does not have, infinities and NaN, become null. What JSON has no type for
+    (times, decimals, bytes of a Parquet file) becomes text.
     """
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_as_text)
+    except ValueError:
+        return dump_json(_without_nan(value))
     try:
         text.encode()
     except UnicodeEncodeError:
         # Half of a surrogate pair, which JSON can say and UTF-8 cannot.
-        return json.dumps(value, allow_nan=False)
+        return json.dumps(value, default=_as_text)
     return text
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return value.isoformat() if isinstance(value, date | time) else str(value)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fault_line(code: str, message: str, param: str | None, custom_id: str | None = None) -> str:
