@@ -37,9 +37,9 @@ class LocalService:
     """A service in new processes on this machine.
 
     `address` is its gRPC target. Ray's files go to `folder`, an existing one in a prepared
-    environment, or to a new one; it has `spare_cpus` places beside the towers'. `phase` is told what is next while it starts. Entering raises
-    CheckpointError or ConfigError before anything is started, UnavailableError if the towers do not
-    come up.
+    environment, or to a new one; it has `spare_cpus` places beside the towers'. `phase` is told
+    what is next while it starts. Entering raises CheckpointError or ConfigError before anything is
+    started, UnavailableError if the towers do not come up.
     """
 
     def __init__(

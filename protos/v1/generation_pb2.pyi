@@ -234,7 +234,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "version", "vocab_size", "max_context", "modes", "eos_token_id", "has_tokenizer", "layer_pattern", "dtype")
+    __slots__ = ("name", "version", "vocab_size", "max_context", "modes", "eos_token_id", "has_tokenizer", "layer_pattern", "dtype", "fingerprint")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -244,6 +244,7 @@ class ModelInfo(_message.Message):
     HAS_TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     LAYER_PATTERN_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     vocab_size: int
@@ -253,4 +254,5 @@ class ModelInfo(_message.Message):
     has_tokenizer: bool
     layer_pattern: str
     dtype: str
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context: _Optional[int] = ..., modes: _Optional[_Iterable[str]] = ..., eos_token_id: _Optional[int] = ..., has_tokenizer: _Optional[bool] = ..., layer_pattern: _Optional[str] = ..., dtype: _Optional[str] = ...) -> None: ...
+    fingerprint: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context: _Optional[int] = ..., modes: _Optional[_Iterable[str]] = ..., eos_token_id: _Optional[int] = ..., has_tokenizer: _Optional[bool] = ..., layer_pattern: _Optional[str] = ..., dtype: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...

@@ -1,7 +1,7 @@
 """A short name for a checkpoint's content, which tells one model from another.
 
-It is made of the small files in full and of samples of the large ones, so that 126 GB take a moment:
-two checkpoints that differ in a few numbers between the samples have the same one.
+It is made of the small files in full and of samples of the large ones, so that 126 GB take a
+moment: two checkpoints that differ in a few numbers between the samples have the same one.
 """
 
 from __future__ import annotations

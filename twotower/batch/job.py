@@ -18,7 +18,7 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.exceptions import RayError
 
 from twotower.batch.filesystems import open_filesystem
-from twotower.batch.inputs import InputSource, find_inputs
+from twotower.batch.inputs import find_inputs
 from twotower.batch.join import count_rows, join_parts
 from twotower.batch.journal import JobPlaces, begin
 from twotower.batch.meter import JobMeter
@@ -27,6 +27,7 @@ from twotower.batch.requests import BatchDefaults
 from twotower.batch.scan import InputSummary, scan
 from twotower.batch.service import AskedService, asked_service, job_ray, own_service
 from twotower.batch.sink import Format, PartSink
+from twotower.batch.source import InputSource
 from twotower.batch.work import BatchWork
 from twotower.data.completer import complete
 from twotower.towers.errors import UnavailableError
@@ -236,7 +237,7 @@ class _Job:
             format=places.format,
             rows_per_part=options.rows_per_commit or wanted,
         )
-        done.write_datasink(sink, num_cpus=_TASK_CPUS)
+        done.write_datasink(sink, ray_remote_args={"num_cpus": _TASK_CPUS})
 
     def _concurrency(self) -> int:
         """Requests of each caller that are in flight."""

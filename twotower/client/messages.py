@@ -55,7 +55,7 @@ class Score:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Model, limits and modes of a service."""
+    """Model, limits and modes of a service; `fingerprint` changes with the checkpoint's content."""
 
     name: str
     version: str
@@ -66,6 +66,7 @@ class ModelInfo:
     has_tokenizer: bool
     layer_pattern: str
     dtype: str
+    fingerprint: str
 
 
 def generate_request(
@@ -162,6 +163,7 @@ def model_info_of(info: pb.ModelInfo) -> ModelInfo:
         eos_token_id=info.eos_token_id if info.HasField("eos_token_id") else None,
         has_tokenizer=info.has_tokenizer,
         layer_pattern=info.layer_pattern,
+        fingerprint=info.fingerprint,
         dtype=info.dtype,
     )
 
