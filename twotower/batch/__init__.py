@@ -1,6 +1,23 @@
 """Batch jobs: every record of a data set completed, in runs that go on after an interruption."""
 
-from twotower.batch.job import JobCounts, JobOptions, JobSummary, run_job
-from twotower.batch.requests import BatchDefaults
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 __all__ = ["BatchDefaults", "JobCounts", "JobOptions", "JobSummary", "run_job"]
+
+if TYPE_CHECKING:
+    from twotower.batch.job import JobCounts, JobOptions, JobSummary, run_job
+    from twotower.batch.requests import BatchDefaults
+
+
+def __getattr__(name: str) -> object:
+    """Loads a public name on first use: a job's workers need none of them."""
+    if name not in __all__:
+        raise AttributeError(f"module 'twotower.batch' has no attribute {name!r}")
+    try:
+        from twotower.batch import job
+    except ModuleNotFoundError as error:
+        wanted = f"twotower.batch: needs {error.name}; pip install 'twotower[batch]'"
+        raise ModuleNotFoundError(wanted, name=error.name) from error
+    return getattr(job, name)

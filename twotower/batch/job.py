@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +25,7 @@ from twotower.batch.meter import JobMeter
 from twotower.batch.recovery import repair_parts, retry_rows
 from twotower.batch.requests import BatchDefaults
 from twotower.batch.scan import InputSummary, scan
-from twotower.batch.service import AskedService, asked_service, job_ray, own_service
+from twotower.batch.service import OwnService, RunningServices, ServedModel, Service
 from twotower.batch.sink import Format, PartSink
 from twotower.batch.source import InputSource
 from twotower.batch.work import BatchWork
@@ -39,6 +39,8 @@ _DEFAULT_IN_FLIGHT = 64
 # Requests that wait in the service beside those it works on, so that no row is free.
 _WAITING_SHARE = 0.25
 _POLL_S = 0.5
+# For the last counts, which are printed.
+_LAST_S = 30.0
 _TASK_CPUS = 0.1
 # A file is read in such pieces, and no further ahead than rows are wanted.
 _BLOCK_BYTES = 1 << 20
@@ -70,17 +72,34 @@ class JobOptions:
 
 @dataclass(frozen=True)
 class JobCounts:
-    """How far a job is: rows of all its runs, and what this run has taken."""
+    """How far a job is: `done` of `rows`, of them `before` this run; and what this run has taken:
+    errors, tokens of output, passes of both towers, retries of requests."""
 
     rows: int
     before: int
-    done: int
-    errors: int
-    tokens: int
-    nfe: int
-    context_passes: int
-    retries: int
-    seconds: float
+    done: int = 0
+    errors: int = 0
+    tokens: int = 0
+    nfe: int = 0
+    context_passes: int = 0
+    retries: int = 0
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "done", max(self.done, self.before))
+
+    def grown(self, sums: Mapping[str, int], seconds: float) -> JobCounts:
+        """With the sums of a meter after so many seconds."""
+        return replace(
+            self,
+            done=self.before + sums.get("rows", 0),
+            errors=sums.get("errors", 0),
+            tokens=sums.get("tokens", 0),
+            nfe=sums.get("passes", 0),
+            context_passes=sums.get("context_passes", 0),
+            retries=sums.get("retries", 0),
+            seconds=seconds,
+        )
 
     @property
     def tokens_per_s(self) -> float:
@@ -140,26 +159,22 @@ def run_job(
         phase("reading the input")
         files = find_inputs(options.inputs, scratch=Path(scratch))
         inputs = scan(files, prompt_column=options.defaults.prompt_column)
+        service = _service_of(options)
+        model = service.model()
         if options.fresh:
             places.clear()
-        with _service_of(options, phase) as service:
-            begin(places, _facts(options, inputs, places, service))
-            return _Job(options, inputs, places, service).run(watch, phase)
+        begin(places, _facts(options, inputs, places, model))
+        return _Job(options, inputs, places, service, model.name).run(watch, phase)
 
 
-@contextmanager
-def _service_of(options: JobOptions, phase: Callable[[str], None]) -> Iterator[AskedService]:
-    if not options.targets:
-        with own_service(options.service, phase) as service:
-            yield service
-        return
-    service = asked_service(options.targets, options.api_key)
-    with job_ray():
-        yield service
+def _service_of(options: JobOptions) -> Service:
+    if options.targets:
+        return RunningServices(options.targets, options.api_key)
+    return OwnService.of(options.service)
 
 
 def _facts(
-    options: JobOptions, inputs: InputSummary, places: JobPlaces, service: AskedService
+    options: JobOptions, inputs: InputSummary, places: JobPlaces, model: ServedModel
 ) -> dict[str, Any]:
     """What rows depend on."""
     defaults = options.defaults
@@ -169,7 +184,7 @@ def _facts(
             "rows": inputs.total_rows,
             "content": inputs.fingerprint,
         },
-        "model": {"name": service.model, "fingerprint": service.fingerprint},
+        "model": {"name": model.name, "fingerprint": model.fingerprint},
         "parameters": dict(defaults.body),
         "prompt_column": defaults.prompt_column,
         "seed": defaults.seed,
@@ -181,12 +196,18 @@ class _Job:
     """A job that has begun."""
 
     def __init__(
-        self, options: JobOptions, inputs: InputSummary, places: JobPlaces, service: AskedService
+        self,
+        options: JobOptions,
+        inputs: InputSummary,
+        places: JobPlaces,
+        service: Service,
+        model: str,
     ) -> None:
         self._options = options
         self._inputs = inputs
         self._places = places
         self._service = service
+        self._model = model
 
     def run(self, watch: Callable[[JobCounts], None], phase: Callable[[str], None]) -> JobSummary:
         """All rows that are not done yet."""
@@ -196,22 +217,31 @@ class _Job:
         if self._options.retry_errors:
             retry_rows(places.parts, places.checkpoints)
         before = sum(count_rows(places.parts, places.checkpoints))
-        meter, began = JobMeter(), time.monotonic()
-
-        def counts() -> JobCounts:
-            return _counts(meter.sums(), rows, before, time.monotonic() - began)
-
+        last = JobCounts(rows=rows, before=before)
         if before < rows:
-            with _in_background(lambda: self._pipeline(meter)) as ended:
-                while not ended.wait(_POLL_S):
-                    watch(counts())
-        last = counts()
-        watch(last)
+            with self._service.running(phase) as targets:
+                last = self._complete(targets, last, watch)
         phase("writing the output")
         completed, errors = self._finish()
-        return JobSummary(rows, completed, errors, last, self._options.output, self._service.model)
+        return JobSummary(rows, completed, errors, last, self._options.output, self._model)
 
-    def _pipeline(self, meter: JobMeter) -> None:
+    def _complete(
+        self, targets: tuple[str, ...], counts: JobCounts, watch: Callable[[JobCounts], None]
+    ) -> JobCounts:
+        """Asks the services about the rows that are left; `counts` grown by that."""
+        meter, began = JobMeter(), time.monotonic()
+
+        def now(wait_s: float) -> JobCounts:
+            return counts.grown(meter.sums(wait_s), time.monotonic() - began)
+
+        with _in_background(lambda: self._pipeline(targets, meter)) as ended:
+            while not ended.wait(_POLL_S):
+                watch(now(_POLL_S))
+        last = now(_LAST_S)
+        watch(last)
+        return last
+
+    def _pipeline(self, targets: tuple[str, ...], meter: JobMeter) -> None:
         """Reads, asks and writes; returns when all rows are committed."""
         options, inputs, places = self._options, self._inputs, self._places
         _set_context(places)
@@ -223,7 +253,7 @@ class _Job:
         done = complete(
             ray.data.read_datasource(source, num_cpus=_TASK_CPUS),
             BatchWork(options.defaults),
-            self._service.targets,
+            targets,
             concurrency=self._concurrency(),
             callers=options.callers,
             api_key=options.api_key,
@@ -282,20 +312,6 @@ def _set_context(places: JobPlaces) -> None:
     context.checkpoint_config = checkpoint
     for name in ("ray.data", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _counts(sums: Mapping[str, int], rows: int, before: int, seconds: float) -> JobCounts:
-    return JobCounts(
-        rows=rows,
-        before=before,
-        done=before + sums.get("rows", 0),
-        errors=sums.get("errors", 0),
-        tokens=sums.get("tokens", 0),
-        nfe=sums.get("passes", 0),
-        context_passes=sums.get("context_passes", 0),
-        retries=sums.get("retries", 0),
-        seconds=seconds,
-    )
 
 
 @contextmanager

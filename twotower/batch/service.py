@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +17,84 @@ from twotower.deployments.config import ServiceConfig
 from twotower.deployments.server.local_ray import start_ray
 from twotower.deployments.server.server import LocalService, free_port
 from twotower.deployments.settings_file import read_settings
+from twotower.towers.checkpoint.fingerprint import fingerprint
+from twotower.towers.checkpoint.weights import resolve_checkpoint
 from twotower.towers.errors import InvalidRequestError, UnavailableError
 
 # Ray Data's tasks wait for connections, and read and write files: they need a place and no core.
 SPARE_CPUS = 4
 _TIMEOUT_S = 30.0
+# Ray's own processes otherwise write hints for its developers between a job's lines.
+_QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
 
 
 @dataclass(frozen=True)
-class AskedService:
-    """Base URLs of a service, and the model that all of them serve; `max_rows` rows fit into it at
-    a time, None if that is not known."""
+class ServedModel:
+    """The name and the fingerprint of the model that rows are asked of."""
+
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class OwnService:
+    """A service that a job starts on this machine, for as long as it needs it, in the Ray that runs
+    the job."""
+
+    config: ServiceConfig
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> OwnService:
+        """With free ports, unless the settings name them. Raises ConfigError."""
+        ports = {"http_port": free_port(), "grpc_port": free_port()}
+        return cls(ServiceConfig.from_settings({**ports, **settings}))
+
+    def model(self) -> ServedModel:
+        """What it will serve. Raises CheckpointError."""
+        folder = resolve_checkpoint(self.config.model)
+        return ServedModel(self.config.shown_name(), fingerprint(folder))
+
+    @property
+    def max_rows(self) -> int:
+        """Rows that it works on at once, at most."""
+        scaling = self.config.autoscaling
+        pairs = scaling.max_pairs if scaling is not None else self.config.num_pairs
+        return pairs * self.config.max_num_seqs
+
+    @contextmanager
+    def running(self, phase: Callable[[str], None]) -> Iterator[tuple[str, ...]]:
+        """The URLs of the service while it runs. Raises UnavailableError."""
+        os.environ.update(_QUIET)
+        with LocalService(self.config, spare_cpus=SPARE_CPUS, phase=phase):
+            yield (f"http://127.0.0.1:{self.config.http_port}",)
+
+
+@dataclass(frozen=True)
+class RunningServices:
+    """Services that run already; all serve one model."""
 
     targets: tuple[str, ...]
-    model: str
-    fingerprint: str
+    api_key: str | None = field(default=None, repr=False)
     max_rows: int | None = None
 
+    def model(self) -> ServedModel:
+        """What they serve. Raises UnavailableError if one does not answer, InvalidRequestError if
+        they serve different models."""
+        found = {_model_of(target, self.api_key) for target in self.targets}
+        if len(found) > 1:
+            names = ", ".join(sorted(f"{own.name} ({own.fingerprint[:8]})" for own in found))
+            raise InvalidRequestError("target", names, "services of one model")
+        return found.pop()
 
-@contextmanager
-def own_service(
-    settings: Mapping[str, Any], phase: Callable[[str], None]
-) -> Iterator[AskedService]:
-    """A service on this machine for as long as the block runs, in the Ray that runs the job."""
-    ports = {"http_port": free_port(), "grpc_port": free_port()}
-    config = ServiceConfig.from_settings({**ports, **settings})
-    with LocalService(config, spare_cpus=SPARE_CPUS, phase=phase):
-        target = f"http://127.0.0.1:{config.http_port}"
-        scaling = config.autoscaling
-        pairs = scaling.max_pairs if scaling is not None else config.num_pairs
-        yield asked_service([target], None, pairs * config.max_num_seqs)
+    @contextmanager
+    def running(self, phase: Callable[[str], None]) -> Iterator[tuple[str, ...]]:
+        """Their URLs, with a Ray for the job."""
+        phase("starting Ray")
+        with job_ray():
+            yield self.targets
+
+
+Service = OwnService | RunningServices
 
 
 @contextmanager
@@ -61,32 +109,19 @@ def job_ray() -> Iterator[None]:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
-            start_ray(made, spare_cpus=SPARE_CPUS)
+            start_ray(made, variables=_QUIET, spare_cpus=SPARE_CPUS)
         made.callback(ray.shutdown)
         yield
 
 
-def asked_service(
-    targets: Sequence[str], api_key: str | None, max_rows: int | None = None
-) -> AskedService:
-    """Asks every target for its model. Raises UnavailableError if one does not answer,
-    InvalidRequestError if they serve different models."""
-    found = [_model_of(target, api_key) for target in targets]
-    if len(set(found)) > 1:
-        names = ", ".join(f"{name} ({mark[:8]})" for name, mark in sorted(set(found)))
-        raise InvalidRequestError("target", names, "services of one model")
-    name, fingerprint = found[0]
-    return AskedService(tuple(targets), name, fingerprint, max_rows)
-
-
-def _model_of(target: str, api_key: str | None) -> tuple[str, str]:
+def _model_of(target: str, api_key: str | None) -> ServedModel:
     """Name and fingerprint of the model of a service."""
     headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
     try:
         answer = httpx.get(f"{target}/v1/models", headers=headers, timeout=_TIMEOUT_S)
         answer.raise_for_status()
         model = answer.json()["data"][0]
-        return model["id"], model["fingerprint"]
+        return ServedModel(model["id"], model["fingerprint"])
     except httpx.HTTPStatusError as error:
         raise UnavailableError(f"{target}: answered {error.response.status_code}") from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
