@@ -4,7 +4,7 @@
 
 Rows of the shipped model, greedy `ar` if `--mode` says nothing else, against a service that goes
 on running, so that its counters say what all runs of the job took together. The job's driver is
-killed with SIGKILL at equal distances of the expected time, and started again with the same
+killed with SIGKILL whenever an equal share of the rows is done, and started again with the same
 command. If the rows would take longer than `--minutes` by the rate of the first ones, fewer are
 run, and their number is printed. Prints one JSON object.
 """
@@ -23,10 +23,13 @@ import httpx
 from benchmarks.batch.inputs import ids_of, write_requests
 from benchmarks.batch.processes import JobProcess, Memory
 from benchmarks.machine import machine
+from twotower.batch.join import count_rows
+from twotower.batch.journal import JobPlaces
 from twotower.deployments.config import ServiceConfig
 from twotower.deployments.server.server import LocalService, free_port
 
 PROBE_ROWS = 1000
+WATCH_S = 0.5
 FIELDS = {"temperature": 0, "ignore_eos": True}
 
 
@@ -72,10 +75,9 @@ def measure(folder: Path, port: int, args: argparse.Namespace) -> dict[str, Any]
     before, memory = tokens_written(target), Memory()
     command = [str(folder / "in.jsonl"), str(folder / "out.jsonl"), *options]
     began, killed = time.monotonic(), []
-    for _ in range(args.kills):
+    for kill in range(args.kills):
         job = JobProcess(command, log)
-        if job.watch(rows / rate / (args.kills + 1), Memory()):
-            raise RuntimeError("the job ended before it was killed")
+        await_rows(job, folder / "out.jsonl", rows * (kill + 1) // (args.kills + 1))
         job.kill()
         killed.append(round(time.monotonic() - began, 1))
     job = JobProcess(command, log)
@@ -100,6 +102,15 @@ def measure(folder: Path, port: int, args: argparse.Namespace) -> dict[str, Any]
         },
         "summary": summary,
     }
+
+
+def await_rows(job: JobProcess, output: Path, rows: int) -> None:
+    """Waits until so many rows are committed. Raises RuntimeError if the job ends before."""
+    places = JobPlaces.of(str(output), None)
+    while sum(count_rows(places.parts, places.checkpoints)) < rows:
+        if job.process.poll() is not None:
+            raise RuntimeError("the job ended before it was killed")
+        time.sleep(WATCH_S)
 
 
 def tokens_written(target: str) -> float:

@@ -41,7 +41,8 @@ _WAITING_SHARE = 0.25
 _POLL_S = 0.5
 # For the last counts, which are printed.
 _LAST_S = 30.0
-_TASK_CPUS = 0.1
+# More would have Ray start more processes, which take longer than the tasks.
+_TASK_CPUS = 1
 # A file is read in such pieces, and no further ahead than rows are wanted.
 _BLOCK_BYTES = 1 << 20
 # What reading a job's checkpoint takes beside the identifiers themselves.

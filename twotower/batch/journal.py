@@ -15,7 +15,7 @@ from pyarrow import fs
 from twotower.batch.filesystems import open_filesystem
 from twotower.batch.join import errors_path
 from twotower.batch.sink import Format
-from twotower.towers.errors import ConfigError, InvalidRequestError, shorten
+from twotower.towers.errors import ConfigError, InvalidRequestError, cut_off
 
 _FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _VERSION = 1
@@ -114,7 +114,7 @@ def _differences(name: str, found: Any, wanted: Any) -> Iterator[str]:
             yield from _differences(inner, found.get(key), wanted.get(key))
     elif found != wanted:
         shown = [
-            shorten(json.dumps(value, ensure_ascii=False), _SHOWN) for value in (found, wanted)
+            cut_off(json.dumps(value, ensure_ascii=False), _SHOWN) for value in (found, wanted)
         ]
         yield f"{name} was {shown[0]} and is {shown[1]}"
 
