@@ -63,13 +63,13 @@ def test_lines_are_those_of_the_parts(tmp_path: Path) -> None:
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(join_module, "_GROUP_BYTES", 2000)
     folders = JobFolders(tmp_path, "parquet")
-    folders.commit(0, good=range(0, 3000, 3), bad=[10_000])
-    folders.commit(1, good=range(1, 3000, 3))
-    folders.commit(2, good=range(2, 3000, 3))
+    folders.commit(0, good=range(0, 600, 3), bad=[10_000])
+    folders.commit(1, good=range(1, 600, 3))
+    folders.commit(2, good=range(2, 600, 3))
     output = tmp_path / "all.parquet"
     summary = join_parts(*folders.paths, str(output), ordered=True, format="parquet")
-    assert (summary.rows, summary.errors) == (3000, 1)
-    assert rows_of(output) == list(range(3000))
+    assert (summary.rows, summary.errors) == (600, 1)
+    assert rows_of(output) == list(range(600))
     assert rows_of(tmp_path / "all.errors.jsonl") == [10_000]
     assert pyarrow.parquet.read_schema(output) == PARQUET_SCHEMA
 
@@ -140,8 +140,8 @@ def test_thousands_of_parts_are_not_all_open(
 ) -> None:
     resource = pytest.importorskip("resource")
     folders = JobFolders(tmp_path)
-    for part in range(300):
-        folders.commit(part, good=range(part, 900, 300))
+    for part in range(120):
+        folders.commit(part, good=range(part, 360, 120))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     in_use = len(list(Path("/proc/self/fd").iterdir()))
     resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 20, hard))
@@ -150,7 +150,7 @@ def test_thousands_of_parts_are_not_all_open(
         join_parts(*folders.paths, str(tmp_path / "all.jsonl"), ordered=True)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert rows_of(tmp_path / "all.jsonl") == list(range(900))
+    assert rows_of(tmp_path / "all.jsonl") == list(range(360))
 
 
 @settings(
