@@ -47,7 +47,7 @@ class CommittedPart:
         done = 0
         for chunk in chunks:
             here = expected[done : done + len(chunk.data)]
-            if not numpy.array_equal(here, chunk.rows):
+            if here.size != len(chunk.data) or not numpy.array_equal(here, chunk.rows):
                 raise _damaged(path, expected.size)
             done += here.size
             yield chunk

@@ -82,7 +82,10 @@ class PartFolder:
             aside,
             filesystem=self._checkpoint_filesystem,
         )
-        self._checkpoint_filesystem.move(aside, self._checkpoint(part))
+        self._replace(aside, self._checkpoint(part))
+
+    def _replace(self, aside: str, path: str) -> None:
+        self._checkpoint_filesystem.move(aside, path)
 
     def _checkpoint(self, part: str) -> str:
         return join_path(self._checkpoint_path, f"{part}.parquet")

@@ -70,7 +70,7 @@ class _ByteStream:
         self._on_bytes = on_bytes
         self.closed = False
 
-    def read(self, size: int = _CHUNK_BYTES) -> bytes:
+    def read(self, size: int) -> bytes:
         data = bytes(self._raw.read(size))
         if self._on_bytes is not None and data:
             self._on_bytes(data)
@@ -81,7 +81,7 @@ class _ByteStream:
 
     def drain(self) -> None:
         """Reads on to the end of the file, and closes it."""
-        while self.read():
+        while self.read(_CHUNK_BYTES):
             pass
         self._raw.close()
 
