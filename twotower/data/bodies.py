@@ -37,9 +37,10 @@ class PostedRow:
 def row_seed(seed: int, key: str) -> int:
     """The seed, 0 to 2^63 - 1, of what is called `key` in a pipeline with that seed.
 
-    It depends on nothing else, as on the order or the number of rows.
+    It depends on nothing else, as on the order or the number of rows. Rows of a batch job have
+    theirs by the same rule.
     """
-    digest = hashlib.blake2b(f"{seed}/{key}".encode(errors="surrogatepass"), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}:{key}".encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> (64 - SEED_BITS)
 
 

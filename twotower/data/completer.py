@@ -196,10 +196,12 @@ def complete(
     last of them is done, and in Ray's own order. It also keeps Ray from reading the source inside
     the callers. `api_key` None means TWOTOWER_API_KEY of this process, not of the actors'.
     """
-    size = batch_size or default_batch_size(concurrency)
     key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
     # What is wrong with them is said here, and not by an actor.
     ServiceCaller(targets, concurrency=concurrency, api_key=key, patience_s=patience_s)
+    size = default_batch_size(concurrency) if batch_size is None else batch_size
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise InvalidRequestError("batch_size", size, "a whole number from 1 on")
     arguments = {
         "concurrency": concurrency,
         "api_key": key,
