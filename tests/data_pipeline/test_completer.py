@@ -101,7 +101,7 @@ async def in_flight_mean(count: int, concurrency: int, calls: int, batch_size: i
 
     async def reply(_: dict[str, Any]) -> web.StreamResponse:
         mark()
-        await asyncio.sleep(draw.expovariate(1 / 0.03))
+        await asyncio.sleep(draw.expovariate(1 / 0.06))
         mark()
         return completion("done")
 

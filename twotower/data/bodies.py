@@ -41,7 +41,7 @@ def row_seed(seed: int, key: str) -> int:
     theirs by the same rule.
     """
     digest = hashlib.blake2b(f"{seed}:{key}".encode(errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> (64 - SEED_BITS)
+    return int.from_bytes(digest, "big") >> (64 - SEED_BITS)
 
 
 def checked_params(params: Mapping[str, Any] | GenerationParams | None) -> dict[str, Any]:
