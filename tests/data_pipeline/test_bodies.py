@@ -40,7 +40,7 @@ CONVERSATION = [{"role": "user", "content": "hello"}]
 def test_parameters_arrive_as_they_are() -> None:
     body = CompletionBody(**posted("text", checked_params(EVERYTHING)).body)
     assert body.max_tokens is not None
-    assert body.params(body.max_tokens, body.logprobs or 0, None) == EVERYTHING
+    assert body.params(body.max_tokens, body.logprobs or 0, 2) == EVERYTHING
     changed = [
         name
         for name in SAMPLING_PARAMETERS
@@ -56,7 +56,17 @@ def test_parameters_of_a_conversation_arrive_too() -> None:
     assert request.url == CHAT
     assert body.max_tokens is not None
     assert body.logprobs
-    assert body.params(body.max_tokens, body.top_logprobs or 0, None) == EVERYTHING
+    assert body.params(body.max_tokens, body.top_logprobs or 0, 2) == EVERYTHING
+
+
+def test_the_end_of_text_ends_what_it_ends_in_process() -> None:
+    for params, expected in (
+        (GenerationParams(seed=1), None),
+        (GenerationParams(seed=1, eos_token_id=2), 2),
+        ({"seed": 1}, 2),
+    ):
+        body = CompletionBody(**posted("text", checked_params(params)).body)
+        assert body.params(4, 0, 2).eos_token_id == expected
 
 
 @pytest.mark.parametrize("prompt", [[5, 6, 7], (5, 6, 7), np.array([5, 6, 7])])

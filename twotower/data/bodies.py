@@ -47,8 +47,10 @@ def row_seed(seed: int, key: str) -> int:
 def checked_params(params: Mapping[str, Any] | GenerationParams | None) -> dict[str, Any]:
     """The body's fields for `params`, under the names of the HTTP front.
 
-    A mapping has these names already, and what it leaves out is the service's default. Parameters
-    in a GenerationParams are sent all, its defaults too. Raises InvalidRequestError.
+    A mapping has these names already, and what it leaves out is the service's default. A
+    GenerationParams is sent whole, with its own defaults: without an `eos_token_id` nothing but its
+    length or a stop string ends an output, and with one that is the model's. Raises
+    InvalidRequestError.
     """
     if isinstance(params, GenerationParams):
         return _fields_of(params)
@@ -93,6 +95,7 @@ def _fields_of(params: GenerationParams) -> dict[str, Any]:
     given["stop"] = list(params.stop) or None
     given["logit_bias"] = {str(token): bias for token, bias in params.logit_bias} or None
     given["logprobs"] = given.pop("top_logprobs") or None
+    given["ignore_eos"] = params.eos_token_id is None
     return {name: value for name, value in given.items() if value is not None}
 
 
