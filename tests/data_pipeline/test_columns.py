@@ -130,7 +130,7 @@ def test_an_error_as_a_column() -> None:
 
 
 def test_an_error_that_is_to_end_the_pipeline_names_the_row() -> None:
-    with pytest.raises(RowFailedError, match="^row 12: status 400: no$") as caught:
+    with pytest.raises(RowFailedError, match=r"^row 12: status 400: no$") as caught:
         work(id_column="id").to_output({"id": 12}, None, REFUSAL)
     # It comes back from another process.
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)

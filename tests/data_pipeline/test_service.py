@@ -136,6 +136,13 @@ def test_rays_own_http_step_gives_the_same_texts(target: str, expected: list[str
     assert texts(rows) == expected[:40]
 
 
+def test_a_row_at_fault_ends_the_pipeline_and_is_named(target: str) -> None:
+    rows = ray.data.from_items([{"id": 7, "prompt": ""}])
+    failing = completions(rows, target=target, id_column="id", concurrency=1, callers=1)
+    with pytest.raises(ray.exceptions.RayTaskError, match="RowFailedError: row 7: status 400: "):
+        failing.take_all()
+
+
 class Timed:
     """Answers after exponential times; sums up how many rows were there at a time."""
 
