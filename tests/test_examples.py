@@ -6,8 +6,9 @@ import re
 import runpy
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,25 +76,54 @@ def test_a_program_of_transformers(run: Run, shipped: TwoTower) -> None:
     assert loss == f"loss {-sum(scores) / len(scores):.2f} nats a token"
 
 
-@pytest.mark.cluster
-@pytest.mark.filterwarnings("default")
-def test_a_resumed_stream_has_the_text_of_one_that_was_not_left(run: Run) -> None:
-    # Imports Ray, which only this test needs and whose models use spellings that are deprecated.
+@pytest.fixture(scope="module")
+def service() -> Iterator[Any]:
+    """A running service with the shipped model, for the examples that want one."""
+    # Imports Ray, which only these tests need and whose models use spellings that are deprecated.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from twotower.deployments.config import ServiceConfig
         from twotower.deployments.server.server import LocalService, free_port
 
-    config = ServiceConfig(grpc_port=free_port(), http_port=free_port())
-    with LocalService(config) as service:
-        *text, last = run("resume.py", service.address).splitlines()
-        found = re.fullmatch(r"(\d+) tokens after (\d+), seed (\d+)", last)
-        assert found is not None
-        later, earlier, seed = map(int, found.groups())
-        # A block, or less where the drawn text ends in it.
-        assert 1 <= earlier <= 16
-        with Client(service.address) as client:
-            whole = client.generate("def read(path):\n", max_tokens=48, temperature=0.8, seed=seed)
-            pieces = [block.text for block in whole]
+    config = ServiceConfig(grpc_port=free_port(), http_port=free_port(), cpus_per_tower=0.1)
+    with LocalService(config) as running:
+        yield running
+
+
+@pytest.mark.cluster
+@pytest.mark.filterwarnings("default")
+def test_a_resumed_stream_has_the_text_of_one_that_was_not_left(run: Run, service: Any) -> None:
+    *text, last = run("resume.py", service.address).splitlines()
+    found = re.fullmatch(r"(\d+) tokens after (\d+), seed (\d+)", last)
+    assert found is not None
+    later, earlier, seed = map(int, found.groups())
+    # A block, or less where the drawn text ends in it.
+    assert 1 <= earlier <= 16
+    with Client(service.address) as client:
+        whole = client.generate("def read(path):\n", max_tokens=48, temperature=0.8, seed=seed)
+        pieces = [block.text for block in whole]
     assert "\n".join(text) == "".join(pieces)
     assert len(whole.token_ids) == earlier + later
+
+
+@pytest.mark.cluster
+@pytest.mark.filterwarnings("default")
+def test_a_pipeline_of_ray_data(run: Run, service: Any) -> None:
+    from twotower.data.bodies import row_seed
+
+    http = f"127.0.0.1:{service.config.http_port}"
+    lines = run("ray_data_pipeline.py", http).splitlines()
+    fault, *rows = [line for line in lines if re.match(r"('|read_)", line)]
+    assert (
+        fault == "'': prompt: got None, expected a text, token ids or messages (mappings with "
+        "role and content)"
+    )
+    assert [row.split(":")[0] for row in rows] == ["read_csv", "read_json", "read_path", "read_url"]
+    with Client(service.address) as client:
+        for row in rows:
+            name = row.split(":")[0]
+            how = {"max_tokens": 24, "temperature": 0.8, "seed": row_seed(0, name)}
+            stream = client.generate(f"def {name}(source):\n", **how)
+            text = "".join(block.text for block in stream)
+            assert row.endswith(f": {text!r}")
+            assert f": {len(stream.token_ids)} tokens, " in row

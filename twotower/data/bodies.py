@@ -37,17 +37,20 @@ class PostedRow:
 def row_seed(seed: int, key: str) -> int:
     """The seed, 0 to 2^63 - 1, of what is called `key` in a pipeline with that seed.
 
-    It depends on nothing else, as on the order or the number of rows.
+    It depends on nothing else, as on the order or the number of rows. Rows of a batch job have
+    theirs by the same rule.
     """
-    digest = hashlib.blake2b(f"{seed}/{key}".encode(errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> (64 - SEED_BITS)
+    digest = hashlib.blake2b(f"{seed}:{key}".encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> (64 - SEED_BITS)
 
 
 def checked_params(params: Mapping[str, Any] | GenerationParams | None) -> dict[str, Any]:
     """The body's fields for `params`, under the names of the HTTP front.
 
-    A mapping has these names already, and what it leaves out is the service's default. Parameters
-    in a GenerationParams are sent all, its defaults too. Raises InvalidRequestError.
+    A mapping has these names already, and what it leaves out is the service's default. A
+    GenerationParams is sent whole, with its own defaults: without an `eos_token_id` nothing but its
+    length or a stop string ends an output, and with one that is the model's. Raises
+    InvalidRequestError.
     """
     if isinstance(params, GenerationParams):
         return _fields_of(params)
@@ -92,6 +95,7 @@ def _fields_of(params: GenerationParams) -> dict[str, Any]:
     given["stop"] = list(params.stop) or None
     given["logit_bias"] = {str(token): bias for token, bias in params.logit_bias} or None
     given["logprobs"] = given.pop("top_logprobs") or None
+    given["ignore_eos"] = params.eos_token_id is None
     return {name: value for name, value in given.items() if value is not None}
 
 

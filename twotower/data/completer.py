@@ -18,7 +18,7 @@ from twotower.data.counts import Counts, Meter
 from twotower.towers.errors import InvalidRequestError
 
 # Rows of a block, unless it is said: few, as a block's rows wait for the last of them.
-MOST_ROWS_OF_A_BLOCK = 16
+MOST_ROWS_OF_A_BLOCK = 32
 
 
 class Request(Protocol):
@@ -170,8 +170,12 @@ def map_options(
 
 
 def default_batch_size(concurrency: int) -> int:
-    """Rows of a block: a 16th of what is in flight, within 2 and 16."""
-    return min(MOST_ROWS_OF_A_BLOCK, max(2, concurrency // 16))
+    """Rows of a block: a quarter of what is in flight, within 1 and 32.
+
+    Ray needs some milliseconds for a task. It has about 17 tasks a second done on two cores: with a
+    16th, half of the places were empty at 130 rows a second.
+    """
+    return min(MOST_ROWS_OF_A_BLOCK, max(1, concurrency // 4))
 
 
 def complete(
@@ -192,10 +196,12 @@ def complete(
     last of them is done, and in Ray's own order. It also keeps Ray from reading the source inside
     the callers. `api_key` None means TWOTOWER_API_KEY of this process, not of the actors'.
     """
-    size = batch_size or default_batch_size(concurrency)
     key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
     # What is wrong with them is said here, and not by an actor.
     ServiceCaller(targets, concurrency=concurrency, api_key=key, patience_s=patience_s)
+    size = default_batch_size(concurrency) if batch_size is None else batch_size
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise InvalidRequestError("batch_size", size, "a whole number from 1 on")
     arguments = {
         "concurrency": concurrency,
         "api_key": key,

@@ -37,7 +37,8 @@ def completions(
     All other columns stay. `target`: HTTP address or addresses of a running service. `prompt`: a
     column, or a function of a row (column -> value), that holds a text, token ids, or the messages
     of a conversation. `params`: fields of the HTTP front's bodies, as `max_tokens` and `mode`
-    (docs/http.md), or a GenerationParams; the end-of-text token is the model's.
+    (docs/http.md), or a GenerationParams, which is sent whole: without an `eos_token_id` it goes on
+    after the end-of-text token, as in process.
 
     `include`: further columns, of finish_reason, stop_reason, token_ids, prompt_tokens,
     completion_tokens, nfe (denoiser passes), context_passes, cached_tokens, seed, request_id and
