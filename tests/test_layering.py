@@ -73,7 +73,8 @@ WINGS = {
     "deployments/router deployments/app",
     "client": "protos",
     "data": "protos client",
-    "batch": "data deployments/settings_file deployments/config deployments/server",
+    "batch": "towers/checkpoint data deployments/settings_file deployments/config "
+    "deployments/server",
     "planner": "towers/state towers/checkpoint towers/engine towers/decoding",
     "bench": "towers/state towers/model towers/decoding towers/checkpoint towers/engine planner",
     "call_loop": "",

@@ -41,6 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         lambda _: pytest.fail("the service was started"),
     )
     Path("file").write_text("x")
+    Path("in.jsonl").write_text('{"prompt": "x"}\n')
     Path("bytes.yaml").write_bytes(b"\xff\xfe\x00a")
     Path("broken.yaml").write_text("a: [1")
     Path("list.yaml").write_text("- 1")
@@ -73,7 +74,13 @@ def the_line(result: Result) -> str:
 
 def number_options() -> Iterator[tuple[str, list[str], str]]:
     """Every option of every command that takes a number, with the arguments before it."""
-    before = {"generate": ["x"], "verify": [TINY], "quantize": [TINY, "out"], "train": ["out"]}
+    before = {
+        "batch": ["in.jsonl", "out.jsonl"],
+        "generate": ["x"],
+        "verify": [TINY],
+        "quantize": [TINY, "out"],
+        "train": ["out"],
+    }
     for registered in app.registered_commands:
         assert registered.callback is not None
         name = registered.callback.__name__
@@ -88,7 +95,8 @@ def number_options() -> Iterator[tuple[str, list[str], str]]:
 def test_there_are_options_to_try() -> None:
     found = [(name, option) for name, _, option in number_options()]
     assert len(found) > 40
-    assert {name for name, _ in found} == {"serve", "generate", "train", "plan", "bench", "top"}
+    with_numbers = {"batch", "serve", "generate", "train", "plan", "bench", "top"}
+    assert {name for name, _ in found} == with_numbers
 
 
 @pytest.mark.parametrize(("command", "before", "option"), list(number_options()))
@@ -101,6 +109,7 @@ def test_what_is_no_number_is_refused_by_name(command: str, before: list[str], o
 
 SERVE, GENERATE = ["serve", "--model", TINY], ["generate", "x"]
 REMOTE = [*GENERATE, "--target", "127.0.0.1:1"]
+BATCH = ["batch", "in.jsonl", "out.jsonl"]
 TRAIN, BENCH = ["train", "out", "--corpus", "empty_folder"], ["bench", "--minutes", "1e-9"]
 CASES: list[tuple[list[str], str]] = [
     # Devices.
@@ -121,6 +130,21 @@ CASES: list[tuple[list[str], str]] = [
     ([*BENCH, "--device", "foo"], "device: got 'foo', expected cpu"),
     ([*BENCH, "--device", "cpu:3"], "device: got 'cpu:3', expected cpu"),
     ([*SERVE, "--device", "foo"], "device"),
+    # Batch jobs.
+    (["batch", "in.jsonl"], "paths: got one, expected the input and the output"),
+    (["batch", "none.jsonl", "out.jsonl"], "none.jsonl"),
+    (["batch", "file", "out.jsonl"], "file"),
+    ([*BATCH, "--pairs", "3:1"], "--pairs: got '3:1'"),
+    ([*BATCH, "--callers", "x"], "--callers: got 'x'"),
+    ([*BATCH, "--param", "top_k"], "--param: got 'top_k', expected NAME=VALUE"),
+    ([*BATCH, "--param", "top_k=NaN"], "top_k"),
+    ([*BATCH, "--concurrency", "0"], "concurrency: got 0, expected 1 to"),
+    ([*BATCH, "--seed", "-1"], "seed: got -1"),
+    ([*BATCH, "--patience", "nan"], "patience: got nan"),
+    ([*BATCH, "--format", "csv"], "format"),
+    ([*BATCH, "--target", "x", "--model", "y"], "--target asks a running service"),
+    ([*BATCH, "--target", "http://127.0.0.1:1"], "http://127.0.0.1:1"),
+    ([*BATCH, "--config", "broken.yaml"], "broken.yaml"),
     # Numbers out of their limits.
     *[
         ([*GENERATE, option, value], f"{option[2:].replace('-', '_')}: got ")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,12 +32,12 @@ from twotower.batch.sink import Format, PartSink
 from twotower.batch.source import InputSource
 from twotower.batch.work import BatchWork
 from twotower.data.completer import complete
-from twotower.towers.errors import UnavailableError
+from twotower.towers.errors import InvalidRequestError, UnavailableError
 
 # Rows that are committed together: of a short job few, as they are what an interruption loses; of a
 # long one more, as every commit writes files of its own.
 _MOST_ROWS, _COMMITS = 256, 500
-_DEFAULT_IN_FLIGHT = 64
+_DEFAULT_IN_FLIGHT, MOST_IN_FLIGHT = 64, 65_536
 # Requests that wait in the service beside those it works on, so that no row is free.
 _WAITING_SHARE = 0.25
 _POLL_S = 0.5
@@ -69,6 +71,21 @@ class JobOptions:
     ordered: bool = False
     retry_errors: bool = False
     fresh: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in self.defaults.body.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError):
+                raise InvalidRequestError(name, value, "a value that JSON has") from None
+        if not 0 <= self.defaults.seed < 2**63:
+            raise InvalidRequestError("seed", self.defaults.seed, "0 to 2^63 - 1")
+        if not 0 < self.patience_s < math.inf:
+            raise InvalidRequestError("patience", self.patience_s, "a number above 0")
+        for name in ("concurrency", "rows_per_commit"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= MOST_IN_FLIGHT:
+                raise InvalidRequestError(name, value, f"1 to {MOST_IN_FLIGHT}")
 
 
 @dataclass(frozen=True)

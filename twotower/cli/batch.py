@@ -120,7 +120,7 @@ def batch(
     .errors.jsonl, with the reason, and end nothing.
     """
     if len(paths) < 2:
-        raise typer.BadParameter("got one path, expected the input and the output")
+        raise typer.BadParameter("paths: got one, expected the input and the output")
     body = _fields(param or [], max_tokens=max_tokens, mode=mode, temperature=temperature)
     service = {
         "model": model,
@@ -142,7 +142,7 @@ def batch(
         targets=tuple(target or ()),
         api_key=api_key,
         service=file_settings(config, service),
-        format=cast(Literal["jsonl", "parquet"] | None, output_format),
+        format=_format(output_format),
         concurrency=concurrency,
         callers=_range("callers", callers),
         patience_s=patience,
@@ -205,6 +205,13 @@ def _fields(pairs: Sequence[str], **given: Any) -> dict[str, Any]:
         except ValueError:
             fields[name] = value
     return fields
+
+
+def _format(name: str | None) -> Literal["jsonl", "parquet"] | None:
+    """A format of output. Raises BadParameter for a name of none."""
+    if name in (None, "jsonl", "parquet"):
+        return cast(Literal["jsonl", "parquet"] | None, name)
+    raise typer.BadParameter(f"--format: got {name!r}, expected jsonl or parquet")
 
 
 def _pair_settings(pairs: str) -> dict[str, Any]:
