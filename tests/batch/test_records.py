@@ -162,6 +162,30 @@ def test_chosen_columns_of_parquet(tmp_path: Path) -> None:
     assert len(list(read_records(file, columns=["none"]))) == 200
 
 
+def test_what_python_has_no_value_for_is_the_rows_fault(tmp_path: Path) -> None:
+    days = pyarrow.array([1, 10**7, 2], pyarrow.int32()).cast(pyarrow.date32())
+    file = write_parquet(tmp_path / "a.parquet", {"a.b": ["x", "y", "z"], "day": days})
+    assert codes(file) == [
+        {"a.b": "x", "day": "1970-01-02"},
+        "bad_parquet",
+        {"a.b": "z", "day": "1970-01-03"},
+    ]
+
+
+def test_text_of_parquet_that_is_none_is_the_rows_fault(tmp_path: Path) -> None:
+    text = pyarrow.array([b"fine", b"\xff"]).view(pyarrow.string())
+    file = write_parquet(tmp_path / "a.parquet", {"prompt": text})
+    assert codes(file) == [{"prompt": "fine"}, "bad_parquet"]
+
+
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    twice = pyarrow.table([["x"], ["y"]], names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(twice, tmp_path / "a.parquet")
+    (file,) = find_inputs([str(tmp_path)])
+    with pytest.raises(InvalidRequestError, match=r"a\.parquet.*a name of its own"):
+        list(read_records(file))
+
+
 @pytest.mark.parametrize("keep", [0, 3, 100, -1, -8])
 def test_cut_parquet_is_named(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "a.parquet"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import fsspec
+import pyarrow
 import pyarrow.parquet
 import pytest
 
 from tests.support.batch_rows import JobFolders, bad_row, good_row
+from twotower.batch.join import join_parts
 from twotower.batch.sink import PARQUET_SCHEMA, Format, PartNames, PartSink
 
 
@@ -60,3 +63,23 @@ def test_a_folder_of_fsspec() -> None:
     sink.on_write_start()
     assert filesystem.isdir("/sink/parts")
     filesystem.rm("/sink", recursive=True)
+
+
+def test_a_write_that_fails_for_a_moment_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [OSError("AWS Error SLOW_DOWN during PutObject")]
+    whole = PartSink._write_jsonl
+
+    def halfway(sink: PartSink, table: pyarrow.Table, stream: Any) -> None:
+        if failures:
+            stream.write(b"half a li")
+            raise failures.pop()
+        whole(sink, table, stream)
+
+    monkeypatch.setattr(PartSink, "_write_jsonl", halfway)
+    monkeypatch.setattr("ray._common.retry.time.sleep", lambda _: None)
+    folders = JobFolders(tmp_path)
+    folders.checkpoint(folders.write(0, [good_row(1)]), [1])
+    assert join_parts(*folders.paths, str(tmp_path / "all.jsonl")).rows == 1
+    assert not failures

@@ -21,6 +21,10 @@ from twotower.towers.errors import InvalidRequestError, cut_off
 _CHUNK_BYTES = 1 << 20
 # Rows of Parquet that are decoded at once.
 _BATCH_ROWS = 64
+# Dates after the year 9999, text that is not UTF-8, unknown zones of time.
+_NOT_PYTHONS = (ArithmeticError, LookupError, TypeError, ValueError)
+# What a line in memory takes beside its bytes, for rows of CSV that have many.
+_LINE_OVERHEAD = 64
 _BOM = b"\xef\xbb\xbf"
 _TOO_LONG = f"the line is longer than {MAX_LINE_BYTES} bytes"
 
@@ -137,16 +141,28 @@ def _json_records(lines: Iterator[bytes | None]) -> Iterator[tuple[int, str]]:
 def _parquet_records(file: InputFile, columns: Sequence[str] | None) -> Iterator[tuple[int, str]]:
     with file.filesystem.open_input_file(file.path) as opened:
         parquet = pyarrow.parquet.ParquetFile(opened, pre_buffer=False, buffer_size=_CHUNK_BYTES)
-        wanted = [name for name in parquet.schema_arrow.names if columns is None or name in columns]
-        if columns is not None and not wanted:
-            # pyarrow's batches of no columns have no rows.
-            yield from ((index, "{}") for index in range(parquet.metadata.num_rows))
-            return
-        index = 0
-        for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
-            for record in batch.to_pylist():
-                yield index, dump_json(record)
-                index += 1
+        names = parquet.schema_arrow.names
+        if len(set(names)) != len(names):
+            limit = "a Parquet file each of whose columns has a name of its own"
+            raise InvalidRequestError(FIELD, file.path, limit)
+        if columns is not None:
+            columns = [name for name in names if name in columns]
+            if not columns:
+                # pyarrow's batches of no columns have no rows.
+                yield from ((index, "{}") for index in range(parquet.metadata.num_rows))
+                return
+        batches = parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
+        yield from enumerate(line for batch in batches for line in _batch_lines(batch))
+
+
+def _batch_lines(batch: pyarrow.RecordBatch) -> list[str]:
+    try:
+        return [dump_json(record) for record in batch.to_pylist()]
+    except _NOT_PYTHONS as error:
+        if batch.num_rows == 1:
+            return [fault_line("bad_parquet", f"not readable: {cut_off(str(error), 200)}", None)]
+        rows = (batch.slice(index, 1) for index in range(batch.num_rows))
+        return [line for row in rows for line in _batch_lines(row)]
 
 
 class _CsvLines:
@@ -168,7 +184,7 @@ class _CsvLines:
     def __next__(self) -> str:
         line = self._given_back.popleft() if self._given_back else next(self._lines)
         self._taken.append(line)
-        self._length += 0 if line is None else len(line) + 1
+        self._length += 0 if line is None else len(line) + _LINE_OVERHEAD
         if line is None or self._length > MAX_LINE_BYTES:
             raise csv.Error(_TOO_LONG)
         return line.decode(errors="replace") + "\n"

@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.fs
 import pyarrow.parquet
+from ray._common.retry import call_with_retry
 from ray.data._internal.planner.plan_write_op import WRITE_UUID_KWARG_NAME
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource import FilenameProvider
@@ -81,6 +82,15 @@ class PartSink(_FileDatasink):  # type: ignore[misc]
         self, name: str, table: pyarrow.Table, write: Callable[[pyarrow.Table, Any], None]
     ) -> None:
         path = join_path(self.path, name)
+        call_with_retry(
+            lambda: self._put_once(path, table, write),
+            description=f"write {path}",
+            match=self._data_context.retried_io_errors,
+        )
+
+    def _put_once(
+        self, path: str, table: pyarrow.Table, write: Callable[[pyarrow.Table, Any], None]
+    ) -> None:
         if table.num_rows:
             with self.open_output_stream(path) as stream:
                 write(table, stream)
