@@ -51,9 +51,10 @@ def completions(
 
     `concurrency` rows are in flight for each of the pool's actors, of which there are `callers` =
     (least, most). What is busy, or gone for a while, is tried again for `patience_s` seconds a row.
-    With `on_error` "raise" a row without a completion then ends the pipeline with a RowFailedError;
-    with "column" the column `error` has OpenAI's error as JSON, null where it went well, and the
-    other columns are null. `api_key` None means the environment's TWOTOWER_API_KEY.
+    With `on_error` "raise" a row without a completion then ends the pipeline: Ray's error has the
+    RowFailedError, which names the row's id, in its text. With "column" the column `error` has
+    OpenAI's error as JSON, null where it went well, and the other columns are null. `api_key` None
+    means the environment's TWOTOWER_API_KEY.
 
     Order of rows is Ray Data's. Raises InvalidRequestError for arguments out of their limits.
     """
