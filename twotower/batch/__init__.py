@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 __all__ = ["BatchDefaults", "JobCounts", "JobOptions", "JobSummary", "run_job"]
 
 if TYPE_CHECKING:
-    from twotower.batch.job import JobCounts, JobOptions, JobSummary, run_job
+    from twotower.batch.counts import JobCounts, JobSummary
+    from twotower.batch.job import run_job
+    from twotower.batch.options import JobOptions
     from twotower.batch.requests import BatchDefaults
+
+_HOMES = {
+    "BatchDefaults": "twotower.batch.requests",
+    "JobCounts": "twotower.batch.counts",
+    "JobOptions": "twotower.batch.options",
+    "JobSummary": "twotower.batch.counts",
+    "run_job": "twotower.batch.job",
+}
 
 
 def __getattr__(name: str) -> object:
@@ -16,8 +27,8 @@ def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'twotower.batch' has no attribute {name!r}")
     try:
-        from twotower.batch import job
+        home = import_module(_HOMES[name])
     except ModuleNotFoundError as error:
         wanted = f"twotower.batch: needs {error.name}; pip install 'twotower[batch]'"
         raise ModuleNotFoundError(wanted, name=error.name) from error
-    return getattr(job, name)
+    return getattr(home, name)

@@ -63,7 +63,7 @@ def _named(file: InputFile) -> Iterator[None]:
     except (OSError, pyarrow.ArrowException) as error:
         reason = cut_off(str(error), 200)
         limit = f"a {file.kind} file that can be read to its end ({reason})"
-        raise InvalidRequestError(FIELD, file.path, limit) from error
+        raise InvalidRequestError(FIELD, file.name, limit) from error
 
 
 class _ByteStream:

@@ -21,7 +21,8 @@ from twotower.cli.options import Model
 from twotower.cli.progress import Bar, is_live, working
 
 if TYPE_CHECKING:
-    from twotower.batch.job import JobCounts, JobOptions
+    from twotower.batch.counts import JobCounts
+    from twotower.batch.options import JobOptions
 
 # Without a terminal the progress is a line so often.
 _LINE_EVERY_S = 30.0
@@ -131,7 +132,7 @@ def batch(
     if target and (model or config):
         raise typer.BadParameter("--target asks a running service, --model and --config start one")
     with _libraries():
-        from twotower.batch.job import JobOptions
+        from twotower.batch.options import JobOptions
         from twotower.batch.requests import BatchDefaults
         from twotower.batch.service import file_settings
 
