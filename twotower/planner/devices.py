@@ -11,9 +11,9 @@ from twotower.towers.errors import ConfigError
 # GPUs without measurements: an H200 copies at 4.3 of 4.8 TB/s, multiplies at 790 of 989 TFLOP/s.
 COPY_REACH, PRODUCT_REACH, WIDE_REACH = 0.9, 0.8, 0.9
 _MIB = 1 << 20
-# Of nine kinds of passes of an H200 (denoiser, extension and `ar` step of 1, 16 and 64 rows, reports
-# in benchmarks/results/h200-2026-11-27) those with 8-bit experts took 0.92 to 1.15 of the time in
-# bf16; that is 0.40 to 0.56 of what the experts reach there, about half.
+# Nine passes of an H200 with 8-bit experts (denoiser, extension and `ar` step of 1, 16 and 64 rows,
+# reports in benchmarks/results/h200-2026-11-27) took 0.92 to 1.15 of their time in bf16. So experts
+# reach 0.40 to 0.56 of what they reach in bf16, about half.
 HOPPER_FP8 = 0.5
 _FP8_MEASURED = "passes of an H200 of 2026-11-27 took 0.92 to 1.15 of their time in bf16"
 

@@ -40,6 +40,20 @@ class MeasuredPasses:
     cycles: _Points = ()
 
 
+def read_all(
+    paths: Iterable[Path], config: TwoTowerConfig, question: Question
+) -> list[MeasuredPasses]:
+    """Reads files, and of folders all files whose names end in .json. Raises ConfigError as
+    `read_measured` does, and for a folder without any."""
+    found: list[MeasuredPasses] = []
+    for path in paths:
+        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        if not files:
+            raise ConfigError(f"measured: got {str(path)!r}, expected a folder with .json files")
+        found += [read_measured(file, config, question) for file in files]
+    return found
+
+
 def read_measured(path: Path, config: TwoTowerConfig, question: Question) -> MeasuredPasses:
     """Reads either kind of file. Raises ConfigError for any other file, and for a report of another
     shape, number format or GPU than the planned ones. A pair's stats name neither these nor their
@@ -74,7 +88,9 @@ def by_format(reports: Sequence[MeasuredPasses]) -> dict[Experts, MeasuredPasses
         return {"full": reports[0], "fp8": reports[0]}
     for report in reports:
         if report.fp8 is None:
-            raise ConfigError(f"measured: got {report.source} beside other files, expected it alone")
+            raise ConfigError(
+                f"measured: got {report.source} beside other files, expected it alone"
+            )
         _check_alike(report, reports[0])
     flags: dict[Experts, bool] = {"full": False, "fp8": True}
     own = {name: [each for each in reports if each.fp8 is flag] for name, flag in flags.items()}
@@ -103,11 +119,19 @@ def _merged(reports: Sequence[MeasuredPasses]) -> MeasuredPasses:
     if len(reports) == 1:
         return reports[0]
     kinds = [kind for kind in _KINDS if any(kind in each.seconds for each in reports)]
+    # Names of files by what they say of themselves.
+    names: dict[str, list[str]] = {}
+    for each in reports:
+        name, _, rest = each.source.partition(": ")
+        names.setdefault(rest, []).append(name)
     rates = [astuple(each.ceilings) for each in reports if each.ceilings is not None]
     return MeasuredPasses(
-        "; ".join(each.source for each in reports),
+        "; ".join(f"{', '.join(own)}: {rest}" for rest, own in names.items()),
         reports[0].context,
-        {kind: _means(at for each in reports for at in each.seconds.get(kind, ())) for kind in kinds},
+        {
+            kind: _means(at for each in reports for at in each.seconds.get(kind, ()))
+            for kind in kinds
+        },
         Ceilings(*(sum(own) / len(own) for own in zip(*rates, strict=True))),
         reports[0].fp8,
         reports[0].device,

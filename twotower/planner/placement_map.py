@@ -1,6 +1,7 @@
 """A map of placements: tokens/s per GPU over rows and tokens per pass, and where they are equal.
 
-The rows are those of a denoiser, or of a GPU of AR. What "tokens per pass" means depends on the mode:
+The rows are those of a denoiser, or of a GPU of AR. What "tokens per pass" means depends on the
+mode:
 
 - `ar`: nothing; its context tower always makes one token a pass and row.
 - diffusion (`1:1`, `1:N`, `colocated`): tokens that a denoiser pass commits in the mean, so a block
@@ -15,9 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 from twotower.planner import commits
+from twotower.planner.axes import BATCHES, TOKENS
 from twotower.planner.devices import device_named
 from twotower.planner.estimates import Estimate, Estimator
 from twotower.planner.floors import PassKind
@@ -32,9 +36,6 @@ from twotower.towers.errors import ConfigError
 
 Mode = Literal["ar", "verified", "colocated", "1:1", "1:N"]
 MODES: tuple[Mode, ...] = ("ar", "verified", "colocated", "1:1", "1:N")
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_STEP = 0.5
-TOKENS = tuple(1 + _STEP * place for place in range(15))
 _KINDS: tuple[PassKind, ...] = ("ar", "denoise", "extend", "verify")
 _DIFFUSION: tuple[Mode, ...] = ("colocated", "1:1", "1:N")
 # Who is compared with whom; of several modes the fastest counts.
@@ -157,7 +158,7 @@ def make_map(
     config: TwoTowerConfig = LARGE,
     measured: Sequence[MeasuredPasses] = (),
     reached: Reached | None = None,
-    say: Callable[[int, int], None] = lambda done, of: None,
+    say: Callable[[int, int], None] | None = None,
 ) -> PlacementMap:
     """The map of a question, whose own batch and tokens per pass do not count. `say` hears how many
     cells of how many are done. Raises ConfigError for axes that do not ascend or are out of range,
@@ -169,14 +170,12 @@ def make_map(
     formats = planned_formats(question, config, known)
     question = replace(question, experts=formats, tokens_per_nfe=tokens[0], batch=batches[0])
     config = replace(config, quantized_experts=False)
-    count = len(formats) * len(batches) * len(tokens)
-    panels = []
-    for place, experts in enumerate(formats):
+    size = len(batches) * len(tokens)
+    panels: list[Panel] = []
+    for experts in formats:
         estimator = Estimator(question, config, experts, known.get(experts), reached)
-        before = place * len(batches) * len(tokens)
-        panels.append(
-            _panel(estimator, experts, batches, tokens, lambda n, b=before: say(b + n, count))
-        )
+        started = partial(_said, say, len(panels) * size, len(formats) * size)
+        panels.append(_panel(estimator, experts, batches, tokens, started))
     inputs = [each for each in inputs_of(question, known, reached) if each.name != "commits"]
     axis = f"{tokens[0]:g} to {tokens[-1]:g}, the map's axis"
     inputs.append(Input("tokens per pass", axis, "given", "see the known points for texts"))
@@ -231,11 +230,18 @@ def _cell(estimator: Estimator) -> Cell:
     )
 
 
+def _said(say: Callable[[int, int], None] | None, before: int, count: int, done: int) -> None:
+    if say is not None:
+        say(before + done, count)
+
+
 def _check_axis(name: str, values: Sequence[float], least: int, most: int | None) -> None:
     shown = ",".join(f"{value:g}" for value in values)
-    if len(values) < 2 or any(low >= high for low, high in zip(values, values[1:], strict=False)):
-        raise ConfigError(f"{name}: got {shown or 'nothing'}, expected at least 2 ascending numbers")
-    if values[0] < least or (most is not None and values[-1] > most):
+    if len(values) < 2 or any(not low < high for low, high in pairwise(values)):
+        raise ConfigError(
+            f"{name}: got {shown or 'nothing'}, expected at least 2 ascending numbers"
+        )
+    if not values[0] >= least or (most is not None and values[-1] > most):
         limits = f"{least} to {most}" if most is not None else f"at least {least}"
         raise ConfigError(f"{name}: got {shown}, expected {limits}")
 

@@ -53,8 +53,8 @@ def make_plan(
     measured: Sequence[MeasuredPasses] = (),
     reached: Reached | None = None,
 ) -> Plan:
-    """Answers a question. Raises ConfigError, with the arithmetic, if nothing fits, and for measured
-    passes that cannot be merged."""
+    """Answers a question. Raises ConfigError, with the arithmetic, if nothing fits, and for reports
+    that cannot be merged."""
     device = device_named(question.gpu)
     reached = reached or reached_on(device)
     known = by_format(measured)
@@ -89,8 +89,8 @@ def reached_on(device: Device) -> Reached:
 def planned_formats(
     question: Question, config: TwoTowerConfig, measured: Mapping[Experts, MeasuredPasses]
 ) -> tuple[Experts, ...]:
-    """Formats of the experts that are asked for, stored and, if any is, measured. Raises ConfigError
-    if there is none."""
+    """Formats of the experts that are asked for, stored and, if any is, measured. Raises
+    ConfigError if there is none."""
     stored = question.experts
     if config.quantized_experts:
         stored = tuple(name for name in stored if name == "fp8")
@@ -128,6 +128,7 @@ def inputs_of(
         yield Input("passes", kinds, "measured", source)
     if "fp8" in question.experts and "fp8" not in measured:
         yield _fp8_input(device, reached)
+    yield from _measured_ratios(measured)
     shares = (
         f"{reached.bandwidth:g} of the bandwidth, {reached.flops:g} of the rates, "
         f"{1e6 * reached.launch_s:g} us a launch"
@@ -161,6 +162,26 @@ def _fp8_input(device: Device, reached: Reached) -> Input:
         )
     basis: Basis = "measured" if device.measured is not None else "assumed"
     return Input("8-bit experts", value, basis, device.fp8_source)
+
+
+def _measured_ratios(measured: Mapping[Experts, MeasuredPasses]) -> Iterator[Input]:
+    """What reports say of 8-bit experts beside bf16, and of verified cycles beside their passes."""
+    if len({known.source for known in measured.values()}) > 1:
+        full, fp8 = measured["full"].seconds, measured["fp8"].seconds
+        times = {(kind, rows): seconds for kind in full for rows, seconds in full[kind]}
+        ratios = [
+            seconds / times[kind, rows]
+            for kind in fp8
+            for rows, seconds in fp8[kind]
+            if (kind, rows) in times
+        ]
+        if ratios:
+            value = f"{min(ratios):.2f} to {max(ratios):.2f} of a pass in bf16"
+            yield Input("8-bit experts", value, "measured", f"{len(ratios)} passes of both formats")
+    cycles = next((known.cycles for known in measured.values() if known.cycles), ())
+    for rows, ratio in cycles:
+        value = f"{ratio:.2f} of their two passes"
+        yield Input("verified cycles", value, "measured", f"{rows:g} rows, taken for all")
 
 
 def _ceilings_input(device: Device, measured: Mapping[Experts, MeasuredPasses]) -> Input:
