@@ -18,8 +18,8 @@ from twotower.planner.schedules import BLOCK
 from twotower.planner.speedup import PassSeconds, best_tokens_per_s, in_step_tokens_per_s
 from twotower.towers.config.model_config import TwoTowerConfig
 
-# Least blocks in a simulated row's schedule, which is replayed twice, and of all rows together: with
-# 16 blocks of a single row their mean number of steps was up to 12 % beside what was asked for.
+# Least blocks in a simulated row's schedule, which is replayed twice, and of all rows together. The
+# mean steps of 16 blocks of a single row were up to 12 % beside those that were asked for.
 _ROW_BLOCKS, _ALL_BLOCKS = 16, 512
 
 

@@ -43,6 +43,10 @@ def to_dict(placements: PlacementMap) -> dict[str, Any]:
         "batches_mean": ROWS_MEAN,
         "pass_basis_mean": PASS_BASIS,
         "panels": [_panel(panel) for panel in placements.panels],
+        "diffusion_equals_ar_in_either_format": [
+            asdict(placements.crossing(column))
+            for column in range(len(placements.panels[0].batches))
+        ],
         "points": [asdict(point) for point in placements.points],
         "inputs": [asdict(given) for given in placements.inputs],
     }
@@ -57,6 +61,8 @@ def to_text(placements: PlacementMap) -> str:
     parts = [f"{asked.gpu}, tokens of a row: {asked.context}, {prompts}"]
     for panel in placements.panels:
         parts += [_crossings(panel), _bases(panel)]
+    if len(placements.panels) > 1:
+        parts.append(_either(placements))
     meanings = [f"{modes}: {meaning}" for modes, meaning in TOKENS_MEAN.items()]
     parts.append("tokens per pass\n" + "\n".join(meanings) + f"\nrows: {ROWS_MEAN}")
     points = [[point.name, f"{point.tokens:.2f}", point.source] for point in placements.points]
@@ -108,6 +114,13 @@ def _crossings(panel: Panel) -> str:
         best = [_best(panel.cells[place][at]) for at in columns]
         rows.append([f"best at {panel.tokens[place]:g}", *best])
     return "tokens a pass from which on the first is ahead\n" + table(head, rows)
+
+
+def _either(placements: PlacementMap) -> str:
+    batches = placements.panels[0].batches
+    head = ["either format", *(f"{batch} rows" for batch in batches)]
+    row = [shown(placements.crossing(column)) for column in range(len(batches))]
+    return table(head, [["diffusion = ar", *row]])
 
 
 def _best(cell: Cell) -> str:

@@ -14,6 +14,7 @@ Diffusion's speed is that under continuous batching, when no row waits for anoth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -121,24 +122,18 @@ class Panel:
         fitting = [mode for mode in modes if speeds[mode]]
         return max(fitting, key=lambda mode: speeds[mode], default=None)
 
+    def speed_of(self, modes: Sequence[Mode], column: int, tokens: float) -> float:
+        """Tokens/s per GPU of the fastest of several modes; 0 if none fits."""
+        return max(self.speed(mode, column, tokens) for mode in modes)
+
     def crossing(self, line: str, column: int) -> Crossing:
         """Where, at a batch, the first side of a line of LINES gets ahead of the second."""
         modes, other = LINES[line]
-
-        def ahead(tokens: float) -> float:
-            own = max(self.speed(mode, column, tokens) for mode in modes)
-            against = self.speed(other, column, tokens)
-            return 1 / against - 1 / own if own and against else float("nan")
-
-        found = [ahead(tokens) for tokens in self.tokens]
-        if any(each != each for each in found):
-            return Crossing(None, "does not fit")
-        behind = [place for place, each in enumerate(found) if each < 0]
-        if not behind:
-            return Crossing(None, "always")
-        if behind[-1] == len(found) - 1:
-            return Crossing(None, "never")
-        return Crossing(_root(ahead, self.tokens[behind[-1]], self.tokens[behind[-1] + 1]))
+        return _crossing(
+            self.tokens,
+            lambda tokens: self.speed_of(modes, column, tokens),
+            lambda tokens: self.speed(other, column, tokens),
+        )
 
 
 @dataclass(frozen=True)
@@ -149,6 +144,15 @@ class PlacementMap:
     panels: tuple[Panel, ...]
     inputs: tuple[Input, ...]
     points: tuple[Point, ...]
+
+    def crossing(self, column: int) -> Crossing:
+        """Where, at a batch, diffusion gets ahead of `ar`, each in its faster format."""
+        panels = self.panels
+        return _crossing(
+            panels[0].tokens,
+            lambda tokens: max(own.speed_of(_DIFFUSION, column, tokens) for own in panels),
+            lambda tokens: max(own.speed("ar", column, tokens) for own in panels),
+        )
 
 
 def make_map(
@@ -244,6 +248,26 @@ def _check_axis(name: str, values: Sequence[float], least: int, most: int | None
     if not values[0] >= least or (most is not None and values[-1] > most):
         limits = f"{least} to {most}" if most is not None else f"at least {least}"
         raise ConfigError(f"{name}: got {shown}, expected {limits}")
+
+
+def _crossing(
+    tokens: Sequence[float], own: Callable[[float], float], other: Callable[[float], float]
+) -> Crossing:
+    """Where `own`, a speed by tokens per pass, gets ahead of `other`, for good within `tokens`."""
+
+    def ahead(at: float) -> float:
+        speed, against = own(at), other(at)
+        return 1 / against - 1 / speed if speed and against else math.nan
+
+    found = [ahead(at) for at in tokens]
+    if any(math.isnan(each) for each in found):
+        return Crossing(None, "does not fit")
+    behind = [place for place, each in enumerate(found) if each < 0]
+    if not behind:
+        return Crossing(None, "always")
+    if behind[-1] == len(found) - 1:
+        return Crossing(None, "never")
+    return Crossing(_root(ahead, tokens[behind[-1]], tokens[behind[-1] + 1]))
 
 
 def _root(ahead: Callable[[float], float], low: float, high: float) -> float:
