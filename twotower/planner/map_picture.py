@@ -148,7 +148,7 @@ def _contours(axes: Any, panel: Panel) -> None:
         for mantissa in (1, 2, 5)
         if known and min(known) < mantissa * 10**power < max(known)
     ]
-    if levels:
+    if levels and min(len(panel.batches), len(panel.tokens)) > 1:
         columns = range(len(panel.batches))
         lines = axes.contour(columns, panel.tokens, best, levels, colors="#555555", linewidths=0.8)
         axes.clabel(lines, fmt="%d", fontsize=8)

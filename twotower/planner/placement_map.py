@@ -241,10 +241,8 @@ def _said(say: Callable[[int, int], None] | None, before: int, count: int, done:
 
 def _check_axis(name: str, values: Sequence[float], least: int, most: int | None) -> None:
     shown = ",".join(f"{value:g}" for value in values)
-    if len(values) < 2 or any(not low < high for low, high in pairwise(values)):
-        raise ConfigError(
-            f"{name}: got {shown or 'nothing'}, expected at least 2 ascending numbers"
-        )
+    if not values or any(not low < high for low, high in pairwise(values)):
+        raise ConfigError(f"{name}: got {shown or 'nothing'}, expected ascending numbers")
     if not values[0] >= least or (most is not None and values[-1] > most):
         limits = f"{least} to {most}" if most is not None else f"at least {least}"
         raise ConfigError(f"{name}: got {shown}, expected {limits}")
