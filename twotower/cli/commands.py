@@ -147,3 +147,18 @@ def bench(arguments: Sequence[str]) -> None:
     from twotower.bench.command import main as measure
 
     raise typer.Exit(measure(arguments, "twotower bench", lambda: working("measuring", "pieces")))
+
+
+def plan(
+    settings: dict[str, Any],
+    load: dict[str, Any],
+    axes: dict[str, str | None],
+    model: str | None,
+    measured: Sequence[Path],
+    map_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Prints what fits on a kind of GPU and how fast it would be, or draws a map of it."""
+    from twotower.cli.planning import planned
+
+    typer.echo(planned(settings, load, axes, model, measured, map_file, as_json))
