@@ -304,7 +304,7 @@ CASES: list[tuple[list[str], str]] = [
         (["plan", "--measured", name], named)
         for name, named in (
             ("no-such-file", "'no-such-file' does not exist"),
-            (".", "is a directory"),
+            (".", "expected a folder with .json files"),
             ("file", "measured: file is not readable"),
             ("bytes.yaml", "measured: bytes.yaml is not readable"),
         )

@@ -270,7 +270,7 @@ def test_a_report_of_the_benchmark_is_read(tmp_path: Path) -> None:
     question = Question("h200", tokens_per_nfe=HEADLINE, most_denoisers=1)
     known = read_measured(report(tmp_path), LARGE, question)
     assert known.seconds["ar"] == [(64.0, pytest.approx(0.020))]
-    plan = make_plan(question, LARGE, known)
+    plan = make_plan(question, LARGE, [known])
     assert {own.experts for own in plan.estimates} == {"full"}
     assert plan.passes[0].expected_ms["denoise"] == pytest.approx(40.0)
     assert found(plan, "AR").tokens_per_s == pytest.approx(64 / 0.020)

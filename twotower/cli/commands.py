@@ -149,16 +149,16 @@ def bench(arguments: Sequence[str]) -> None:
     raise typer.Exit(measure(arguments, "twotower bench", lambda: working("measuring", "pieces")))
 
 
-def plan(settings: dict[str, Any], model: str | None, measured: Path | None, as_json: bool) -> None:
-    """Prints what fits on a kind of GPU, and how fast it would be."""
-    from twotower.planner.measured import read_measured
-    from twotower.planner.plan import make_plan
-    from twotower.planner.question import Question, formats_named, model_config
-    from twotower.planner.text import to_dict, to_text
+def plan(
+    settings: dict[str, Any],
+    load: dict[str, Any],
+    axes: dict[str, str | None],
+    model: str | None,
+    measured: Sequence[Path],
+    map_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Prints what fits on a kind of GPU and how fast it would be, or draws a map of it."""
+    from twotower.cli.planning import planned
 
-    question = Question(**{**settings, "experts": formats_named(settings["experts"])})
-    with hub_bars():
-        config = model_config(model)
-    known = read_measured(measured, config, question) if measured is not None else None
-    answer = make_plan(question, config, known)
-    typer.echo(json.dumps(to_dict(answer), indent=2) if as_json else to_text(answer))
+    typer.echo(planned(settings, load, axes, model, measured, map_file, as_json))

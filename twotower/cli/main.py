@@ -13,6 +13,7 @@ from twotower.cli.errors import CommandGroup
 from twotower.cli.generate import generate
 from twotower.cli.keys import keys
 from twotower.cli.options import Device, Dtype, Model
+from twotower.cli.plan import plan
 from twotower.cli.top import top
 
 app = typer.Typer(
@@ -192,58 +193,7 @@ def bench(context: typer.Context) -> None:
     commands.bench(context.args)
 
 
-@app.command()
-def plan(
-    gpu: Annotated[str, typer.Option(help="a100-80, h100, h200, b200, l40s or gb10.")] = "h100",
-    context: Annotated[
-        int, typer.Option(help="Tokens of a row, prompt and output together.")
-    ] = 4096,
-    batch: Annotated[int, typer.Option(help="Rows that a denoiser works on at once.")] = 64,
-    gamma: Annotated[
-        float, typer.Option(help="Threshold, from which follow the tokens a denoiser pass commits.")
-    ] = 0.8,
-    text: Annotated[
-        str, typer.Option(help="What is written: plain, open, code or arithmetic.")
-    ] = "plain",
-    tokens_per_nfe: Annotated[
-        float | None, typer.Option(help="Tokens a pass commits, in place of gamma and text.")
-    ] = None,
-    output_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Output of a row; the rest is a prompt to be read. Not given: no prompt."
-        ),
-    ] = None,
-    experts: Annotated[
-        str, typer.Option(help="Format of routed experts: full, fp8 or both.")
-    ] = "both",
-    most_denoisers: Annotated[
-        int, typer.Option(help="Most denoisers of a context tower; 7 fill a host of 8 GPUs.")
-    ] = 7,
-    model: Annotated[
-        str | None, typer.Option(help="Checkpoint; the released 30B model's shape if left out.")
-    ] = None,
-    measured: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True, dir_okay=False, help="Report of `twotower bench`, or pair stats."
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Memory and tokens/s of ways to place the towers on a kind of GPU; needs no GPU itself."""
-    question = {
-        "gpu": gpu,
-        "context": context,
-        "batch": batch,
-        "gamma": gamma,
-        "text": text,
-        "tokens_per_nfe": tokens_per_nfe,
-        "output_tokens": output_tokens,
-        "experts": experts,
-        "most_denoisers": most_denoisers,
-    }
-    commands.plan(question, model, measured, as_json)
+app.command()(plan)
 
 
 def main() -> None:

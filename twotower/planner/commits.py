@@ -60,10 +60,13 @@ def rows_of_blocks(steps: float, rows: int, blocks: int, seed: int = 0) -> list[
     the mean. A schedule is weighted by a constant to the power of its number of steps."""
     chances = _chances(steps)
     draw = random.Random(seed)
+    # Evenly spaced over the weights, within a row and over all rows: every row has nearly the mean
+    # itself, and all of them have it.
+    offsets = [(place + 0.5) / rows for place in range(rows)]
+    draw.shuffle(offsets)
     found = []
-    for _ in range(rows):
-        # Evenly spaced over the weights: every row has nearly the mean itself.
-        row = _spread(chances, blocks, draw.random())
+    for offset in offsets:
+        row = _spread(chances, blocks, offset)
         draw.shuffle(row)
         found.append(row)
     return found

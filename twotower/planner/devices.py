@@ -11,12 +11,21 @@ from twotower.towers.errors import ConfigError
 # GPUs without measurements: an H200 copies at 4.3 of 4.8 TB/s, multiplies at 790 of 989 TFLOP/s.
 COPY_REACH, PRODUCT_REACH, WIDE_REACH = 0.9, 0.8, 0.9
 _MIB = 1 << 20
+# Nine passes of an H200 with 8-bit experts (denoiser, extension and `ar` step of 1, 16 and 64 rows,
+# reports in benchmarks/results/h200-2026-11-27) took 0.92 to 1.15 of their time in bf16. So experts
+# reach 0.40 to 0.56 of what they reach in bf16, about half.
+HOPPER_FP8 = 0.5
+_FP8_MEASURED = "passes of an H200 of 2026-11-27 took 0.92 to 1.15 of their time in bf16"
 
 
 @dataclass(frozen=True)
 class Device:
     """A kind of GPU: memory in bytes as the driver reports it, bytes/s and dense FLOP/s (bf16,
-    fp32) of the datasheet, and measured ceilings if there are any."""
+    fp32) of the datasheet, and measured ceilings if there are any.
+
+    `fp8_reach`: products of experts in 8 bits reach this share of what bf16 ones reach of their
+    floor, where that was measured; 0.5 means that they take as long as in bf16.
+    """
 
     name: str
     title: str
@@ -27,6 +36,8 @@ class Device:
     source: str
     measured: Ceilings | None = None
     measured_source: str = ""
+    fp8_reach: float | None = None
+    fp8_source: str = ""
 
     def ceilings(self) -> Ceilings:
         """Measured ceilings, otherwise the usual shares of the datasheet's figures."""
@@ -62,6 +73,8 @@ _ALL = (
         989e12,
         67e12,
         "NVIDIA H100 SXM datasheet; memory as nvidia-smi shows it",
+        fp8_reach=HOPPER_FP8,
+        fp8_source=f"as on an H200, the same chip: {_FP8_MEASURED}",
     ),
     Device(
         "h200",
@@ -73,6 +86,8 @@ _ALL = (
         "NVIDIA H200 SXM datasheet; memory as nvidia-smi shows it",
         Ceilings(4.3e12, 790e12, 60e12),
         "copy 4.3 TB/s and products of 790 TFLOP/s on an H200",
+        HOPPER_FP8,
+        _FP8_MEASURED,
     ),
     Device(
         "b200",

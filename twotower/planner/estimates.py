@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -17,8 +18,9 @@ from twotower.planner.schedules import BLOCK
 from twotower.planner.speedup import PassSeconds, best_tokens_per_s, in_step_tokens_per_s
 from twotower.towers.config.model_config import TwoTowerConfig
 
-# Blocks in a simulated row's schedule, which is replayed twice.
-_BLOCKS = 16
+# Least blocks in a simulated row's schedule, which is replayed twice, and of all rows together. The
+# mean steps of 16 blocks of a single row were up to 12 % beside those that were asked for.
+_ROW_BLOCKS, _ALL_BLOCKS = 16, 256
 
 
 @dataclass(frozen=True)
@@ -86,16 +88,33 @@ class Estimator:
         context = question.context
         self._expected = Passes(config, ceilings, context, fp8, reached, measured)
         self._floor = Passes(config, ceilings, context, fp8, FLOOR)
+        self._seconds = self._pass_seconds(self._expected)
+
+    def at(self, batch: int, tokens_per_nfe: float) -> Estimator:
+        """The same for another load; times of passes, which do not depend on it, are kept."""
+        other = copy(self)
+        other._question = replace(self._question, batch=batch, tokens_per_nfe=tokens_per_nfe)
+        return other
+
+    @property
+    def passes(self) -> Passes:
+        """The expected times of passes."""
+        return self._expected
 
     def estimates(self) -> Iterator[Estimate]:
         """AR, both towers on one GPU, and one context tower with 1, 2, ... denoisers, up to the
         first placement that does not fit."""
-        ar = self._ar()
+        ar = self.ar()
         yield ar
-        yield self._over(self._colocated(), ar)
+        yield self._over(self.colocated(), ar)
+        for pair in self.pairs():
+            yield self._over(pair, ar)
+
+    def pairs(self) -> Iterator[Estimate]:
+        """One context tower with 1, 2, ... denoisers, up to the first that does not fit."""
         for denoisers in range(1, self._question.most_denoisers + 1):
             pair = self._pair(denoisers)
-            yield self._over(pair, ar)
+            yield pair
             if not pair.fits:
                 return
 
@@ -116,11 +135,16 @@ class Estimator:
         output = self._question.output_tokens
         return 0.0 if output is None else passes.prefill(self._question.context - output)
 
+    def _prompt_share(self, passes: Passes) -> float:
+        """Seconds of a row's prefill that fall on a block of its output; 0 if only decoding
+        counts."""
+        output = self._question.output_tokens
+        return 0.0 if output is None else self._prefill(passes) * BLOCK / output
+
     def _pass_seconds(self, passes: Passes) -> PassSeconds:
         """Seconds of passes by rows; an extension includes the block's share of its row's
         prefill."""
-        output = self._question.output_tokens
-        share = 0.0 if output is None else self._prefill(passes) * BLOCK / output
+        share = self._prompt_share(passes)
 
         @cache
         def extend(rows: int) -> float:
@@ -142,7 +166,8 @@ class Estimator:
             sides=sides,
         )
 
-    def _ar(self) -> Estimate:
+    def ar(self) -> Estimate:
+        """The context tower alone, a token a pass and row."""
         rows, weights = self._question.batch, self._weights
         memory = self._memory("AR", weights["context"], rows)
         estimate = Estimate("AR", self._experts, 0, False, 1, rows, (memory,))
@@ -163,17 +188,16 @@ class Estimator:
         reading = 0.0 if output is None else rows * self._prefill(passes) / output
         return rows / (passes.ar(rows) + reading)
 
-    def _colocated(self) -> Estimate:
-        rows, weights = self._question.batch, self._weights
-        both = sum(weights.values())
-        memory = self._memory("shared", both, rows, sides=("context", "denoiser"))
-        estimate = Estimate("colocated", self._experts, 1, True, 1, rows, (memory,))
+    def colocated(self) -> Estimate:
+        """Diffusion with both towers on one GPU."""
+        rows = self._question.batch
+        estimate = Estimate("colocated", self._experts, 1, True, 1, rows, (self._shared_memory(),))
         if not estimate.fits:
             return estimate
         steps = self._question.steps
-        schedules = commits.rows_of_blocks(steps, rows, _BLOCKS)
-        speed = best_tokens_per_s(schedules, self._pass_seconds(self._expected), rounds=2)
-        busy = speed / BLOCK / rows * self._pass_seconds(self._expected).extend(rows)
+        schedules = commits.rows_of_blocks(steps, rows, _blocks(rows))
+        speed = best_tokens_per_s(schedules, self._seconds, rounds=2)
+        busy = speed / BLOCK / rows * self._seconds.extend(rows)
         return replace(
             estimate,
             tokens_per_s=speed,
@@ -187,12 +211,59 @@ class Estimator:
         rows, seconds = self._question.batch, self._pass_seconds(passes)
         return in_step_tokens_per_s(rows, BLOCK, steps, seconds.denoise(rows), seconds.extend(rows))
 
-    def _pair(self, denoisers: int) -> Estimate:
+    def _shared_memory(self) -> GpuMemory:
+        both = sum(self._weights.values())
+        rows = self._question.batch
+        return self._memory("shared", both, rows, sides=("context", "denoiser"))
+
+    def _pair_memory(self, denoisers: int) -> tuple[GpuMemory, GpuMemory]:
         rows, weights = self._question.batch, self._weights
-        memory = (
+        return (
             self._memory("context", weights["context"], denoisers * rows),
             self._memory("denoiser", weights["denoiser"], rows, sides=("denoiser",)),
         )
+
+    def verified(self) -> Iterator[Estimate]:
+        """Verified decoding on one GPU, and on a GPU for each tower.
+
+        A cycle is a draft of one denoiser pass and its check by one pass of the context tower, over
+        all rows together; the question's tokens a pass are those that a cycle yields a row, the
+        last drawn by the context tower.
+        """
+        rows = self._question.batch
+        shared, pair = (self._shared_memory(),), self._pair_memory(1)
+        yield self._with_cycles(
+            Estimate("verified, colocated", self._experts, 1, True, 1, rows, shared), 0.0
+        )
+        yield self._with_cycles(
+            Estimate("verified, 1:1", self._experts, 1, False, 2, rows, pair),
+            self._expected.land(rows),
+        )
+
+    def _with_cycles(self, estimate: Estimate, land: float) -> Estimate:
+        """The estimate with the speed of verified decoding, whose cycles take `land` seconds more
+        than their passes."""
+        if not estimate.fits:
+            return estimate
+        rows, tokens = estimate.rows, BLOCK / self._question.steps
+        drafting = self._expected.denoise(rows) + land
+        cycle = self._expected.cycle(rows) + land
+        blocks = rows * tokens / BLOCK
+        cycle += blocks * self._prompt_share(self._expected)
+        floor = self._floor.denoise(rows) + self._floor.verify(rows)
+        floor += blocks * self._prompt_share(self._floor)
+        speed = rows * tokens / cycle
+        return replace(
+            estimate,
+            tokens_per_s=speed,
+            in_step=speed,
+            ceiling=rows * tokens / floor,
+            context_busy=1 - drafting / cycle,
+            denoiser_busy=drafting / cycle,
+        )
+
+    def _pair(self, denoisers: int) -> Estimate:
+        rows, memory = self._question.batch, self._pair_memory(denoisers)
         name, gpus, total = f"1:{denoisers}", 1 + denoisers, denoisers * rows
         estimate = Estimate(name, self._experts, denoisers, False, gpus, total, memory)
         if not estimate.fits:
@@ -213,11 +284,9 @@ class Estimator:
 
     def _flow(self, denoisers: int) -> Flow:
         rows, steps = self._question.batch, self._question.steps
-        schedules = [
-            commits.rows_of_blocks(steps, rows, _BLOCKS, seed=seed) for seed in range(denoisers)
-        ]
-        seconds = self._pass_seconds(self._expected)
-        return simulate_pair(schedules, seconds, cache(self._expected.land))
+        drawn = commits.rows_of_blocks(steps, denoisers * rows, _blocks(denoisers * rows))
+        schedules = [drawn[own::denoisers] for own in range(denoisers)]
+        return simulate_pair(schedules, self._seconds, cache(self._expected.land))
 
     def _over(self, estimate: Estimate, ar: Estimate) -> Estimate:
         """The estimate with `over_ar` and `break_even`, unless it or AR does not fit."""
@@ -231,6 +300,10 @@ class Estimator:
         if estimate.colocated:
             return self._colocated_in_step(self._expected, steps)
         return self._pair_in_step(self._expected, estimate.denoisers, steps)
+
+
+def _blocks(rows: int) -> int:
+    return max(_ROW_BLOCKS, _ALL_BLOCKS // rows)
 
 
 def break_even(speed: Callable[[float], float], wanted: float) -> float | None:

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -34,11 +35,15 @@ _PREFILL_CHUNKS, _CHUNK = 16, 64
 
 @dataclass(frozen=True)
 class Reached:
-    """Shares of a device's ceilings that kernels reach, and seconds that each launch adds."""
+    """Shares of a device's ceilings that kernels reach, and seconds that each launch adds.
+
+    Products of experts in 8 bits reach `fp8` of these shares.
+    """
 
     bandwidth: float = 0.85
     flops: float = 0.75
     launch_s: float = 3e-6
+    fp8: float = 1.0
 
     def of(self, ceilings: Ceilings) -> Ceilings:
         """The rates that are reached."""
@@ -50,6 +55,10 @@ class Reached:
 
 
 FLOOR = Reached(1.0, 1.0, 0.0)
+_EXPERTS = ("experts_up", "experts_down")
+# Where the time of a pass comes from: it was measured with so many rows, is a verification where an
+# extension was, lies between such numbers of rows, beyond them all, or was not measured at all.
+PassBasis = Literal["measured", "extension", "between", "beyond", "modelled"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,9 @@ class Passes:
     """Seconds of all passes of a model on a device, for rows of `context` tokens.
 
     Kinds of pass that were measured: the modelled seconds times the ratio of measured to modelled
-    ones, interpolated between the numbers of rows that were measured.
+    ones, interpolated over the logarithm of the rows between the numbers of rows that were
+    measured; beyond them the ratio of the nearest. A verification is an extension with a head:
+    where only extensions were measured it has their ratio.
     """
 
     config: TwoTowerConfig
@@ -78,6 +89,29 @@ class Passes:
     def ar(self, rows: int) -> float:
         """The context tower's pass for one token of so many rows."""
         return self._seconds("ar", rows)
+
+    def verify(self, rows: int) -> float:
+        """The context tower's pass over the drafts of so many rows, heads included."""
+        return self._seconds("verify", rows)
+
+    def cycle(self, rows: int) -> float:
+        """A draft of one denoiser pass and its verification: both passes, times the measured ratio
+        of whole cycles to their passes, if there is one."""
+        passes = self.denoise(rows) + self.verify(rows)
+        if self.measured is None or not self.measured.cycles:
+            return passes
+        return passes * _between(self.measured.cycles, rows)
+
+    def basis(self, kind: PassKind, rows: int) -> PassBasis:
+        """Where the time of a pass of so many rows comes from."""
+        ratios = [at for at, _ in self._ratios(kind)]
+        if self.measured is None or not ratios:
+            return "modelled"
+        if rows in [at for at, _ in self.measured.seconds.get(kind, ())]:
+            return "measured"
+        if rows in ratios:
+            return "extension"
+        return "between" if ratios[0] < rows < ratios[-1] else "beyond"
 
     def land(self, rows: int) -> float:
         """Replay of so many rows' blocks into the denoiser's mirrors of their states."""
@@ -109,20 +143,30 @@ class Passes:
         )
         return self._of(pass_works(self.config, shape))
 
-    def _seconds(self, kind: PassKind, rows: int) -> float:
-        modelled, measured = self.modelled(kind, rows, self.context), self.measured
-        if measured is None or kind not in measured.seconds:
-            return modelled
-        ratios = [
-            (at, seconds / self.modelled(kind, at, measured.context))
-            for at, seconds in measured.seconds[kind]
-        ]
-        return modelled * _between(ratios, rows)
+    def _seconds(self, kind: PassKind, rows: float) -> float:
+        modelled, ratios = self.modelled(kind, rows, self.context), self._ratios(kind)
+        return modelled * _between(ratios, rows) if ratios else modelled
+
+    def _ratios(self, kind: PassKind) -> list[tuple[float, float]]:
+        """Measured rows, ascending, and the ratio of measured to modelled seconds at each."""
+        if self.measured is None:
+            return []
+        similar: tuple[PassKind, ...] = ("extend", "verify") if kind == "verify" else (kind,)
+        ratios = {
+            at: seconds / self.modelled(own, at, self.measured.context)
+            for own in similar
+            for at, seconds in self.measured.seconds.get(own, ())
+        }
+        return sorted(ratios.items())
 
     def _of(self, works: Sequence[Work]) -> float:
         launches = sum(work.launches for work in works)
         rates = self.reached.of(self.ceilings)
-        return floor_seconds(works, rates) + launches * self.reached.launch_s
+        seconds = floor_seconds(works, rates) + launches * self.reached.launch_s
+        if self.fp8:
+            experts = floor_seconds([work for work in works if work.name in _EXPERTS], rates)
+            seconds += experts * (1 / self.reached.fp8 - 1)
+        return seconds
 
 
 def _between(points: Sequence[tuple[float, float]], rows: float) -> float:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from twotower.planner import commits
-from twotower.planner.devices import Device, device_named
+from twotower.planner.devices import HOPPER_FP8, Device, device_named
 from twotower.planner.estimates import Estimate, Estimator, PassTimes
 from twotower.planner.gpu_memory import RUNTIME_BYTES, STATE_SHARE
-from twotower.planner.measured import MeasuredPasses
+from twotower.planner.measured import MeasuredPasses, by_format
 from twotower.planner.passes import TEXT_DRAWS, Reached
 from twotower.planner.question import Experts, Question
 from twotower.planner.schedules import BLOCK
@@ -50,18 +50,20 @@ class Plan:
 def make_plan(
     question: Question,
     config: TwoTowerConfig = LARGE,
-    measured: MeasuredPasses | None = None,
+    measured: Sequence[MeasuredPasses] = (),
     reached: Reached | None = None,
 ) -> Plan:
-    """Answers a question. Raises ConfigError, with the arithmetic, if nothing fits."""
-    reached = reached or Reached()
+    """Answers a question. Raises ConfigError, with the arithmetic, if nothing fits, and for reports
+    that cannot be merged."""
     device = device_named(question.gpu)
-    formats = _formats(question, config, measured)
+    reached = reached or reached_on(device)
+    known = by_format(measured)
+    formats = planned_formats(question, config, known)
     config = replace(config, quantized_experts=False)
     estimates: list[Estimate] = []
     times = []
     for experts in formats:
-        estimator = Estimator(question, config, experts, measured, reached)
+        estimator = Estimator(question, config, experts, known.get(experts), reached)
         estimates += estimator.estimates()
         times.append(estimator.times())
     fitting = [estimate for estimate in estimates if estimate.fits]
@@ -71,7 +73,7 @@ def make_plan(
     return Plan(
         question,
         question.steps,
-        tuple(_inputs(question, device, measured, reached)),
+        tuple(inputs_of(question, known, reached)),
         tuple(times),
         tuple(estimates),
         {experts: _best_denoisers(fitting, experts) for experts in formats},
@@ -79,14 +81,21 @@ def make_plan(
     )
 
 
-def _formats(
-    question: Question, config: TwoTowerConfig, measured: MeasuredPasses | None
+def reached_on(device: Device) -> Reached:
+    """What kernels are taken to reach on a device."""
+    return Reached(fp8=device.fp8_reach or 1.0)
+
+
+def planned_formats(
+    question: Question, config: TwoTowerConfig, measured: Mapping[Experts, MeasuredPasses]
 ) -> tuple[Experts, ...]:
+    """Formats of the experts that are asked for, stored and, if any is, measured. Raises
+    ConfigError if there is none."""
     stored = question.experts
     if config.quantized_experts:
         stored = tuple(name for name in stored if name == "fp8")
-    if measured is not None and measured.fp8 is not None:
-        stored = tuple(name for name in stored if (name == "fp8") == measured.fp8)
+    if measured:
+        stored = tuple(name for name in stored if name in measured)
     if not stored:
         raise ConfigError(
             f"experts: got {', '.join(question.experts)}, expected the format of the checkpoint "
@@ -105,20 +114,26 @@ def _best_denoisers(fitting: Sequence[Estimate], experts: Experts) -> int | None
     return best.denoisers if best else None
 
 
-def _inputs(
-    question: Question, device: Device, measured: MeasuredPasses | None, reached: Reached
+def inputs_of(
+    question: Question, measured: Mapping[Experts, MeasuredPasses], reached: Reached
 ) -> Iterator[Input]:
+    """The figures that estimates rest on."""
+    device = device_named(question.gpu)
     yield Input("memory", f"{device.memory_bytes} bytes", "datasheet", device.source)
     yield _ceilings_input(device, measured)
     yield _steps_input(question)
-    kinds = sorted(measured.seconds) if measured else []
-    if measured is not None:
-        yield Input("passes", ", ".join(kinds), "measured", measured.source)
+    # Stats of a pair are those of both formats.
+    sources = {known.source: ", ".join(sorted(known.seconds)) for known in measured.values()}
+    for source, kinds in sources.items():
+        yield Input("passes", kinds, "measured", source)
+    if "fp8" in question.experts and "fp8" not in measured:
+        yield _fp8_input(device, reached)
+    yield from _measured_ratios(measured)
     shares = (
         f"{reached.bandwidth:g} of the bandwidth, {reached.flops:g} of the rates, "
         f"{1e6 * reached.launch_s:g} us a launch"
     )
-    where = "all other passes" if kinds else "all passes"
+    where = "all other passes" if measured else "all passes"
     yield Input("reached by kernels", shares, "assumed", where)
     yield Input(
         "unique experts",
@@ -135,11 +150,47 @@ def _inputs(
         yield Input("prompts", "not counted", "given", "decoding alone")
 
 
-def _ceilings_input(device: Device, measured: MeasuredPasses | None) -> Input:
+def _fp8_input(device: Device, reached: Reached) -> Input:
+    """What is taken of experts in 8 bits where no pass with them was measured."""
+    value = f"{reached.fp8:g} of what bf16 experts reach"
+    if device.fp8_reach is None or reached.fp8 != device.fp8_reach:
+        return Input(
+            "8-bit experts",
+            value,
+            "assumed",
+            f"their bytes alone; a measurement contradicts it: on an H200 it was {HOPPER_FP8:g}",
+        )
+    basis: Basis = "measured" if device.measured is not None else "assumed"
+    return Input("8-bit experts", value, basis, device.fp8_source)
+
+
+def _measured_ratios(measured: Mapping[Experts, MeasuredPasses]) -> Iterator[Input]:
+    """What reports say of 8-bit experts beside bf16, and of verified cycles beside their passes."""
+    if len({known.source for known in measured.values()}) > 1:
+        full, fp8 = measured["full"].seconds, measured["fp8"].seconds
+        times = {(kind, rows): seconds for kind in full for rows, seconds in full[kind]}
+        ratios = [
+            seconds / times[kind, rows]
+            for kind in fp8
+            for rows, seconds in fp8[kind]
+            if (kind, rows) in times
+        ]
+        if ratios:
+            value = f"{min(ratios):.2f} to {max(ratios):.2f} of a pass in bf16"
+            yield Input("8-bit experts", value, "measured", f"{len(ratios)} passes of both formats")
+    cycles = next((known.cycles for known in measured.values() if known.cycles), ())
+    for rows, ratio in cycles:
+        value = f"{ratio:.2f} of their two passes"
+        yield Input("verified cycles", value, "measured", f"{rows:g} rows, taken for all")
+
+
+def _ceilings_input(device: Device, measured: Mapping[Experts, MeasuredPasses]) -> Input:
     ceilings, source = device.ceilings(), device.ceilings_source()
     basis: Basis = "derived" if device.measured is None else "measured"
-    if measured is not None and measured.ceilings is not None:
-        ceilings, basis, source = measured.ceilings, "measured", measured.source
+    for known in measured.values():
+        if known.ceilings is not None:
+            ceilings, basis, source = known.ceilings, "measured", known.source
+            break
     rates = f"{ceilings.bytes_per_s / 1e12:.3g} TB/s, {ceilings.matmul_flops / 1e12:.3g} TFLOP/s"
     return Input("ceilings", rates, basis, source)
 

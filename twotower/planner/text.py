@@ -7,10 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 from twotower.planner.estimates import Estimate
-from twotower.planner.plan import Plan
+from twotower.planner.plan import Input, Plan
 
 _GB = 1e9
-_EXPERTS = {"full": "bf16", "fp8": "fp8 experts"}
+EXPERTS = {"full": "bf16", "fp8": "fp8 experts"}
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:
@@ -29,7 +29,14 @@ def to_text(plan: Plan) -> str:
         f"{asked.gpu}, rows of a denoiser: {asked.batch}, tokens of each: {asked.context}, "
         f"denoiser passes a block: {plan.steps_per_block:.3g}"
     )
-    parts = [head, _passes(plan), _speeds(plan), _refused(plan), _advice(plan), _inputs(plan)]
+    parts = [
+        head,
+        _passes(plan),
+        _speeds(plan),
+        _refused(plan),
+        _advice(plan),
+        inputs_table(plan.inputs),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -42,10 +49,10 @@ def _estimate(estimate: Estimate) -> dict[str, Any]:
 def _passes(plan: Plan) -> str:
     names = list(plan.passes[0].expected_ms)
     rows = [
-        [_EXPERTS[times.experts], *(_pair(times.expected_ms[n], times.floor_ms[n]) for n in names)]
+        [EXPERTS[times.experts], *(_pair(times.expected_ms[n], times.floor_ms[n]) for n in names)]
         for times in plan.passes
     ]
-    return _table(["ms a pass (floor)", *names], rows)
+    return table(["ms a pass (floor)", *names], rows)
 
 
 def _pair(expected: float, floor: float) -> str:
@@ -55,14 +62,14 @@ def _pair(expected: float, floor: float) -> str:
 def _speeds(plan: Plan) -> str:
     names = ["placement", "", "GPUs", "rows", "GB a GPU", "tokens/s", "per GPU", "over AR"]
     names += ["in step", "ceiling", "busy context, denoiser", "equals AR at"]
-    return _table(names, [_speed(estimate) for estimate in plan.estimates])
+    return table(names, [_speed(estimate) for estimate in plan.estimates])
 
 
 def _speed(estimate: Estimate) -> list[str]:
     needed = ", ".join(f"{part.needed / _GB:.1f}" for part in estimate.memory)
     first = [
         estimate.name,
-        _EXPERTS[estimate.experts],
+        EXPERTS[estimate.experts],
         str(estimate.gpus),
         str(estimate.rows),
         needed,
@@ -90,20 +97,21 @@ def _advice(plan: Plan) -> str:
     lines = []
     for experts, count in plan.denoisers.items():
         said = f"denoisers per context tower: {count}" if count else "no pair fits"
-        lines.append(f"{_EXPERTS[experts]}, {said}")
+        lines.append(f"{EXPERTS[experts]}, {said}")
     best = plan.best
     lines.append(
-        f"most tokens/s per GPU: {best.name} with {_EXPERTS[best.experts]}, {best.per_gpu:.0f}"
+        f"most tokens/s per GPU: {best.name} with {EXPERTS[best.experts]}, {best.per_gpu:.0f}"
     )
     return "\n".join(lines)
 
 
-def _inputs(plan: Plan) -> str:
-    rows = [[given.name, given.basis, given.value, given.source] for given in plan.inputs]
-    return _table(["input", "basis", "value", "source"], rows)
+def inputs_table(inputs: Sequence[Input]) -> str:
+    """Inputs with their sources, a line each."""
+    rows = [[given.name, given.basis, given.value, given.source] for given in inputs]
+    return table(["input", "basis", "value", "source"], rows)
 
 
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Text in columns as wide as their widest cell; a row may have fewer cells."""
     lines = [list(names), *map(list, rows)]
     widths = [
