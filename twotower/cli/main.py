@@ -12,6 +12,7 @@ from twotower.cli.errors import CommandGroup
 from twotower.cli.generate import generate
 from twotower.cli.keys import keys
 from twotower.cli.options import Device, Dtype, Model
+from twotower.cli.sweep import sweep
 from twotower.cli.top import top
 
 app = typer.Typer(
@@ -107,6 +108,7 @@ def serve(
 app.command()(generate)
 app.add_typer(keys, name="key")
 app.command()(top)
+app.command()(sweep)
 
 
 @app.command()

@@ -1,0 +1,132 @@
+"""Both towers in this process, which decode a point's rows together and score them."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from twotower.api import Request, TwoTower
+from twotower.results import GenerationResult
+from twotower.sweep.metrics import Row
+from twotower.sweep.prompts import SweepPrompt
+from twotower.sweep.scoring import Scorer
+from twotower.towers.checkpoint.checkpoint import ReadProgress
+from twotower.towers.checkpoint.weights import parse_dtype
+from twotower.towers.engine.load import load_engines
+from twotower.towers.engine.options import EngineOptions
+from twotower.towers.engine.prefill import prefill_pieces
+from twotower.towers.request.params import GenerationParams
+from twotower.towers.text.tokenizer import load_tokenizer
+
+_END = 1 << 20
+
+
+def model_digest(folder: Path) -> str:
+    """A short name of a checkpoint: its configuration and tokenizer, and of each file of weights
+    the size, the beginning and the end. Not all of it: a model may have 126 GB."""
+    found = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            found.update(f"{path.name} {path.stat().st_size}".encode())
+            with path.open("rb") as file:
+                found.update(file.read(_END))
+                file.seek(max(0, path.stat().st_size - _END))
+                found.update(file.read(_END))
+        elif path.name in ("config.json", "tokenizer.json"):
+            found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+class Towers:
+    """A model with room for `batch` rows at a time, and the prompts of a sweep as token ids.
+
+    Without a prefix cache: the second point would read prompts faster than the first.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: str,
+        dtype: str,
+        batch: int,
+        progress: ReadProgress | None = None,
+    ) -> None:
+        options = EngineOptions(max_num_seqs=batch, prefix_cache_mib=0)
+        place = torch.device(device)
+        self.context, self.denoiser = load_engines(
+            folder, place, place, parse_dtype(dtype), options=options, progress=progress
+        )
+        self.model = TwoTower(self.context, self.denoiser, load_tokenizer(folder))
+        self._batch = batch
+
+    def encode(self, prompts: Sequence[SweepPrompt]) -> list[list[int]]:
+        """Token ids of prompts. Raises InvalidRequestError."""
+        return [self.model.encode(prompt.text) for prompt in prompts]
+
+    def decode(
+        self, prompts: Sequence[Sequence[int]], params: GenerationParams
+    ) -> tuple[list[GenerationResult], float]:
+        """Results and the seconds that all of them took; prompt i has seed `params.seed` + i."""
+        seed = params.seed or 0
+        requests = [
+            Request(list(ids), replace(params, seed=seed + index))
+            for index, ids in enumerate(prompts)
+        ]
+        begun = time.perf_counter()
+        results = self.model.generate_requests(requests)
+        return results, time.perf_counter() - begun
+
+    def log_probs(
+        self, prompts: Sequence[Sequence[int]], results: Sequence[GenerationResult]
+    ) -> list[list[float]]:
+        """The context tower's natural-log probabilities of each output's tokens."""
+        texts = [[*ids, *result.token_ids] for ids, result in zip(prompts, results, strict=True)]
+        # Calls from several threads share passes.
+        with ThreadPoolExecutor(self._batch) as pool:
+            scores = list(pool.map(self.model.score, texts))
+        return [
+            score[len(score) - len(result.token_ids) :]
+            for score, result in zip(scores, results, strict=True)
+        ]
+
+    def reading_passes(self, prompt: Sequence[int], params: GenerationParams) -> int:
+        """Passes of the context tower that read a prompt."""
+        return len(prefill_pieces(prompt, (), params, self.context.prefill_chunk))
+
+
+def rows_of(
+    towers: Towers,
+    prompts: Sequence[SweepPrompt],
+    token_ids: Sequence[Sequence[int]],
+    results: Sequence[GenerationResult],
+    params: GenerationParams,
+    scorers: Mapping[str, Scorer],
+) -> list[Row]:
+    """Results as rows, scored by the context tower and by each task."""
+    rows = []
+    log_probs = towers.log_probs(token_ids, results)
+    for prompt, ids, result, values in zip(prompts, token_ids, results, log_probs, strict=True):
+        scores = {
+            name: float(scorer(prompt.text, result.text, prompt.reference))
+            for name, scorer in scorers.items()
+        }
+        rows.append(
+            Row(
+                tuple(result.token_ids),
+                result.text,
+                result.finish_reason,
+                tuple(values),
+                result.nfe,
+                result.context_passes - towers.reading_passes(ids, params),
+                result.accepted_tokens,
+                result.drafted_tokens,
+                scores,
+            )
+        )
+    return rows
