@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -47,7 +47,9 @@ def sweep(
     draft_steps: Annotated[str, typer.Option(help="Values of draft_steps in verified.")] = "1,2",
     max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
-    limit: Annotated[int | None, typer.Option(help="Take so many prompts; all if left out.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Take so many prompts; all if left out.")
+    ] = None,
     repeats: Annotated[
         int, typer.Option(help="Decode each point so often; the median of tokens/s counts.")
     ] = 1,
@@ -92,7 +94,7 @@ def sweep(
         "block_size": _numbers("block_sizes", block_sizes, int),
         "draft_steps": _numbers("draft_steps", draft_steps, int),
     }
-    settings = {
+    settings: dict[str, Any] = {
         "prompts": prompts,
         "out": out,
         "model": model,
@@ -126,7 +128,7 @@ def sweep(
     with hub_bars(), working("sweeping", "pieces") as bar:
         table = sweep_to_folder(options, bar, with_plot=can_plot())
     typer.echo(table)
-    typer.echo(f"in {out}: points.jsonl, sweep.csv, sweep.json, sweep.svg", err=True)
+    typer.echo(f"points, outputs and report are in {out}", err=True)
 
 
 def _names(text: str) -> tuple[str, ...]:

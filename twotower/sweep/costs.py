@@ -21,7 +21,7 @@ from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.request.modes import TRAITS
 
-_ROUNDS = 5
+_ROUNDS = 9
 _BLOCKS, _WARM = 3, 1
 _AR_BLOCK = 8
 # A block's tokens in this many passes, when a pass is timed.
@@ -104,7 +104,8 @@ def measure(
     """Times passes by the engines themselves, medians of rounds in which all kinds take turns.
     `tick` is told what is timed."""
     blocks = sorted(set(block_sizes))
-    room = SPARE * (_WARM + _BLOCKS) * max(*blocks, _AR_BLOCK)
+    # A draft may begin at the last token that a row may write.
+    room = (SPARE * (_WARM + _BLOCKS) + 1) * max(*blocks, _AR_BLOCK)
     pages = pages_of_rows(bench.rows, bench.context + room)
     tower = bench.context_tower
     pool = FilledPool(tower.config, bench.rows, pages, tower.device, tower.dtype)

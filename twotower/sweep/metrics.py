@@ -59,7 +59,9 @@ def equal_tokens(first: Sequence[int], second: Sequence[int]) -> tuple[int, int]
     return sum(one == other for one, other in pairs), len(pairs)
 
 
-def figures(rows: Sequence[Row], reference: Sequence[Row], baseline: Sequence[Row]) -> dict[str, Any]:
+def figures(
+    rows: Sequence[Row], reference: Sequence[Row], baseline: Sequence[Row]
+) -> dict[str, Any]:
     """All figures of a point that follow from its tokens.
 
     `reference` are the rows of greedy ar, with which tokens are compared; `baseline` those of ar at
@@ -77,7 +79,9 @@ def figures(rows: Sequence[Row], reference: Sequence[Row], baseline: Sequence[Ro
     }
 
 
-def interval(statistic: Callable[[npt.NDArray[np.int64]], float], count: int) -> tuple[float, float]:
+def interval(
+    statistic: Callable[[npt.NDArray[np.int64]], float], count: int
+) -> tuple[float, float]:
     """95 % of `statistic` of resampled indices of `count` prompts lie between these two."""
     generator = np.random.default_rng(0)
     drawn = [statistic(generator.integers(0, count, count)) for _ in range(_RESAMPLES)]
@@ -140,9 +144,7 @@ def _agreement(rows: Sequence[Row], reference: Sequence[Row]) -> dict[str, float
     equal, compared = np.array(pairs, dtype=np.float64).T
     share = ratio(equal, compared)
     low, high = interval(share, len(rows))
-    exact = [
-        row.token_ids == other.token_ids for row, other in zip(rows, reference, strict=True)
-    ]
+    exact = [row.token_ids == other.token_ids for row, other in zip(rows, reference, strict=True)]
     return {
         "agreement": share(np.arange(len(rows))),
         "agreement_low": low,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from math import exp
 from pathlib import Path
 from typing import Any
+
+from twotower.sweep.grid import STRATEGIES
 
 Line = dict[str, Any]
 SVG = "sweep.svg"
@@ -14,8 +17,8 @@ PUBLISHED_SPEEDUP, PUBLISHED_QUALITY = 2.42, 0.987
 _PUBLISHED = (
     "published, 30B, not measured here:\n98.7 % of ar's mean of 11 tasks at 2.42x its tokens/s"
 )
-# How a point of a strategy is labelled, and the line of its strategy.
-_LABELS = {"confidence_threshold": "{:g}", "steps_per_block": "T={:g}", "draft_steps": "{:g}"}
+# What stands before a value where it labels a point.
+_PREFIXES = {"confidence_threshold": "", "steps_per_block": "T=", "draft_steps": "n="}
 _LOSSLESS = {"ar": "s", "verified": "D"}
 _LINES = ("-", "--", ":", "-.")
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
@@ -33,7 +36,7 @@ def plot(points: Sequence[Line], path: Path, title: str) -> None:
     pyplot = import_module("matplotlib.pyplot")
     # The same file for the same figures.
     with matplotlib.rc_context({"svg.hashsalt": "twotower", "svg.fonttype": "path"}):
-        figure, panels = pyplot.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
+        figure, panels = pyplot.subplots(1, 2, figsize=(13, 6.4), layout="constrained")
         for axes, column in zip(panels, ("relative_quality", "agreement"), strict=True):
             _panel(axes, points, column)
         panels[0].plot(
@@ -51,7 +54,8 @@ def plot(points: Sequence[Line], path: Path, title: str) -> None:
             ylabel="exp(mean log-probability - ar's)",
         )
         panels[1].set(title="tokens equal to greedy ar's", ylabel="share of positions")
-        panels[0].legend(fontsize="small", loc="upper right")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, fontsize="small", loc="outside lower center", ncols=4)
         figure.suptitle(title)
         figure.savefig(path, format="svg", metadata={"Date": None})
         pyplot.close(figure)
@@ -96,9 +100,12 @@ def _panel(axes: Any, points: Sequence[Line], column: str) -> None:
 def _curves(points: Sequence[Line]) -> dict[tuple[str, int | None], list[Line]]:
     """Points by strategy and block size, in order of their tokens per pass."""
     found: dict[tuple[str, int | None], list[Line]] = {}
-    for point in sorted(points, key=lambda point: float(point["tokens_per_pass"])):
+    for point in points:
         found.setdefault((point["strategy"], point["block_size"]), []).append(point)
-    return found
+    return {
+        curve: sorted(line, key=lambda point: float(point["tokens_per_pass"]))
+        for curve, line in found.items()
+    }
 
 
 def _errors(line: Sequence[Line], column: str) -> list[list[float]]:
@@ -115,16 +122,11 @@ def _errors(line: Sequence[Line], column: str) -> list[list[float]]:
 
 
 def _relative(line: Sequence[Line], name: str) -> list[float]:
-    from math import exp
-
     return [exp(-point[name]) for point in line]
 
 
 def _label(point: Line) -> str:
     """What tells a point from the others of its line."""
-    if point["strategy"] == "steps":
-        return _LABELS["steps_per_block"].format(point["steps_per_block"])
-    for name in ("confidence_threshold", "draft_steps"):
-        if point[name] is not None:
-            return _LABELS[name].format(point[name])
-    return str(point["name"])
+    axes = [axis for axis in STRATEGIES[point["strategy"]].axes if axis != "block_size"]
+    values = [f"{_PREFIXES.get(axis, f'{axis}=')}{point[axis]:g}" for axis in axes]
+    return " ".join(values) or str(point["name"])

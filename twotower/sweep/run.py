@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +18,8 @@ from twotower.sweep.grid import AR, REFERENCE, Grid, Point
 from twotower.sweep.metrics import Row, figures
 from twotower.sweep.prompts import SweepPrompt, digest, read_prompts
 from twotower.sweep.scoring import Scorer, scorers_named
-from twotower.sweep.towers import Towers, model_digest, rows_of
+from twotower.sweep.towers import Towers, model_digest, rows_of, token_ids
 from twotower.towers.checkpoint.weights import parse_device, parse_dtype, resolve_checkpoint
-from twotower.towers.errors import InvalidRequestError
 from twotower.towers.limits import limit_threads
 from twotower.towers.request.number_checks import check_whole
 from twotower.towers.request.params import GenerationParams
@@ -98,9 +98,7 @@ def run_sweep(options: SweepOptions, progress: Progress | None = None) -> Sweep:
     return run.to_end(model, given)
 
 
-def _identity(
-    options: SweepOptions, model: Path, prompts: Sequence[SweepPrompt]
-) -> dict[str, Any]:
+def _identity(options: SweepOptions, model: Path, prompts: Sequence[SweepPrompt]) -> dict[str, Any]:
     return {
         "model": f"{model.name} {model_digest(model)}",
         "prompts": f"{len(prompts)} {digest(prompts)}",
@@ -148,7 +146,7 @@ class _Run:
             self._load(model)
         if costs is None:
             costs = self._measured_costs(blocks)
-            self._folder.write(COSTS, _json(costs))
+            self._folder.write(COSTS, json.dumps(costs.to_dict(), indent=2) + "\n")
         done = len(self._points) - len(missing)
         for index, point in enumerate(missing):
             self._progress(done + index, len(self._points), point.name)
@@ -159,8 +157,10 @@ class _Run:
     def _load(self, model: Path) -> None:
         self._progress(0, None, "loading")
         options = self._options
-        self._towers = Towers(model, options.device, options.dtype, options.batch)
-        self._token_ids = self._towers.encode(self._prompts)
+        self._token_ids = token_ids(model, self._prompts)
+        longest = max(map(len, self._token_ids))
+        rooms = [point.params(options.base()).context_tokens(longest) for point in self._points]
+        self._towers = Towers(model, options.device, options.dtype, options.batch, max(rooms))
 
     def _measure(self, point: Point) -> None:
         rows, seconds = self._decode(point)
@@ -173,7 +173,7 @@ class _Run:
             {
                 "name": point.name,
                 "strategy": point.strategy,
-                **_shown(point.params(self._options.base())),
+                **_shown(point, point.params(self._options.base())),
                 **found,
                 "seconds": round(seconds, 3),
                 "tokens_per_s": found["tokens"] / seconds,
@@ -222,18 +222,16 @@ class _Run:
         return measure(bench, blocks, source, partial(self._progress, 0, None))
 
 
-def _json(costs: PassCosts) -> str:
-    import json
-
-    return json.dumps(costs.to_dict(), indent=2) + "\n"
-
-
-def _shown(params: GenerationParams) -> dict[str, Any]:
-    """The parameters of a point that its mode reads, None for the others."""
-    shown: dict[str, Any] = {"mode": params.mode, "temperature": params.temperature}
+def _shown(point: Point, params: GenerationParams) -> dict[str, Any]:
+    """Mode and dials of a point, None for those that do nothing in its mode, and whatever else its
+    strategy sets."""
     masked, drafts = params.mode == "mask_diffusion", params.mode == "verified"
-    shown["block_size"] = params.block_size if masked or drafts else None
-    shown["confidence_threshold"] = params.confidence_threshold if masked else None
-    shown["steps_per_block"] = params.steps_per_block if masked else None
-    shown["draft_steps"] = params.draft_steps if drafts else None
-    return shown
+    dials = {
+        "mode": params.mode,
+        "temperature": params.temperature,
+        "block_size": params.block_size if masked or drafts else None,
+        "confidence_threshold": params.confidence_threshold if masked else None,
+        "steps_per_block": params.steps_per_block if masked else None,
+        "draft_steps": params.draft_steps if drafts else None,
+    }
+    return {**point.overrides, **dials}

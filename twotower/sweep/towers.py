@@ -22,7 +22,7 @@ from twotower.towers.engine.load import load_engines
 from twotower.towers.engine.options import EngineOptions
 from twotower.towers.engine.prefill import prefill_pieces
 from twotower.towers.request.params import GenerationParams
-from twotower.towers.text.tokenizer import load_tokenizer
+from twotower.towers.text.tokenizer import load_tokenizer, text_ids
 
 _END = 1 << 20
 
@@ -43,8 +43,14 @@ def model_digest(folder: Path) -> str:
     return found.hexdigest()[:16]
 
 
+def token_ids(folder: Path, prompts: Sequence[SweepPrompt]) -> list[list[int]]:
+    """Token ids of prompts by a checkpoint's tokenizer. Raises InvalidRequestError."""
+    tokenizer = load_tokenizer(folder)
+    return [text_ids(tokenizer, "prompt", prompt.text) for prompt in prompts]
+
+
 class Towers:
-    """A model with room for `batch` rows at a time, and the prompts of a sweep as token ids.
+    """A model with room for `batch` rows of `max_context` tokens at a time.
 
     Without a prefix cache: the second point would read prompts faster than the first.
     """
@@ -55,19 +61,16 @@ class Towers:
         device: str,
         dtype: str,
         batch: int,
+        max_context: int,
         progress: ReadProgress | None = None,
     ) -> None:
-        options = EngineOptions(max_num_seqs=batch, prefix_cache_mib=0)
+        options = EngineOptions(max_num_seqs=batch, max_context=max_context, prefix_cache_mib=0)
         place = torch.device(device)
         self.context, self.denoiser = load_engines(
             folder, place, place, parse_dtype(dtype), options=options, progress=progress
         )
         self.model = TwoTower(self.context, self.denoiser, load_tokenizer(folder))
         self._batch = batch
-
-    def encode(self, prompts: Sequence[SweepPrompt]) -> list[list[int]]:
-        """Token ids of prompts. Raises InvalidRequestError."""
-        return [self.model.encode(prompt.text) for prompt in prompts]
 
     def decode(
         self, prompts: Sequence[Sequence[int]], params: GenerationParams
@@ -103,15 +106,17 @@ class Towers:
 def rows_of(
     towers: Towers,
     prompts: Sequence[SweepPrompt],
-    token_ids: Sequence[Sequence[int]],
+    ids_of_prompts: Sequence[Sequence[int]],
     results: Sequence[GenerationResult],
     params: GenerationParams,
     scorers: Mapping[str, Scorer],
 ) -> list[Row]:
     """Results as rows, scored by the context tower and by each task."""
     rows = []
-    log_probs = towers.log_probs(token_ids, results)
-    for prompt, ids, result, values in zip(prompts, token_ids, results, log_probs, strict=True):
+    log_probs = towers.log_probs(ids_of_prompts, results)
+    for prompt, ids, result, values in zip(
+        prompts, ids_of_prompts, results, log_probs, strict=True
+    ):
         scores = {
             name: float(scorer(prompt.text, result.text, prompt.reference))
             for name, scorer in scorers.items()
