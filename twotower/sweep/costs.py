@@ -121,7 +121,11 @@ def _measured(
     source: str,
     tick: Callable[[str], None],
 ) -> PassCosts:
-    runs = {run: [pair.decode(_first(run))][:0] for run in _runs(bench, blocks)}
+    runs: dict[Run, list[Decoded]] = {run: [] for run in _runs(bench, blocks)}
+    for run in runs:
+        # Not counted: at its first use a pass sets things up.
+        pair.warm_up(run.block_size, bench.rows)
+        pair.decode(replace(run, blocks=1))
     for round_ in range(_ROUNDS):
         for run, done in runs.items():
             tick(f"pass costs, round {round_ + 1} of {_ROUNDS}")
@@ -138,11 +142,6 @@ def _measured(
         else:
             ms[run.block_size] |= {"denoise": denoise, "extend": context}
     return PassCosts(source, bench.rows, ar, ms)
-
-
-def _first(run: Run) -> Run:
-    """A run that does not count: at its first use a pass sets things up."""
-    return replace(run, blocks=1)
 
 
 def _runs(bench: Bench, blocks: Sequence[int]) -> Iterator[Run]:

@@ -112,26 +112,22 @@ def rows_of(
     scorers: Mapping[str, Scorer],
 ) -> list[Row]:
     """Results as rows, scored by the context tower and by each task."""
-    rows = []
     log_probs = towers.log_probs(ids_of_prompts, results)
-    for prompt, ids, result, values in zip(
-        prompts, ids_of_prompts, results, log_probs, strict=True
-    ):
-        scores = {
-            name: float(scorer(prompt.text, result.text, prompt.reference))
-            for name, scorer in scorers.items()
-        }
-        rows.append(
-            Row(
-                tuple(result.token_ids),
-                result.text,
-                result.finish_reason,
-                tuple(values),
-                result.nfe,
-                result.context_passes - towers.reading_passes(ids, params),
-                result.accepted_tokens,
-                result.drafted_tokens,
-                scores,
-            )
+    reading = [towers.reading_passes(ids, params) for ids in ids_of_prompts]
+    return [
+        Row(
+            token_ids=tuple(result.token_ids),
+            text=result.text,
+            finish_reason=result.finish_reason,
+            log_probs=tuple(values),
+            nfe=result.nfe,
+            context_passes=result.context_passes - passes,
+            accepted_tokens=result.accepted_tokens,
+            drafted_tokens=result.drafted_tokens,
+            scores={
+                name: float(scorer(prompt.text, result.text, prompt.reference))
+                for name, scorer in scorers.items()
+            },
         )
-    return rows
+        for prompt, result, values, passes in zip(prompts, results, log_probs, reading, strict=True)
+    ]
