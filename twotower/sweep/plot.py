@@ -21,6 +21,7 @@ _PUBLISHED = (
 _PREFIXES = {"confidence_threshold": "", "steps_per_block": "T=", "draft_steps": "n="}
 _LOSSLESS = {"ar": "s", "verified": "D"}
 _LINES = ("-", "--", ":", "-.")
+_TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16)
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
@@ -66,35 +67,44 @@ def _panel(axes: Any, points: Sequence[Line], column: str) -> None:
     blocks = sorted({block for _, block in curves if block is not None})
     strategies = list(dict.fromkeys(name for name, _ in curves))
     for (strategy, block), line in curves.items():
-        lossless = strategy in _LOSSLESS
-        colour = "black" if block is None else _COLOURS[blocks.index(block) % len(_COLOURS)]
-        x = [point["tokens_per_pass"] for point in line]
-        y = [point[column] for point in line]
-        axes.errorbar(
-            x,
-            y,
-            yerr=_errors(line, column),
-            label=strategy if block is None else f"{strategy}, blocks of {block}",
-            color=colour,
-            marker=_LOSSLESS.get(strategy, "o"),
-            linestyle="none" if lossless else _LINES[strategies.index(strategy) % len(_LINES)],
-            markersize=6 if lossless else 4,
-            linewidth=1.2,
-            elinewidth=0.6,
-        )
-        for point, where in zip(line, zip(x, y, strict=True), strict=True):
-            axes.annotate(
-                _label(point), where, (3, 3), textcoords="offset points", fontsize=7, color=colour
-            )
-    ticks = (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16)
+        rank = 0 if block is None else blocks.index(block)
+        style = {
+            "color": "black" if block is None else _COLOURS[rank % len(_COLOURS)],
+            "linestyle": _LINES[strategies.index(strategy) % len(_LINES)],
+            "label": strategy if block is None else f"{strategy}, blocks of {block}",
+        }
+        _curve(axes, line, column, style, rank)
     axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
     axes.minorticks_off()
     reach = [point["tokens_per_pass"] for point in points]
     axes.set_xlim(0.92 * min(reach), 1.15 * max(*reach, PUBLISHED_SPEEDUP))
-    axes.set_ylim(0, 1.1)
+    axes.set_ylim(0, 1.15)
     axes.set_xlabel("tokens per pass, both towers' passes counted")
     axes.grid(alpha=0.3)
+
+
+def _curve(axes: Any, line: Sequence[Line], column: str, style: dict[str, str], rank: int) -> None:
+    """Points of a strategy and block size with their intervals and labels; lossless ones have a
+    marker of their own and no line."""
+    marker = _LOSSLESS.get(line[0]["strategy"])
+    x = [point["tokens_per_pass"] for point in line]
+    y = [point[column] for point in line]
+    shape: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.2, "elinewidth": 0.6}
+    if marker:
+        shape |= {"marker": marker, "markersize": 6, "linestyle": "none"}
+    axes.errorbar(x, y, yerr=_errors(line, column), **{**style, **shape})
+    # Lossless points of several block sizes stand beside each other on one height.
+    offset = (3, 3 + 8 * rank if marker else 3)
+    for point, where in zip(line, zip(x, y, strict=True), strict=True):
+        axes.annotate(
+            _label(point),
+            where,
+            offset,
+            textcoords="offset points",
+            fontsize=7,
+            color=style["color"],
+        )
 
 
 def _curves(points: Sequence[Line]) -> dict[tuple[str, int | None], list[Line]]:
