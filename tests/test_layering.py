@@ -83,9 +83,10 @@ WINGS = {
     "api": "towers/text towers/decoding towers/checkpoint towers/engine call_loop streams results",
     "transformers": "towers/checkpoint streams api",
     "agreement": "api results",
+    "sweep": "towers/text towers/model towers/checkpoint towers/engine bench api results",
     "cli": "towers/text towers/checkpoint towers/training towers/verify cluster/placement "
     "deployments/access deployments/config deployments/router deployments/server client planner "
-    "bench api streams agreement batch",
+    "bench api streams agreement batch sweep",
 }
 # A door: its names lead to the public ones.
 PUBLIC = "__init__"

@@ -40,12 +40,22 @@ def test_help_needs_no_heavy_import() -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
-    for word in ("serve", "generate", "verify", "quantize", "bench", "plan", "train", "top"):
+    for word in (
+        "serve",
+        "generate",
+        "verify",
+        "quantize",
+        "bench",
+        "plan",
+        "train",
+        "top",
+        "sweep",
+    ):
         assert word in done.stdout
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "generate", "verify", "quantize", "plan", "train", "top"]
+    "command", ["serve", "generate", "verify", "quantize", "plan", "train", "top", "sweep"]
 )
 def test_each_command_explains_itself(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"])

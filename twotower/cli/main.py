@@ -14,6 +14,7 @@ from twotower.cli.generate import generate
 from twotower.cli.keys import keys
 from twotower.cli.options import Device, Dtype, Model
 from twotower.cli.plan import plan
+from twotower.cli.sweep import sweep
 from twotower.cli.top import top
 
 app = typer.Typer(
@@ -110,6 +111,7 @@ app.command()(generate)
 app.command()(batch)
 app.add_typer(keys, name="key")
 app.command()(top)
+app.command()(sweep)
 
 
 @app.command()
