@@ -9,6 +9,7 @@ import typer
 
 from twotower.cli import commands
 from twotower.cli.errors import CommandGroup
+from twotower.cli.evaluate import evaluate
 from twotower.cli.generate import generate
 from twotower.cli.keys import keys
 from twotower.cli.options import Device, Dtype, Model
@@ -105,6 +106,7 @@ def serve(
 
 
 app.command()(generate)
+app.command("eval")(evaluate)
 app.add_typer(keys, name="key")
 app.command()(top)
 
