@@ -1,6 +1,6 @@
 """The shipped model on held-out next lines and on HumanEval's prompts, in three modes.
 
-    python -m benchmarks.evaluate_shipped [--rows 200] [--samples 32] [--output FOLDER]
+    python -m benchmarks.evaluate_shipped [--rows 200] [--samples 32] [--part lines] [--output DIR]
 
 Needs the extra `eval`. Prints Markdown: the task of `benchmarks.next_line` through lm-eval, the
 likelihood of the true lines under both towers, and a smoke test on HumanEval's 164 prompts: how
@@ -32,7 +32,7 @@ from twotower.evaluation.run import OWN_KEY, Question, evaluate, write_results
 MODES = ("ar", "verified", "mask_diffusion")
 # What ends a function in lm-eval's own task.
 UNTIL = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]
-CODE_TOKENS = 128
+PARTS = ("lines", "code")
 HEAD = "tokens | denoiser passes | context passes | tokens per pass"
 
 
@@ -93,7 +93,7 @@ def problems() -> list[Problem]:
 def smoke(args: argparse.Namespace, mode: str, asked: Sequence[Problem]) -> Run:
     """HumanEval's prompts in a mode; the score is the share that parses and adds code."""
     lm = model(args, mode=mode)
-    arguments = {"until": UNTIL, "max_gen_toks": CODE_TOKENS, "do_sample": False}
+    arguments = {"until": UNTIL, "max_gen_toks": args.code_tokens, "do_sample": False}
     requests = [SimpleNamespace(args=(problem.prompt, arguments)) for problem in asked]
     texts = lm.generate_until(requests)
     valid = [adds_code(problem.prompt, text) for problem, text in zip(asked, texts, strict=True)]
@@ -169,7 +169,7 @@ def report_lines(args: argparse.Namespace) -> list[Run]:
 def report_code(args: argparse.Namespace) -> list[Run]:
     """Measures and prints the smoke test."""
     asked, runs = problems(), []
-    say(f"\nHumanEval's prompts, {len(asked)}, up to {CODE_TOKENS} tokens:\n")
+    say(f"\nHumanEval's prompts, {len(asked)}, up to {args.code_tokens} tokens:\n")
     say(f"| mode | parses | first line | {HEAD} |\n|---|---|---|---|---|---|---|")
     for mode in MODES:
         runs.append(smoke(args, mode, asked))
@@ -184,13 +184,17 @@ def main() -> int:
     parser.add_argument("--model", help="checkpoint folder; the shipped model if left out")
     parser.add_argument("--rows", type=int, default=200, help="held-out next lines")
     parser.add_argument("--samples", type=int, default=32, help="masks of a block in the bound")
+    parser.add_argument("--code-tokens", type=int, default=64, help="most for HumanEval's prompts")
+    parser.add_argument("--part", choices=PARTS, action="append", help="both if left out")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="folder for lm-eval's results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     say(f"{machine(args.threads)['cpu']}, fp32, {args.batch} rows at a time.\n")
-    ar, verified, _ = zip(report_lines(args), report_code(args), strict=True)
+    reports = {"lines": report_lines, "code": report_code}
+    parts = [reports[part](args) for part in args.part or PARTS]
+    ar, verified, _ = zip(*parts, strict=True)
     wanted = [text for run in ar for text in run.texts]
     found = [text for run in verified for text in run.texts]
     equal = sum(one == other for one, other in zip(wanted, found, strict=True))

@@ -80,8 +80,8 @@ WINGS = {
     "api": "towers/text towers/decoding towers/checkpoint towers/engine call_loop streams results",
     "transformers": "towers/checkpoint streams api",
     "agreement": "api results",
-    "evaluation": "towers/text towers/model towers/state towers/checkpoint towers/engine client "
-    "call_loop results api",
+    "evaluation": "towers/text towers/model towers/state towers/checkpoint towers/engine protos "
+    "client call_loop results api",
     "cli": "towers/text towers/checkpoint towers/training towers/verify cluster/placement "
     "deployments/access deployments/config deployments/router deployments/server client planner "
     "bench api streams agreement evaluation",

@@ -50,6 +50,20 @@ def test_the_class_is_registered(make: Any) -> None:
     assert type(make()) is get_model("twotower")
 
 
+def test_lm_evals_own_command_has_the_model(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.api.registry import get_model
+
+    from twotower.evaluation.__main__ import main
+
+    called: list[Any] = []
+    monkeypatch.setattr(
+        "lm_eval.__main__.cli_evaluate", lambda: called.append(get_model("twotower"))
+    )
+    main()
+    assert called == [type(make())]
+    assert get_model("hf") is not None
+
+
 def test_continuations_have_the_context_towers_scores(
     make: Any, shipped: TwoTower, lines: list[str]
 ) -> None:

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 from twotower.evaluation import check_installed
 
+NAME = "twotower"
+# Loaded when it is asked for.
+CLASS = "twotower.evaluation.lm_eval_model:TwoTowerLM"
+
 
 def main() -> None:
     """Registers the model, then leaves the arguments to lm-eval."""
     check_installed()
-    from lm_eval.__main__ import cli_evaluate
+    import lm_eval.__main__
+
+    # Its own names first: it adds them only where there are none yet.
+    import lm_eval.models
     from lm_eval.api.registry import model_registry
 
-    # Where lm-eval keeps the names of its models, by the place of their classes.
-    import lm_eval.models  # noqa: F401  isort: skip
-
-    model_registry.register("twotower", target="twotower.evaluation.lm_eval_model:TwoTowerLM")
-    cli_evaluate()
+    if NAME not in model_registry:
+        model_registry.register(NAME, target=CLASS)
+    lm_eval.__main__.cli_evaluate()
 
 
 if __name__ == "__main__":

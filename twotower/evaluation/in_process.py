@@ -9,7 +9,6 @@ from twotower.call_loop import CallLoop
 from twotower.evaluation.backend import Asked, Likelihood, Pair, Scored, Written
 from twotower.evaluation.denoiser_likelihood import DenoiserLikelihood
 from twotower.results import together
-from twotower.towers.checkpoint.checkpoint import ReadProgress
 from twotower.towers.checkpoint.weights import parse_device, parse_dtype, resolve_checkpoint
 from twotower.towers.engine.load import load_engines
 from twotower.towers.engine.options import EngineOptions
@@ -19,8 +18,7 @@ from twotower.towers.text.tokenizer import load_tokenizer
 
 class InProcess:
     """Both towers of a checkpoint (a folder, a hub id, or None for the shipped model) on one
-    device, `rows` rows at a time. `progress` is that of TwoTower.from_pretrained. Raises
-    CheckpointError, ConfigError, InvalidRequestError."""
+    device, `rows` rows at a time. Raises CheckpointError, ConfigError, InvalidRequestError."""
 
     def __init__(
         self,
@@ -29,15 +27,12 @@ class InProcess:
         device: str = "cpu",
         dtype: str = "float32",
         rows: int = 16,
-        progress: ReadProgress | None = None,
     ) -> None:
         place, working = parse_device(device), parse_dtype(dtype)
         folder = resolve_checkpoint(path)
         limit_threads()
         options = EngineOptions(max_num_seqs=rows)
-        self._context, self._denoiser = load_engines(
-            folder, place, place, working, options=options, progress=progress
-        )
+        self._context, self._denoiser = load_engines(folder, place, place, working, options=options)
         self._model = TwoTower(self._context, self._denoiser, load_tokenizer(folder))
         self._calls = CallLoop()
         self._rows = rows

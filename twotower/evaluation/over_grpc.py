@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, TypeVar
 
 from twotower.call_loop import CallLoop
-from twotower.client import AsyncClient, Client
+from twotower.client import AsyncClient, Client, ServiceError
 from twotower.evaluation.backend import Asked, Scored, Written
+from twotower.protos.backoff import backoff_s
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.request.params import SAMPLING_PARAMETERS, GenerationParams
 
 T = TypeVar("T")
 A = TypeVar("A")
+PATIENCE_S = 600.0
 # The drafts of a stream are of no use here, and log-probabilities come from `score`.
 _NOT_ASKED = ("provisional", "top_logprobs")
 _DEFAULTS = {field.name: field.default for field in fields(GenerationParams)}
@@ -82,7 +87,7 @@ class OverGrpc:
 
         async def placed(client: AsyncClient, each: A) -> T:
             async with places:
-                return await ask(client, each)
+                return await patiently(partial(ask, client, each))
 
         async with AsyncClient(self._target, api_key=self._api_key) as client:
             try:
@@ -91,6 +96,20 @@ class OverGrpc:
             except ExceptionGroup as errors:
                 raise errors.exceptions[0] from None
             return [task.result() for task in tasks]
+
+
+async def patiently(call: Callable[[], Awaitable[T]], patience_s: float = PATIENCE_S) -> T:
+    """The result of a call that is made again while the service says when to come back, as it does
+    where others fill its queue, for up to `patience_s` seconds. Raises ServiceError."""
+    given_up = time.monotonic() + patience_s
+    for tries in itertools.count(1):
+        try:
+            return await call()
+        except ServiceError as error:
+            if error.retry_after_s is None or time.monotonic() > given_up:
+                raise
+            await asyncio.sleep(max(error.retry_after_s, backoff_s(tries)))
+    raise AssertionError("counting has no end")
 
 
 def _arguments(params: GenerationParams) -> dict[str, Any]:
