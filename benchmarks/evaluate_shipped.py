@@ -184,7 +184,7 @@ def main() -> int:
     parser.add_argument("--model", help="checkpoint folder; the shipped model if left out")
     parser.add_argument("--rows", type=int, default=200, help="held-out next lines")
     parser.add_argument("--samples", type=int, default=32, help="masks of a block in the bound")
-    parser.add_argument("--code-tokens", type=int, default=64, help="most for HumanEval's prompts")
+    parser.add_argument("--code-tokens", type=int, default=128, help="most for HumanEval's prompts")
     parser.add_argument("--part", choices=PARTS, action="append", help="both if left out")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)

@@ -74,9 +74,10 @@ def the_line(result: Result) -> str:
 def number_options() -> Iterator[tuple[str, list[str], str]]:
     """Every option of every command that takes a number, with the arguments before it."""
     before = {"generate": ["x"], "verify": [TINY], "quantize": [TINY, "out"], "train": ["out"]}
+    before["eval"] = ["--tasks", "x"]
     for registered in app.registered_commands:
         assert registered.callback is not None
-        name = registered.callback.__name__
+        name = registered.name or registered.callback.__name__
         for parameter, kind in get_type_hints(registered.callback).items():
             if {int, float} & {kind, *get_args(kind)}:
                 yield name, before.get(name, []), f"--{parameter.replace('_', '-')}"
@@ -88,7 +89,8 @@ def number_options() -> Iterator[tuple[str, list[str], str]]:
 def test_there_are_options_to_try() -> None:
     found = [(name, option) for name, _, option in number_options()]
     assert len(found) > 40
-    assert {name for name, _ in found} == {"serve", "generate", "train", "plan", "bench", "top"}
+    commands = {"serve", "generate", "eval", "train", "plan", "bench", "top"}
+    assert {name for name, _ in found} == commands
 
 
 @pytest.mark.parametrize(("command", "before", "option"), list(number_options()))

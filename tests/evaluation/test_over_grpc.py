@@ -69,7 +69,7 @@ def test_calls_in_flight_keep_their_order_and_a_refusal_ends_them(service: Local
 
     there, here = OverGrpc(service.address, calls=3), InProcess(rows=4)
     try:
-        assert (there.vocab_size, there.eos_token_id) == (here.vocab_size, here.eos_token_id)
+        assert (there.max_context, there.eos_token_id) == (here.max_context, here.eos_token_id)
         prompts = [here.encode(f"def f{n}(x):\n    return") for n in range(7)]
         params = GenerationParams(max_tokens=9, seed=4, temperature=0.8, stop=("\n",))
         asked = [Asked(prompt, params) for prompt in prompts]
@@ -78,6 +78,6 @@ def test_calls_in_flight_keep_their_order_and_a_refusal_ends_them(service: Local
             assert got.best == want.best
             assert got.log_probs == pytest.approx(want.log_probs, abs=1e-4)
         with pytest.raises(ServiceError, match="INVALID_ARGUMENT"):
-            there.score([*prompts, [here.vocab_size + 5, 1]])
+            there.score([*prompts, [1_000_000, 1]])
     finally:
         there.close()

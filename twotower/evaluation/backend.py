@@ -103,7 +103,6 @@ class Backend(Protocol):
     """
 
     name: str
-    vocab_size: int
     max_context: int
     eos_token_id: int | None
 

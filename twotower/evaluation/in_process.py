@@ -38,7 +38,6 @@ class InProcess:
         self._rows = rows
         config = self._model.config
         self.name = folder.name
-        self.vocab_size = config.vocab_size
         pool = self._context.pool
         room = pool.most_pages * pool.page_tokens
         self.max_context = min(config.max_position_embeddings, room)

@@ -40,7 +40,6 @@ class OverGrpc:
         if not info.has_tokenizer:
             raise InvalidRequestError("target", target, "a service whose model has a tokenizer")
         self.name = info.name
-        self.vocab_size = info.vocab_size
         self.max_context = info.max_context
         self.eos_token_id = info.eos_token_id
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,8 @@ class Question:
     def __post_init__(self) -> None:
         if not self.tasks or not all(self.tasks):
             raise InvalidRequestError("tasks", ",".join(self.tasks), "names of tasks")
-        if self.limit is not None and not self.limit > 0:
-            raise InvalidRequestError("limit", self.limit, "above 0")
+        if self.limit is not None and not 0 < self.limit < math.inf:
+            raise InvalidRequestError("limit", self.limit, "a finite number above 0")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise InvalidRequestError("num_fewshot", self.num_fewshot, "at least 0")
 
