@@ -85,6 +85,19 @@ def test_a_limit_and_the_denoisers_bound(lm_eval: Any, task_folder: Path, tmp_pa
     assert "denoiser passes" in done.stdout
 
 
+@pytest.mark.parametrize("path", ["json", "nobody/no_such_data_set"])
+def test_data_that_is_not_there_is_one_line(lm_eval: Any, task_folder: Path, path: str) -> None:
+    """A file that is missing, and a data set of the hub without a network."""
+    assert lm_eval is not None
+    task = (task_folder / "tiny_until.yaml").read_text(encoding="utf-8")
+    task = task.replace("tiny_until", "tiny_lost").replace("rows.jsonl", "lost.jsonl")
+    task = task.replace("dataset_path: json", f"dataset_path: {path}")
+    (task_folder / "tiny_lost.yaml").write_text(task, encoding="utf-8")
+    done = run("--tasks", "tiny_lost", "--include-path", str(task_folder))
+    assert done.exit_code == 2
+    assert "error: tasks: the data of tiny_lost is not to be had: " in done.stderr
+
+
 def test_the_card_is_listed_without_lm_eval() -> None:
     program = (
         "import sys\n"

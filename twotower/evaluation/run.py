@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twotower.evaluation import check_installed
-from twotower.towers.errors import InvalidRequestError
+from twotower.towers.errors import InvalidRequestError, UnavailableError
 
 if TYPE_CHECKING:
     from twotower.evaluation.lm_eval_model import TwoTowerLM
@@ -47,7 +47,8 @@ class Question:
 def evaluate(model: TwoTowerLM, question: Question) -> dict[str, Any]:
     """lm-eval's results, as `simple_evaluate` gives them, with what they cost under `twotower`.
 
-    Raises InvalidRequestError for an unknown task, and what the model raises.
+    Raises InvalidRequestError for an unknown task, UnavailableError for one whose data can neither
+    be read nor fetched, and what the model raises.
     """
     check_installed()
     from lm_eval import simple_evaluate
@@ -56,16 +57,21 @@ def evaluate(model: TwoTowerLM, question: Question) -> dict[str, Any]:
 
     model.spent = Spent()
     limit = question.limit
-    results: dict[str, Any] | None = simple_evaluate(
-        model=model,
-        tasks=list(question.tasks),
-        task_manager=_task_manager(question),
-        num_fewshot=question.num_fewshot,
-        limit=int(limit) if limit is not None and limit >= 1 else limit,
-        batch_size=model.batch_size,
-        log_samples=question.log_samples,
-        confirm_run_unsafe_code=question.run_code,
-    )
+    try:
+        results: dict[str, Any] | None = simple_evaluate(
+            model=model,
+            tasks=list(question.tasks),
+            task_manager=_task_manager(question),
+            num_fewshot=question.num_fewshot,
+            limit=int(limit) if limit is not None and limit >= 1 else limit,
+            batch_size=model.batch_size,
+            log_samples=question.log_samples,
+            confirm_run_unsafe_code=question.run_code,
+        )
+    except (ConnectionError, FileNotFoundError) as error:
+        # Of the library that loads data sets; what a service fails with is a TwoTowerError.
+        names = ", ".join(question.tasks)
+        raise UnavailableError(f"tasks: the data of {names} is not to be had: {error}") from error
     assert results is not None, "there is one process"
     results[OWN_KEY] = model.get_model_info() | {"spent": model.spent.report()}
     return results
