@@ -84,9 +84,11 @@ WINGS = {
     "transformers": "towers/checkpoint streams api",
     "agreement": "api results",
     "sweep": "towers/text towers/model towers/checkpoint towers/engine bench api results",
+    "evaluation": "towers/text towers/model towers/state towers/checkpoint towers/engine protos "
+    "client call_loop results api",
     "cli": "towers/text towers/checkpoint towers/training towers/verify cluster/placement "
     "deployments/access deployments/config deployments/router deployments/server client planner "
-    "bench api streams agreement batch sweep",
+    "bench api streams agreement batch sweep evaluation",
 }
 # A door: its names lead to the public ones.
 PUBLIC = "__init__"

@@ -76,6 +76,7 @@ def number_options() -> Iterator[tuple[str, list[str], str]]:
     """Every option of every command that takes a number, with the arguments before it."""
     before = {
         "batch": ["in.jsonl", "out.jsonl"],
+        "eval": ["--tasks", "x"],
         "generate": ["x"],
         "verify": [TINY],
         "quantize": [TINY, "out"],
@@ -83,7 +84,7 @@ def number_options() -> Iterator[tuple[str, list[str], str]]:
     }
     for registered in app.registered_commands:
         assert registered.callback is not None
-        name = registered.callback.__name__
+        name = registered.name or registered.callback.__name__
         for parameter, kind in get_type_hints(registered.callback).items():
             if {int, float} & {kind, *get_args(kind)}:
                 yield name, before.get(name, []), f"--{parameter.replace('_', '-')}"
@@ -95,7 +96,7 @@ def number_options() -> Iterator[tuple[str, list[str], str]]:
 def test_there_are_options_to_try() -> None:
     found = [(name, option) for name, _, option in number_options()]
     assert len(found) > 40
-    with_numbers = {"batch", "serve", "generate", "train", "plan", "bench", "top"}
+    with_numbers = {"batch", "eval", "serve", "generate", "train", "plan", "bench", "top"}
     assert {name for name, _ in found} == with_numbers
 
 

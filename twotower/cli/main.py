@@ -10,6 +10,7 @@ import typer
 from twotower.cli import commands
 from twotower.cli.batch import batch
 from twotower.cli.errors import CommandGroup
+from twotower.cli.evaluate import evaluate
 from twotower.cli.generate import generate
 from twotower.cli.keys import keys
 from twotower.cli.options import Device, Dtype, Model
@@ -109,6 +110,7 @@ def serve(
 
 app.command()(generate)
 app.command()(batch)
+app.command("eval")(evaluate)
 app.add_typer(keys, name="key")
 app.command()(top)
 app.command()(sweep)
