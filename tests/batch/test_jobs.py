@@ -113,7 +113,7 @@ def test_rows_come_in_order_with_the_texts_that_they_have_in_process(
     other = options(
         tmp_path, target, defaults=BatchDefaults(body={**BODY, "max_tokens": 9}, seed=3)
     )
-    with pytest.raises(ConfigError, match="parameters.max_tokens was 8 and is 9"):
+    with pytest.raises(ConfigError, match=r"parameters\.max_tokens was 8 and is 9"):
         run_job(other)
 
 
@@ -170,7 +170,8 @@ class Job:
     def await_rows(self, rows: int) -> None:
         deadline = time.monotonic() + 120
         while sum(count_rows(self._places.parts, self._places.checkpoints)) < rows:
-            assert self.process.poll() is None and time.monotonic() < deadline
+            assert self.process.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.1)
 
     def end(self, signal_number: int) -> int:

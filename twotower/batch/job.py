@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
 
+from twotower.batch.background import Background, silence_ray
 from twotower.batch.counts import JobCounts, JobSummary
 from twotower.batch.inputs import find_inputs
 from twotower.batch.job_context import job_context
@@ -27,7 +25,6 @@ from twotower.batch.sink import PartSink
 from twotower.batch.source import InputSource
 from twotower.batch.work import BatchWork
 from twotower.data.completer import complete
-from twotower.towers.errors import TwoTowerError, UnavailableError
 
 # Rows that are committed together: of a short job few, as they are what an interruption loses; of a
 # long one more, as every commit writes files of its own.
@@ -118,14 +115,19 @@ class _Job:
         before = sum(count_rows(places.parts, places.checkpoints))
         last = JobCounts(rows=rows, before=before)
         if before < rows:
-            with self._service.running(phase) as targets:
-                last = self._complete(targets, last, watch)
+            # The service goes first, and Ray with it: the pipeline of an interrupted job ends then.
+            with Background() as background, self._service.running(phase) as targets:
+                last = self._complete(background, targets, last, watch)
         phase("writing the output")
         completed, errors = self._finish()
         return JobSummary(rows, completed, errors, last, self._options.output, self._model)
 
     def _complete(
-        self, targets: tuple[str, ...], counts: JobCounts, watch: Callable[[JobCounts], None]
+        self,
+        background: Background,
+        targets: tuple[str, ...],
+        counts: JobCounts,
+        watch: Callable[[JobCounts], None],
     ) -> JobCounts:
         """Asks the services about the rows that are left; `counts` grown by that."""
         meter, began = JobMeter(), time.monotonic()
@@ -133,9 +135,13 @@ class _Job:
         def now(wait_s: float) -> JobCounts:
             return counts.grown(meter.sums(wait_s), time.monotonic() - began)
 
-        with _in_background(lambda: self._pipeline(targets, meter)) as ended:
-            while not ended.wait(_POLL_S):
+        background.start(lambda: self._pipeline(targets, meter))
+        try:
+            while not background.ended(_POLL_S):
                 watch(now(_POLL_S))
+        except KeyboardInterrupt:
+            silence_ray()
+            raise
         last = now(_LAST_S)
         watch(last)
         return last
@@ -197,34 +203,3 @@ class _Job:
             format=places.format,
         )
         return joined.rows, joined.errors
-
-
-@contextmanager
-def _in_background(work: Callable[[], None]) -> Iterator[threading.Event]:
-    """Runs `work` in a thread, so that this one can show its progress and be interrupted; the event
-    is set at its end. Its error is raised at the end of the block."""
-    ended, failures = threading.Event(), []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            failures.append(error)
-        finally:
-            ended.set()
-
-    thread = threading.Thread(target=run, name="pipeline", daemon=True)
-    thread.start()
-    yield ended
-    if failures:
-        raise _as_ours(failures[0]) from failures[0]
-
-
-def _as_ours(error: BaseException) -> BaseException:
-    """An error of the pipeline: ours as it is, Ray's in one line."""
-    if not isinstance(error, RayError):
-        return error
-    if isinstance(error, RayTaskError) and isinstance(error.cause, TwoTowerError):
-        return error.cause
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return UnavailableError(f"the job's pipeline failed: {lines[-1] if lines else error!r}")

@@ -165,7 +165,7 @@ def _run(options: JobOptions) -> None:
         try:
             summary = run_job(options, _shown(bar), bar.note)
         except KeyboardInterrupt:
-            typer.echo("stopped; the same command goes on", err=True)
+            typer.echo("the same command goes on", err=True)
             raise typer.Exit(130) from None
     typer.echo(json.dumps(summary.to_dict()), file=stdout)
 
