@@ -205,7 +205,7 @@ def test_what_is_killed_goes_on_with_every_row_once(
     first.end(signal.SIGKILL)
     second = Job(tmp_path, target)
     second.await_rows(120)
-    assert second.end(signal.SIGINT) == 130
+    assert second.end(signal.SIGINT) == 130, (tmp_path / "log").read_text()
     third = Job(tmp_path, target)
     third.await_rows(180)
     kill(own_processes(CALLER))

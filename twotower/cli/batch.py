@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
 import time
@@ -235,6 +236,8 @@ def _range(name: str, text: str) -> tuple[int, int]:
 @contextmanager
 def _libraries() -> Iterator[None]:
     """Says which extra lacks where a library does."""
+    # Ray reads it when it is imported: a job that is stopped must not start it once more.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
         # Ray Data prints a hint about its progress bars when it is imported.
         with redirect_stdout(io.StringIO()):
