@@ -39,8 +39,9 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/constraints.
 	@touch $@
 
 clients: $(STAMP) $(CLIENTS)/.installed ## Other people's clients, a browser and lm-eval against the service
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[clients]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[clients,eval]'
 	$(BIN)/pytest -q -m clients
+	$(BIN)/pytest -q -m 'not gpu and not slow' tests/evaluation tests/benchmarks/test_evaluate_shipped.py
 
 quick: $(STAMP) ## Tests without real processes
 	$(BIN)/pytest -q $(PARALLEL)
@@ -110,6 +111,9 @@ bench: $(STAMP) ## Speed and memory on this machine
 	$(BIN)/python -m benchmarks.verified
 	$(BIN)/python -m benchmarks.soak
 	$(BIN)/python -m benchmarks.quantization --prompts 200
+	$(BIN)/python -m benchmarks.batch.throughput
+	$(BIN)/python -m benchmarks.batch.pairs
+	$(BIN)/python -m benchmarks.batch.bad_rows
 
 gpu-dry: $(STAMP) ## Every stage of the GPU program, at tiny shapes on this CPU
 	$(BIN)/python -m benchmarks.gpu_stages runs/gpu-dry/h200 --dry --plan h200

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from twotower import TwoTower
+from twotower import GenerationParams, Request, TwoTower
 from twotower.client import Client
 
 FOLDER = Path(__file__).parents[1] / "examples"
@@ -127,3 +127,15 @@ def test_a_pipeline_of_ray_data(run: Run, service: Any) -> None:
             text = "".join(block.text for block in stream)
             assert row.endswith(f": {text!r}")
             assert f": {len(stream.token_ids)} tokens, " in row
+
+
+@pytest.mark.cluster
+@pytest.mark.filterwarnings("default")
+def test_a_batch_job_answers_in_order_and_names_what_it_cannot(run: Run, shipped: TwoTower) -> None:
+    prompts = runpy.run_path(str(FOLDER / "batch_job.py"))["PROMPTS"]
+    *answers, summary = run("batch_job.py").splitlines()[-4:]
+    params = GenerationParams(mode="verified", max_tokens=16)
+    whole = shipped.generate_requests([Request(text, params) for text in prompts if text])
+    expected = [f"request-{i} {result.text!r}" for i, result in enumerate(whole)]
+    assert answers == expected
+    assert "'completed': 3, 'errors': 1" in summary
