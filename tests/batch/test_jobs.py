@@ -21,8 +21,8 @@ from twotower import GenerationParams, Request, TwoTower
 from twotower.batch import BatchDefaults, JobOptions, run_job
 from twotower.batch.join import count_rows
 from twotower.batch.journal import JobPlaces
-from twotower.batch.requests import seed_of
 from twotower.batch.service import SPARE_CPUS
+from twotower.data.bodies import row_seed
 from twotower.deployments.config import ServiceConfig
 from twotower.deployments.server.server import LocalService, free_port
 from twotower.towers.errors import ConfigError
@@ -64,7 +64,7 @@ def expected() -> dict[str, str]:
     how = {name: value for name, value in BODY.items() if name != "ignore_eos"}
     ids = [f"n{i}" for i in range(ROWS)]
     requests = [
-        Request(prompt(i), GenerationParams(**how, seed=seed_of(3, own)))  # type: ignore[arg-type]
+        Request(prompt(i), GenerationParams(**how, seed=row_seed(3, own)))  # type: ignore[arg-type]
         for i, own in enumerate(ids)
     ]
     results = TwoTower.from_pretrained().generate_requests(requests)

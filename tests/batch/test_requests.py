@@ -17,8 +17,8 @@ from twotower.batch.requests import (
     RowError,
     custom_id_of,
     parse_request,
-    seed_of,
 )
+from twotower.data.bodies import row_seed
 
 DEFAULTS = BatchDefaults(body={"max_tokens": 8, "mode": "ar"}, seed=5)
 
@@ -45,7 +45,7 @@ def test_a_row_of_openais_format_keeps_its_body() -> None:
         "max_tokens": 2,
         "mode": "ar",
         "prompt": "hello",
-        "seed": seed_of(5, "a"),
+        "seed": row_seed(5, "a"),
     }
     assert request.record is None
 
@@ -77,7 +77,7 @@ def test_a_plain_row(record: dict[str, Any], url: str, posted: dict[str, Any]) -
     request = request_of(record)
     assert request.url == url
     assert request.custom_id == "row-3"
-    assert request.body == {"max_tokens": 8, "mode": "ar", **posted, "seed": seed_of(5, "row-3")}
+    assert request.body == {"max_tokens": 8, "mode": "ar", **posted, "seed": row_seed(5, "row-3")}
     assert request.record == record
 
 
@@ -189,12 +189,12 @@ def test_what_a_reader_found_is_the_rows_error() -> None:
 
 def test_seeds_belong_to_names() -> None:
     names = [f"row-{index}" for index in range(500)]
-    seeds = [seed_of(1, name) for name in names]
+    seeds = [row_seed(1, name) for name in names]
     assert len(set(seeds)) == 500
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert seeds != [seed_of(2, name) for name in names]
+    assert seeds != [row_seed(2, name) for name in names]
     # Fixed for good: a resumed job must give a row the seed that it had.
-    assert seed_of(0, "a") == 6841154156042874738
+    assert row_seed(0, "a") == 6841154156042874738
 
 
 texts = st.sampled_from(["", "a", "ä\n", "\ud800", "x" * 600])

@@ -18,10 +18,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any
 
 from twotower.batch.lines import MAX_LINE_BYTES, read_fault
+from twotower.data.bodies import row_seed
 from twotower.towers.errors import cut_off, shorten
 
 COMPLETIONS = "/v1/completions"
@@ -77,12 +77,6 @@ class RowError(Exception):
 
     def __reduce__(self) -> tuple[type[RowError], tuple[str, str, str | None, str | None]]:
         return type(self), (self.code, self.message, self.param, self.custom_id)
-
-
-def seed_of(seed: int, custom_id: str) -> int:
-    """The seed of a row, 0 to 2^63 - 1: it depends on the job's seed and the row's name alone."""
-    digest = blake2b(f"{seed}:{custom_id}".encode("utf-8", "surrogatepass"), digest_size=8)
-    return int.from_bytes(digest.digest(), "big") >> 1
 
 
 def parse_request(row: int, line: str, defaults: BatchDefaults) -> BatchRequest:
@@ -228,7 +222,7 @@ def _body(custom_id: str, own: Mapping[str, Any], defaults: BatchDefaults) -> di
             "stream_not_supported", "body.stream: got True, expected false", "body.stream"
         )
     if body.get("seed") is None:
-        body["seed"] = seed_of(defaults.seed, custom_id)
+        body["seed"] = row_seed(defaults.seed, custom_id)
     return body
 
 

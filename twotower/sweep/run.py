@@ -18,7 +18,8 @@ from twotower.sweep.grid import AR, REFERENCE, Grid, Point
 from twotower.sweep.metrics import Row, figures
 from twotower.sweep.prompts import SweepPrompt, digest, read_prompts
 from twotower.sweep.scoring import Scorer, scorers_named
-from twotower.sweep.towers import Towers, model_digest, rows_of, token_ids
+from twotower.sweep.towers import Towers, rows_of, token_ids
+from twotower.towers.checkpoint.fingerprint import fingerprint
 from twotower.towers.checkpoint.weights import parse_device, parse_dtype, resolve_checkpoint
 from twotower.towers.limits import limit_threads
 from twotower.towers.request.number_checks import check_whole
@@ -100,7 +101,7 @@ def run_sweep(options: SweepOptions, progress: Progress | None = None) -> Sweep:
 
 def _identity(options: SweepOptions, model: Path, prompts: Sequence[SweepPrompt]) -> dict[str, Any]:
     return {
-        "model": f"{model.name} {model_digest(model)}",
+        "model": f"{model.name} {fingerprint(model)[:16]}",
         "prompts": f"{len(prompts)} {digest(prompts)}",
         "seed": options.seed,
         "max_tokens": options.max_tokens,

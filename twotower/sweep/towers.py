@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,24 +22,6 @@ from twotower.towers.engine.options import EngineOptions
 from twotower.towers.engine.prefill import prefill_pieces
 from twotower.towers.request.params import GenerationParams
 from twotower.towers.text.tokenizer import load_tokenizer, text_ids
-
-_END = 1 << 20
-
-
-def model_digest(folder: Path) -> str:
-    """A short name of a checkpoint: its configuration and tokenizer, and of each file of weights
-    the size, the beginning and the end. Not all of it: a model may have 126 GB."""
-    found = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".safetensors":
-            found.update(f"{path.name} {path.stat().st_size}".encode())
-            with path.open("rb") as file:
-                found.update(file.read(_END))
-                file.seek(max(0, path.stat().st_size - _END))
-                found.update(file.read(_END))
-        elif path.name in ("config.json", "tokenizer.json"):
-            found.update(path.name.encode() + path.read_bytes())
-    return found.hexdigest()[:16]
 
 
 def token_ids(folder: Path, prompts: Sequence[SweepPrompt]) -> list[list[int]]:
