@@ -73,7 +73,7 @@ WINGS = {
     "deployments/router deployments/app",
     "client": "protos",
     "data": "protos client",
-    "batch": "towers/checkpoint data deployments/settings_file deployments/config "
+    "batch": "towers/checkpoint client data deployments/settings_file deployments/config "
     "deployments/server",
     "planner": "towers/state towers/checkpoint towers/engine towers/decoding",
     "bench": "towers/state towers/model towers/decoding towers/checkpoint towers/engine planner",

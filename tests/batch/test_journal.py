@@ -3,10 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pyarrow import fs
 
-pytest.importorskip("pyarrow")
-
-from twotower.batch.journal import JobPlaces, begin
+from twotower.batch.journal import JobPlaces, alone, begin
 from twotower.towers.errors import ConfigError, InvalidRequestError
 
 FACTS = {"model": {"name": "m", "fingerprint": "f"}, "parameters": {"max_tokens": 8}, "seed": 0}
@@ -44,7 +43,11 @@ def test_the_same_job_goes_on_and_another_is_refused_by_what_differs(tmp_path: P
 def test_clear_leaves_nothing_of_the_job_and_all_else(tmp_path: Path) -> None:
     places = JobPlaces.of(f"{tmp_path}/out.jsonl", None)
     begin(places, FACTS)
-    for path in (places.file, f"{places.parts}/a.jsonl", f"{places.checkpoints}/a.parquet"):
+    for path in (
+        places.file,
+        f"{places.parts}/part-0a-0000000000.jsonl",
+        f"{places.checkpoints}/a.parquet",
+    ):
         assert path is not None
         Path(path).write_text("x")
     Path(tmp_path, "other.jsonl").write_text("mine")
@@ -72,3 +75,65 @@ def test_a_damaged_journal_says_what_to_do(tmp_path: Path) -> None:
     Path(places.journal).write_text('{"model": ')
     with pytest.raises(ConfigError, match="damaged; --fresh begins again"):
         begin(places, FACTS)
+
+
+def test_a_job_that_was_killed_before_its_journal_begins_again(tmp_path: Path) -> None:
+    for name in ("out", "out.jsonl"):
+        places = JobPlaces.of(f"{tmp_path}/{name}", None)
+        places.make()
+        assert not begin(places, FACTS)
+
+
+def test_a_folder_begins_afresh_and_keeps_what_is_not_the_jobs(tmp_path: Path) -> None:
+    places = JobPlaces.of(f"{tmp_path}/out", None)
+    begin(places, FACTS)
+    names = ("part-0a-0000000000.jsonl", "part-0a-0000000000.errors.jsonl", "README.md")
+    for name in names:
+        Path(places.parts, name).write_text("x")
+    places.clear()
+    assert sorted(path.name for path in Path(places.parts).iterdir()) == ["README.md", "_job"]
+    Path(places.parts, "README.md").unlink()
+    assert not begin(places, {**FACTS, "seed": 1})
+
+
+def test_errors_of_another_job_are_not_taken_for_its_own(tmp_path: Path) -> None:
+    Path(tmp_path, "out.errors.jsonl").write_text("theirs")
+    with pytest.raises(ConfigError, match=r"out\.errors\.jsonl is there already"):
+        begin(JobPlaces.of(f"{tmp_path}/out.parquet", None), FACTS)
+
+
+@pytest.mark.parametrize(
+    "output", ["", "-", "a.jsonl.gz", "a.json", "out.csv", "s3://b/o.jsonl?x=1"]
+)
+def test_what_can_be_no_output_is_refused(output: str) -> None:
+    with pytest.raises(InvalidRequestError, match="output: got"):
+        JobPlaces.of(output, None)
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    Path(tmp_path, "x.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is a file"):
+        begin(JobPlaces.of(f"{tmp_path}/x.txt", None), FACTS)
+
+
+def test_the_output_is_no_input(tmp_path: Path) -> None:
+    local = fs.LocalFileSystem()
+    file = JobPlaces.of(f"{tmp_path}/out.jsonl", None)
+    folder = JobPlaces.of(f"{tmp_path}/out", None)
+    owned = [
+        (file.owns(local, f"{tmp_path}/{name}"), folder.owns(local, f"{tmp_path}/{name}"))
+        for name in ("out.jsonl", "out.errors.jsonl", "out/part.jsonl", "in.jsonl")
+    ]
+    assert owned == [(True, False), (True, False), (False, True), (False, False)]
+
+
+def test_two_runs_of_a_job_do_not_work_at_a_time(tmp_path: Path) -> None:
+    places = JobPlaces.of(f"{tmp_path}/out.jsonl", None)
+    begin(places, FACTS)
+    first = alone(places)
+    first.__enter__()
+    with pytest.raises(ConfigError, match="being worked on already"), alone(places):
+        pass
+    first.__exit__(None, None, None)
+    with alone(places):
+        pass

@@ -153,3 +153,26 @@ def test_a_job_without_a_run_has_nothing_to_undo(tmp_path: Path) -> None:
     shutil.rmtree(folders.checkpoints)
     assert retry_rows(*folders.paths) == 0
     assert repair_parts(*folders.paths) == 0
+
+
+def test_a_part_with_rows_of_an_earlier_one_is_undone_as_a_whole(folders: JobFolders) -> None:
+    """As two runs at a time leave them."""
+    folders.commit(4, good=[9, 10], bad=[11])
+    assert repair_parts(*folders.paths) == 1
+    assert done(folders) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert joined(folders) == ([1, 2, 6, 8, 9], [0, 3, 4, 5, 7])
+
+
+def test_errors_that_a_crash_has_left_go_with_the_next_start(
+    folders: JobFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        crash_before(patched, 1)
+        with pytest.raises(CrashError):
+            retry_rows(*folders.paths)
+    before = {path.name for path in folders.parts.glob("*.errors.jsonl")}
+    assert repair_parts(*folders.paths) == 0
+    after = {path.name for path in folders.parts.glob("*.errors.jsonl")}
+    assert len(before - after) == 1
+    good, bad = joined(folders)
+    assert sorted([*good, *bad]) == done(folders)

@@ -78,6 +78,7 @@ def number_options() -> Iterator[tuple[str, list[str], str]]:
         "batch": ["in.jsonl", "out.jsonl"],
         "eval": ["--tasks", "x"],
         "generate": ["x"],
+        "sweep": ["in.jsonl"],
         "verify": [TINY],
         "quantize": [TINY, "out"],
         "train": ["out"],
@@ -96,7 +97,7 @@ def number_options() -> Iterator[tuple[str, list[str], str]]:
 def test_there_are_options_to_try() -> None:
     found = [(name, option) for name, _, option in number_options()]
     assert len(found) > 40
-    with_numbers = {"batch", "eval", "serve", "generate", "train", "plan", "bench", "top"}
+    with_numbers = {"batch", "eval", "sweep", "serve", "generate", "train", "plan", "bench", "top"}
     assert {name for name, _ in found} == with_numbers
 
 
@@ -144,6 +145,12 @@ CASES: list[tuple[list[str], str]] = [
     ([*BATCH, "--patience", "nan"], "patience: got nan"),
     ([*BATCH, "--format", "csv"], "format"),
     ([*BATCH, "--target", "x", "--model", "y"], "--target asks a running service"),
+    ([*BATCH, "--target", "x", "--pairs", "2"], "--target asks a running service"),
+    ([*BATCH, "--target", "http://u:secret@x"], "target: got"),
+    ([*BATCH, "--param", "seed=1"], "--param: got seed"),
+    ([*BATCH, "--max-tokens", "4", "--param", "max_tokens=5"], "--param: got max_tokens"),
+    (["batch", "in.jsonl", "-"], "output: got '-'"),
+    (["batch", "in.jsonl", "in.jsonl"], "beside the output"),
     ([*BATCH, "--target", "http://127.0.0.1:1"], "http://127.0.0.1:1"),
     ([*BATCH, "--config", "broken.yaml"], "broken.yaml"),
     # Numbers out of their limits.

@@ -67,7 +67,7 @@ def find_inputs(
     if not inputs:
         raise InvalidRequestError(FIELD, list(inputs), "at least one file, folder, glob or -")
     found: dict[tuple[str, str], InputFile] = {}
-    for named in inputs:
+    for named in dict.fromkeys(inputs):
         if named == "-":
             named = str(_spool(scratch, stdin))
         for file in _files_of(named):

@@ -15,7 +15,7 @@ from twotower.batch.counts import JobCounts, JobSummary
 from twotower.batch.inputs import find_inputs
 from twotower.batch.job_context import job_context
 from twotower.batch.join import count_rows, join_parts
-from twotower.batch.journal import JobPlaces, begin
+from twotower.batch.journal import JobPlaces, alone, begin
 from twotower.batch.meter import JobMeter
 from twotower.batch.options import JobOptions
 from twotower.batch.recovery import repair_parts, retry_rows
@@ -25,6 +25,8 @@ from twotower.batch.sink import PartSink
 from twotower.batch.source import InputSource
 from twotower.batch.work import BatchWork
 from twotower.data.completer import complete
+from twotower.data.targets import target_url
+from twotower.towers.errors import InvalidRequestError
 
 # Rows that are committed together: of a short job few, as they are what an interruption loses; of a
 # long one more, as every commit writes files of its own.
@@ -48,24 +50,29 @@ def run_job(
 
     `watch` is told how far it is about twice a second, `phase` what is done before. Raises
     InvalidRequestError and ConfigError for options, inputs and outputs that cannot be, and
-    UnavailableError if the service is lost for longer than `patience_s`.
+    UnavailableError if the service does not answer at the start. A row that has no answer for
+    `patience_s` is an error like others.
     """
     places = JobPlaces.of(options.output, options.format)
     with TemporaryDirectory() as scratch:
         phase("reading the input")
-        files = find_inputs(options.inputs, scratch=Path(scratch))
+        found = find_inputs(options.inputs, scratch=Path(scratch))
+        files = [file for file in found if not places.owns(file.filesystem, file.path)]
+        if not files:
+            raise InvalidRequestError("input", options.inputs, "files beside the output")
         inputs = scan(files, prompt_column=options.defaults.prompt_column)
         service = _service_of(options)
         model = service.model()
         if options.fresh:
             places.clear()
         begin(places, _facts(options, inputs, places, model))
-        return _Job(options, inputs, places, service, model.name).run(watch, phase)
+        with alone(places):
+            return _Job(options, inputs, places, service, model.name).run(watch, phase)
 
 
 def _service_of(options: JobOptions) -> Service:
     if options.targets:
-        return RunningServices(options.targets, options.api_key)
+        return RunningServices(tuple(map(target_url, options.targets)), options.api_key)
     return OwnService.of(options.service)
 
 
@@ -158,6 +165,8 @@ class _Job:
             inputs.files,
             duplicates=inputs.duplicates,
             prompt_column=options.defaults.prompt_column,
+            # What was read from stdin lies on this node.
+            distributed="-" not in options.inputs,
         )
         return complete(
             ray.data.read_datasource(source, num_cpus=_TASK_CPUS),

@@ -3,22 +3,28 @@ refused."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import posixpath
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from pyarrow import fs
 
 from twotower.batch.filesystems import open_filesystem
+from twotower.batch.inputs import kind_of
 from twotower.batch.join import errors_path
+from twotower.batch.parts import PartFolder
 from twotower.batch.sink import Format
 from twotower.towers.errors import ConfigError, InvalidRequestError, cut_off
 
 _FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 _VERSION = 1
+# In a folder of parts.
+_JOB = "_job"
 _SHOWN = 120
 
 
@@ -38,16 +44,25 @@ class JobPlaces:
 
     @classmethod
     def of(cls, output: str, wanted: Format | None) -> JobPlaces:
-        """The places for an output. Raises InvalidRequestError if its suffix and the wanted format
-        contradict each other."""
+        """The places for an output. Raises InvalidRequestError if it can be none, or if its suffix
+        and the wanted format contradict each other."""
+        _check_output(output)
         output = output.rstrip("/") if "://" in output else os.path.abspath(output)
         named = _FORMATS.get(posixpath.splitext(output)[1])
         if named is not None and wanted not in (None, named):
             raise InvalidRequestError("format", wanted, f"{named} for {posixpath.basename(output)}")
-        job = f"{output}.job" if named is not None else f"{output}/_job"
+        job = f"{output}.job" if named is not None else f"{output}/{_JOB}"
         parts = f"{job}/parts" if named is not None else output
         file = output if named is not None else None
         return cls(named or wanted or "jsonl", file, parts, f"{job}/checkpoints", f"{job}/job.json")
+
+    def owns(self, filesystem: fs.FileSystem, path: str) -> bool:
+        """True for a file that is the job's output, or a part of it."""
+        if self.file is not None:
+            files = [open_filesystem(url) for url in (self.file, errors_path(self.file))]
+            return any(own.equals(filesystem) and path == name for own, name in files)
+        own, folder = open_filesystem(self.parts)
+        return own.equals(filesystem) and path.startswith(f"{folder}/")
 
     def make(self) -> None:
         """Makes the folders."""
@@ -59,16 +74,17 @@ class JobPlaces:
         """Deletes what a job has left, its output too; nothing that no job has made."""
         if not _exists(self.journal):
             return
+        parts = PartFolder(self.parts, self.checkpoints)
         # The journal last: what has one can be gone on with or cleared.
         files = [self.file, errors_path(self.file)] if self.file is not None else []
         for url in files:
             if _exists(url):
                 _delete(url)
-        for url in (self.checkpoints, self.parts):
-            filesystem, path = open_filesystem(url)
-            for found in filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True)):
-                if found.type == fs.FileType.File:
-                    filesystem.delete_file(found.path)
+        filesystem, path = open_filesystem(self.checkpoints)
+        for found in filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True)):
+            filesystem.delete_file(found.path)
+        for name in parts.files():
+            parts.delete_file(name)
         _delete(self.journal)
 
 
@@ -95,15 +111,48 @@ def begin(places: JobPlaces, facts: Mapping[str, Any]) -> bool:
     return True
 
 
+@contextmanager
+def alone(places: JobPlaces) -> Iterator[None]:
+    """Keeps a second run of the job on this machine out. Raises ConfigError if there is one.
+
+    Elsewhere, and on filesystems without files of this machine, it keeps nobody out.
+    """
+    filesystem, path = open_filesystem(places.journal)
+    if not isinstance(filesystem, fs.LocalFileSystem):
+        yield
+        return
+    with open(path, "rb") as journal:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"job: {places.journal} is being worked on already") from None
+        yield
+
+
 def _refuse_strangers(places: JobPlaces) -> None:
     """A job does not write among, or over, files that it has not made."""
     if places.file is not None:
-        if _exists(places.file):
-            raise ConfigError(f"output: {places.file} is there already, and no job has made it")
+        for url in (places.file, errors_path(places.file)):
+            if _exists(url):
+                raise ConfigError(f"output: {url} is there already, and no job has made it")
         return
     filesystem, path = open_filesystem(places.parts)
-    if filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True)):
+    if filesystem.get_file_info(path).type == fs.FileType.File:
+        raise ConfigError(f"output: {places.parts} is a file, expected a .jsonl or .parquet name")
+    found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    # A job that was killed before it had a journal has left an empty folder.
+    if any(info.base_name != _JOB for info in found):
         raise ConfigError(f"output: {places.parts} is not empty, and no job has filled it")
+
+
+def _check_output(output: str) -> None:
+    """Raises InvalidRequestError for what would become a folder of an odd name."""
+    name = posixpath.basename(output.rstrip("/"))
+    wanted = "a .jsonl or .parquet file, or a folder"
+    if not name or name == "-" or "?" in output:
+        raise InvalidRequestError("output", output, wanted)
+    if kind_of(name) is not None and posixpath.splitext(name)[1] not in _FORMATS:
+        raise InvalidRequestError("output", name, wanted)
 
 
 def _differences(name: str, found: Any, wanted: Any) -> Iterator[str]:

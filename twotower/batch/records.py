@@ -144,7 +144,7 @@ def _parquet_records(file: InputFile, columns: Sequence[str] | None) -> Iterator
         names = parquet.schema_arrow.names
         if len(set(names)) != len(names):
             limit = "a Parquet file each of whose columns has a name of its own"
-            raise InvalidRequestError(FIELD, file.path, limit)
+            raise InvalidRequestError(FIELD, file.name, limit)
         if columns is not None:
             columns = [name for name in names if name in columns]
             if not columns:
@@ -207,7 +207,7 @@ def _csv_records(file: InputFile, lines: Iterator[bytes | None]) -> Iterator[tup
     if isinstance(header, str) or len(set(header)) != len(header):
         reason = header if isinstance(header, str) else "a name is there twice"
         limit = f"a CSV file whose first line names its columns ({reason})"
-        raise InvalidRequestError(FIELD, file.path, limit)
+        raise InvalidRequestError(FIELD, file.name, limit)
     for index, row in enumerate(rows):
         if isinstance(row, str):
             yield index, fault_line("bad_csv", f"not valid CSV: {row}", None)

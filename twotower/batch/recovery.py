@@ -44,15 +44,33 @@ def repair_parts(folder: str, checkpoints: str) -> int:
 
     To be called before each run. Undone are parts that are both committed and pending (a second
     attempt of a task, or a copy in place of a rename): Ray Data would delete their files and keep
-    their rows as done. So are committed parts that have no file. Files of parts that are neither
-    are deleted.
+    their rows as done. So are committed parts that have no file, and those with a row that another
+    part has. Files of parts that are neither are deleted.
     """
     parts = PartFolder(folder, checkpoints)
     committed, pending, files = set(parts.committed()), set(parts.pending()), parts.files()
     contradictory = committed & pending | committed - set(files.values())
+    contradictory |= _repeated(parts, committed - contradictory)
     for part in contradictory:
         parts.undo(part)
     for name, part in files.items():
         if part not in committed and part not in pending:
             parts.delete_file(name)
+        elif name.endswith(ERRORS_SUFFIX) and part in committed - contradictory:
+            # What a crash in `retry_rows` has left: rows that are undone, or done elsewhere.
+            own = CommittedPart(parts, part, parts.rows(part), has_errors=True)
+            if not own.error_rows().size:
+                parts.delete_file(name)
     return len(contradictory)
+
+
+def _repeated(parts: PartFolder, committed: set[str]) -> set[str]:
+    """Parts with a row that an earlier one has, as two runs at a time would leave them."""
+    repeated, seen = set(), numpy.array([], dtype=numpy.int64)
+    for part in sorted(committed):
+        rows = parts.rows(part)
+        if numpy.isin(rows, seen).any():
+            repeated.add(part)
+        else:
+            seen = numpy.concatenate([seen, rows])
+    return repeated

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import ray
 
+from twotower.client.keys import checked_key
 from twotower.deployments.config import ServiceConfig
 from twotower.deployments.server.local_ray import start_ray
 from twotower.deployments.server.server import LocalService, free_port
@@ -24,6 +25,8 @@ from twotower.towers.errors import InvalidRequestError, UnavailableError
 # Ray Data's tasks wait for connections, and read and write files: they need a place and no core.
 SPARE_CPUS = 4
 _TIMEOUT_S = 30.0
+# One excludes the other.
+_NUMBERS_OF_PAIRS = {"num_pairs", "autoscaling"}
 # Ray's own processes otherwise write hints for its developers between a job's lines.
 _QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
 
@@ -47,7 +50,9 @@ class OwnService:
     def of(cls, settings: Mapping[str, Any]) -> OwnService:
         """With free ports, unless the settings name them. Raises ConfigError."""
         ports = {"http_port": free_port(), "grpc_port": free_port()}
-        return cls(ServiceConfig.from_settings({**ports, **settings}))
+        # Nobody but the job asks it.
+        inside = {"http_host": "127.0.0.1", "api_keys": []}
+        return cls(ServiceConfig.from_settings({**ports, **settings, **inside}))
 
     def model(self) -> ServedModel:
         """What it will serve. Raises CheckpointError."""
@@ -116,9 +121,11 @@ def job_ray() -> Iterator[None]:
 
 def _model_of(target: str, api_key: str | None) -> ServedModel:
     """Name and fingerprint of the model of a service."""
-    headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+    headers = {} if api_key is None else {"authorization": f"Bearer {checked_key(api_key)}"}
     try:
-        answer = httpx.get(f"{target}/v1/models", headers=headers, timeout=_TIMEOUT_S)
+        # Not through a proxy, as the job's callers: it would see the key.
+        with httpx.Client(timeout=_TIMEOUT_S, trust_env=False) as client:
+            answer = client.get(f"{target}/v1/models", headers=headers)
         answer.raise_for_status()
         model = answer.json()["data"][0]
         return ServedModel(model["id"], model["fingerprint"])
@@ -133,4 +140,7 @@ def _model_of(target: str, api_key: str | None) -> ServedModel:
 def file_settings(path: Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a service: a file's, and in their place those that are given."""
     given = {name: value for name, value in settings.items() if value is not None}
-    return {**(read_settings(path) if path is not None else {}), **given}
+    settings = read_settings(path) if path is not None else {}
+    if given.keys() & _NUMBERS_OF_PAIRS:
+        settings = {name: settings[name] for name in settings.keys() - _NUMBERS_OF_PAIRS}
+    return {**settings, **given}

@@ -61,8 +61,9 @@ def batch(
         typer.Option(exists=True, dir_okay=False, help="YAML settings of the job's own service."),
     ] = None,
     pairs: Annotated[
-        str, typer.Option(metavar="N[:M]", help="Pairs of its own service; N:M lets them scale.")
-    ] = "1",
+        str | None,
+        typer.Option(metavar="N[:M]", help="Pairs of its own service; N:M lets them scale."),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of each tower of its own service.")
     ] = None,
@@ -98,7 +99,9 @@ def batch(
     ] = False,
     concurrency: Annotated[
         int | None,
-        typer.Option(help="Requests in flight of each caller; what the service has room for."),
+        typer.Option(
+            help="Requests in flight of each caller; what its own service has room for, or 64."
+        ),
     ] = None,
     callers: Annotated[
         str, typer.Option(metavar="N[:M]", help="Processes that make the calls.")
@@ -107,7 +110,7 @@ def batch(
         float, typer.Option(help="Seconds for which a request is tried again before it fails.")
     ] = 600.0,
     rows_per_commit: Annotated[
-        int | None, typer.Option(help="Rows that are written together; 8 to 256 by their number.")
+        int | None, typer.Option(help="Rows that are written together; 1 to 256 by their number.")
     ] = None,
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="Ask again about the rows that failed.")
@@ -130,8 +133,11 @@ def batch(
         "max_num_seqs": max_num_seqs,
         **_pair_settings(pairs),
     }
-    if target and (model or config):
-        raise typer.BadParameter("--target asks a running service, --model and --config start one")
+    if target and (config or any(value is not None for value in service.values())):
+        raise typer.BadParameter(
+            "--target asks a running service; --model, --config, --pairs, --threads and "
+            "--max-num-seqs are for one of the job's own"
+        )
     with _libraries():
         from twotower.batch.options import JobOptions
         from twotower.batch.requests import BatchDefaults
@@ -158,8 +164,9 @@ def batch(
 
 def _run(options: JobOptions) -> None:
     """Runs the job and prints its summary."""
-    from twotower.batch.job import run_job
-    from twotower.deployments.server.ray_messages import RayMessages
+    with _libraries():
+        from twotower.batch.job import run_job
+        from twotower.deployments.server.ray_messages import RayMessages
 
     stdout = sys.stdout
     with redirect_stdout(RayMessages(sys.stderr)), working("batch", "pieces") as bar:
@@ -202,6 +209,8 @@ def _fields(pairs: Sequence[str], **given: Any) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name.isidentifier():
             raise typer.BadParameter(f"--param: got {pair!r}, expected NAME=VALUE")
+        if name in fields or name == "seed":
+            raise typer.BadParameter(f"--param: got {name}, which has an option of its own")
         try:
             fields[name] = json.loads(value)
         except ValueError:
@@ -216,8 +225,10 @@ def _format(name: str | None) -> Literal["jsonl", "parquet"] | None:
     raise typer.BadParameter(f"--format: got {name!r}, expected jsonl or parquet")
 
 
-def _pair_settings(pairs: str) -> dict[str, Any]:
+def _pair_settings(pairs: str | None) -> dict[str, Any]:
     """Settings of a service with so many pairs."""
+    if pairs is None:
+        return {}
     least, most = _range("pairs", pairs)
     if least == most:
         return {"num_pairs": least}
@@ -243,6 +254,6 @@ def _libraries() -> Iterator[None]:
         with redirect_stdout(io.StringIO()):
             yield
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("pyarrow", "pandas", "aiohttp"):
+        if (error.name or "").split(".")[0] in ("pyarrow", "pandas", "aiohttp", "fsspec"):
             raise typer.BadParameter(_MISSING) from None
         raise
