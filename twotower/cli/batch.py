@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from twotower.cli.options import Model
+from twotower.cli.options import ApiKey, Model
 from twotower.cli.progress import Bar, is_live, working
 
 if TYPE_CHECKING:
@@ -47,14 +47,7 @@ def batch(
             "given several times. Without it the job starts a service of its own."
         ),
     ] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            envvar="TWOTOWER_API_KEY",
-            help="Key for that service. Other users of this machine see options, so better set "
-            "the variable.",
-        ),
-    ] = None,
+    api_key: ApiKey = None,
     model: Model = None,
     config: Annotated[
         Path | None,

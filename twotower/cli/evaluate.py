@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from twotower.cli.options import Device, Dtype, Model
+from twotower.cli.options import ApiKey, Device, Dtype, Model
 from twotower.cli.progress import hub_bars, working
 
 if TYPE_CHECKING:
@@ -38,10 +38,7 @@ def evaluate(
     target: Annotated[
         str | None, typer.Option(help="host:port of a running service; otherwise in process.")
     ] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(envvar="TWOTOWER_API_KEY", help="Key for that service; better the variable."),
-    ] = None,
+    api_key: ApiKey = None,
     likelihood: Annotated[
         str,
         typer.Option(

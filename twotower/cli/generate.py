@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from twotower.cli.options import Device, Dtype, Model
+from twotower.cli.options import ApiKey, Device, Dtype, Model
 from twotower.cli.progress import hub_bars, is_live, working
 
 if TYPE_CHECKING:
@@ -32,14 +32,7 @@ def generate(
     target: Annotated[
         str | None, typer.Option(help="host:port of a running service; otherwise in process.")
     ] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            envvar="TWOTOWER_API_KEY",
-            help="Key for that service. Other users of this machine see options, so better set "
-            "the variable.",
-        ),
-    ] = None,
+    api_key: ApiKey = None,
     model: Model = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",

@@ -12,3 +12,11 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="Number format: float32 or bfloat16.")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        envvar="TWOTOWER_API_KEY",
+        help="Key for that service. Other users of this machine see options, so better set "
+        "the variable.",
+    ),
+]
