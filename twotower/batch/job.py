@@ -10,10 +10,9 @@ from typing import Any
 
 import ray
 
-from twotower.batch.background import Background, silence_ray
 from twotower.batch.counts import JobCounts, JobSummary
 from twotower.batch.inputs import find_inputs
-from twotower.batch.job_context import job_context
+from twotower.batch.job_context import in_our_words, job_context
 from twotower.batch.join import count_rows, join_parts
 from twotower.batch.journal import JobPlaces, alone, begin
 from twotower.batch.meter import JobMeter
@@ -23,6 +22,7 @@ from twotower.batch.scan import InputSummary, scan
 from twotower.batch.service import OwnService, RunningServices, ServedModel, Service
 from twotower.batch.sink import PartSink
 from twotower.batch.source import InputSource
+from twotower.batch.watching import POLL_S, watched
 from twotower.batch.work import BatchWork
 from twotower.data.completer import complete
 from twotower.data.targets import target_url
@@ -34,7 +34,6 @@ _MOST_ROWS, _COMMITS = 256, 500
 _DEFAULT_IN_FLIGHT = 64
 # Requests that wait in the service beside those it works on, so that no row is free.
 _WAITING_SHARE = 0.25
-_POLL_S = 0.5
 # For the last counts, which are printed.
 _LAST_S = 30.0
 # More would have Ray start more processes, which take longer than the tasks.
@@ -122,19 +121,14 @@ class _Job:
         before = sum(count_rows(places.parts, places.checkpoints))
         last = JobCounts(rows=rows, before=before)
         if before < rows:
-            # The service goes first, and Ray with it: the pipeline of an interrupted job ends then.
-            with Background() as background, self._service.running(phase) as targets:
-                last = self._complete(background, targets, last, watch)
+            with self._service.running(phase) as targets:
+                last = self._complete(targets, last, watch)
         phase("writing the output")
         completed, errors = self._finish()
         return JobSummary(rows, completed, errors, last, self._options.output, self._model)
 
     def _complete(
-        self,
-        background: Background,
-        targets: tuple[str, ...],
-        counts: JobCounts,
-        watch: Callable[[JobCounts], None],
+        self, targets: tuple[str, ...], counts: JobCounts, watch: Callable[[JobCounts], None]
     ) -> JobCounts:
         """Asks the services about the rows that are left; `counts` grown by that."""
         meter, began = JobMeter(), time.monotonic()
@@ -142,20 +136,15 @@ class _Job:
         def now(wait_s: float) -> JobCounts:
             return counts.grown(meter.sums(wait_s), time.monotonic() - began)
 
-        background.start(lambda: self._pipeline(targets, meter))
-        try:
-            while not background.ended(_POLL_S):
-                watch(now(_POLL_S))
-        except KeyboardInterrupt:
-            silence_ray()
-            raise
+        with watched(lambda: watch(now(POLL_S))):
+            self._pipeline(targets, meter)
         last = now(_LAST_S)
         watch(last)
         return last
 
     def _pipeline(self, targets: tuple[str, ...], meter: JobMeter) -> None:
         """Reads, asks and writes; returns when all rows are committed."""
-        with job_context(self._places):
+        with job_context(self._places), in_our_words():
             self._write(self._ask(targets, meter))
 
     def _ask(self, targets: tuple[str, ...], meter: JobMeter) -> ray.data.Dataset:

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 
 from ray.data import DataContext
 from ray.data.checkpoint import CheckpointConfig
+from ray.exceptions import RayError, RayTaskError
 
 from twotower.batch.filesystems import open_filesystem
 from twotower.batch.journal import JobPlaces
 from twotower.batch.lines import CHECKPOINT_COLUMN
+from twotower.towers.errors import TwoTowerError, UnavailableError
 
 # A file is read in such pieces, and no further ahead than rows are wanted.
 _BLOCK_BYTES = 1 << 20
@@ -50,3 +52,16 @@ def job_context(places: JobPlaces) -> Iterator[None]:
         DataContext._set_current(before)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def in_our_words() -> Iterator[None]:
+    """Raises an error of a pipeline as ours if it is one, else as UnavailableError in one line."""
+    try:
+        yield
+    except RayError as error:
+        if isinstance(error, RayTaskError) and isinstance(error.cause, TwoTowerError):
+            raise error.cause from error
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1] if lines else repr(error)
+        raise UnavailableError(f"the job's pipeline failed: {reason}") from error

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import RayError
 
 
 class _Counts:
@@ -37,6 +37,6 @@ class JobMeter:
 
     def sums(self, timeout_s: float = 1.0) -> dict[str, int]:
         """The sums so far; those of the last time if the actor does not answer in time."""
-        with suppress(GetTimeoutError, RayActorError):
+        with suppress(RayError):
             self._last = ray.get(self._actor.sums.remote(), timeout=timeout_s)
         return self._last
