@@ -76,6 +76,19 @@ def test_a_program_of_transformers(run: Run, shipped: TwoTower) -> None:
     assert loss == f"loss {-sum(scores) / len(scores):.2f} nats a token"
 
 
+# First: it has a Ray of its own, and a process has one at a time.
+@pytest.mark.cluster
+@pytest.mark.filterwarnings("default")
+def test_a_batch_job_answers_in_order_and_names_what_it_cannot(run: Run, shipped: TwoTower) -> None:
+    prompts = runpy.run_path(str(FOLDER / "batch_job.py"))["PROMPTS"]
+    *answers, summary = run("batch_job.py").splitlines()[-4:]
+    params = GenerationParams(mode="verified", max_tokens=16)
+    whole = shipped.generate_requests([Request(text, params) for text in prompts if text])
+    expected = [f"request-{i} {result.text!r}" for i, result in enumerate(whole)]
+    assert answers == expected
+    assert "'completed': 3, 'errors': 1" in summary
+
+
 @pytest.fixture(scope="module")
 def service() -> Iterator[Any]:
     """A running service with the shipped model, for the examples that want one."""
@@ -127,15 +140,3 @@ def test_a_pipeline_of_ray_data(run: Run, service: Any) -> None:
             text = "".join(block.text for block in stream)
             assert row.endswith(f": {text!r}")
             assert f": {len(stream.token_ids)} tokens, " in row
-
-
-@pytest.mark.cluster
-@pytest.mark.filterwarnings("default")
-def test_a_batch_job_answers_in_order_and_names_what_it_cannot(run: Run, shipped: TwoTower) -> None:
-    prompts = runpy.run_path(str(FOLDER / "batch_job.py"))["PROMPTS"]
-    *answers, summary = run("batch_job.py").splitlines()[-4:]
-    params = GenerationParams(mode="verified", max_tokens=16)
-    whole = shipped.generate_requests([Request(text, params) for text in prompts if text])
-    expected = [f"request-{i} {result.text!r}" for i, result in enumerate(whole)]
-    assert answers == expected
-    assert "'completed': 3, 'errors': 1" in summary

@@ -187,6 +187,7 @@ def in_a_thread(service: FakeService) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("target")
+@pytest.mark.slow
 def test_places_are_taken_all_the_time() -> None:
     timed = Timed(rows=ROWS, concurrency=16, mean_s=0.8)
     with in_a_thread(timed.service):

@@ -20,7 +20,7 @@ from twotower.deployments.server.server import LocalService, free_port
 from twotower.deployments.settings_file import read_settings
 from twotower.towers.checkpoint.fingerprint import fingerprint
 from twotower.towers.checkpoint.weights import resolve_checkpoint
-from twotower.towers.errors import InvalidRequestError, UnavailableError
+from twotower.towers.errors import ConfigError, InvalidRequestError, UnavailableError
 
 # Ray Data's tasks wait for connections, and read and write files: they need a place and no core.
 SPARE_CPUS = 4
@@ -68,7 +68,10 @@ class OwnService:
 
     @contextmanager
     def running(self, phase: Callable[[str], None]) -> Iterator[tuple[str, ...]]:
-        """The URLs of the service while it runs. Raises UnavailableError."""
+        """The URLs of the service while it runs. Raises UnavailableError, and ConfigError in a
+        process that uses Ray already."""
+        if ray.is_initialized():
+            raise ConfigError("service: this process uses Ray already; name the job's targets")
         os.environ.update(_QUIET)
         with LocalService(self.config, spare_cpus=SPARE_CPUS, phase=phase):
             yield (f"http://127.0.0.1:{self.config.http_port}",)
