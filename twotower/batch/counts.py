@@ -9,12 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class JobCounts:
-    """How far a job is: `done` of `rows`, of them `before` this run; and what this run has taken:
-    errors, tokens of output, passes of both towers, retries of requests."""
+    """How far a job is: of `rows` those that were done `before` this run; and what this run has
+    done and taken: rows, errors among them, tokens of output, passes of both towers, retries."""
 
     rows: int
     before: int
-    done: int = 0
+    rows_of_this_run: int = 0
     errors: int = 0
     tokens: int = 0
     nfe: int = 0
@@ -22,14 +22,11 @@ class JobCounts:
     retries: int = 0
     seconds: float = 0.0
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "done", max(self.done, self.before))
-
     def grown(self, sums: Mapping[str, int], seconds: float) -> JobCounts:
         """With the sums of a meter after so many seconds."""
         return replace(
             self,
-            done=self.before + sums.get("rows", 0),
+            rows_of_this_run=sums.get("rows", 0),
             errors=sums.get("errors", 0),
             tokens=sums.get("tokens", 0),
             nfe=sums.get("passes", 0),
@@ -37,6 +34,11 @@ class JobCounts:
             retries=sums.get("retries", 0),
             seconds=seconds,
         )
+
+    @property
+    def done(self) -> int:
+        """Rows that are done, by any run."""
+        return self.before + self.rows_of_this_run
 
     @property
     def tokens_per_s(self) -> float:
@@ -69,7 +71,7 @@ class JobSummary:
             "rows": self.rows,
             "completed": self.completed,
             "errors": self.errors,
-            "rows_of_this_run": counts.done - counts.before,
+            "rows_of_this_run": counts.rows_of_this_run,
             "completion_tokens": counts.tokens,
             "tokens_per_s": round(counts.tokens_per_s, 1),
             "tokens_per_pass": None if rate is None else round(rate, 3),

@@ -78,9 +78,14 @@ def find_inputs(
 def kind_of(path: str) -> Kind | None:
     """The kind of a file by its suffix, None if it is of none that is known."""
     name = posixpath.basename(path).lower()
-    plain = next((name.removesuffix(end) for end in _COMPRESSED if name.endswith(end)), name)
+    plain = uncompressed_name(name)
     kind = _KINDS.get(posixpath.splitext(plain)[1])
     return None if kind == "parquet" and plain != name else kind
+
+
+def uncompressed_name(name: str) -> str:
+    """A file's name without the ending of a compressed file, if it has one."""
+    return next((name.removesuffix(end) for end in _COMPRESSED if name.endswith(end)), name)
 
 
 def _spool(scratch: Path | None, stdin: BinaryIO | None) -> Path:

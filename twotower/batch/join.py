@@ -16,13 +16,13 @@ import pyarrow.fs
 import pyarrow.parquet
 
 from twotower.batch.filesystems import join_path, open_filesystem
+from twotower.batch.inputs import uncompressed_name
 from twotower.batch.part_chunks import Chunk, CommittedPart
-from twotower.batch.parts import PartFolder
+from twotower.batch.parts import PartFolder, repeated_rows
 from twotower.batch.sink import ERRORS_SUFFIX, PARQUET_SCHEMA, Format
 from twotower.towers.errors import InvalidRequestError
 
 _GROUP_BYTES = 16 << 20
-_COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 _Source = tuple[int, Callable[[], Iterator[Chunk]]]
 
 
@@ -73,8 +73,8 @@ def count_rows(folder: str, checkpoints: str) -> tuple[int, int]:
 def errors_path(output: str) -> str:
     """The path of the file of errors beside an output file."""
     folder, name = posixpath.split(output)
-    plain = next((name.removesuffix(end) for end in _COMPRESSED if name.endswith(end)), name)
-    return posixpath.join(folder, posixpath.splitext(plain)[0] + ERRORS_SUFFIX)
+    plain = posixpath.splitext(uncompressed_name(name))[0]
+    return posixpath.join(folder, plain + ERRORS_SUFFIX)
 
 
 def _committed(folder: PartFolder) -> list[CommittedPart]:
@@ -85,11 +85,9 @@ def _committed(folder: PartFolder) -> list[CommittedPart]:
         for name in folder.committed()
     ]
     parts = sorted((part for part in found if part.rows.size), key=lambda part: int(part.rows[0]))
-    if parts:
-        rows = numpy.sort(numpy.concatenate([part.rows for part in parts]))
-        twice = rows[1:][rows[1:] == rows[:-1]]
-        if twice.size:
-            raise InvalidRequestError("output", int(twice[0]), "a row in one committed part alone")
+    twice = repeated_rows([part.rows for part in parts])
+    if twice.size:
+        raise InvalidRequestError("output", int(twice[0]), "a row in one committed part alone")
     return parts
 
 

@@ -8,6 +8,7 @@ is what a crash has left.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy
 import pyarrow
@@ -21,6 +22,15 @@ from twotower.towers.errors import InvalidRequestError
 _CHECKPOINT = re.compile(r"(part-\w+-\d+)\.parquet")
 _PENDING = re.compile(r"(part-\w+-\d+)\.pending\.parquet")
 _PART_FILE = re.compile(r"(part-\w+-\d+)\.(jsonl|parquet|errors\.jsonl)")
+
+
+def repeated_rows(parts: Sequence[numpy.ndarray]) -> numpy.ndarray:
+    """Rows that are in several of the arrays, ascending, one time fewer than they are there."""
+    if not parts:
+        return numpy.array([], dtype=numpy.int64)
+    rows: numpy.ndarray = numpy.sort(numpy.concatenate(parts))
+    twice: numpy.ndarray = rows[1:][rows[1:] == rows[:-1]]
+    return twice
 
 
 class PartFolder:

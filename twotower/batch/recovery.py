@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy
 
 from twotower.batch.part_chunks import CommittedPart
-from twotower.batch.parts import PartFolder
+from twotower.batch.parts import PartFolder, repeated_rows
 from twotower.batch.sink import ERRORS_SUFFIX
 
 
@@ -66,11 +66,15 @@ def repair_parts(folder: str, checkpoints: str) -> int:
 
 def _repeated(parts: PartFolder, committed: set[str]) -> set[str]:
     """Parts with a row that an earlier one has, as two runs at a time would leave them."""
-    repeated, seen = set(), numpy.array([], dtype=numpy.int64)
-    for part in sorted(committed):
-        rows = parts.rows(part)
-        if numpy.isin(rows, seen).any():
+    rows = {part: parts.rows(part) for part in sorted(committed)}
+    # All other rows cannot make a difference, and there may be millions of them.
+    twice = repeated_rows(list(rows.values()))
+    repeated: set[str] = set()
+    seen: set[int] = set()
+    for part, own in rows.items():
+        shared = set(numpy.intersect1d(own, twice).tolist()) if twice.size else set()
+        if shared & seen:
             repeated.add(part)
         else:
-            seen = numpy.concatenate([seen, rows])
+            seen |= shared
     return repeated

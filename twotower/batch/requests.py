@@ -21,11 +21,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from twotower.batch.lines import MAX_LINE_BYTES, read_fault
-from twotower.data.bodies import row_seed
+from twotower.data.bodies import CHAT, COMPLETIONS, row_seed
 from twotower.towers.errors import cut_off, shorten
 
-COMPLETIONS = "/v1/completions"
-CHATS = "/v1/chat/completions"
 MAX_CUSTOM_ID = 512
 # The parser and the writer of JSON call themselves for each level of a value.
 _MAX_DEPTH = 100
@@ -187,10 +185,10 @@ def _openai_request(
     if method.upper() != "POST":
         reason = f"method: got {shorten(method)}, expected POST"
         raise RowError("invalid_method", reason, "method")
-    if url not in (COMPLETIONS, CHATS):
-        reason = f"url: got {shorten(url)}, expected {COMPLETIONS} or {CHATS}"
+    if url not in (COMPLETIONS, CHAT):
+        reason = f"url: got {shorten(url)}, expected {COMPLETIONS} or {CHAT}"
         raise RowError("unknown_url", reason, "url")
-    if url == CHATS:
+    if url == CHAT:
         _check_messages(body.get("messages"), "body.messages")
     else:
         _check_prompt(body.get("prompt"), "body.prompt", or_texts=True)
@@ -205,7 +203,7 @@ def _plain_request(custom_id: str, record: dict[str, Any], defaults: BatchDefaul
     if column == "messages" or (isinstance(prompt, list) and prompt and _are(prompt, dict)):
         _check_messages(prompt, column)
         body = _body(custom_id, {"messages": prompt}, defaults)
-        return BatchRequest(custom_id, CHATS, body, record)
+        return BatchRequest(custom_id, CHAT, body, record)
     _check_prompt(prompt, column, or_texts=False)
     return BatchRequest(
         custom_id, COMPLETIONS, _body(custom_id, {"prompt": prompt}, defaults), record

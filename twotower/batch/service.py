@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import ray
 
-from twotower.client.keys import checked_key
+from twotower.client.keys import authorization
 from twotower.deployments.config import ServiceConfig
 from twotower.deployments.server.local_ray import start_ray
 from twotower.deployments.server.server import LocalService, free_port
@@ -83,7 +83,8 @@ class RunningServices:
 
     targets: tuple[str, ...]
     api_key: str | None = field(default=None, repr=False)
-    max_rows: int | None = None
+    # What they have room for is not known.
+    max_rows: ClassVar[int | None] = None
 
     def model(self) -> ServedModel:
         """What they serve. Raises UnavailableError if one does not answer, InvalidRequestError if
@@ -124,7 +125,7 @@ def job_ray() -> Iterator[None]:
 
 def _model_of(target: str, api_key: str | None) -> ServedModel:
     """Name and fingerprint of the model of a service."""
-    headers = {} if api_key is None else {"authorization": f"Bearer {checked_key(api_key)}"}
+    headers = {} if api_key is None else authorization(api_key)
     try:
         # Not through a proxy, as the job's callers: it would see the key.
         with httpx.Client(timeout=_TIMEOUT_S, trust_env=False) as client:

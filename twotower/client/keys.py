@@ -58,6 +58,11 @@ class KeyedChannel:
         return with_key
 
 
+def authorization(api_key: object) -> dict[str, str]:
+    """The header of HTTP that carries an API key. Raises as `checked_key`."""
+    return {_AUTHORIZATION: f"Bearer {checked_key(api_key)}"}
+
+
 def checked_key(api_key: object) -> str:
     """An API key that a header can hold. Raises InvalidRequestError without repeating it."""
     if isinstance(api_key, str) and api_key and all("!" <= letter <= "~" for letter in api_key):

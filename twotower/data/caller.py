@@ -11,7 +11,7 @@ from typing import Any
 
 import aiohttp
 
-from twotower.client.keys import checked_key
+from twotower.client.keys import authorization
 from twotower.data.places import Places
 from twotower.data.replies import TRANSIENT, Reply, error_body, read_reply
 from twotower.data.targets import Target, Targets
@@ -205,7 +205,7 @@ class ServiceCaller:
 
 def _authorization(api_key: str | None) -> dict[str, str]:
     key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
-    return {"authorization": f"Bearer {checked_key(key)}"} if key else {}
+    return authorization(key) if key else {}
 
 
 def _now() -> float:
