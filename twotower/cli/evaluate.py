@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +17,9 @@ if TYPE_CHECKING:
     from twotower.evaluation.card import CardTask
     from twotower.evaluation.lm_eval_model import TwoTowerLM
     from twotower.evaluation.run import Question
+
+    # Loads the model for as long as a block runs.
+    OpenedModel = Callable[[], AbstractContextManager[TwoTowerLM]]
 
 
 def evaluate(
@@ -108,10 +114,8 @@ def evaluate(
         "log_samples": log_samples,
         "run_code": run_code,
     }
-    if card:
-        run_card(names, num_fewshot, settings, arguments, param or [], threads, output)
-    else:
-        run_tasks(names, num_fewshot, settings, arguments, param or [], threads, output)
+    run = run_card if card else run_tasks
+    run(names, num_fewshot, settings, partial(loaded, arguments, param or [], threads), output)
 
 
 def list_card() -> None:
@@ -129,20 +133,15 @@ def run_tasks(
     names: list[str],
     num_fewshot: int | None,
     settings: dict[str, Any],
-    arguments: dict[str, Any],
-    params: list[str],
-    threads: int | None,
+    opened: OpenedModel,
     output: Path | None,
 ) -> None:
     """Runs tasks together and prints their table."""
     from twotower.evaluation.run import Question, evaluate, shown, write_results
 
     question = Question(names, num_fewshot=num_fewshot, **settings)
-    model = loaded(arguments, params, threads)
-    try:
+    with opened() as model:
         results = evaluate(model, question)
-    finally:
-        model.backend.close()
     if output is not None:
         write_results(results, output)
     typer.echo(shown(results))
@@ -152,9 +151,7 @@ def run_card(
     names: list[str],
     num_fewshot: int | None,
     settings: dict[str, Any],
-    arguments: dict[str, Any],
-    params: list[str],
-    threads: int | None,
+    opened: OpenedModel,
     output: Path | None,
 ) -> None:
     """Runs tasks of the card one by one, with its shots unless others are given; `output` gets the
@@ -165,17 +162,14 @@ def run_card(
     card = read_card()
     chosen = card.chosen(names)
     questions = [_card_question(task, num_fewshot, settings) for task in chosen]
-    model = loaded(arguments, params, threads)
     measured: dict[str, float | None] = {}
-    try:
+    with opened() as model:
         for task, question in zip(chosen, questions, strict=True):
             results = evaluate(model, question)
             measured[task.name] = figure(results, task)
             if output is not None:
                 write_results(results, output.with_stem(f"{output.stem}.{task.name}"))
             typer.echo(shown(results))
-    finally:
-        model.backend.close()
     typer.echo(table(card, measured))
 
 
@@ -191,8 +185,12 @@ def _card_question(task: CardTask, num_fewshot: int | None, settings: dict[str, 
     return Question(task.tasks, num_fewshot=shots, **settings)
 
 
-def loaded(arguments: dict[str, Any], params: list[str], threads: int | None) -> TwoTowerLM:
-    """The model of lm-eval's class. Raises InvalidRequestError where lm-eval is missing."""
+@contextmanager
+def loaded(
+    arguments: dict[str, Any], params: list[str], threads: int | None
+) -> Iterator[TwoTowerLM]:
+    """The model of lm-eval's class while the block runs. Raises InvalidRequestError where lm-eval
+    is missing."""
     from twotower.evaluation import check_installed
 
     check_installed()
@@ -206,4 +204,8 @@ def loaded(arguments: dict[str, Any], params: list[str], threads: int | None) ->
             torch.set_num_threads(threads)
         from twotower.evaluation.lm_eval_model import TwoTowerLM
 
-        return TwoTowerLM(**everything)
+        model = TwoTowerLM(**everything)
+    try:
+        yield model
+    finally:
+        model.backend.close()
