@@ -41,6 +41,7 @@ from twotower.cluster.placement.start import start_towers
 from twotower.cluster.services.tower_services import PairServices
 from twotower.cluster.topology import PairTopology
 from twotower.towers.decoding.generation import generate_blocks
+from twotower.towers.decoding.services import Extended
 from twotower.towers.engine.options import EngineOptions
 from twotower.towers.request.params import GenerationParams
 
@@ -232,12 +233,12 @@ class TimedContext:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
-    async def extend(self, row_id: str, token_ids: Sequence[int]) -> int:
+    async def extend(self, *how: Any) -> Extended:
         """Extends a row and notes how long it took, its wait for a pass included."""
         started = time.monotonic()
-        passes: int = await self._context.extend(row_id, token_ids)
+        extended: Extended = await self._context.extend(*how)
         self._seconds.append(time.monotonic() - started)
-        return passes
+        return extended
 
 
 async def stream(

@@ -32,6 +32,8 @@ from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser
 from twotower.towers.decoding.provisional import Drafting
 from twotower.towers.decoding.services import (
     Block,
+    DraftScores,
+    Extended,
     Prefilled,
     ProvisionalBlock,
     Scores,
@@ -109,15 +111,31 @@ class ContextTowerService(TowerService):
         """See `ContextService`."""
         return await self._call(ContextTowerService.prefill, row_id, prompt, generated, params)
 
-    async def extend(self, row_id: str, token_ids: Sequence[int]) -> int:
+    async def extend(
+        self,
+        row_id: str,
+        token_ids: Sequence[int],
+        params: GenerationParams,
+        output: Sequence[int] = (),
+    ) -> Extended:
         """See `ContextService`."""
-        return await self._call(ContextTowerService.extend, row_id, token_ids)
+        return await self._call(ContextTowerService.extend, row_id, token_ids, params, output)
 
     async def decode(
-        self, row_id: str, count: int, params: GenerationParams, output: Sequence[int] = ()
+        self,
+        row_id: str,
+        count: int,
+        params: GenerationParams,
+        output: Sequence[int] = (),
+        draft_s: float | None = None,
     ) -> Block:
         """See `ContextService`."""
-        return await self._call(ContextTowerService.decode, row_id, count, params, output)
+        call = ContextTowerService.decode
+        return await self._call(call, row_id, count, params, output, draft_s)
+
+    async def update_mirror(self, row_id: str) -> None:
+        """See `ContextService`."""
+        await self._call(ContextTowerService.update_mirror, row_id)
 
     async def verify(
         self,
@@ -125,9 +143,10 @@ class ContextTowerService(TowerService):
         draft: Sequence[int],
         params: GenerationParams,
         output: Sequence[int] = (),
+        scores: DraftScores | None = None,
     ) -> Block:
         """See `ContextService`."""
-        return await self._call(ContextTowerService.verify, row_id, draft, params, output)
+        return await self._call(ContextTowerService.verify, row_id, draft, params, output, scores)
 
     async def score(self, token_ids: Sequence[int], top_logprobs: int = 0) -> Scores:
         """See `ContextService`."""

@@ -25,6 +25,8 @@ class CommitLog:
         self.context_passes = 0
         self.accepted_tokens = 0
         self.drafted_tokens = 0
+        self.lookup_accepted_tokens = 0
+        self.lookup_drafted_tokens = 0
         self.cached_tokens = 0
         self.finish_reason: FinishReason | None = None
         self._eased: float | None = None
@@ -50,6 +52,8 @@ class CommitLog:
             self.cached_tokens,
             self.accepted_tokens,
             self.drafted_tokens,
+            self.lookup_accepted_tokens,
+            self.lookup_drafted_tokens,
         )
 
     def served(self, asked: GenerationParams) -> GenerationParams:
@@ -86,5 +90,7 @@ class CommitLog:
         self.context_passes += block.context_passes
         self.accepted_tokens += block.accepted_tokens
         self.drafted_tokens += block.drafted_tokens
+        self.lookup_accepted_tokens += block.lookup_accepted_tokens
+        self.lookup_drafted_tokens += block.lookup_drafted_tokens
         self.finish_reason = block.finish_reason
         return True

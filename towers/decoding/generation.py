@@ -43,8 +43,10 @@ async def generate_blocks(
     to a share, 0 to 1, of the way to its floors (GenerationParams.eased). Whatever ends the
     iteration, the row is released on both sides.
     """
-    if params.traits.needs_denoiser and denoiser is None:
+    if params.needs_denoiser and denoiser is None:
         raise ValueError(f"mode: {params.mode} needs a denoiser")
+    if not params.uses_denoiser:
+        denoiser = None
     params = params.for_prompt(len(prompt))
     loop = _RowLoop(context, denoiser, row_id, params, len(prompt), generated)
     begin, clock = time.time(), _Clock()
@@ -146,7 +148,7 @@ class _RowLoop:
     async def open(self) -> int:
         """Waits until the row is open on both sides; returns how many other rows still wait."""
         waiting = await self._context.open(self._row_id, self._capacity)
-        if self._denoiser is not None and self._params.traits.needs_denoiser:
+        if self._denoiser is not None:
             await self._denoiser.open(self._row_id, self._capacity)
         return waiting
 
@@ -220,8 +222,10 @@ class _RowLoop:
 
     async def _extend(self, token_ids: Sequence[int]) -> tuple[int, float]:
         clock = _Clock()
-        passes = await self._context.extend(self._row_id, token_ids)
-        return passes, clock.lap()
+        extended = await self._context.extend(
+            self._row_id, token_ids, self._params, tuple(self._output)
+        )
+        return extended.passes, clock.lap()
 
     async def _read_passes(self) -> tuple[int, float]:
         """Passes and seconds of the extension that runs, once it has ended."""
@@ -254,7 +258,7 @@ class _RowLoop:
     ) -> Block:
         """Asks a tower for the next block, draft or token."""
         row_id, params, output = self._row_id, self._params, tuple(self._output)
-        if not params.traits.needs_denoiser:
+        if params.traits.denoiser == "never":
             return await self._context.decode(row_id, params.block_size, params, output)
         assert self._denoiser is not None
         if params.traits.unit == "token":

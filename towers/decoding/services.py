@@ -9,8 +9,10 @@ Guarantees that every implementation gives:
 - `open` waits, in order, until the row has its slot and pages;
 - the caller makes one call for a row at a time, except that `denoise_block` and `next_token` may be
   called while `extend` runs; calls for different rows may overlap freely;
-- after `prefill`, `extend` or `verify` returns, the state up to that position has been handed to
-  the link in order; a call of the denoiser waits until its mirror has that state.
+- after `prefill`, `extend` or `verify` of a row that is mirrored at once
+  (`GenerationParams.mirrored_at_once`), and after `update_mirror` of any row, the state up to that
+  position has been handed to the link in order; a call of the denoiser waits until its mirror has
+  that state.
 """
 
 from __future__ import annotations
@@ -19,17 +21,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from torch import Tensor
+
 from twotower.towers.request.params import FinishReason, GenerationParams
-from twotower.towers.request.results import ProvisionalBlock, TopLogProbs
+from twotower.towers.request.results import DraftedBy, ProvisionalBlock, TopLogProbs
 
 __all__ = [
     "Block",
     "BlockTiming",
     "ContextService",
     "DenoiserService",
+    "DraftScores",
+    "Extended",
+    "PassTime",
     "Prefilled",
     "ProvisionalBlock",
     "Scores",
+    "Token",
     "TopLogProbs",
     "Watcher",
 ]
@@ -56,6 +64,39 @@ class BlockTiming:
 
 
 @dataclass(frozen=True)
+class Token:
+    """A token that a context tower drew, with its confidence and log-probability, and the most
+    probable tokens there if they were asked for."""
+
+    token_id: int
+    confidence: float
+    log_prob: float
+    top: TopLogProbs | None = None
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """Seconds that a pass over so many tokens took, of `rows` rows."""
+
+    seconds: float
+    tokens: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class DraftScores:
+    """What the denoiser's draws of n tokens were made from, at each the K best: `token_ids` [n, K]
+    int64 and `scores` [n, K] fp32, the largest first, on the CPU.
+
+    A score is what the drawn token is the argmax of: log-probability with bias, penalties,
+    temperature, filters and noise.
+    """
+
+    token_ids: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True)
 class Block:
     """Tokens that were committed together, with step and probability of each.
 
@@ -63,12 +104,16 @@ class Block:
     probability that the tower gave token i then and `log_probs[i]` its natural logarithm: the
     denoiser's in mask_diffusion and mock_ar, the context tower's in ar and verified. `start` is
     the absolute position of the first token, `nfe` the number of denoiser calls and
-    `context_passes` that of context passes spent since the block before it. In verified,
-    `drafted_tokens` were checked and `accepted_tokens` of them accepted. `cached_tokens` of the
+    `context_passes` that of context passes spent since the block before it. In verified and auto,
+    `drafted_tokens` were checked and `accepted_tokens` of them accepted, those of lookups
+    `lookup_drafted_tokens` and `lookup_accepted_tokens`; `drafted_by` is who drafted last, and
+    `wants_draft` says that a draft of the denoiser pays next. `cached_tokens` of the
     prompt came from the prefix cache (0 after the first block). `eased` is the share of the way to
     its floors that the row is served with (GenerationParams.eased). `top_log_probs[i]` are the
     `top_logprobs` most probable tokens of the distribution that `log_probs[i]` is of, of equals the
-    lowest id first; it is empty if none were asked for. Blocks of other `timing` are equal.
+    lowest id first; it is empty if none were asked for. `draft_scores` are those of the tokens of a
+    draft that is not known yet, if its acceptance needs them; `passes` are the passes that the
+    block took, as far as they are known. Blocks that differ in these two or in `timing` are equal.
     """
 
     start: int
@@ -84,6 +129,12 @@ class Block:
     cached_tokens: int = 0
     eased: float = 0.0
     top_log_probs: tuple[TopLogProbs, ...] = ()
+    lookup_accepted_tokens: int = 0
+    lookup_drafted_tokens: int = 0
+    drafted_by: DraftedBy = ""
+    wants_draft: bool = False
+    draft_scores: DraftScores | None = field(default=None, compare=False)
+    passes: tuple[PassTime, ...] = field(default=(), compare=False)
     timing: BlockTiming | None = field(default=None, compare=False)
 
     def first(self, count: int) -> Block:
@@ -104,10 +155,21 @@ Watcher = Callable[[ProvisionalBlock], None]
 
 @dataclass(frozen=True)
 class Prefilled:
-    """Passes that read a row, and tokens of it that came from the prefix cache."""
+    """Passes that read a row, tokens of it that came from the prefix cache, and the first token of
+    the next block where the context tower draws it."""
 
     passes: int
     cached_tokens: int = 0
+    first: Token | None = None
+
+
+@dataclass(frozen=True)
+class Extended:
+    """Passes that read a committed block, and the first token of the next block where the context
+    tower draws it."""
+
+    passes: int
+    first: Token | None = None
 
 
 @dataclass(frozen=True)
@@ -133,17 +195,37 @@ class ContextService(Protocol):
     ) -> Prefilled:
         """Reads a prompt and, on a resume, what was already generated."""
 
-    async def extend(self, row_id: str, token_ids: Sequence[int]) -> int:
-        """Appends committed tokens to the row's context; returns passes made."""
+    async def extend(
+        self,
+        row_id: str,
+        token_ids: Sequence[int],
+        params: GenerationParams,
+        output: Sequence[int] = (),
+    ) -> Extended:
+        """Appends committed tokens to the row's context.
+
+        `output`, here and below, are all tokens of the output before the call, here with
+        `token_ids`, which penalties count; empty without penalties.
+        """
 
     async def decode(
-        self, row_id: str, count: int, params: GenerationParams, output: Sequence[int] = ()
+        self,
+        row_id: str,
+        count: int,
+        params: GenerationParams,
+        output: Sequence[int] = (),
+        draft_s: float | None = None,
     ) -> Block:
-        """Decodes up to `count` tokens autoregressively; stops after an EOS.
+        """Decodes about `count` tokens with the context tower alone; stops after an EOS.
 
-        `output`, here and below, are all tokens of the output before the call, which penalties
-        count; empty without penalties.
+        In ar they are at most `count`, one a pass. In verified and auto a pass checks a draft from
+        a lookup, and the last may accept more than `count`; the block ends early, possibly without
+        tokens, if a draft of the denoiser pays next, which takes `draft_s` seconds of its passes
+        for this row (None: not known).
         """
+
+    async def update_mirror(self, row_id: str) -> None:
+        """Brings the denoiser's mirror of the row to where its context ends."""
 
     async def verify(
         self,
@@ -151,8 +233,11 @@ class ContextService(Protocol):
         draft: Sequence[int],
         params: GenerationParams,
         output: Sequence[int] = (),
+        scores: DraftScores | None = None,
     ) -> Block:
-        """Checks a draft by one pass over it and appends what it accepts to the row's context.
+        """Checks a draft of the denoiser by one pass over it and appends what it accepts to the
+        row's context; `scores` are those of its tokens that are not known yet, if `params` ask for
+        a mix.
 
         The block holds the accepted tokens that are new and the token that the tower draws after
         them, which is the first of the next draft.

@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 
 from twotower.towers.decoding.sampling import DOMAIN_AUTOREGRESSIVE, Draw, Sampler
-from twotower.towers.decoding.services import Block, Prefilled, Scores, TopLogProbs
+from twotower.towers.decoding.services import (
+    Block,
+    DraftScores,
+    Extended,
+    Prefilled,
+    Scores,
+    Token,
+    TopLogProbs,
+)
 from twotower.towers.engine.admission import Admission
 from twotower.towers.engine.context_blocks import ContextBlocks
 from twotower.towers.engine.context_pass import ContextPass
-from twotower.towers.engine.context_row import ContextRow, Token, block_of, in_turn
+from twotower.towers.engine.context_row import ContextRow, block_of, in_turn, token_of
 from twotower.towers.engine.context_steps import ContextSteps
 from twotower.towers.engine.context_work import ContextResult, ContextWork
 from twotower.towers.engine.cuda_graph import GraphMemory
@@ -111,13 +119,24 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         row = self._row(row_id)
         return await self._owned(row, self._prefill(row, prompt, generated, params))
 
-    async def extend(self, row_id: str, token_ids: Sequence[int]) -> int:
+    async def extend(
+        self,
+        row_id: str,
+        token_ids: Sequence[int],
+        params: GenerationParams,
+        output: Sequence[int] = (),
+    ) -> Extended:
         """Appends a committed block, or one token of a mock_ar row, and publishes the state."""
         row = self._row(row_id)
         return await self._owned(row, self._extend(row, token_ids))
 
     async def decode(
-        self, row_id: str, count: int, params: GenerationParams, output: Sequence[int] = ()
+        self,
+        row_id: str,
+        count: int,
+        params: GenerationParams,
+        output: Sequence[int] = (),
+        draft_s: float | None = None,
     ) -> Block:
         """Takes the token drawn last, then reads it and draws the next, up to `count` times."""
         row = self._row(row_id)
@@ -129,10 +148,15 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         draft: Sequence[int],
         params: GenerationParams,
         output: Sequence[int] = (),
+        scores: DraftScores | None = None,
     ) -> Block:
         """Reads a draft, keeps the tokens that the tower draws as well, and publishes the state."""
         row = self._row(row_id)
         return await self._owned(row, self._verify(row, draft, params, output))
+
+    async def update_mirror(self, row_id: str) -> None:
+        """Brings the denoiser's mirror of the row to where its context ends."""
+        self._row(row_id)
 
     async def reseed(self, row_id: str, prepare: Callable[[], None]) -> None:
         """Sends all that the row's state holds, to a mirror that holds nothing, after `prepare`;
@@ -177,7 +201,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         # mock_ar reads the context as it was before its last token: that one stays in the log.
         held = [pieces.pop()] if params.traits.holds_prompt_end else []
         feed = None
-        if self.link is not None and params.traits.needs_denoiser:
+        if self.link is not None and params.needs_denoiser:
             feed = KvFeed(self.link, row.row_id, state)
         try:
             hidden, saved = self._restore(row, pieces)
@@ -255,10 +279,10 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
     ) -> Token:
         logits = self.tower.logits(hidden.unsqueeze(0))
         sampler = Sampler.from_params(params)
-        return Token.of(sampler.draw(logits, [position], 0, DOMAIN_AUTOREGRESSIVE, generated), 0)
+        return token_of(sampler.draw(logits, [position], 0, DOMAIN_AUTOREGRESSIVE, generated), 0)
 
     @in_turn
-    async def _extend(self, row: ContextRow, token_ids: Sequence[int]) -> int:
+    async def _extend(self, row: ContextRow, token_ids: Sequence[int]) -> Extended:
         state = state_of(row.state)
         start = state.position
         if state.length > state.position:
@@ -266,12 +290,12 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
             self.tower.advance(state, 1)
             await self._publish(row, start)
             await self._submit(ContextWork(state, token_ids, advance=False))
-            return 1
+            return Extended(1)
         plan = plan_update(self.tower.config, start, start + len(token_ids))
         writer = self._writer(row, plan)
         result = await self._write_through(ContextWork(state, token_ids, sink=writer), writer)
         self._note(row, token_ids, result.hidden)
-        return 1
+        return Extended(1)
 
     @in_turn
     async def _reseed(self, row: ContextRow, prepare: Callable[[], None]) -> None:
@@ -300,7 +324,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
             result = await self._submit(ContextWork(state, [token.token_id], draw=draw))
             passes += 1
             assert result.drawn is not None
-            row.token = Token.of(result.drawn, 0)
+            row.token = token_of(result.drawn, 0)
             self._note(row, [token.token_id], result.hidden)
         steps = tuple(range(len(taken)))
         return block_of(start, taken, steps, context_passes=passes)
@@ -324,7 +348,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
             draw = replace(draw, output=output, drafted=drafted)
         result = await self._submit(ContextWork(state, draft, advance=False, draw=draw))
         assert result.drawn is not None
-        tokens = [row.token, *(Token.of(result.drawn, index) for index in range(len(draft)))]
+        tokens = [row.token, *(token_of(result.drawn, index) for index in range(len(draft)))]
         accepted = 0
         while accepted < len(draft) and draft[accepted] == tokens[accepted].token_id:
             accepted += 1

@@ -9,7 +9,7 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from twotower.towers.decoding.sampling import Drawn
-from twotower.towers.decoding.services import Block, TopLogProbs
+from twotower.towers.decoding.services import Block, Token
 from twotower.towers.engine.engine import EngineRow
 
 T = TypeVar("T")
@@ -17,21 +17,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-@dataclass(frozen=True)
-class Token:
-    """A token that the context tower drew, with its confidence and log-probability, and the most
-    probable tokens there if they were asked for."""
-
-    token_id: int
-    confidence: float
-    log_prob: float
-    top: TopLogProbs | None = None
-
-    @classmethod
-    def of(cls, drawn: Drawn, index: int) -> Token:
-        """The token at an index of a draw."""
-        top = drawn.top_log_probs[index] if drawn.top_log_probs else None
-        return cls(drawn.token_ids[index], drawn.confidences[index], drawn.log_probs[index], top)
+def token_of(drawn: Drawn, index: int) -> Token:
+    """The token at an index of a draw."""
+    top = drawn.top_log_probs[index] if drawn.top_log_probs else None
+    return Token(drawn.token_ids[index], drawn.confidences[index], drawn.log_probs[index], top)
 
 
 @dataclass(eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.request.logit_bias import biased_within, checked_bias
@@ -14,6 +14,11 @@ from twotower.towers.request.number_checks import check_real, check_whole
 from twotower.towers.request.token_ids import check_ids, check_text, plain_number, text_list
 
 FinishReason = Literal["stop", "length"]
+Quality = Literal["ar", "near", "fast"]
+DraftSource = Literal["any", "lookup", "denoiser"]
+Acceptance = Literal["strict", "mix"]
+CommitRuleName = Literal["released", "leftmost", "product"]
+TokenSource = Literal["context", "denoiser"]
 MAX_BLOCK_SIZE = 256
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
@@ -22,7 +27,22 @@ MAX_TOP_LOGPROBS = 20
 SEED_BITS = 63
 # Completions of a request: rows that it puts into the queue at once.
 MAX_CHOICES = 128
-_NO_NUMBERS = ("mode", "stop", "logit_bias", "provisional")
+# Parameters with a fixed set of values.
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "mode": MODES,
+    "quality": get_args(Quality),
+    "draft_source": get_args(DraftSource),
+    "acceptance": get_args(Acceptance),
+    "commit_rule": get_args(CommitRuleName),
+    "first_token": get_args(TokenSource),
+}
+_NO_NUMBERS = (*_CHOICES, "stop", "logit_bias", "provisional")
+# Who draws the first token of a block unless the request says so.
+_FIRST_TOKEN: dict[CommitRuleName, TokenSource] = {
+    "released": "denoiser",
+    "leftmost": "context",
+    "product": "context",
+}
 # Floors of a service under load; where nothing else waits they have no effect.
 FLOORS = ("min_steps_per_block", "min_confidence_threshold")
 # Not sent with a request: the first is the model's, the second is set by the block loop.
@@ -37,11 +57,27 @@ class GenerationParams:
     `temperature` 0 is greedy. `top_k`, `top_p` and `min_p` narrow the draw, in this order, after
     the temperature. `seed` None means that one is drawn. `eos_token_id` None means no EOS.
     `steps_per_block` matters to mask_diffusion only, `confidence_threshold` to it and to verified;
-    ar and mock_ar hand out `block_size` tokens at a time. `draft_steps` are the most denoiser
-    passes per draft in verified. Neither EOS nor one of the `stop` strings (kept as a tuple) ends
-    the output before it has `min_tokens` tokens. `min_steps_per_block` and
+    ar and mock_ar hand out `block_size` tokens at a time. Neither EOS nor one of the `stop` strings
+    (kept as a tuple) ends the output before it has `min_tokens` tokens. `min_steps_per_block` and
     `min_confidence_threshold` are floors down to which mask_diffusion may be served where rows
     wait; None: as asked.
+
+    In mask_diffusion `commit_rule` chooses the positions that a step commits: those above the
+    threshold, and where there is none the most confident (`released`) or the leftmost masked one
+    (`leftmost`); or the leading masked positions while the product of their confidences is above
+    the threshold, at least one (`product`). `first_token` tells which tower draws the first token
+    of a block: the context tower has its logits from the pass that read the block before; None:
+    the denoiser with the released rule, the context tower with the others.
+
+    In verified, drafts of up to `block_size` tokens come from `draft_source`: `lookup` (what has
+    followed the last tokens where they stood before in prompt or output), `denoiser`, in at most
+    `draft_steps` passes, or `any` of the two or none, whichever pays. `acceptance` of a denoiser's
+    draft is `strict` (the context tower draws the same token) or `mix`: the draw from
+    `mix_ratio` * denoiser + (1 - `mix_ratio`) * context in log-probabilities, with the same noise,
+    is the same token. Drafts of other sources are always checked strictly.
+
+    `quality` is what auto may give up for speed: nothing, so that its tokens are those of ar
+    (`ar`); what a mix of 0.3 gives up (`near`); what mask_diffusion does (`fast`).
 
     `logit_bias` (a mapping or pairs, kept as pairs by token id) and the two penalties change what
     is drawn, before temperature and filters and at temperature 0 too: score(token) = logit +
@@ -78,6 +114,12 @@ class GenerationParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     top_logprobs: int = 0
     provisional: bool = False
+    quality: Quality = "ar"
+    draft_source: DraftSource = "any"
+    acceptance: Acceptance = "strict"
+    mix_ratio: float = 0.3
+    commit_rule: CommitRuleName = "leftmost"
+    first_token: TokenSource | None = None
     eos_from: int = 0
 
     def __post_init__(self) -> None:
@@ -85,8 +127,10 @@ class GenerationParams:
             if field.name not in _NO_NUMBERS:
                 number = plain_number(getattr(self, field.name))
                 object.__setattr__(self, field.name, number)
-        if self.mode not in MODES:
-            raise InvalidRequestError("mode", self.mode, f"one of {', '.join(MODES)}")
+        for name, choices in _CHOICES.items():
+            chosen = getattr(self, name)
+            if chosen not in choices and not (name == "first_token" and chosen is None):
+                raise InvalidRequestError(name, chosen, f"one of {', '.join(choices)}")
         check_whole("max_tokens", self.max_tokens, 1)
         check_whole("block_size", self.block_size, 1, MAX_BLOCK_SIZE)
         check_whole("steps_per_block", self.steps_per_block, 1)
@@ -103,6 +147,7 @@ class GenerationParams:
         if self.eos_token_id is not None:
             check_whole("eos_token_id", self.eos_token_id, 0)
         check_whole("draft_steps", self.draft_steps, 1, MAX_BLOCK_SIZE)
+        check_real("mix_ratio", self.mix_ratio, 0.0, 1.0)
         check_whole("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.min_steps_per_block is not None:
             check_whole("min_steps_per_block", self.min_steps_per_block, 1, self.steps_per_block)
@@ -122,6 +167,37 @@ class GenerationParams:
     def traits(self) -> ModeTraits:
         """Properties of the mode."""
         return TRAITS[self.mode]
+
+    @property
+    def uses_denoiser(self) -> bool:
+        """True if the row is opened in a denoiser tower where there is one."""
+        drafts = self.traits.chooses or self.draft_source != "lookup"
+        return self.traits.denoiser == "always" or (self.traits.denoiser == "optional" and drafts)
+
+    @property
+    def needs_denoiser(self) -> bool:
+        """True if the row cannot be served without a denoiser tower."""
+        traits = self.traits
+        only = self.draft_source == "denoiser" and not traits.chooses
+        return traits.denoiser == "always" or (traits.denoiser == "optional" and only)
+
+    @property
+    def mirrored_at_once(self) -> bool:
+        """True if the denoiser follows every commit; otherwise its mirror is brought up to date
+        before a draft."""
+        return self.needs_denoiser
+
+    @property
+    def starts_with_context(self) -> bool:
+        """True if a block of mask_diffusion begins with a token of the context tower."""
+        if self.traits.unit != "block":
+            return False
+        return (self.first_token or _FIRST_TOKEN[self.commit_rule]) == "context"
+
+    @property
+    def mix(self) -> float:
+        """The denoiser's share in the acceptance of its drafts, 0 where it is strict."""
+        return self.mix_ratio if self.acceptance == "mix" else 0.0
 
     @property
     def penalizes(self) -> bool:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 # The most probable tokens at a position with their natural log-probabilities, the best first.
 TopLogProbs = tuple[tuple[int, float], ...]
 
 
+# Who drafted tokens that the context tower has checked; empty where nobody has.
+DraftedBy = Literal["", "lookup", "denoiser"]
+
+
 @dataclass(frozen=True)
 class TextBlock:
     """A committed block; `commit_steps` and `confidences` are each token's denoising step and
-    probability.
+    probability, `drafted_by` tells who drafted it.
 
     `index` counts the blocks of a stream from 0, `start` is the absolute position of the first
     token. `text` is what these tokens settle of the output's text, without EOS and stop string;
@@ -28,6 +33,7 @@ class TextBlock:
     confidences: tuple[float, ...]
     log_probs: tuple[float, ...]
     top_log_probs: tuple[TopLogProbs, ...] = ()
+    drafted_by: DraftedBy = ""
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,9 @@ class ProvisionalBlock:
 class Usage:
     """Cost of a completion: tokens, denoiser passes (`nfe`) and context tower passes.
 
-    `cached_tokens` of the prompt came from the prefix cache; in verified, `accepted_tokens` of
-    `drafted_tokens` were accepted.
+    `cached_tokens` of the prompt came from the prefix cache. In verified and auto,
+    `accepted_tokens` of `drafted_tokens` were accepted; of lookups `lookup_accepted_tokens` of
+    `lookup_drafted_tokens`.
     """
 
     prompt_tokens: int
@@ -61,6 +68,8 @@ class Usage:
     cached_tokens: int
     accepted_tokens: int
     drafted_tokens: int
+    lookup_accepted_tokens: int = 0
+    lookup_drafted_tokens: int = 0
 
     def after(self, earlier: Usage | None) -> Usage:
         """The cost of this stream together with that of the streams before it, which it resumes."""
@@ -74,4 +83,6 @@ class Usage:
             earlier.cached_tokens,
             self.accepted_tokens + earlier.accepted_tokens,
             self.drafted_tokens + earlier.drafted_tokens,
+            self.lookup_accepted_tokens + earlier.lookup_accepted_tokens,
+            self.lookup_drafted_tokens + earlier.lookup_drafted_tokens,
         )

@@ -130,7 +130,7 @@ def replay_autoregressive(
         tokens, nfe = asyncio.run(_generate(context, denoiser, prompt, params))
         want = _up_to_eos(tensors["output"][row][len(prompt) :].tolist(), eos)
         report.same(f"output[{row}]", tokens, want)
-        report.same(f"nfe[{row}]", nfe, len(want) if TRAITS[mode].needs_denoiser else 0)
+        report.same(f"nfe[{row}]", nfe, len(want) if TRAITS[mode].denoiser == "always" else 0)
         logits = _step_logits(context, denoiser, prompt, want, mode)
         recorded = tensors["logits"][row]
         report.close(f"logits[{row}]", logits, recorded[: len(logits)], LOGIT_TOLERANCE)
@@ -144,7 +144,7 @@ def _step_logits(
     mode: Mode,
 ) -> Tensor:
     """The logits from which each of the n output tokens was taken, [n, V]."""
-    if not TRAITS[mode].needs_denoiser:
+    if TRAITS[mode].denoiser != "always":
         state = context.new_state(len(prompt) + len(output))
         hidden = read_tokens(context, [*prompt, *output[:-1]], state)
         return context.logits(hidden[len(prompt) - 1 :])

@@ -179,6 +179,7 @@ class _Start:
         self.open = engine.open
         self.extend = engine.extend
         self.decode = engine.decode
+        self.update_mirror = engine.update_mirror
         self.verify = engine.verify
         self.score = engine.score
         self.release = engine.release

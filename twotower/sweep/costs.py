@@ -48,7 +48,7 @@ class PassCosts:
         """Speed-up over `ar` of a point, both as lines of a report; None without the costs of its
         block size."""
         traits = TRAITS[point["mode"]]
-        if not traits.needs_denoiser:
+        if traits.denoiser == "never":
             return 1.0
         ms = self.blocks.get(point["block_size"], {})
         kind = "extend" if traits.tokens_from == "denoiser" else "verify"

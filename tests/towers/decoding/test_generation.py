@@ -14,6 +14,7 @@ from twotower.towers.decoding.generation import committed, cut, generate_blocks
 from twotower.towers.decoding.services import (
     Block,
     BlockTiming,
+    Extended,
     Prefilled,
     ProvisionalBlock,
     Scores,
@@ -88,14 +89,21 @@ class ScriptedContext(Side):
         await self.script.step("prefill", *prompt, *generated)
         return Prefilled(5)
 
-    async def extend(self, row_id: str, token_ids: Sequence[int]) -> int:
+    async def extend(
+        self, row_id: str, token_ids: Sequence[int], params: GenerationParams, output: Sequence[int]
+    ) -> Extended:
         assert row_id in self.rows
         await self.script.step("extend", *token_ids)
         self.position += len(token_ids)
-        return 1
+        return Extended(1)
 
     async def decode(
-        self, row_id: str, count: int, params: GenerationParams, output: Sequence[int]
+        self,
+        row_id: str,
+        count: int,
+        params: GenerationParams,
+        output: Sequence[int] = (),
+        draft_s: float | None = None,
     ) -> Block:
         self.script.told.append(tuple(output))
         assert row_id in self.rows
@@ -106,6 +114,9 @@ class ScriptedContext(Side):
         return block_of(tokens, start, nfe=0, passes=len(tokens))
 
     async def verify(self, *_: Any) -> Block:
+        raise NotImplementedError
+
+    async def update_mirror(self, row_id: str) -> None:
         raise NotImplementedError
 
     async def score(self, *_: Any) -> Scores:
@@ -374,7 +385,8 @@ async def test_an_error_ends_the_row_and_frees_it(
         await exhaust(make_row(script, params_of(mode, max_tokens=16)), seen)
     assert len(seen) == blocks
     assert script.rows == {"context": set(), "denoiser": set()}
-    assert names(script)[-2:] == ["denoiser release", "context release"]
+    sides = ["context"] if mode == "ar" else ["denoiser", "context"]
+    assert names(script)[-len(sides) :] == [f"{side} release" for side in sides]
 
 
 async def test_a_failing_release_still_frees_the_other_side() -> None:
@@ -410,7 +422,13 @@ async def test_a_reader_that_leaves_frees_the_row(taken: int) -> None:
 
 async def test_a_reader_that_leaves_does_not_wait_for_a_stuck_context() -> None:
     class StuckContext(ScriptedContext):
-        async def extend(self, row_id: str, token_ids: Sequence[int]) -> int:
+        async def extend(
+            self,
+            row_id: str,
+            token_ids: Sequence[int],
+            params: GenerationParams,
+            output: Sequence[int],
+        ) -> Extended:
             await self.script.step("extend", row_id, *token_ids)
             await asyncio.Event().wait()
             raise AssertionError("nobody sets the event")
@@ -540,7 +558,7 @@ class SlowContext(ScriptedContext):
         await asyncio.sleep(0.06)
         return await super().prefill(*how)
 
-    async def extend(self, *how: Any) -> int:
+    async def extend(self, *how: Any) -> Extended:
         await asyncio.sleep(0.04)
         return await super().extend(*how)
 
