@@ -201,7 +201,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         # mock_ar reads the context as it was before its last token: that one stays in the log.
         held = [pieces.pop()] if params.traits.holds_prompt_end else []
         feed = None
-        if self.link is not None and params.needs_denoiser:
+        if self.link is not None and params.uses_denoiser:
             feed = KvFeed(self.link, row.row_id, state)
         try:
             hidden, saved = self._restore(row, pieces)
