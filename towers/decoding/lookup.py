@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from twotower.towers.errors import InvalidRequestError
 
-__all__ = ["LONGEST_MATCH", "Match", "LookupIndex"]
+__all__ = ["LONGEST_MATCH", "LookupIndex", "Match"]
 
 LONGEST_MATCH = 8
 # Sorting puts two ranks and a position, 20 bits each, into 63 bits.
@@ -42,6 +42,7 @@ _SCRAMBLED_BITS = 31
 _SCRAMBLED = (1 << _SCRAMBLED_BITS) - 1
 # Before the first token stands what equals no token, so that contexts there need no check.
 _NO_TOKEN = -1
+_NO_NINTH = -2
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,9 @@ class LookupIndex:
         bucket = scrambled >> self._shift
         there = self._newest[bucket]
         self._newest[bucket] = here
+        # A ninth that equals no token ends the comparison, so that it has no limit to look at.
+        context: list[int] = text[here : here - LONGEST_MATCH : -1].tolist()
+        context.append(_NO_NINTH)
         # Where the next smaller and the next larger context go: slot 2 i has what is smaller
         # than context i, slot 2 i + 1 what is larger. All that follow share as many tokens with
         # the new context as the less alike of its two neighbours so far.
@@ -129,14 +133,14 @@ class LookupIndex:
         alike_smaller = alike_larger = longest = found = 0
         while there:
             alike = alike_smaller if alike_smaller < alike_larger else alike_larger
-            while alike < LONGEST_MATCH and text[here - alike] == text[there - alike]:
+            while (other := text[there - alike]) == context[alike]:
                 alike += 1
             if alike > longest:
                 longest, found = alike, there
             if alike == LONGEST_MATCH:
                 below[smaller], below[larger] = below[2 * there], below[2 * there + 1]
                 break
-            if text[there - alike] < text[here - alike]:
+            if other < context[alike]:
                 below[smaller] = there
                 smaller, alike_smaller = 2 * there + 1, alike
                 there = below[smaller]
