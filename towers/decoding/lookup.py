@@ -208,7 +208,7 @@ def _sorted_contexts(scrambled: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
         order, rank = _ranked(rank << bits | before, position, bits)
         alike *= 2
     ranks = rank[order]
-    last = np.append(ranks[1:] != ranks[:-1], True)
+    last: npt.NDArray[np.bool_] = np.append(ranks[1:] != ranks[:-1], True)
     return order[last]
 
 
