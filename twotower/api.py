@@ -16,6 +16,7 @@ from twotower.streams import AsyncGenerationStream, GenerationStream
 from twotower.towers.checkpoint.checkpoint import ReadProgress
 from twotower.towers.checkpoint.weights import parse_device, parse_dtype, resolve_checkpoint
 from twotower.towers.config.model_config import TwoTowerConfig
+from twotower.towers.decoding.draft_times import DraftTimes
 from twotower.towers.decoding.generation import generate_blocks
 from twotower.towers.decoding.output import Begun, begin_output, commit_blocks
 from twotower.towers.engine.context_engine import ContextEngine
@@ -65,6 +66,7 @@ class TwoTower:
         self._denoiser = denoiser
         self._calls = CallLoop()
         self._row_numbers = itertools.count()
+        self._draft_times = DraftTimes()
 
     @classmethod
     def from_pretrained(
@@ -249,7 +251,13 @@ class TwoTower:
             params.check_row(prompt_ids, *limits, generated)
         row_id = f"row-{next(self._row_numbers)}"
         blocks = generate_blocks(
-            self._context, self._denoiser, row_id, prompt_ids, params, generated
+            self._context,
+            self._denoiser,
+            row_id,
+            prompt_ids,
+            params,
+            generated,
+            draft_times=self._draft_times,
         )
         return commit_blocks(blocks, text, log), text, log, params
 

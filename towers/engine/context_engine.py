@@ -12,6 +12,7 @@ from torch import Tensor
 from twotower.towers.decoding.sampling import DOMAIN_AUTOREGRESSIVE, Draw, Sampler
 from twotower.towers.decoding.services import (
     Block,
+    DraftCosts,
     DraftScores,
     Extended,
     Prefilled,
@@ -26,6 +27,7 @@ from twotower.towers.engine.context_row import ContextRow, block_of, in_turn, to
 from twotower.towers.engine.context_steps import ContextSteps
 from twotower.towers.engine.context_work import ContextResult, ContextWork
 from twotower.towers.engine.cuda_graph import GraphMemory
+from twotower.towers.engine.draft_rounds import DraftRounds
 from twotower.towers.engine.engine import Engine, state_of
 from twotower.towers.engine.options import EngineOptions
 from twotower.towers.engine.prefill import KvFeed, prefill_pieces, send_update
@@ -81,6 +83,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         self.pool = pool
         self.cache = cache
         self.prefill_chunk = options.prefill_chunk_on(device.type)
+        self._rounds = DraftRounds(tower, self._submit, with_denoiser=link is not None)
 
     def stats(self) -> EngineStats:
         """Counters since the start and the present load, the prefix cache's included."""
@@ -136,11 +139,12 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         count: int,
         params: GenerationParams,
         output: Sequence[int] = (),
-        draft_s: float | None = None,
+        costs: DraftCosts = DraftCosts(),
     ) -> Block:
-        """Takes the token drawn last, then reads it and draws the next, up to `count` times."""
+        """Takes the token drawn last, then reads it and draws the next, up to `count` times; where
+        drafts are checked, see `DraftRounds.decode`."""
         row = self._row(row_id)
-        return await self._owned(row, self._decode(row, count, params, output))
+        return await self._owned(row, self._decode(row, count, params, output, costs))
 
     async def verify(
         self,
@@ -215,6 +219,9 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
                 await feed.close()
         for piece in held:
             await self._submit(ContextWork(state, piece, advance=False, prefill=True))
+        if params.traits.unit == "draft" and not params.needs_denoiser:
+            tokens = [*prompt, *generated]
+            row.drafts = self._rounds.begin(tokens, params)
         if params.traits.holds_output_end and generated:
             row.token, row.committed = Token(generated[-1], 1.0, 0.0), True
         elif params.traits.tokens_from == "context":
@@ -305,8 +312,15 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
 
     @in_turn
     async def _decode(
-        self, row: ContextRow, count: int, params: GenerationParams, output: Sequence[int]
+        self,
+        row: ContextRow,
+        count: int,
+        params: GenerationParams,
+        output: Sequence[int],
+        costs: DraftCosts,
     ) -> Block:
+        if row.drafts is not None:
+            return await self._rounds.decode(row, row.drafts, count, params, output, costs)
         state = state_of(row.state)
         sampler = Sampler.from_params(params)
         start = state.position
@@ -355,6 +369,9 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         self.tower.advance(state, accepted)
         state.truncate()
         row.token, row.committed = tokens[accepted], True
+        if row.drafts is not None:
+            fresh = [token.token_id for token in tokens[known : accepted + 1]]
+            row.drafts.take(fresh, accepted - known)
         if accepted:
             await self._publish(row, start)
         return block_of(
@@ -394,9 +411,11 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         return torch.cat(parts)
 
     async def _submit(self, work: ContextWork) -> ContextResult:
-        return await self._loop.submit(
+        served = await self._loop.serve(
             work, len(work.tokens), prefill=work.prefill, patient=work.is_block
         )
+        self._rounds.times.note(served.passed)
+        return served.result
 
     async def _write_through(self, work: ContextWork, writer: UpdateWriter | None) -> ContextResult:
         """A pass whose update is sent while it computes."""

@@ -20,7 +20,7 @@ from twotower.towers.decoding.sampling import (
     Sampler,
     draw_tokens,
 )
-from twotower.towers.decoding.services import Block, BlockTiming, Watcher
+from twotower.towers.decoding.services import Block, BlockTiming, PassTime, Watcher
 from twotower.towers.decoding.unmasking import BlockDraft, CommitRule, ReplayRule, ThresholdRule
 from twotower.towers.engine.admission import Admission
 from twotower.towers.engine.denoiser_steps import DenoiserSteps, StepWork
@@ -212,11 +212,14 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
     async def _denoise_on_device(
         self, state: ContextState, draft: DeviceDraft, watch: Watcher | None
     ) -> Block:
+        passes: list[PassTime] = []
         while True:
-            result = await self._loop.submit((state, draft), draft.length, begun=draft.begun)
+            served = await self._loop.serve((state, draft), draft.length, begun=draft.begun)
+            result = served.result
             assert isinstance(result, StepResult)
+            passes.append(served.passed)
             if not result.remaining:
-                return _block(draft.start, draft.step, result)
+                return _block(draft.start, draft.step, result, passes)
             if watch is not None:
                 watch(result.draft(draft.start, draft.step))
 
@@ -224,6 +227,7 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
         self, state: ContextState, draft: BlockDraft, sampler: Sampler, asked: _Asked
     ) -> Block:
         mask = self.tower.config.mask_token_id
+        passes: list[PassTime] = []
         while not draft.done:
             masked = list(draft.masked)
             positions = [asked.position + offset for offset in masked]
@@ -234,13 +238,15 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
             draw = Draw(sampler, positions, step, asked.domain, mask, asked.output, drafted)
             work = _DrawWork(state, list(draft.token_ids), draft.timestep, masked, draw)
             begun = draft.step > 0
-            drawn = await self._loop.submit(work, len(draft.token_ids), begun=begun)
+            served = await self._loop.serve(work, len(draft.token_ids), begun=begun)
+            drawn = served.result
             assert isinstance(drawn, Drawn)
+            passes.append(served.passed)
             draft.commit(drawn.token_ids, drawn.confidences, drawn.log_probs, drawn.top_log_probs)
             if asked.watch is not None and not draft.done:
                 predicted = drawn.token_ids, drawn.confidences
                 asked.watch(draft_on_host(asked.position, draft, masked, *predicted))
-        return _block(asked.position, draft.step, draft)
+        return _block(asked.position, draft.step, draft, passes)
 
     async def _next_token(
         self,
@@ -310,8 +316,10 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
         return self._steps.run(works)
 
 
-def _block(start: int, nfe: int, draft: BlockDraft | StepResult) -> Block:
-    """The block of a draft that is done."""
+def _block(
+    start: int, nfe: int, draft: BlockDraft | StepResult, passes: Sequence[PassTime]
+) -> Block:
+    """The block of a draft that is done, after these passes."""
     return Block(
         start,
         tuple(draft.token_ids),
@@ -319,6 +327,7 @@ def _block(start: int, nfe: int, draft: BlockDraft | StepResult) -> Block:
         tuple(draft.confidences),
         nfe=nfe,
         log_probs=tuple(draft.log_probs),
+        passes=tuple(passes),
         top_log_probs=() if isinstance(draft, StepResult) else tuple(draft.top_log_probs),
     )
 

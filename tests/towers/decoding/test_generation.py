@@ -14,6 +14,7 @@ from twotower.towers.decoding.generation import committed, cut, generate_blocks
 from twotower.towers.decoding.services import (
     Block,
     BlockTiming,
+    DraftCosts,
     Extended,
     Prefilled,
     ProvisionalBlock,
@@ -103,7 +104,7 @@ class ScriptedContext(Side):
         count: int,
         params: GenerationParams,
         output: Sequence[int] = (),
-        draft_s: float | None = None,
+        costs: DraftCosts = DraftCosts(),
     ) -> Block:
         self.script.told.append(tuple(output))
         assert row_id in self.rows
