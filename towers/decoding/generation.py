@@ -248,9 +248,13 @@ class _RowLoop:
         self, position: int, last_token: int, known: Sequence[int], watch: Watcher | None
     ) -> Block:
         begin, clock = time.time(), _Clock()
+        if self._denoiser is not None and not self._params.mirrored_at_once:
+            await self._context.update_mirror(self._row_id)
+        sent_s = clock.lap()
         block = await self._ask(position, last_token, known, watch)
         waited = 0.0 if block.timing is None else block.timing.transfer_s
-        timing = BlockTiming(begin, transfer_s=waited, denoise_s=max(0.0, clock.lap() - waited))
+        denoise_s = max(0.0, clock.lap() - waited)
+        timing = BlockTiming(begin, transfer_s=sent_s + waited, denoise_s=denoise_s)
         return replace(block, timing=timing)
 
     async def _ask(
