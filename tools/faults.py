@@ -162,9 +162,9 @@ REPLAY = [
     Fault(
         "replay: a delta from anywhere",
         "towers",
-        "if self._replayed is not None and self._replayed_from == start:",
-        "if self._replayed is not None:",
-        "test_context_state test_pair_towers",
+        "unsent.kept and unsent.start == start < self.position",
+        "unsent.kept",
+        "test_context_state",
     ),
 ]
 ADMISSION = [

@@ -224,8 +224,6 @@ class _RowLoop:
         params, clock = self._params, _Clock()
         if asked == "whole":
             params = params.committed_whole()
-        if not params.mirrored_at_once:
-            await self._context.update_mirror(self._row_id)
         ask = partial(self._next_block, position, -1, tuple(known), params=params)
         async with aclosing(Drafting(ask, watched=params.provisional)) as drafting:
             async for provisional in drafting:
@@ -297,9 +295,14 @@ class _RowLoop:
         params: GenerationParams | None = None,
     ) -> Block:
         begin, clock = time.time(), _Clock()
-        block = await self._ask(position, last_token, known, watch, params or self._params)
+        params = params or self._params
+        if self._denoiser is not None and not params.mirrored_at_once:
+            await self._context.update_mirror(self._row_id)
+        sent_s = clock.lap()
+        block = await self._ask(position, last_token, known, watch, params)
         waited = 0.0 if block.timing is None else block.timing.transfer_s
-        timing = BlockTiming(begin, transfer_s=waited, denoise_s=max(0.0, clock.lap() - waited))
+        denoise_s = max(0.0, clock.lap() - waited)
+        timing = BlockTiming(begin, transfer_s=sent_s + waited, denoise_s=denoise_s)
         return replace(block, timing=timing)
 
     async def _ask(

@@ -30,7 +30,7 @@ from twotower.towers.engine.cuda_graph import GraphMemory
 from twotower.towers.engine.draft_rounds import DraftRounds
 from twotower.towers.engine.engine import Engine, state_of
 from twotower.towers.engine.options import EngineOptions
-from twotower.towers.engine.prefill import KvFeed, prefill_pieces, send_update
+from twotower.towers.engine.prefill import KvFeed, prefill_pieces, send_state
 from twotower.towers.engine.stats import EngineStats
 from twotower.towers.engine.turns import Turn
 from twotower.towers.model.context_tower import ContextTower
@@ -159,8 +159,10 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         return await self._owned(row, self._verify(row, draft, params, output))
 
     async def update_mirror(self, row_id: str) -> None:
-        """Brings the denoiser's mirror of the row to where its context ends."""
-        self._row(row_id)
+        """Brings the denoiser's mirror of the row to where its context ends, by one update; it
+        sends nothing if the mirror stands there."""
+        row = self._row(row_id)
+        await self._owned(row, self._update_mirror(row))
 
     async def reseed(self, row_id: str, prepare: Callable[[], None]) -> None:
         """Sends all that the row's state holds, to a mirror that holds nothing, after `prepare`;
@@ -205,7 +207,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         # mock_ar reads the context as it was before its last token: that one stays in the log.
         held = [pieces.pop()] if params.traits.holds_prompt_end else []
         feed = None
-        if self.link is not None and params.uses_denoiser:
+        if self.link is not None and params.mirrored_at_once:
             feed = KvFeed(self.link, row.row_id, state)
         try:
             hidden, saved = self._restore(row, pieces)
@@ -213,7 +215,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
             if saved < len(pieces):
                 hidden = await self._read(row, pieces, saved, feed)
             elif feed is not None:
-                await self._publish(row, 0)
+                await self._publish(row)
         finally:
             if feed is not None:
                 await feed.close()
@@ -246,7 +248,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         plan = UpdatePlan("snapshot", state.position, state.position + len(piece))
         writer = None if feed is None else self._writer(row, plan)
         work = ContextWork(state, piece, sink=writer, prefill=True)
-        result = await self._write_through(work, writer)
+        result = await self._write_through(row, work, writer)
         self._note(row, piece, result.hidden, end=True)
         return result.hidden
 
@@ -295,20 +297,27 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         if state.length > state.position:
             # A mock_ar row: its last token moves from the log into the state, the new one follows.
             self.tower.advance(state, 1)
-            await self._publish(row, start)
+            await self._publish(row)
             await self._submit(ContextWork(state, token_ids, advance=False))
             return Extended(1)
         plan = plan_update(self.tower.config, start, start + len(token_ids))
         writer = self._writer(row, plan)
-        result = await self._write_through(ContextWork(state, token_ids, sink=writer), writer)
+        work = ContextWork(state, token_ids, sink=writer)
+        result = await self._write_through(row, work, writer)
         self._note(row, token_ids, result.hidden)
         return Extended(1)
 
     @in_turn
     async def _reseed(self, row: ContextRow, prepare: Callable[[], None]) -> None:
         prepare()
+        row.mirrored = 0
         if row.state is not None and row.state.position:
-            await self._publish(row, 0)
+            await self._publish(row)
+
+    @in_turn
+    async def _update_mirror(self, row: ContextRow) -> None:
+        if row.mirrored < state_of(row.state).position:
+            await self._publish(row)
 
     @in_turn
     async def _decode(
@@ -372,8 +381,8 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         if row.drafts is not None:
             fresh = [token.token_id for token in tokens[known : accepted + 1]]
             row.drafts.take(fresh, accepted - known)
-        if accepted:
-            await self._publish(row, start)
+        if accepted and params.mirrored_at_once:
+            await self._publish(row)
         return block_of(
             start + known,
             tokens[known : accepted + 1],
@@ -417,12 +426,16 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         self._rounds.times.note(served.passed)
         return served.result
 
-    async def _write_through(self, work: ContextWork, writer: UpdateWriter | None) -> ContextResult:
-        """A pass whose update is sent while it computes."""
+    async def _write_through(
+        self, row: ContextRow, work: ContextWork, writer: UpdateWriter | None
+    ) -> ContextResult:
+        """A pass of a row whose update is sent while it computes."""
+        row.mirrored = 0
         try:
             result = await self._submit(work)
             if writer is not None:
                 await writer.finish()
+                self._has_reached(row, writer)
         finally:
             if writer is not None:
                 writer.abort()
@@ -433,10 +446,20 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
             return None
         return self.link.begin(row.row_id, state_of(row.state), plan)
 
-    async def _publish(self, row: ContextRow, start: int) -> None:
-        """Sends an update from `start` to the state's position, for passes without a writer."""
+    async def _publish(self, row: ContextRow) -> None:
+        """Sends an update from where the row's mirror stands to the state's position, for passes
+        without a writer."""
         if self.link is None:
             return
+        state, start = state_of(row.state), row.mirrored
+        writer = self.link.begin(row.row_id, state, state.plan(start))
+        # Until it is known to have arrived: a delta on top of a lost update would be wrong.
+        row.mirrored = 0
+        await send_state(writer, state, start)
+        self._has_reached(row, writer)
+
+    def _has_reached(self, row: ContextRow, writer: UpdateWriter) -> None:
+        """Notes that the row's mirror stands where its state does."""
         state = state_of(row.state)
-        update = state.export(start)
-        await send_update(self.link.begin(row.row_id, state, update.plan), update)
+        row.mirrored = state.position
+        state.follow(takes_shares=writer.takes_shares)

@@ -47,14 +47,16 @@ class ContextRow(EngineRow):
     """A row of the context engine.
 
     `token` is what the tower drew for the state's position, None before; `committed` tells whether
-    the output has it already. `key` is the prefix cache's key of what was read, `cached_to` the
-    tokens of the last entry. `turn` is held by the call that works on the state. `drafts` are those
-    of a row whose rounds the tower makes alone.
+    the output has it already. `mirrored` is where the denoiser's mirror stands: 0 as long as it
+    holds nothing, and while it is not known whether an update has arrived. `key` is the prefix
+    cache's key of what was read, `cached_to` the tokens of the last entry. `turn` is held by the
+    call that works on the state. `drafts` are those of a row whose rounds the tower makes alone.
     """
 
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     token: Token | None = None
     committed: bool = False
+    mirrored: int = 0
     key: bytes = b""
     cached_to: int = 0
     drafts: RowDrafts | None = None
