@@ -189,7 +189,11 @@ class _RowLoop:
                 draft = await drafting.block()
             clock = _Clock()
             block = await self._context.verify(
-                self._row_id, draft.token_ids, self._params, tuple(self._output)
+                self._row_id,
+                draft.token_ids,
+                self._params,
+                tuple(self._output),
+                draft.draft_scores,
             )
             timing = _committed(draft.timing, clock.lap())
             fresh = len(block.token_ids)

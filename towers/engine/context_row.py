@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from torch import Tensor
+
 from twotower.towers.decoding.sampling import Drawn
 from twotower.towers.decoding.services import Block, Token
 from twotower.towers.engine.engine import EngineRow
@@ -28,13 +30,15 @@ class ContextRow(EngineRow):
     """A row of the context engine.
 
     `token` is what the tower drew for the state's position, None before; `committed` tells whether
-    the output has it already. `key` is the prefix cache's key of what was read, `cached_to` the
-    tokens of the last entry. `turn` is held by the call that works on the state.
+    the output has it already, and until then `hidden` is the hidden state [H] that it was drawn
+    from. `key` is the prefix cache's key of what was read, `cached_to` the tokens of the last
+    entry. `turn` is held by the call that works on the state.
     """
 
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     token: Token | None = None
     committed: bool = False
+    hidden: Tensor | None = None
     key: bytes = b""
     cached_to: int = 0
 
