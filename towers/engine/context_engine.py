@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from twotower.towers.decoding.acceptance import MixedDraft
 from twotower.towers.decoding.sampling import DOMAIN_AUTOREGRESSIVE, Draw, Sampler
 from twotower.towers.decoding.services import (
     Block,
@@ -154,9 +155,10 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         output: Sequence[int] = (),
         scores: DraftScores | None = None,
     ) -> Block:
-        """Reads a draft, keeps the tokens that the tower draws as well, and publishes the state."""
+        """Reads a draft, keeps the tokens that are accepted, and publishes the state: those that
+        the tower draws as well, or with `scores` and acceptance `mix` those that the mix draws."""
         row = self._row(row_id)
-        return await self._owned(row, self._verify(row, draft, params, output))
+        return await self._owned(row, self._verify(row, draft, params, output, scores))
 
     async def update_mirror(self, row_id: str) -> None:
         """Brings the denoiser's mirror of the row to where its context ends, by one update; it
@@ -229,6 +231,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         elif params.traits.tokens_from == "context":
             assert hidden is not None
             row.token = self._first_token(hidden, state.position, params, generated)
+            row.hidden = hidden
         return Prefilled(len(pieces) - saved + len(held), cached)
 
     async def _read(
@@ -347,7 +350,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
             result = await self._submit(ContextWork(state, [token.token_id], draw=draw))
             passes += 1
             assert result.drawn is not None
-            row.token = token_of(result.drawn, 0)
+            row.token, row.hidden = token_of(result.drawn, 0), result.hidden
             self._note(row, [token.token_id], result.hidden)
         steps = tuple(range(len(taken)))
         return block_of(start, taken, steps, context_passes=passes)
@@ -359,7 +362,41 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         draft: Sequence[int],
         params: GenerationParams,
         output: Sequence[int],
+        scores: DraftScores | None,
     ) -> Block:
+        state = state_of(row.state)
+        start, known = state.position, int(row.committed)
+        if scores is not None and params.mix > 0:
+            mixed = MixedDraft(draft[known:], scores, params.mix)
+            tokens, accepted = await self._accept_mixed(row, draft, params, output, mixed)
+        else:
+            tokens, accepted = await self._accept_strictly(row, draft, params, output)
+        self.tower.advance(state, accepted)
+        state.truncate()
+        row.token, row.committed, row.hidden = tokens[accepted], True, None
+        if row.drafts is not None:
+            fresh = [token.token_id for token in tokens[known : accepted + 1]]
+            row.drafts.take(fresh, accepted - known)
+        if accepted and params.mirrored_at_once:
+            await self._publish(row)
+        return block_of(
+            start + known,
+            tokens[known : accepted + 1],
+            (0,) * (accepted + 1 - known),
+            context_passes=1,
+            accepted=accepted - known,
+            drafted=len(draft) - known,
+        )
+
+    async def _accept_strictly(
+        self,
+        row: ContextRow,
+        draft: Sequence[int],
+        params: GenerationParams,
+        output: Sequence[int],
+    ) -> tuple[list[Token], int]:
+        """Reads a draft into the log. Returns the tower's tokens from where the state stands, and
+        how many of the draft are the same."""
         state = state_of(row.state)
         assert row.token is not None, "prefill comes first"
         start, known = state.position, int(row.committed)
@@ -375,22 +412,35 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         accepted = 0
         while accepted < len(draft) and draft[accepted] == tokens[accepted].token_id:
             accepted += 1
-        self.tower.advance(state, accepted)
-        state.truncate()
-        row.token, row.committed = tokens[accepted], True
-        if row.drafts is not None:
-            fresh = [token.token_id for token in tokens[known : accepted + 1]]
-            row.drafts.take(fresh, accepted - known)
-        if accepted and params.mirrored_at_once:
-            await self._publish(row)
-        return block_of(
-            start + known,
-            tokens[known : accepted + 1],
-            (0,) * (accepted + 1 - known),
-            context_passes=1,
-            accepted=accepted - known,
-            drafted=len(draft) - known,
+        return tokens, accepted
+
+    async def _accept_mixed(
+        self,
+        row: ContextRow,
+        draft: Sequence[int],
+        params: GenerationParams,
+        output: Sequence[int],
+        mixed: MixedDraft,
+    ) -> tuple[list[Token], int]:
+        """As _accept_strictly, but the tokens are the accepted ones and the tower's own after them.
+        A first token that is not committed is checked like the others."""
+        state = state_of(row.state)
+        assert row.token is not None, "prefill comes first"
+        known, before = int(row.committed), row.hidden
+        assert known or before is not None, "a token that was drawn has its hidden state"
+        positions = range(state.position + known, state.position + 1 + len(draft))
+        draw = Draw(Sampler.from_params(params), positions)
+        if draw.sampler.penalizes:
+            drafted = [draft[known:end] for end in range(known, len(draft) + 1)]
+            draw = replace(draw, output=output, drafted=drafted)
+        work = ContextWork(
+            state, draft, advance=False, draw=draw, mixed=mixed, before=None if known else before
         )
+        checked = (await self._submit(work)).checked
+        assert checked is not None
+        fresh = checked.num_accepted
+        tokens = [row.token] * known + [token_of(checked.drafted, i) for i in range(fresh)]
+        return [*tokens, token_of(checked.own, fresh)], known + fresh
 
     async def _score(self, row: ContextRow, token_ids: Sequence[int], top_logprobs: int) -> Scores:
         state = row.state = await self._admission.acquire(row.row_id, len(token_ids))

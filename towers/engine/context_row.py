@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from torch import Tensor
+
 from twotower.towers.decoding.draft_policy import DraftPolicy
 from twotower.towers.decoding.lookup import LookupIndex
 from twotower.towers.decoding.sampling import Drawn
@@ -47,16 +49,18 @@ class ContextRow(EngineRow):
     """A row of the context engine.
 
     `token` is what the tower drew for the state's position, None before; `committed` tells whether
-    the output has it already. `mirrored` is where the denoiser's mirror stands: 0 as long as it
-    holds nothing, and while it is not known whether an update has arrived. `key` is the prefix
-    cache's key of what was read, `cached_to` the tokens of the last entry. `turn` is held by the
-    call that works on the state. `drafts` are those of a row whose rounds the tower makes alone.
+    the output has it already, and until then `hidden` is the hidden state [H] that it was drawn
+    from. `mirrored` is where the denoiser's mirror stands: 0 as long as it holds nothing, and while
+    it is not known whether an update has arrived. `key` is the prefix cache's key of what was read,
+    `cached_to` the tokens of the last entry. `turn` is held by the call that works on the state.
+    `drafts` are those of a row whose rounds the tower makes alone.
     """
 
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     token: Token | None = None
     committed: bool = False
     mirrored: int = 0
+    hidden: Tensor | None = None
     key: bytes = b""
     cached_to: int = 0
     drafts: RowDrafts | None = None
