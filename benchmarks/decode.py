@@ -174,6 +174,7 @@ def decode(
         block_size=args.block,
         confidence_threshold=args.threshold,
         seed=0,
+        commit_rule="released",
     )
 
     async def rows() -> list[tuple[float, int, int]]:

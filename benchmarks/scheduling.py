@@ -117,7 +117,8 @@ async def run(
     prompt = torch.arange(4, 4 + args.prompt).tolist()
 
     async def row(index: int) -> None:
-        params = GenerationParams(max_tokens=BLOCK * len(rows[index]), seed=index)
+        tokens = BLOCK * len(rows[index])
+        params = GenerationParams(max_tokens=tokens, seed=index, commit_rule="released")
         async for _ in generate_blocks(context, denoiser, f"row-{index}", prompt, params):
             pass
 

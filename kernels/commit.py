@@ -1,12 +1,24 @@
-"""Commits the most confident masked positions of many blocks, on their device.
+"""Commits masked positions of many blocks, on their device.
 
-    confident = positions whose confidence is strictly above the threshold
-    n = min(masked, max(confident, 1, ceil(masked / steps left)));  all masked at the last step
+    first = the masked positions that the rule takes, which depend on the threshold
+    fair = ceil(masked / steps left);  all masked at the last step
+    n = min(masked, max(|first|, fair))
 
-The n most confident of a row's masked positions are committed, of equals the leftmost; a recorded
-quota replaces n. A committed token never changes. `ThresholdRule` of towers/decoding is the same
-rule for a single block on the host; here it is in tensors, so that a step needs no host.
-Source: the decoding loop released with Nemotron-Labs-TwoTower; fast-dLLM's threshold rule, Wu et
+Committed are the n that come first in this order: those in `first` before all others, then the more
+confident, of equals the leftmost. A committed token never changes. With c the confidences and t the
+threshold, `first` of the rules is
+
+    released   {i : c_i > t}
+    leftmost   {i : c_i > t}, or the leftmost masked position where that is empty
+    product    the leading run: with the masked positions from the left, c_1, c_2, ... c_k for the
+               largest k with c_1 > t, c_1 c_2 > t, ... c_1 c_2 ... c_k > t; at least the first
+    leading    as product, and fair = 0 before the last step: a draft, of which only what stands
+               before the first wrong token counts
+
+Products are fp32, each rounded, from the left: the same numbers on every device. The fair share is
+at least one. A recorded quota replaces n. `ThresholdRule` of towers/decoding is the same for a
+single block on the host; here it is in tensors, so that a step needs no host.
+Source: released is the decoding loop of Nemotron-Labs-TwoTower; fast-dLLM's threshold rule, Wu et
 al. 2025, section 3.3.
 """
 
@@ -18,6 +30,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# A draft's rule is its place here.
+RULES = ("released", "leftmost", "product", "leading")
+_RELEASED, _LEFTMOST, _PRODUCT, _LEADING = range(len(RULES))
+
 
 @dataclass(frozen=True)
 class Drafts:
@@ -27,9 +43,9 @@ class Drafts:
     which a position was committed, -1 where masked, 0 beyond the end of a shorter block.
     `confidences` and `log_probs` [S, W] fp32 are those of committed tokens. `step` [S] int32 is the
     next step's number, `steps` [S] int32 the most that a block takes, `threshold` [S] fp32 as
-    `threshold_below` gives it. `quota` [S, Q] int32: the number to commit at each step, -1 or no
-    entry for the rule. `remaining` [S] int32 counts masked positions; -1 once a logit was not
-    finite, and then it stays.
+    `threshold_below` gives it, `rule` [S] int32 the place in RULES. `quota` [S, Q] int32: the
+    number to commit at each step, -1 or no entry for the rule. `remaining` [S] int32 counts masked
+    positions; -1 once a logit was not finite, and then it stays.
     """
 
     tokens: Tensor
@@ -39,6 +55,7 @@ class Drafts:
     step: Tensor
     steps: Tensor
     threshold: Tensor
+    rule: Tensor
     quota: Tensor
     remaining: Tensor
 
@@ -73,8 +90,9 @@ def commit(
     drafts.remaining[slots[failed].long()] = -1
     rows = (busy & ~failed).nonzero().squeeze(1)
     row_slots, masked, confidence = slots[rows].long(), masked[rows], confidence[rows]
-    count = _count(drafts, row_slots, masked, confidence)
-    chosen = masked & (_rank(masked, confidence) < count[:, None])
+    first = _first(drafts, row_slots, masked, confidence)
+    count = _count(drafts, row_slots, masked, first)
+    chosen = masked & (_rank(masked, first, confidence) < count[:, None])
     row, position = chosen.nonzero(as_tuple=True)
     index = row_slots[row], position
     drafts.tokens[index] = token[rows][chosen]
@@ -95,13 +113,37 @@ def select_masked(drafts: Drafts, slots: Tensor, length: int) -> Tensor:
     return lines
 
 
-def _count(drafts: Drafts, slots: Tensor, masked: Tensor, confidence: Tensor) -> Tensor:
-    """Number of positions to commit in each row, [R] int64; masked and confidence [R, L]."""
+def _first(drafts: Drafts, slots: Tensor, masked: Tensor, confidence: Tensor) -> Tensor:
+    """Masked positions that each row's rule takes, bool [R, L]; masked and confidence [R, L]."""
+    threshold, rule = drafts.threshold[slots, None], drafts.rule[slots, None]
+    above = masked & (confidence > threshold)
+    leftmost = masked & (masked.cumsum(1) == 1)
+    fallback = leftmost & (rule == _LEFTMOST) & ~above.any(1, keepdim=True)
+    runs = rule >= _PRODUCT
+    if not bool(runs.any()):
+        return above | fallback
+    return torch.where(runs, _run(masked, confidence, threshold) | leftmost, above | fallback)
+
+
+def _run(masked: Tensor, confidence: Tensor, threshold: Tensor) -> Tensor:
+    """Leading masked positions of each row while the product is above the threshold, [R, L]."""
+    product = torch.ones_like(threshold[:, 0])
+    products = []
+    # One after another: a scan may multiply in another order, and in another precision.
+    for taken, factor in zip(masked.unbind(1), confidence.unbind(1), strict=True):
+        product = torch.where(taken, product * factor, product)
+        products.append(product)
+    failed = masked & ~(torch.stack(products, 1) > threshold)
+    return masked & (failed.cumsum(1) == 0)
+
+
+def _count(drafts: Drafts, slots: Tensor, masked: Tensor, first: Tensor) -> Tensor:
+    """Number of positions to commit in each row, [R] int64; masked and first [R, L]."""
     total = masked.sum(1)
     left = (drafts.steps[slots] - drafts.step[slots]).clamp_min(1)
-    confident = (masked & (confidence > drafts.threshold[slots, None])).sum(1)
     fair = (total + left - 1) // left
-    count = torch.maximum(confident, fair)
+    fair = torch.where((drafts.rule[slots] == _LEADING) & (left > 1), 0, fair)
+    count = torch.maximum(first.sum(1), fair)
     step, known = drafts.step[slots].long(), drafts.quota.shape[1]
     if known:
         quota = drafts.quota[slots, step.clamp_max(known - 1)]
@@ -109,10 +151,11 @@ def _count(drafts: Drafts, slots: Tensor, masked: Tensor, confidence: Tensor) ->
     return torch.minimum(count, total)
 
 
-def _rank(masked: Tensor, confidence: Tensor) -> Tensor:
-    """Rank of each position, [R, L]: the number of masked positions in its row that are more
-    confident, or as confident and further left."""
+def _rank(masked: Tensor, first: Tensor, confidence: Tensor) -> Tensor:
+    """Rank of each position, [R, L]: the number of masked positions in its row that come before it
+    in the order of commits."""
     other, this = confidence[:, None, :], confidence[:, :, None]
     index = torch.arange(confidence.shape[1], device=confidence.device)
     ahead = (other > this) | ((other == this) & (index < index[:, None]))
-    return (ahead & masked[:, None, :]).sum(2)
+    sooner, same = first[:, None, :] & ~first[:, :, None], first[:, None, :] == first[:, :, None]
+    return ((sooner | (same & ahead)) & masked[:, None, :]).sum(2)

@@ -12,10 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.kernels.commit import Drafts
+from twotower.kernels.commit import RULES, Drafts
 
 # Pairs of positions compared at a time: all pairs of a block of up to 64 positions.
 _PAIRS = 4096
+_LEFTMOST, _PRODUCT, _LEADING = (
+    tl.constexpr(RULES.index(name)) for name in ("leftmost", "product", "leading")
+)
 # Tokens that `select_masked` reads at a time.
 _CHUNK = 1024
 
@@ -29,6 +32,7 @@ def _commit_kernel(
     step,
     steps,
     threshold,
+    rule,
     quota,
     remaining,
     slots,
@@ -64,9 +68,28 @@ def _commit_kernel(
 
     step_number = tl.load(step + slot)
     left = tl.maximum(tl.load(steps + slot) - step_number, 1)
-    is_confident = masked & (masked_confidence > tl.load(threshold + slot))
-    confident = tl.sum(is_confident.to(tl.int32), axis=0)
-    count = tl.maximum(confident, (total + left - 1) // left)
+    least = tl.load(threshold + slot)
+    own_rule = tl.load(rule + slot)
+    above = masked & (masked_confidence > least)
+    # First come the masked positions before `run_end`, and without a run those above the threshold.
+    leftmost = tl.min(tl.where(masked, index, block), axis=0)
+    none_above = tl.sum(above.to(tl.int32), axis=0) == 0
+    run_end = tl.where((own_rule == _LEFTMOST) & none_above, leftmost + 1, 0)
+    runs = own_rule >= _PRODUCT
+    if runs & busy:
+        run_end = leftmost + 1
+        product = tl.load(row_confidence + leftmost)
+        while (product > least) & (run_end < length):
+            # Of a committed position there may be no prediction.
+            taken = tl.load(commit_steps + slot * width + run_end) < 0
+            factor = tl.load(row_confidence + run_end)
+            product = tl.where(taken, product * factor, product)
+            run_end = tl.where(product > least, run_end + 1, run_end)
+    least = tl.where(runs, float("inf"), least)
+    is_first = masked & ((index < run_end) | (masked_confidence > least))
+    firsts = tl.sum(is_first.to(tl.int32), axis=0)
+    fair = tl.where((own_rule == _LEADING) & (left > 1), 0, (total + left - 1) // left)
+    count = tl.maximum(firsts, fair)
     fixed_count = tl.load(quota + slot * quotas + step_number, mask=step_number < quotas, other=-1)
     count = tl.minimum(tl.where(fixed_count >= 0, fixed_count, count), total)
     count = tl.where(busy & (nonfinite == 0), count, 0)
@@ -76,9 +99,13 @@ def _commit_kernel(
         other = first + tl.arange(0, chunk)
         other_steps = tl.load(commit_steps + slot * width + other, mask=other < length, other=0)
         other_confidence = tl.load(row_confidence + other, mask=other < length, other=0.0)
+        other_first = (other < run_end) | (other_confidence > least)
+        sooner = other_first[None, :] & (is_first == 0)[:, None]
+        same = other_first[None, :] == is_first[:, None]
         equal = other_confidence[None, :] == masked_confidence[:, None]
-        leftmost = equal & (other[None, :] < index[:, None])
-        ahead = (other_confidence[None, :] > masked_confidence[:, None]) | leftmost
+        equal_left = equal & (other[None, :] < index[:, None])
+        ahead = (other_confidence[None, :] > masked_confidence[:, None]) | equal_left
+        ahead = sooner | (same & ahead)
         rank += tl.sum((ahead & (other_steps < 0)[None, :]).to(tl.int32), axis=1)
     chosen = masked & (rank < count)
     chosen_token = tl.load(token + row * token_stride + index, mask=chosen, other=0)
@@ -144,6 +171,7 @@ def commit(
         drafts.step,
         drafts.steps,
         drafts.threshold,
+        drafts.rule,
         drafts.quota,
         drafts.remaining,
         slots,

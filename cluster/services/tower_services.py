@@ -31,6 +31,7 @@ from twotower.cluster.topology import PairTopology, max_update_bytes
 from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
 from twotower.towers.decoding.provisional import Drafting
 from twotower.towers.decoding.services import (
+    UNKNOWN_COSTS,
     Block,
     DraftCosts,
     DraftScores,
@@ -128,7 +129,7 @@ class ContextTowerService(TowerService):
         count: int,
         params: GenerationParams,
         output: Sequence[int] = (),
-        costs: DraftCosts = DraftCosts(),
+        costs: DraftCosts = UNKNOWN_COSTS,
     ) -> Block:
         """See `ContextService`."""
         call = ContextTowerService.decode

@@ -14,8 +14,14 @@ from tests.support.comparing import assert_same_bits
 from tests.support.hopper import Launch, compile_all
 from twotower.kernels import commit as reference
 from twotower.kernels import commit_triton as kernels
-from twotower.kernels.commit import Drafts, threshold_below
-from twotower.towers.decoding.unmasking import BlockDraft, CommitRule, ReplayRule, ThresholdRule
+from twotower.kernels.commit import RULES, Drafts, threshold_below
+from twotower.towers.decoding.unmasking import (
+    BlockDraft,
+    CommitName,
+    CommitRule,
+    ReplayRule,
+    ThresholdRule,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN = float("nan")
@@ -23,6 +29,8 @@ MASK = 3
 QUOTAS = 6
 # Few values, so that ties are common, and those of the usual thresholds.
 CONFIDENCES = torch.tensor([0.0, 0.1, 0.5, 0.8, 0.9, 0.95, 1.0])
+# Products of fp32 numbers near one: a threshold among them tells roundings apart.
+NEAR_ONE = 1.0 - torch.arange(1, 9) / 37
 
 Commit = Callable[[Drafts, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 Select = Callable[[Drafts, Tensor, int], Tensor]
@@ -40,6 +48,7 @@ def empty_drafts(slots: int, width: int) -> Drafts:
         torch.full((slots,), 5, dtype=torch.int32, device=DEVICE),
         torch.full((slots,), 8, dtype=torch.int32, device=DEVICE),
         torch.full((slots,), 0.5, device=DEVICE),
+        torch.zeros((slots,), dtype=torch.int32, device=DEVICE),
         torch.full((slots, QUOTAS), -1, dtype=torch.int32, device=DEVICE),
         torch.zeros((slots,), dtype=torch.int32, device=DEVICE),
     )
@@ -55,9 +64,11 @@ def begin(drafts: Drafts, slot: int, draft: BlockDraft, rule: CommitRule) -> Non
     drafts.step[slot] = 0
     drafts.remaining[slot] = len(draft.masked)
     drafts.quota[slot] = -1
+    drafts.rule[slot] = RULES.index("released")
     if isinstance(rule, ThresholdRule):
         drafts.steps[slot] = rule.steps_per_block
         drafts.threshold[slot] = threshold_below(rule.threshold)
+        drafts.rule[slot] = RULES.index(rule.name)
     if isinstance(rule, ReplayRule):
         schedule = [*rule.schedule, *[10_000] * QUOTAS][:QUOTAS]
         drafts.quota[slot] = torch.tensor(schedule, device=DEVICE).int()
@@ -77,29 +88,36 @@ def random_rule(choose: random.Random, length: int) -> CommitRule:
     if choose.random() < 0.3:
         return ReplayRule(tuple(choose.choices(range(length + 2), k=choose.randint(0, QUOTAS - 1))))
     threshold = choose.choice([0.0, 0.1, 0.5, 0.8, 0.9, 0.95, 1.0])
-    return ThresholdRule(threshold, choose.randint(1, 2 * length))
+    return ThresholdRule(threshold, choose.randint(1, 2 * length), choose.choice(RULES))
 
 
-def predictions(seed: int, rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+def predictions(
+    seed: int, rows: int, length: int, among: Tensor = CONFIDENCES
+) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, confidences with many ties, log-probabilities; [rows, length] each."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(high: int) -> Tensor:
         return torch.randint(high, (rows, length), generator=generator)
 
-    confidence = CONFIDENCES[drawn(len(CONFIDENCES))]
+    confidence = among[drawn(len(among))]
     return (drawn(1000).to(DEVICE), confidence.to(DEVICE), -drawn(64).float().to(DEVICE) / 16)
 
 
 def run_to_the_end(
-    commit: Commit, drafts: Drafts, slots: Sequence[int], on_host: Sequence[BlockDraft], seed: int
+    commit: Commit,
+    drafts: Drafts,
+    slots: Sequence[int],
+    on_host: Sequence[BlockDraft],
+    seed: int,
+    among: Tensor = CONFIDENCES,
 ) -> None:
     """Steps until all are done, compared after each; what is committed already predicts NaN."""
     length = len(on_host[0].token_ids)
     where = torch.tensor(slots, dtype=torch.int32, device=DEVICE)
     step = 0
     while not all(draft.done for draft in on_host):
-        token, confidence, log_prob = predictions(1000 * seed + step, len(slots), length)
+        token, confidence, log_prob = predictions(1000 * seed + step, len(slots), length, among)
         masked = drafts.commit_steps[where.long(), :length] < 0
         given = (token, confidence.where(masked, NAN), log_prob.where(masked, NAN), masked)
         commit(drafts, where, *given)
@@ -133,9 +151,65 @@ def test_blocks_are_those_of_the_host(commit: Commit, rows: int, length: int) ->
             assert_same_bits(after[:, length:], before[:, length:])
 
 
-def full_drafts(slots: int, length: int, steps: int = 4) -> Drafts:
+@pytest.mark.parametrize(("commit", "seeds"), [(reference.commit, 8), (kernels.commit, 2)])
+@pytest.mark.parametrize("name", ["product", "leading"])
+def test_running_products_are_rounded_as_on_the_host(
+    commit: Commit, seeds: int, name: CommitName
+) -> None:
+    """Every threshold is the product of some run itself, in fp32: of numbers that differ from it in
+    their last bit some are above it."""
+    rows, length = 24, 12
+    for seed in range(seeds):
+        _, confidence, _ = predictions(1000 * seed, rows, length, NEAR_ONE)
+        drafts, on_host = empty_drafts(rows, length), []
+        for slot in range(rows):
+            product = confidence[slot, 0].cpu()
+            for factor in confidence[slot, 1 : 2 + slot % (length - 2)].cpu():
+                product = product * factor
+            threshold = float(torch.nextafter(product, torch.tensor(0.0)))
+            rule = ThresholdRule(float(product) if slot % 2 else threshold, 12, name)
+            on_host.append(BlockDraft(length, MASK, rule))
+            begin(drafts, slot, on_host[-1], rule)
+        run_to_the_end(commit, drafts, range(rows), on_host, seed, NEAR_ONE)
+
+
+@COMMITS
+@pytest.mark.parametrize(
+    ("name", "threshold", "steps", "committed"),
+    [
+        ("released", 0.85, 9, [2, 5]),
+        ("released", 0.99, 9, [5]),
+        ("leftmost", 0.85, 9, [2, 5]),
+        ("leftmost", 0.99, 9, [1]),
+        ("leftmost", 0.99, 2, [1, 2, 5]),
+        ("product", 0.85, 9, [1]),
+        ("product", 0.71, 9, [1, 2]),
+        ("product", 0.5, 9, [1, 2, 4]),
+        ("product", 0.99, 2, [1, 2, 5]),
+        ("leading", 0.85, 2, [1]),
+        ("leading", 0.85, 1, [1, 2, 4, 5, 6]),
+    ],
+)
+def test_rules_by_hand(
+    commit: Commit, name: CommitName, threshold: float, steps: int, committed: list[int]
+) -> None:
+    drafts, rule = empty_drafts(1, 7), ThresholdRule(threshold, steps, name)
+    begin(drafts, 0, BlockDraft(7, MASK, rule), rule)
+    # Two are committed already, and their predictions nothing.
+    drafts.commit_steps[0, [0, 3]] = 0
+    drafts.remaining[0] = 5
+    confidence = torch.tensor([[NAN, 0.8, 0.9, NAN, 0.7, 0.98, 0.1]], device=DEVICE)
+    token = torch.arange(7, device=DEVICE)[None]
+    before = drafts.tokens.clone()
+    commit(drafts, int32(0), token, confidence, confidence, ~confidence.isnan())
+    changed = (drafts.tokens != before).nonzero()[:, 1].tolist()
+    assert changed == committed
+    assert int(drafts.remaining[0]) == 5 - len(committed)
+
+
+def full_drafts(slots: int, length: int, steps: int = 4, name: CommitName = "released") -> Drafts:
     drafts = empty_drafts(slots, length)
-    rule = ThresholdRule(0.85, steps)
+    rule = ThresholdRule(0.85, steps, name)
     for slot in range(slots):
         begin(drafts, slot, BlockDraft(length, MASK, rule), rule)
     return drafts
@@ -154,9 +228,11 @@ def int32(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-@pytest.mark.parametrize("length", [64, 100, 256])
-def test_the_kernel_commits_wide_blocks_like_the_reference(length: int) -> None:
-    got = full_drafts(2, length, steps=3)
+@pytest.mark.parametrize(
+    ("length", "name"), [(64, "released"), (100, "leftmost"), (256, "released"), (256, "product")]
+)
+def test_the_kernel_commits_wide_blocks_like_the_reference(length: int, name: CommitName) -> None:
+    got = full_drafts(2, length, 3, name)
     want = clone(got)
     for step in range(3):
         given = predictions(step, 2, length)
@@ -305,7 +381,7 @@ def test_masked_tokens_are_listed_in_order(
 def _commit_launch(block: int, chunk: int, warps: int) -> Launch:
     pairs = ("tokens", "token")
     floats = ("confidences", "log_probs", "threshold", "confidence", "log_prob")
-    ints = ("commit_steps", "step", "steps", "quota", "remaining", "slots")
+    ints = ("commit_steps", "step", "steps", "rule", "quota", "remaining", "slots")
     strides = ("token_stride", "confidence_stride", "log_prob_stride", "finite_stride")
     signature = {
         **dict.fromkeys(pairs, "*i64"),
@@ -339,9 +415,10 @@ def test_the_real_shapes_compile_without_spills() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("length", [16, 64, 256])
-def test_128_rows_to_their_end(length: int) -> None:
-    got = full_drafts(128, length)
+def test_128_rows_to_their_end(length: int, name: CommitName) -> None:
+    got = full_drafts(128, length, name=name)
     want = clone(got)
     slots = torch.randperm(128, generator=torch.Generator().manual_seed(0)).int().to(DEVICE)
     for step in range(4):

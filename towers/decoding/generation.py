@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 from twotower.towers.decoding.draft_times import DraftTimes
 from twotower.towers.decoding.provisional import Drafting
@@ -16,15 +17,18 @@ from twotower.towers.decoding.services import (
     BlockTiming,
     ContextService,
     DenoiserService,
+    Extended,
     NextDraft,
     Prefilled,
     ProvisionalBlock,
+    Token,
     Watcher,
 )
 from twotower.towers.request.params import FinishReason, GenerationParams
 
 # Committed blocks and, if the row asks for them, drafts of the next.
 Blocks = AsyncGenerator[Block | ProvisionalBlock, None]
+Drafted = TypeVar("Drafted", Block, ProvisionalBlock)
 
 
 async def generate_blocks(
@@ -62,7 +66,7 @@ async def generate_blocks(
         prefilled = await context.prefill(row_id, prompt, generated, params)
         first: BlockTiming | None = BlockTiming(begin, queue_s, clock.lap())
         left = params.max_tokens - len(generated)
-        async with aclosing(loop.blocks(prompt, generated)) as blocks:
+        async with aclosing(loop.blocks(prompt, generated, prefilled.first)) as blocks:
             async for block in blocks:
                 if isinstance(block, ProvisionalBlock):
                     yield block
@@ -124,9 +128,43 @@ def _joined(first: BlockTiming | None, timing: BlockTiming | None) -> BlockTimin
     return BlockTiming(*begun, timing.transfer_s, timing.denoise_s, timing.commit_s)
 
 
-def _committed(timing: BlockTiming | None, seconds: float) -> BlockTiming | None:
+def _with_commit(timing: BlockTiming | None, seconds: float) -> BlockTiming | None:
     """The timing with the time of the block's pass of the context tower."""
     return None if timing is None else replace(timing, commit_s=seconds)
+
+
+def _committed(block: Block, extended: Extended, seconds: float) -> Block:
+    """The block with the passes and the time of the extension by the block before it."""
+    passes = block.context_passes + extended.passes
+    return replace(block, context_passes=passes, timing=_with_commit(block.timing, seconds))
+
+
+def _block_of(start: int, token: Token) -> Block:
+    """A block of a token of the context tower alone, which no denoiser has seen."""
+    return Block(
+        start,
+        (token.token_id,),
+        (0,),
+        (token.confidence,),
+        nfe=0,
+        log_probs=(token.log_prob,),
+        top_log_probs=() if token.top is None else (token.top,),
+        timing=BlockTiming(time.time()),
+    )
+
+
+def _begun(block: Drafted, first: Token) -> Drafted:
+    """A block or draft that begins with a token of the context tower, with what that tower gave
+    it."""
+    confidences = (first.confidence, *block.confidences[1:])
+    if isinstance(block, ProvisionalBlock):
+        return replace(block, confidences=confidences)
+    return replace(
+        block,
+        confidences=confidences,
+        log_probs=(first.log_prob, *block.log_probs[1:]),
+        top_log_probs=() if first.top is None else (first.top, *block.top_log_probs[1:]),
+    )
 
 
 class _RowLoop:
@@ -148,7 +186,7 @@ class _RowLoop:
         self._params = params
         self._draft_times = draft_times
         self._capacity = params.context_tokens(prompt_tokens)
-        self._reading: asyncio.Task[tuple[int, float]] | None = None
+        self._reading: asyncio.Task[tuple[Extended, float]] | None = None
         # What the towers are told of the output: all of it with penalties, otherwise nothing.
         self._output = list(generated) if params.penalizes else []
 
@@ -164,12 +202,18 @@ class _RowLoop:
         self._params = self._params.eased(eased)
         return self._params
 
-    def blocks(self, prompt: Sequence[int], generated: Sequence[int]) -> Blocks:
-        """Blocks without end: the caller stops at an EOS or at max_tokens."""
+    def blocks(
+        self, prompt: Sequence[int], generated: Sequence[int], first: Token | None
+    ) -> Blocks:
+        """Blocks without end: the caller stops at an EOS or at max_tokens. `first` is the token
+        that the context tower drew after what it has read."""
         position = len(prompt) + len(generated)
         if self._params.traits.unit == "draft":
             left = self._params.max_tokens - len(generated)
             return self._checked_blocks(position - bool(generated), generated[-1:], left)
+        if self._params.starts_with_context:
+            assert first is not None
+            return self._started_blocks(position, first)
         return self._drafted_blocks(position, [*prompt, *generated][-1])
 
     async def _drafted_blocks(self, position: int, last_token: int) -> Blocks:
@@ -177,15 +221,35 @@ class _RowLoop:
             # Requested while the context is still being extended: the denoiser waits for its
             # mirror, and a round trip between two blocks is saved.
             async with aclosing(self._drafting(position, last_token)) as drafting:
-                passes, commit_s = await self._read_passes()
+                extended, commit_s = await self._read_block()
                 async for draft in drafting:
                     yield draft
                 block = await drafting.block()
-            timing = _committed(block.timing, commit_s)
             self._note(block.token_ids)
-            yield replace(block, context_passes=block.context_passes + passes, timing=timing)
+            yield _committed(block, extended, commit_s)
             position += len(block.token_ids)
             last_token = block.token_ids[-1]
+
+    async def _started_blocks(self, position: int, first: Token) -> Blocks:
+        """Blocks that begin with a token of the context tower, which it draws in the pass that
+        reads the block before; `first` is that of the block at `position`."""
+        extended, commit_s = Extended(0), 0.0
+        while True:
+            self._note((first.token_id,))
+            if self._params.block_size == 1 or first.token_id == self._params.eos_token_id:
+                block = _block_of(position, first)
+            else:
+                known = (first.token_id,)
+                async with aclosing(self._drafting(position, known=known)) as drafting:
+                    async for provisional in drafting:
+                        yield _begun(provisional, first)
+                    block = _begun(await drafting.block(), first)
+            self._note(block.token_ids[1:])
+            yield _committed(block, extended, commit_s)
+            position += len(block.token_ids)
+            extended, commit_s = await self._read_block()
+            assert extended.first is not None
+            first = extended.first
 
     async def _checked_blocks(self, position: int, known: Sequence[int], left: int) -> Blocks:
         """Blocks from `position` on, where the context ends; `known` is the committed token at
@@ -233,7 +297,7 @@ class _RowLoop:
         block = await self._context.verify(
             self._row_id, draft.token_ids, params, tuple(self._output), draft.draft_scores
         )
-        timing = _committed(draft.timing, clock.lap())
+        timing = _with_commit(draft.timing, clock.lap())
         # The context tower draws the last token, after all passes of the draft.
         fresh = len(block.token_ids)
         steps = (*draft.commit_steps[len(known) :][: fresh - 1], draft.nfe)
@@ -262,17 +326,17 @@ class _RowLoop:
         finally:
             await self._context.release(self._row_id)
 
-    async def _extend(self, token_ids: Sequence[int]) -> tuple[int, float]:
+    async def _extend(self, token_ids: Sequence[int]) -> tuple[Extended, float]:
         clock = _Clock()
         extended = await self._context.extend(
             self._row_id, token_ids, self._params, tuple(self._output)
         )
-        return extended.passes, clock.lap()
+        return extended, clock.lap()
 
-    async def _read_passes(self) -> tuple[int, float]:
-        """Passes and seconds of the extension that runs, once it has ended."""
+    async def _read_block(self) -> tuple[Extended, float]:
+        """The extension that runs and its seconds, once it has ended."""
         if self._reading is None:
-            return 0, 0.0
+            return Extended(0), 0.0
         reading, self._reading = self._reading, None
         return await reading
 

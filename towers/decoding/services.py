@@ -27,6 +27,7 @@ from twotower.towers.request.params import FinishReason, GenerationParams
 from twotower.towers.request.results import DraftedBy, ProvisionalBlock, TopLogProbs
 
 __all__ = [
+    "UNKNOWN_COSTS",
     "Block",
     "BlockTiming",
     "ContextService",
@@ -115,6 +116,9 @@ class DraftCosts:
     def of(self, asked: NextDraft) -> float | None:
         """The cost of a kind of draft."""
         return self.whole if asked == "whole" else self.checked
+
+
+UNKNOWN_COSTS = DraftCosts()
 
 
 @dataclass(frozen=True)
@@ -240,7 +244,7 @@ class ContextService(Protocol):
         count: int,
         params: GenerationParams,
         output: Sequence[int] = (),
-        costs: DraftCosts = DraftCosts(),
+        costs: DraftCosts = UNKNOWN_COSTS,
     ) -> Block:
         """Decodes about `count` tokens with the context tower alone; stops after an EOS.
 

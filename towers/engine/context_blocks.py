@@ -1,8 +1,9 @@
 """Extension and verification of many rows' blocks over fixed buffers, as graphs.
 
-An extension reads a committed block into K/V and snapshot; a verification reads a draft into K/V
-and log, and draws the tower's own token after each of its tokens. Both are hundreds of launches of
-a few microseconds, which took longer than the device's own work for any number of rows.
+An extension reads a committed block into K/V and snapshot, and draws the token after it where a row
+asks for that; a verification reads a draft into K/V and log, and draws the tower's own token after
+each of its tokens. Both are hundreds of launches of a few microseconds, which took longer than the
+device's own work for any number of rows.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from twotower.kernels import dispatch
 from twotower.kernels.rows import Rows
+from twotower.towers.decoding.sampling import Draw, Sampler
 from twotower.towers.engine.buckets import (
     bucket_for,
     buckets_up_to,
@@ -36,6 +38,9 @@ from twotower.towers.state.context_state import ContextState
 from twotower.towers.state.pass_log import PassLog
 from twotower.towers.state.tensors import StateTensors
 
+# Stands in for the draw of a row that asks for none, beside rows that do.
+_NO_DRAW = Draw(Sampler(0.0, None, None, None, 0), [0])
+
 
 class ContextBlocks:
     """Blocks of rows whose states live in one pool, which is that of the first block."""
@@ -51,7 +56,8 @@ class ContextBlocks:
         self._programs: Programs[tuple[int, int, bool], _Program] = Programs(self._new_program)
 
     def run(self, works: Sequence[ContextWork]) -> list[ContextResult | NumericalError]:
-        """Each row's last hidden state, and the tokens drawn after those of a draft. Only for works
+        """Each row's last hidden state, and the tokens that it draws: after each of a draft, or
+        after the last of a committed block. Only for works
         that are blocks, see `ContextWork.is_block`."""
         return run_in_parts(works, _shape_of, self._run_part)
 
@@ -61,10 +67,10 @@ class ContextBlocks:
             self._program(pool, bucket, length, False).capture()
 
     def _run_part(self, works: Sequence[ContextWork]) -> list[ContextResult | NumericalError]:
-        pool, (length, draws) = works[0].state.pool, _shape_of(works[0])
-        return self._program(pool, bucket_for(len(works)), length, draws).run(works)
+        pool, (length, checks) = works[0].state.pool, _shape_of(works[0])
+        return self._program(pool, bucket_for(len(works)), length, checks).run(works)
 
-    def _program(self, pool: StateTensors, rows: int, length: int, draws: bool) -> _Program:
+    def _program(self, pool: StateTensors, rows: int, length: int, checks: bool) -> _Program:
         if self._pool is not pool:
             self._pool = pool
             self._programs.clear()
@@ -72,7 +78,7 @@ class ContextBlocks:
             most = bucket_for(min(pool.slots.num_slots, rows_at_once(length)))
             self._log_tokens = 1 << (max(rows, most) * length - 1).bit_length()
             self._log = self._tower.new_log(self._log_tokens, whole=True)
-        return self._programs[rows, length, draws]
+        return self._programs[rows, length, checks]
 
     def _new_program(self, shape: tuple[int, int, bool]) -> _Program:
         assert self._pool is not None
@@ -83,7 +89,7 @@ class ContextBlocks:
 
 def _shape_of(work: ContextWork) -> tuple[int, bool]:
     """Tokens of the block, and whether it is a draft to be checked."""
-    return len(work.tokens), work.draw is not None
+    return len(work.tokens), not work.advance
 
 
 class _Program(Program):
@@ -96,39 +102,51 @@ class _Program(Program):
         log: PassLog | None,
         rows: int,
         length: int,
-        draws: bool,
+        checks: bool,
         memory: GraphMemory,
     ) -> None:
-        total, inputs = rows * length, ("token", *(DRAW_INPUTS if draws else ()))
-        super().__init__(pool, rows, length, memory, inputs, total, DRAW_PADDING)
+        total, lines = rows * length, rows * length if checks else rows
+        super().__init__(pool, rows, length, memory, ("token", *DRAW_INPUTS), total, DRAW_PADDING)
         self._tower = tower
         self._log = log
+        self._checks = checks
         shape = (rows, tower.config.hidden_size)
         self._ends = torch.zeros(shape, dtype=tower.dtype, device=tower.device)
-        self._results = Results((4, total if draws else 1), tower.device)
-        self._work = self._add(self._verify if draws else self._extend)
+        self._results = Results((4, lines), tower.device)
+        self._work = self._add(self._verify if checks else self._extend)
+        # Extensions that draw nothing need no head: its weights may be a good part of the pass's.
+        self._head = None if checks else self._add(self._draw_next)
 
     def run(self, works: Sequence[ContextWork]) -> list[ContextResult | NumericalError]:
         """See `ContextBlocks.run`; at most B rows of one shape."""
-        draws = [work.draw for work in works if work.draw is not None]
+        draws = [work.draw for work in works]
+        drawing = any(draw is not None for draw in draws)
         self._begin(
             token=[token for work in works for token in work.tokens],
             slot=[work.state.slot for work in works],
             context_lens=[work.state.length for work in works],
-            **(draw_inputs(draws) if draws else {}),
+            **(draw_inputs([draw or _NO_DRAW for draw in draws]) if drawing else {}),
         )
         self._work()
+        if self._head is not None and drawing:
+            self._head()
         lines = self._results.receive().tolist()
         hidden = self._ends[: len(works)].clone()
-        if not draws:
+        if self._checks:
+            for row, work in enumerate(works):
+                work.state.append(self._log_of(row), self._length)
+        else:
             self._hand_out(works)
-            return [ContextResult(hidden[row]) for row in range(len(works))]
-        results: list[ContextResult | NumericalError] = []
-        for row, (work, draw) in enumerate(zip(works, draws, strict=True)):
-            work.state.append(self._log_of(row), self._length)
-            drawn = drawn_of(lines, self._span(row), draw)
-            results.append(result_of(hidden[row], drawn))
-        return results
+        return [
+            ContextResult(hidden[row])
+            if draw is None
+            else result_of(hidden[row], drawn_of(lines, self._lines_of(row), draw))
+            for row, draw in enumerate(draws)
+        ]
+
+    def _lines_of(self, row: int) -> slice:
+        """The row's draws among those of the pass."""
+        return self._span(row) if self._checks else slice(row, row + 1)
 
     def _span(self, row: int) -> slice:
         """The row's tokens among those of the pass."""
@@ -173,7 +191,15 @@ class _Program(Program):
 
     def _verify(self) -> None:
         _, hidden = self._forward()
-        drawn = dispatch.predict(self._tower.logits(hidden), staged_sampling(self._staging))
+        self._draw(hidden)
+
+    def _draw_next(self) -> None:
+        self._draw(self._ends)
+
+    def _draw(self, hidden: Tensor) -> None:
+        """Draws at hidden states [n, H], with the first n draws that were sent."""
+        sampling = staged_sampling(self._staging, len(hidden))
+        drawn = dispatch.predict(self._tower.logits(hidden), sampling)
         self._results.put(torch.stack([part.double() for part in drawn]))
 
     def _forward(self) -> tuple[Rows, Tensor]:

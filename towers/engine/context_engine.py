@@ -12,6 +12,7 @@ from torch import Tensor
 from twotower.towers.decoding.acceptance import MixedDraft
 from twotower.towers.decoding.sampling import DOMAIN_AUTOREGRESSIVE, Draw, Sampler
 from twotower.towers.decoding.services import (
+    UNKNOWN_COSTS,
     Block,
     DraftCosts,
     DraftScores,
@@ -132,7 +133,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
     ) -> Extended:
         """Appends a committed block, or one token of a mock_ar row, and publishes the state."""
         row = self._row(row_id)
-        return await self._owned(row, self._extend(row, token_ids))
+        return await self._owned(row, self._extend(row, token_ids, params, output))
 
     async def decode(
         self,
@@ -140,7 +141,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         count: int,
         params: GenerationParams,
         output: Sequence[int] = (),
-        costs: DraftCosts = DraftCosts(),
+        costs: DraftCosts = UNKNOWN_COSTS,
     ) -> Block:
         """Takes the token drawn last, then reads it and draws the next, up to `count` times; where
         drafts are checked, see `DraftRounds.decode`."""
@@ -232,7 +233,11 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
             assert hidden is not None
             row.token = self._first_token(hidden, state.position, params, generated)
             row.hidden = hidden
-        return Prefilled(len(pieces) - saved + len(held), cached)
+        first = None
+        if params.starts_with_context:
+            assert hidden is not None
+            first = self._first_token(hidden, state.position, params, generated)
+        return Prefilled(len(pieces) - saved + len(held), cached, first)
 
     async def _read(
         self, row: ContextRow, pieces: Sequence[Sequence[int]], first: int, feed: KvFeed | None
@@ -294,7 +299,13 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         return token_of(sampler.draw(logits, [position], 0, DOMAIN_AUTOREGRESSIVE, generated), 0)
 
     @in_turn
-    async def _extend(self, row: ContextRow, token_ids: Sequence[int]) -> Extended:
+    async def _extend(
+        self,
+        row: ContextRow,
+        token_ids: Sequence[int],
+        params: GenerationParams,
+        output: Sequence[int],
+    ) -> Extended:
         state = state_of(row.state)
         start = state.position
         if state.length > state.position:
@@ -304,11 +315,14 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
             await self._submit(ContextWork(state, token_ids, advance=False))
             return Extended(1)
         plan = plan_update(self.tower.config, start, start + len(token_ids))
-        writer = self._writer(row, plan)
-        work = ContextWork(state, token_ids, sink=writer)
+        writer, draw = self._writer(row, plan), None
+        if params.starts_with_context:
+            sampler, after = Sampler.from_params(params), [start + len(token_ids)]
+            draw = Draw(sampler, after, output=output if sampler.penalizes else ())
+        work = ContextWork(state, token_ids, draw=draw, sink=writer)
         result = await self._write_through(row, work, writer)
         self._note(row, token_ids, result.hidden)
-        return Extended(1)
+        return Extended(1, None if result.drawn is None else token_of(result.drawn, 0))
 
     @in_turn
     async def _reseed(self, row: ContextRow, prepare: Callable[[], None]) -> None:
@@ -471,7 +485,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
 
     async def _submit(self, work: ContextWork) -> ContextResult:
         served = await self._loop.serve(
-            work, len(work.tokens), prefill=work.prefill, patient=work.is_block
+            work, len(work.tokens), prefill=work.prefill, patient=work.may_wait
         )
         self._rounds.times.note(served.passed)
         return served.result

@@ -46,12 +46,20 @@ class ContextWork:
         return plain and len(self.tokens) == 1 and self._draws(1)
 
     @property
+    def may_wait(self) -> bool:
+        """True if it may wait for more of its kind, see `turns`: blocks, whatever they draw."""
+        extends = self.advance and (self.draw is None or len(self.tokens) > 1)
+        extends = extends and not self.prefill and self.targets is None
+        return extends or (self.is_block and not self.is_step)
+
+    @property
     def is_block(self) -> bool:
-        """True if it extends a row by a committed block, or checks a whole draft."""
+        """True if it extends a row by a committed block, and may draw the token after it, or checks
+        a whole draft."""
         if self.prefill or self.targets is not None or len(self.tokens) > MAX_LENGTH:
             return False
         if self.advance:
-            return self.draw is None
+            return self.draw is None or self._draws(1)
         return self.sink is None and self._draws(len(self.tokens))
 
     def _draws(self, count: int) -> bool:

@@ -361,6 +361,8 @@ def _waited(block: Block, seconds: float) -> Block:
 
 
 def commit_rule(params: GenerationParams) -> CommitRule:
-    """The commit rule of a request's parameters."""
-    steps = params.draft_steps if params.traits.unit == "draft" else params.steps_per_block
-    return ThresholdRule(params.confidence_threshold, steps)
+    """The commit rule of a request's parameters. Of a draft only the tokens before the first wrong
+    one count, so that its steps commit the leading run."""
+    if params.traits.unit == "draft":
+        return ThresholdRule(params.confidence_threshold, params.draft_steps, "leading")
+    return ThresholdRule(params.confidence_threshold, params.steps_per_block, params.commit_rule)

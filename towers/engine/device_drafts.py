@@ -9,10 +9,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from twotower.kernels.commit import Drafts, threshold_below
+from twotower.kernels.commit import RULES, Drafts, threshold_below
 from twotower.towers.decoding.sampling import Sampler, signed
 from twotower.towers.decoding.services import ProvisionalBlock
-from twotower.towers.decoding.unmasking import CommitRule, ReplayRule, ThresholdRule
+from twotower.towers.decoding.unmasking import CommitName, CommitRule, ReplayRule, ThresholdRule
 from twotower.towers.engine.buckets import MAX_LENGTH
 from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.state.tensors import StateTensors
@@ -100,6 +100,7 @@ class DraftTables:
             table(dtype=torch.int32),
             table(dtype=torch.int32),
             table(dtype=torch.float32),
+            table(dtype=torch.int32),
             table(_MAX_QUOTA, dtype=torch.int32),
             table(dtype=torch.int32),
         )
@@ -125,7 +126,7 @@ class DraftTables:
         rows = [_first_rows(draft, mask) for _, draft in fresh]
         whole = torch.tensor([row[0] for row in rows], dtype=torch.int64).to(device)
         real = torch.tensor([row[1] for row in rows], dtype=torch.float32).to(device)
-        wide = [MAX_LENGTH, MAX_LENGTH, _MAX_QUOTA, 2, len(_WORDS)]
+        wide = [MAX_LENGTH, MAX_LENGTH, _MAX_QUOTA, 3, len(_WORDS)]
         tokens, commit_steps, quota, counts, words = whole.split(wide, dim=1)
         drafts.tokens[slots] = tokens
         drafts.commit_steps[slots] = commit_steps.int()
@@ -134,6 +135,7 @@ class DraftTables:
         drafts.step[slots] = 0
         drafts.steps[slots] = counts[:, 0].int()
         drafts.remaining[slots] = counts[:, 1].int()
+        drafts.rule[slots] = counts[:, 2].int()
         drafts.quota[slots] = quota.int()
         drafts.threshold[slots] = real[:, 0]
         self.temperature[slots] = real[:, 1]
@@ -147,11 +149,13 @@ def _first_rows(draft: DeviceDraft, mask_token_id: int) -> tuple[list[int], list
     tokens = [*draft.known, *[mask_token_id] * masked, *[0] * beyond]
     commit_steps = [*[0] * known, *[-1] * masked, *[0] * beyond]
     rule, quota, steps, threshold = draft.rule, [-1] * _MAX_QUOTA, 1, 1.0
+    name: CommitName = "released"
     if isinstance(rule, ReplayRule):
         # A schedule that has run out commits the rest, which `steps` = 1 does at every step.
         quota[: len(rule.schedule)] = rule.schedule
     else:
         steps, threshold = rule.steps_per_block, threshold_below(rule.threshold)
+        name = rule.name
     eos = -1 if sampler.eos_token_id is None else sampler.eos_token_id
     words = [
         signed(sampler.key),
@@ -161,5 +165,13 @@ def _first_rows(draft: DeviceDraft, mask_token_id: int) -> tuple[list[int], list
         eos,
         sampler.eos_from,
     ]
-    whole = [*tokens, *commit_steps, *quota, min(steps, MAX_LENGTH), masked, *words]
+    whole = [
+        *tokens,
+        *commit_steps,
+        *quota,
+        min(steps, MAX_LENGTH),
+        masked,
+        RULES.index(name),
+        *words,
+    ]
     return whole, [threshold, sampler.temperature]

@@ -32,17 +32,18 @@ def draw_inputs(draws: Sequence[Draw]) -> dict[str, list[int]]:
     }
 
 
-def staged_sampling(staging: Staging) -> SamplingBatch:
-    """The same inputs on the device, for as many lines as the staging has."""
-    key = staging["key"]
+def staged_sampling(staging: Staging, lines: int | None = None) -> SamplingBatch:
+    """The same inputs on the device, for the first `lines` lines (None: all of the staging)."""
+    given = {name: staging[name][:lines] for name in DRAW_INPUTS}
+    key = given["key"]
     return SamplingBatch(
-        _from_bits(staging["temperature"]),
+        _from_bits(given["temperature"]),
         key,
-        staging["position"],
-        staging["step"],
-        staging["domain"],
+        given["position"],
+        given["step"],
+        given["domain"],
         torch.full_like(key, -1),
-        staging["barred"],
+        given["barred"],
     )
 
 

@@ -218,6 +218,7 @@ def _params(case: Case, mode: Mode, eos_token_id: int | None) -> GenerationParam
         confidence_threshold=case.get("gamma", 0.8),
         eos_token_id=eos_token_id,
         seed=0,
+        commit_rule="released",
     )
 
 

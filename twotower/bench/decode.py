@@ -155,7 +155,11 @@ class EnginePair:
 
     async def _row(self, run: Run, race: _Race, start: _Start, row: int) -> None:
         params = GenerationParams(
-            mode=run.mode, max_tokens=run.room, block_size=run.block_size, seed=row
+            mode=run.mode,
+            max_tokens=run.room,
+            block_size=run.block_size,
+            seed=row,
+            commit_rule="released",
         )
         prompt = [0] * run.context
         async with aclosing(

@@ -139,10 +139,12 @@ class Decoding:
         return GenerationParams(**self._arguments())
 
     def _arguments(self) -> dict[str, Any]:
-        """Settings of a row, with its own seed. Several EOS tokens are looked for here."""
+        """Settings of a row, with its own seed and the release's commit rule. Several EOS tokens
+        are looked for here."""
         seed = int(torch.randint(1 << SEED_BITS - 1, ())) if self.seed is None else self.seed
         eos = self.eos[0] if len(self.eos) == 1 else None
-        return {**self.settings, "seed": seed, "eos_token_id": eos}
+        row = {"commit_rule": "released", "seed": seed, "eos_token_id": eos}
+        return {**self.settings, **row}
 
 
 def _tokens(stream: GenerationStream) -> Iterator[int]:

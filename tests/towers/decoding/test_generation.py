@@ -12,6 +12,7 @@ import pytest
 
 from twotower.towers.decoding.generation import committed, cut, generate_blocks
 from twotower.towers.decoding.services import (
+    UNKNOWN_COSTS,
     Block,
     BlockTiming,
     DraftCosts,
@@ -104,7 +105,7 @@ class ScriptedContext(Side):
         count: int,
         params: GenerationParams,
         output: Sequence[int] = (),
-        costs: DraftCosts = DraftCosts(),
+        costs: DraftCosts = UNKNOWN_COSTS,
     ) -> Block:
         self.script.told.append(tuple(output))
         assert row_id in self.rows
