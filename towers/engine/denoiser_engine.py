@@ -362,7 +362,9 @@ def _waited(block: Block, seconds: float) -> Block:
 
 def commit_rule(params: GenerationParams) -> CommitRule:
     """The commit rule of a request's parameters. Of a draft only the tokens before the first wrong
-    one count, so that its steps commit the leading run."""
-    if params.traits.unit == "draft":
-        return ThresholdRule(params.confidence_threshold, params.draft_steps, "leading")
-    return ThresholdRule(params.confidence_threshold, params.steps_per_block, params.commit_rule)
+    one count, so that its steps commit the leading run; one that is accepted whole is a block."""
+    threshold, drafts = params.confidence_threshold, params.traits.unit == "draft"
+    if drafts and params.mix < 1.0:
+        return ThresholdRule(threshold, params.draft_steps, "leading")
+    steps = params.draft_steps if drafts else params.steps_per_block
+    return ThresholdRule(threshold, steps, params.commit_rule)

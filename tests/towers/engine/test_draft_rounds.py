@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests.support.rows import Pair, tokens_of
+from tests.support.rows import OPTIONS, Pair, tokens_of
 from twotower.towers.decoding.draft_policy import STEP, Round
 from twotower.towers.decoding.generation import generate_blocks
 from twotower.towers.decoding.services import Block, DraftCosts
 from twotower.towers.engine import draft_rounds
+from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.request.params import GenerationParams
@@ -100,7 +101,7 @@ def test_whatever_is_chosen_the_output_is_that_of_ar(
 
 
 def test_a_round_gives_what_is_accepted_and_one_more(pair: Pair) -> None:
-    params = replace(GREEDY, draft_source="lookup", max_tokens=60)
+    params = replace(FEW, draft_source="lookup", max_tokens=60)
     blocks = asyncio.run(pair.blocks("row", LOOPING, params))
     for block in blocks[:-1]:
         # The first token needs no round; the last block is cut.
@@ -112,7 +113,8 @@ def test_a_round_gives_what_is_accepted_and_one_more(pair: Pair) -> None:
         assert list(block.commit_steps) == sorted(block.commit_steps)
     assert [block.start for block in blocks[1:]] == [block.end for block in blocks[:-1]]
     assert sum(block.lookup_accepted_tokens for block in blocks) > 0
-    assert {block.drafted_by for block in blocks} == {"lookup"}
+    # Where nothing pays, a block is made of steps alone.
+    assert "lookup" in {block.drafted_by for block in blocks} <= {"", "lookup"}
     assert sum(block.context_passes for block in blocks) < 60
 
 
@@ -156,8 +158,8 @@ def test_an_eos_ends_the_row_within_a_draft(pair: Pair) -> None:
 def test_a_context_tower_alone_serves_lookups(
     context_tower: ContextTower, denoiser_tower: DenoiserTower
 ) -> None:
-    pair = Pair.of(context_tower, denoiser_tower)
-    pair.context.link = None
+    linked = Pair.of(context_tower, denoiser_tower)
+    pair = replace(linked, context=ContextEngine(context_tower, None, OPTIONS))
 
     async def run(params: GenerationParams) -> list[Block]:
         return [b async for b in generate_blocks(pair.context, None, "row", LOOPING, params)]
