@@ -20,6 +20,7 @@ from twotower.towers.decoding.services import (
     Prefilled,
     ProvisionalBlock,
     Scores,
+    Token,
     Watcher,
 )
 from twotower.towers.errors import CapacityError, NumericalError, UnavailableError
@@ -89,7 +90,7 @@ class ScriptedContext(Side):
         assert params.seed is not None
         self.position = len(prompt) + len(generated)
         await self.script.step("prefill", *prompt, *generated)
-        return Prefilled(5)
+        return Prefilled(5, first=self._first(params))
 
     async def extend(
         self, row_id: str, token_ids: Sequence[int], params: GenerationParams, output: Sequence[int]
@@ -97,7 +98,16 @@ class ScriptedContext(Side):
         assert row_id in self.rows
         await self.script.step("extend", *token_ids)
         self.position += len(token_ids)
-        return Extended(1)
+        if params.starts_with_context:
+            self.script.told.append(tuple(output))
+        return Extended(1, self._first(params))
+
+    def _first(self, params: GenerationParams) -> Token | None:
+        """The token at the position where the context ends, if this tower draws it."""
+        if not params.starts_with_context:
+            return None
+        top = ((1, -0.5),) if params.top_logprobs else None
+        return Token(*self.script.part(self.position, 1), 0.75, -0.25, top)
 
     async def decode(
         self,
@@ -142,7 +152,7 @@ class ScriptedDenoiser(Side):
         watch: Watcher | None,
     ) -> Block:
         self.script.told.append(tuple(output))
-        assert not known
+        assert tuple(known) == self.script.part(position, int(params.starts_with_context))
         assert row_id in self.rows
         await self._at(position)
         for step in range(self.script.drafts if watch else 0):
@@ -196,7 +206,10 @@ async def collect(
 
 
 def params_of(mode: Any = "mask_diffusion", **changes: Any) -> GenerationParams:
-    return GenerationParams(**({"mode": mode, "block_size": 4, "seed": 1} | changes))
+    """Blocks of 4; in mode `started` mask_diffusion with a first token of the context tower."""
+    rule = {"commit_rule": "released" if mode == "mask_diffusion" else "leftmost"}
+    named = {"mode": "mask_diffusion" if mode == "started" else mode}
+    return GenerationParams(**{**named, **rule, "block_size": 4, "seed": 1, **changes})
 
 
 def names(script: Script) -> list[str]:
@@ -226,6 +239,50 @@ async def test_a_diffusion_row_call_by_call() -> None:
         ("denoiser release",),
         ("context release",),
     ]
+
+
+async def test_a_row_with_first_tokens_of_the_context_tower_call_by_call() -> None:
+    script = Script(range(10, 30))
+    blocks = await collect(script, params_of("started", max_tokens=10))
+    assert [block.token_ids for block in blocks] == [(10, 11, 12, 13), (14, 15, 16, 17), (18, 19)]
+    assert [block.nfe for block in blocks] == [3, 3, 3]
+    assert [block.context_passes for block in blocks] == [5, 1, 1]
+    assert [block.confidences[:2] for block in blocks] == [(0.75, 0.2)] * 3
+    assert script.calls == [
+        ("context open", 15),
+        ("denoiser open", 15),
+        ("prefill", 7, 8, 9),
+        ("denoise", 3),
+        ("extend", 10, 11, 12, 13),
+        ("denoise", 7),
+        ("extend", 14, 15, 16, 17),
+        ("denoise", 11),
+        ("denoiser release",),
+        ("context release",),
+    ]
+
+
+async def test_a_block_of_one_token_of_the_context_tower_needs_no_denoiser() -> None:
+    script = Script(range(10, 30))
+    how = {"max_tokens": 3, "block_size": 1, "top_logprobs": 1}
+    blocks = await collect(script, params_of("started", **how))
+    assert [block.token_ids for block in blocks] == [(10,), (11,), (12,)]
+    assert [block.nfe for block in blocks] == [0, 0, 0]
+    assert [block.context_passes for block in blocks] == [5, 1, 1]
+    for block in blocks:
+        assert (block.confidences, block.log_probs) == ((0.75,), (-0.25,))
+        assert (block.commit_steps, block.top_log_probs) == ((0,), (((1, -0.5),),))
+    assert "denoise" not in names(script)
+
+
+@pytest.mark.parametrize("place", [0, 4])
+async def test_an_eos_of_the_context_tower_ends_the_row_without_the_denoiser(place: int) -> None:
+    output = [*range(10, 10 + place), EOS, *range(20, 30)]
+    script = Script(output)
+    blocks = await collect(script, params_of("started", max_tokens=9, eos_token_id=EOS))
+    assert [block.token_ids for block in blocks][-1] == (EOS,)
+    assert (blocks[-1].finish_reason, blocks[-1].nfe) == ("stop", 0)
+    assert names(script).count("denoise") == place // 4
 
 
 async def test_a_row_is_eased_by_who_waits_when_it_begins() -> None:
@@ -273,6 +330,9 @@ async def test_the_context_is_extended_while_the_block_is_handed_out() -> None:
         ("mask_diffusion", 4, [4]),
         ("mask_diffusion", 5, [4, 1]),
         ("mask_diffusion", 12, [4, 4, 4]),
+        ("started", 1, [1]),
+        ("started", 5, [4, 1]),
+        ("started", 12, [4, 4, 4]),
         ("ar", 1, [1]),
         ("ar", 6, [4, 2]),
         ("mock_ar", 3, [1, 1, 1]),
@@ -286,7 +346,7 @@ async def test_any_number_of_tokens(mode: str, max_tokens: int, lengths: list[in
     assert [block.finish_reason for block in blocks] == [None] * (len(lengths) - 1) + ["length"]
 
 
-@pytest.mark.parametrize("mode", ["mask_diffusion", "ar", "mock_ar"])
+@pytest.mark.parametrize("mode", ["mask_diffusion", "started", "ar", "mock_ar"])
 @pytest.mark.parametrize("place", range(9))
 async def test_the_first_eos_ends_the_row(mode: str, place: int) -> None:
     output = list(range(10, 40))
@@ -301,7 +361,7 @@ async def test_the_first_eos_ends_the_row(mode: str, place: int) -> None:
     assert EOS not in extended
 
 
-@pytest.mark.parametrize("mode", ["mask_diffusion", "ar", "mock_ar"])
+@pytest.mark.parametrize("mode", ["mask_diffusion", "started", "ar", "mock_ar"])
 async def test_an_eos_behind_the_limit_does_not_count(mode: str) -> None:
     output = [10, 11, 12, EOS, 14, 15, 16, 17]
     blocks = await collect(Script(output), params_of(mode, max_tokens=3, eos_token_id=EOS))
@@ -337,7 +397,7 @@ async def test_a_mock_row_token_by_token() -> None:
     ]
 
 
-@pytest.mark.parametrize("mode", ["mask_diffusion", "ar", "mock_ar"])
+@pytest.mark.parametrize("mode", ["mask_diffusion", "started", "ar", "mock_ar"])
 async def test_a_resumed_row_goes_on_where_it_stood(mode: str) -> None:
     output = list(range(10, 40))
     script = Script(output)
@@ -348,7 +408,7 @@ async def test_a_resumed_row_goes_on_where_it_stood(mode: str) -> None:
     assert ("prefill", 7, 8, 9, 10, 11, 12, 13) in script.calls
     if mode == "mock_ar":
         assert ("next", 7, 13) in script.calls
-    assert script.calls[0] == ("context open", 3 + (12 if mode == "mask_diffusion" else 11))
+    assert script.calls[0] == ("context open", 3 + (11 if mode in ("ar", "mock_ar") else 12))
 
 
 @pytest.mark.parametrize("mode", ["mask_diffusion", "mock_ar"])
@@ -372,6 +432,9 @@ async def exhaust(row: AsyncIterator[Block], seen: list[Block]) -> None:
         ("denoise 1", "mask_diffusion", 0),
         ("denoise 3", "mask_diffusion", 2),
         ("extend 1", "mask_diffusion", 1),
+        ("prefill", "started", 0),
+        ("denoise 2", "started", 1),
+        ("extend 1", "started", 1),
         ("decode 2", "ar", 1),
         ("next 2", "mock_ar", 1),
         ("extend 2", "mock_ar", 2),
@@ -399,10 +462,11 @@ async def test_a_failing_release_still_frees_the_other_side() -> None:
     assert names(script)[-1] == "context release"
 
 
+@pytest.mark.parametrize("mode", ["mask_diffusion", "started"])
 @pytest.mark.parametrize("turns", range(14))
-async def test_a_cancelled_row_is_freed_wherever_it_stands(turns: int) -> None:
+async def test_a_cancelled_row_is_freed_wherever_it_stands(turns: int, mode: str) -> None:
     script = Script(range(10, 100))
-    task = asyncio.ensure_future(collect(script, params_of(max_tokens=40)))
+    task = asyncio.ensure_future(collect(script, params_of(mode, max_tokens=40)))
     for _ in range(turns):
         await asyncio.sleep(0)
     task.cancel()
@@ -484,7 +548,18 @@ async def test_with_penalties_every_call_is_told_the_output(mode: Any) -> None:
     assert script.told == [(), (10,), (10, 11)]
 
 
-@pytest.mark.parametrize("mode", ["mask_diffusion", "ar", "mock_ar"])
+async def test_with_penalties_first_tokens_are_part_of_the_output() -> None:
+    """The denoiser is told the first token of its block; the extension what it reads."""
+    script = Script(range(10, 30))
+    await collect(script, params_of("started", **PENALIZED))
+    told = [(10,), range(10, 14), range(10, 15), range(10, 18), range(10, 19)]
+    assert script.told == [tuple(output) for output in told]
+    script = Script(range(10, 30))
+    await collect(script, params_of("started", **PENALIZED), range(10, 14))
+    assert script.told == [tuple(output) for output in told[2:]]
+
+
+@pytest.mark.parametrize("mode", ["mask_diffusion", "started", "ar", "mock_ar"])
 async def test_without_penalties_no_call_carries_the_output(mode: Any) -> None:
     script = Script(range(10, 30))
     how = {"logit_bias": {3: 1.0}, "top_logprobs": 2}
@@ -503,6 +578,15 @@ async def test_drafts_come_before_their_block() -> None:
     assert [item for item in items if isinstance(item, Block)] == await collect(
         Script(range(10, 30)), params_of(max_tokens=8)
     )
+
+
+async def test_drafts_begin_with_the_token_of_the_context_tower() -> None:
+    script = Script(range(10, 30))
+    params = params_of("started", max_tokens=8, provisional=True)
+    items = [item async for item in make_row(script, params)]
+    drafts = [item for item in items if isinstance(item, ProvisionalBlock)]
+    assert [draft.start for draft in drafts] == [3, 3, 7, 7]
+    assert all(draft.confidences == (0.75,) for draft in drafts)
 
 
 async def test_a_slow_reader_gets_the_latest_draft() -> None:

@@ -97,6 +97,8 @@ MANY: list[Request] = [
             min_tokens=7 * (index % 2),
             eos_token_id=9,
             draft_steps=1 + index % 3,
+            commit_rule=("leftmost", "released", "product")[index % 3],
+            first_token=(None, "context", "denoiser", None)[index % 4],
             seed=index,
             max_tokens=12 + index,
         ),
@@ -114,6 +116,27 @@ MANY: list[Request] = [
 def test_blocks_are_those_of_the_host(towers: Towers, shared: bool) -> None:
     """Modes, block lengths, filters and limits mixed, all rows in the same passes."""
     assert decode(towers, MANY, True, shared=shared) == decode(towers, MANY, False)
+
+
+def test_only_extensions_that_draw_go_through_the_head(
+    towers: Towers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    draw = context_blocks._Program._draw_next
+
+    def counted(program: Any) -> None:
+        drawn.append(len(program._slots))
+        draw(program)
+
+    monkeypatch.setattr(context_blocks._Program, "_draw_next", counted)
+    how = {"max_tokens": 17, "block_size": 8}
+    released, started = (params_of(commit_rule=rule, **how) for rule in ("released", "leftmost"))
+    both: list[Request] = [([5, 6], released), ([5, 6], started)]
+    alone = decode(towers, both[:1], True)
+    assert drawn == []
+    alone += decode(towers, both[1:], True)
+    assert drawn == [1, 1]
+    assert decode(towers, both, True) == alone
 
 
 def test_a_row_alone_is_the_row_among_others(towers: Towers) -> None:
@@ -158,7 +181,7 @@ def test_a_recorded_schedule_is_followed_to_the_letter(
     def rule(_: GenerationParams) -> CommitRule:
         return ReplayRule(schedule)
 
-    request = ([5, 7], params_of(max_tokens=32))
+    request = ([5, 7], params_of(max_tokens=32, commit_rule="released"))
     (blocks,) = decode(towers, [request], True, rule=rule)
     assert [blocks] == decode(towers, [request], False, rule=rule)
     want = schedule if sum(schedule) == 16 else (*schedule, 16 - sum(schedule))
@@ -250,7 +273,10 @@ def test_only_so_many_programs_are_kept(towers: Towers, monkeypatch: pytest.Monk
     monkeypatch.setattr(captured, "MAX_PROGRAMS", 3)
     closed: list[int] = []
     monkeypatch.setattr(CapturedGraph, "close", lambda _: closed.append(1))
-    requests = [([5, 9], params_of(max_tokens=size, block_size=size)) for size in range(1, 7)]
+    requests = [
+        ([5, 9], params_of(max_tokens=size, block_size=size, commit_rule="released"))
+        for size in range(1, 7)
+    ]
     reading, filling = engines(towers, True)
 
     async def rows() -> list[list[Block]]:
@@ -274,7 +300,7 @@ def test_programs_that_are_dropped_are_gone_at_once(
 ) -> None:
     """Their buffers are a device's memory, and no collection may come for a long while."""
     monkeypatch.setattr(captured, "MAX_PROGRAMS", 2)
-    requests = [([5, 9], params_of(max_tokens=size, block_size=size)) for size in range(1, 9)]
+    requests = [([5, 9], params_of(max_tokens=2 * size, block_size=size)) for size in range(1, 9)]
     gc.collect()
     gc.disable()
     try:

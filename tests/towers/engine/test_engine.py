@@ -216,7 +216,9 @@ def test_committed_tokens_never_change_and_t_is_the_rows_own(
         return forward(tokens, timesteps, states)
 
     monkeypatch.setattr(tower, "forward", watched)
-    params = params_of(block_size=8, temperature=0.9, confidence_threshold=0.3)
+    params = params_of(
+        block_size=8, temperature=0.9, confidence_threshold=0.3, commit_rule="released"
+    )
 
     async def run() -> list[Block]:
         other = asyncio.ensure_future(pair.blocks("other", [1] * 70, params))

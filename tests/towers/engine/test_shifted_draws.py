@@ -100,7 +100,8 @@ def test_each_token_is_the_best_of_its_scores(pair: Pair, mode: Any) -> None:
 def test_a_step_counts_what_earlier_steps_have_committed(
     pair: Pair, denoiser_draws: Recorder
 ) -> None:
-    params = params_of(max_tokens=32, block_size=16, steps_per_block=6, **SHIFTS)
+    how = {"max_tokens": 32, "block_size": 16, "steps_per_block": 6}
+    params = params_of(**how, commit_rule="released", **SHIFTS)
     blocks = run(pair, params)
     assert len({step for block in blocks for step in block.commit_steps}) > 3
     mask = pair.denoiser.tower.config.mask_token_id
@@ -222,7 +223,8 @@ def test_alternatives_change_nothing_else(pair: Pair, mode: Any) -> None:
 
 
 def test_alternatives_are_of_the_step_that_committed(pair: Pair, denoiser_draws: Recorder) -> None:
-    params = params_of(max_tokens=16, block_size=16, steps_per_block=5, top_logprobs=4)
+    how = {"max_tokens": 16, "block_size": 16, "steps_per_block": 5, "commit_rule": "released"}
+    params = params_of(**how, top_logprobs=4)
     (block,) = run(pair, params)
     mask = pair.denoiser.tower.config.mask_token_id
     for offset, step in enumerate(block.commit_steps):
