@@ -68,7 +68,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         turn: Turn | None = None,
     ) -> None:
         options, device = options or EngineOptions(), tower.device
-        pool = pool or options.pool_for(tower)
+        pool = pool or options.pool_for(tower, mirrored=link is not None)
         max_bytes = options.prefix_cache_bytes
         cache = PrefixCache(pool, max_bytes) if max_bytes else None
         reclaim = cache.reclaim if cache else None
@@ -156,8 +156,9 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         output: Sequence[int] = (),
         scores: DraftScores | None = None,
     ) -> Block:
-        """Reads a draft, keeps the tokens that are accepted, and publishes the state: those that
-        the tower draws as well, or with `scores` and acceptance `mix` those that the mix draws."""
+        """Reads a draft and keeps the tokens that are accepted: those that the tower draws as well,
+        or with `scores` and acceptance `mix` those that the mix draws. Publishes the state if the
+        row is mirrored at once."""
         row = self._row(row_id)
         return await self._owned(row, self._verify(row, draft, params, output, scores))
 
