@@ -116,7 +116,9 @@ class CompletionMetrics:
     def _drafted(self, block: Block) -> None:
         looked_up, taken = block.lookup_drafted_tokens, block.lookup_accepted_tokens
         self._drafted_by("lookup", looked_up, taken)
-        self._drafted_by("denoiser", block.drafted_tokens - looked_up, block.accepted_tokens - taken)
+        self._drafted_by(
+            "denoiser", block.drafted_tokens - looked_up, block.accepted_tokens - taken
+        )
         self._to.observe("accepted_length", block.accepted_tokens, self._labels)
 
     def _drafted_by(self, source: str, drafted: int, accepted: int) -> None:

@@ -40,8 +40,8 @@ def generate(
         str,
         typer.Option(
             help="mask_diffusion (blocks in parallel), ar (one by one, by the context tower), "
-            "verified (ar's tokens, drafts that the context tower checks), auto (the service or model "
-            "chooses, within --quality) or mock_ar (one by one, by the denoiser)."
+            "verified (ar's tokens, drafts that the context tower checks), auto (chosen for speed, "
+            "within --quality) or mock_ar (one by one, by the denoiser)."
         ),
     ] = "mask_diffusion",
     max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 64,
