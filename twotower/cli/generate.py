@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from twotower.api import TwoTower
     from twotower.client import GenerationStream as ServiceStream
     from twotower.streams import GenerationStream
-    from twotower.towers.request.results import TextBlock, TopLogProbs
+    from twotower.towers.request.results import TextBlock, TopLogProbs, Usage
     from twotower.towers.text.tokenizer import Tokenizer
 
 _GRPC_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
@@ -335,10 +335,22 @@ def _report(stream: GenerationStream | ServiceStream, seconds: float) -> None:
     assert stream.usage is not None, "a stream that ended well has its usage"
     tokens, nfe = stream.usage.completion_tokens, stream.usage.nfe
     per_pass = f"{tokens / nfe:.2f} tokens/NFE, " if nfe else ""
+    if stream.usage.drafted_tokens:
+        per_pass = _of_drafts(stream.usage)
     typer.echo(
         f"\n{tokens} tokens, {nfe} NFE, {per_pass}{tokens / seconds:.1f} tokens/s, "
         f"seed {stream.seed}",
         err=True,
+    )
+
+
+def _of_drafts(usage: Usage) -> str:
+    """Figures of a text that was drafted and checked, where passes of both towers count."""
+    passes = usage.nfe + usage.context_passes
+    return (
+        f"{usage.context_passes} context passes, {usage.completion_tokens / passes:.2f} "
+        f"tokens/pass, accepted {usage.accepted_tokens} of {usage.drafted_tokens} drafted "
+        f"(lookup {usage.lookup_accepted_tokens} of {usage.lookup_drafted_tokens}), "
     )
 
 
