@@ -458,7 +458,7 @@ ROUTER = [
     Fault(
         "router: modes that are not served are let in",
         "deployments",
-        "if request.params.mode not in modes:",
+        "if params.mode not in modes:",
         "if False:",
         "test_router",
     ),

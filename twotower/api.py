@@ -25,7 +25,14 @@ from twotower.towers.engine.load import load_engines
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.limits import limit_threads
 from twotower.towers.request.modes import Mode
-from twotower.towers.request.params import GenerationParams
+from twotower.towers.request.params import (
+    Acceptance,
+    CommitRuleName,
+    DraftSource,
+    GenerationParams,
+    Quality,
+    TokenSource,
+)
 from twotower.towers.request.token_ids import (
     PROMPT,
     Array,
@@ -112,6 +119,12 @@ class TwoTower:
         frequency_penalty: float = 0.0,
         logit_bias: LogitBias | None = None,
         top_logprobs: int = 0,
+        quality: Quality = "ar",
+        draft_source: DraftSource = "any",
+        acceptance: Acceptance = "strict",
+        mix_ratio: float = 0.3,
+        commit_rule: CommitRuleName = "leftmost",
+        first_token: TokenSource | None = None,
     ) -> list[GenerationResult]:
         """One result per prompt (texts or token ids), all with the same parameters.
 
@@ -148,6 +161,12 @@ class TwoTower:
         logit_bias: LogitBias | None = None,
         top_logprobs: int = 0,
         provisional: bool = False,
+        quality: Quality = "ar",
+        draft_source: DraftSource = "any",
+        acceptance: Acceptance = "strict",
+        mix_ratio: float = 0.3,
+        commit_rule: CommitRuleName = "leftmost",
+        first_token: TokenSource | None = None,
         generated_token_ids: TokenIds = (),
     ) -> GenerationStream:
         """Starts a completion of one prompt; iterating over it gives its blocks as they are
@@ -185,6 +204,12 @@ class TwoTower:
         logit_bias: LogitBias | None = None,
         top_logprobs: int = 0,
         provisional: bool = False,
+        quality: Quality = "ar",
+        draft_source: DraftSource = "any",
+        acceptance: Acceptance = "strict",
+        mix_ratio: float = 0.3,
+        commit_rule: CommitRuleName = "leftmost",
+        first_token: TokenSource | None = None,
         generated_token_ids: TokenIds = (),
     ) -> AsyncGenerationStream:
         """As `stream`, for `async for`. To be called inside a running event loop, which goes on

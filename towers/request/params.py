@@ -28,7 +28,7 @@ SEED_BITS = 63
 # Completions of a request: rows that it puts into the queue at once.
 MAX_CHOICES = 128
 # Parameters with a fixed set of values.
-_CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[str, ...]] = {
     "mode": MODES,
     "quality": get_args(Quality),
     "draft_source": get_args(DraftSource),
@@ -36,7 +36,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "commit_rule": get_args(CommitRuleName),
     "first_token": get_args(TokenSource),
 }
-_NO_NUMBERS = (*_CHOICES, "stop", "logit_bias", "provisional")
+_NO_NUMBERS = (*CHOICES, "stop", "logit_bias", "provisional")
 # The mix of auto's quality `near`, whose loss over ar is within noise on the shipped model.
 NEAR_MIX = 0.3
 # Who draws the first token of a block unless the request says so.
@@ -129,7 +129,7 @@ class GenerationParams:
             if field.name not in _NO_NUMBERS:
                 number = plain_number(getattr(self, field.name))
                 object.__setattr__(self, field.name, number)
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             chosen = getattr(self, name)
             if chosen not in choices and not (name == "first_token" and chosen is None):
                 raise InvalidRequestError(name, chosen, f"one of {', '.join(choices)}")
