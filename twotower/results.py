@@ -42,8 +42,6 @@ class GenerationResult:
     cached_tokens: int
     accepted_tokens: int
     drafted_tokens: int
-    lookup_accepted_tokens: int
-    lookup_drafted_tokens: int
     log_probs: list[float]
     top_log_probs: list[TopLogProbs] = field(default_factory=list)
     lookup_accepted_tokens: int = 0
@@ -86,8 +84,6 @@ async def _result(
         log.cached_tokens,
         log.accepted_tokens,
         log.drafted_tokens,
-        log.lookup_accepted_tokens,
-        log.lookup_drafted_tokens,
         log_probs,
         [top for block in blocks for top in block.top_log_probs],
         log.lookup_accepted_tokens,

@@ -115,7 +115,7 @@ class ScriptedContext(Side):
         count: int,
         params: GenerationParams,
         output: Sequence[int] = (),
-        costs: DraftCosts = UNKNOWN_COSTS,
+        _costs: DraftCosts = UNKNOWN_COSTS,
     ) -> Block:
         self.script.told.append(tuple(output))
         assert row_id in self.rows
@@ -488,13 +488,7 @@ async def test_a_reader_that_leaves_frees_the_row(taken: int) -> None:
 
 async def test_a_reader_that_leaves_does_not_wait_for_a_stuck_context() -> None:
     class StuckContext(ScriptedContext):
-        async def extend(
-            self,
-            row_id: str,
-            token_ids: Sequence[int],
-            params: GenerationParams,
-            output: Sequence[int],
-        ) -> Extended:
+        async def extend(self, row_id: str, token_ids: Sequence[int], *_: Any) -> Extended:
             await self.script.step("extend", row_id, *token_ids)
             await asyncio.Event().wait()
             raise AssertionError("nobody sets the event")
