@@ -48,7 +48,7 @@ def sent(front: FrontHere) -> None:
     front.service.recorder.traces.close()  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("mode", ["mask_diffusion", "ar", "mock_ar", "verified"])
+@pytest.mark.parametrize("mode", ["mask_diffusion", "ar", "mock_ar", "verified", "auto"])
 async def test_a_completion_is_a_span_with_its_phases_inside(fronts: Fronts, mode: str) -> None:
     with traced(fronts) as (front, collector):
         usage = (await ask(front, TRACED, mode=mode))["usage"]
@@ -90,7 +90,7 @@ def check_phases(root: Span, phases: list[Span], mode: str) -> None:
         assert before.end_time_unix_nano <= after.start_time_unix_nano + SLACK_NS
     assert by_name["prefill"][0].end_time_unix_nano <= drawn[0].start_time_unix_nano + SLACK_NS
     # The last block is committed to no tower; in verified each is checked, in ar none is read.
-    commits = {"verified": len(drawn), "ar": 0}.get(mode, len(drawn) - 1)
+    commits = {"verified": len(drawn), "auto": len(drawn), "ar": 0}.get(mode, len(drawn) - 1)
     assert len(by_name.get("commit", [])) == commits
 
 
