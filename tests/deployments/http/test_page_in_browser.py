@@ -138,11 +138,11 @@ def test_a_block_is_seen_while_it_is_denoised(page: Page) -> None:
     page.locator("#start").click()
     until_done(page)
     # At a threshold of 1 each step commits one token of the 16 but the first, which the context
-    # tower draws.
+    # tower draws, shown with step 1.
     frames = {place: counts for place, *counts in seen.json_value()}
     assert frames["block 2, masks"] == [16, []]
     for step in range(1, 16):
-        steps = list(range(1, step + 1))
+        steps = [1, *range(1, step + 1)]
         assert frames[f"block 2, step {step} of 15"] == [15 - step, steps]
     # The replay has the same passes, with the arrow keys.
     page.locator("#replay").focus()
