@@ -212,6 +212,7 @@ def test_recorded_outputs_are_cut_at_the_first_eos(
             block_size=case.get("block", 16),
             steps_per_block=case.get("steps", 16),
             confidence_threshold=case.get("gamma", 0.8),
+            commit_rule="released",
             eos_token_id=eos,
         )[0]
         assert result.token_ids == want, case["id"]
@@ -243,7 +244,7 @@ def test_a_stop_string_ends_a_row(engines: Engines, mode: Any, length: int) -> N
     assert (result.finish_reason, result.matched_stop) == ("stop", stop)
     assert result.token_ids == free.token_ids[:end]
     assert result.text == free.text[: end - length]
-    assert result.log_probs == free.log_probs[:end]
+    assert result.log_probs == pytest.approx(free.log_probs[:end], abs=1e-4)
     assert [token for block in result.blocks for token in block.token_ids] == result.token_ids
     assert [engine.num_rows for engine in engines] == [0, 0]
 
