@@ -1,12 +1,16 @@
-"""Verified decoding against ar: the same tokens, and tokens per pass.
+"""Verified decoding against ar: the same tokens, tokens per pass, and what a mix gives up.
 
-    python -m benchmarks.verified [--model DIR] [--prompts 200] [--tokens 64]
+    python -m benchmarks.verified [--model DIR] [--prompts 200] [--tokens 64] [--parts PART ...]
 
-First every held-out prompt is decoded in both modes, greedy and drawn (temperature 1, top_p 0.9,
-a seed per prompt), and the outputs are compared token for token. Then a smaller set is decoded
-with 1 to 16 draft steps: accepted tokens a draft, tokens per (denoiser + context) pass and
-tokens/s, with an ar run beside each. Passes that read the prompt are not counted; they give ar its
-first token. Prints one JSON object; the exit code is 1 if an output differs.
+First (part `against_ar`) every held-out prompt is decoded in both modes, greedy and drawn
+(temperature 1, top_p 0.9, a seed per prompt), and the outputs are compared token for token. Then
+(`draft_steps`) a smaller set is decoded with 1 to 16 draft steps: accepted tokens a draft, tokens
+per (denoiser + context) pass and tokens/s, with an ar run beside each. Last (`acceptance`) all
+prompts are decoded with drafts of the denoiser in one pass, accepted strictly and by a mix with
+several ratios: tokens per pass, and the loss of log-probability against ar, of all tokens and of
+those that do not repeat (`novel_loss`). Passes that read the prompt are not counted; they give ar
+its first token. Prints one JSON object; the exit code is 1 if an output that should be ar's
+differs.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +31,8 @@ from benchmarks.in_process import Local, load_local
 from benchmarks.machine import machine
 from benchmarks.prompts import held_out_prompts
 from twotower import GenerationResult, Request
+from twotower.sweep.metrics import Row, figures
+from twotower.towers.decoding.services import Block
 from twotower.towers.engine.options import PREFILL_CHUNK
 from twotower.towers.request.params import GenerationParams
 from twotower.towers.training.corpus import read_corpus, standard_library
@@ -36,7 +42,12 @@ DRAWS = {
     "drawn": GenerationParams(mode="ar", temperature=1.0, top_p=0.9),
 }
 DRAFT_STEPS = (1, 2, 3, 4, 6, 8, 12, 16)
+MIX_RATIOS = (0.3, 0.5, 1.0)
+TEMPERATURES = (0.0, 0.7)
+PARTS = ("against_ar", "draft_steps", "acceptance")
 MAX_CONTEXT = 1024
+# Of a point's figures, those that acceptance is about.
+SHOWN = ("loss", "novel_loss", "agreement", "repeated_share")
 
 
 def main() -> int:
@@ -47,15 +58,20 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64, help="new tokens a prompt")
     parser.add_argument("--sweep-prompts", type=int, default=16, help="prompts per draft steps")
     parser.add_argument("--draft-steps", type=int, nargs="+", default=DRAFT_STEPS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--mix-ratio", type=float, nargs="+", default=MIX_RATIOS)
+    parser.add_argument(
+        "--temperature", type=float, nargs="+", default=TEMPERATURES, help="of part acceptance"
+    )
     parser.add_argument("--block", type=int, default=16)
     parser.add_argument("--batch", type=int, default=16, help="prompts decoded at a time")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     local = load_local(args.model, args.batch, MAX_CONTEXT)
-    figures = measure(local, token_ids(local, max(args.prompts, args.sweep_prompts)), args)
-    print(json.dumps(figures, indent=2))
-    equal = figures["against_ar"].values()
+    found = measure(local, token_ids(local, max(args.prompts, args.sweep_prompts)), args)
+    print(json.dumps(found, indent=2))
+    equal = found.get("against_ar", {}).values()
     return 0 if all(part["equal"] == part["prompts"] for part in equal) else 1
 
 
@@ -76,6 +92,18 @@ def measure(local: Local, prompts: list[list[int]], args: argparse.Namespace) ->
     }
     greedy = draws["greedy"]
     decode(local, prompts[: args.batch], replace(greedy, mode="verified", max_tokens=16))
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "against_ar": lambda: {
+            name: against_ar(local, prompts[: args.prompts], draw) for name, draw in draws.items()
+        },
+        "draft_steps": lambda: {
+            name: sweep(local, prompts[: args.sweep_prompts], draw, args.draft_steps)
+            for name, draw in draws.items()
+        },
+        "acceptance": lambda: acceptance(
+            local, prompts[: args.prompts], greedy, args.temperature, args.mix_ratio
+        ),
+    }
     return {
         "machine": machine(args.threads) | {"python": platform.python_version()},
         "shape": {
@@ -87,13 +115,7 @@ def measure(local: Local, prompts: list[list[int]], args: argparse.Namespace) ->
             "tokens": args.tokens,
             "confidence_threshold": greedy.confidence_threshold,
         },
-        "against_ar": {
-            name: against_ar(local, prompts[: args.prompts], draw) for name, draw in draws.items()
-        },
-        "draft_steps": {
-            name: sweep(local, prompts[: args.sweep_prompts], draw, args.draft_steps)
-            for name, draw in draws.items()
-        },
+        **{part: parts[part]() for part in PARTS if part in args.parts},
     }
 
 
@@ -162,6 +184,87 @@ def sweep(
     }
 
 
+def acceptance(
+    local: Local,
+    prompts: Sequence[list[int]],
+    greedy: GenerationParams,
+    temperatures: Sequence[float],
+    ratios: Sequence[float],
+) -> dict[str, Any]:
+    """Figures of drafts of the denoiser alone, by temperature and by how they are accepted.
+
+    Rows run a block further than they are looked at, so that the last draft counts as a whole.
+    """
+    tokens = greedy.max_tokens
+    greedy = replace(greedy, max_tokens=tokens + greedy.block_size)
+    drafted = replace(greedy, mode="verified", draft_source="denoiser")
+    kinds = {"strict": drafted} | {
+        f"mix {ratio:g}": replace(drafted, acceptance="mix", mix_ratio=ratio) for ratio in ratios
+    }
+    found: dict[str, Any] = {"prompts": len(prompts)}
+    for temperature in temperatures:
+        ar = replace(greedy, temperature=temperature)
+        baseline = rows(prompts, decode(local, prompts, ar)[0], tokens)
+        repeated = figures(baseline, baseline, baseline)["repeated_share"]
+        table: dict[str, Any] = {"ar": {"repeated_share": round(repeated, 4)}}
+        found[f"temperature {temperature:g}"] = table
+        for name, params in kinds.items():
+            results, _ = decode(local, prompts, replace(params, temperature=temperature))
+            shown = _shown(prompts, results, tokens, baseline)
+            table[name] = shown | drafts(results)
+    return found
+
+
+def rows(
+    prompts: Sequence[list[int]], results: Sequence[GenerationResult], tokens: int
+) -> list[Row]:
+    """The first `tokens` tokens of outputs, with the passes up to the end of their last block and
+    without those that read the prompts."""
+    found = []
+    for prompt, result in zip(prompts, results, strict=True):
+        blocks = _blocks_of(result, tokens)
+        found.append(
+            Row(
+                tuple(result.token_ids[:tokens]),
+                result.text,
+                result.finish_reason,
+                tuple(result.log_probs[:tokens]),
+                sum(block.nfe for block in blocks),
+                sum(block.context_passes for block in blocks) - _reading(prompt),
+            )
+        )
+    return found
+
+
+def _blocks_of(result: GenerationResult, tokens: int) -> Sequence[Block]:
+    """Blocks up to the one that has an output's last of `tokens` tokens."""
+    count = 0
+    for index, block in enumerate(result.blocks):
+        count += len(block.token_ids)
+        if count >= tokens:
+            return result.blocks[: index + 1]
+    return result.blocks
+
+
+def _shown(
+    prompts: Sequence[list[int]],
+    results: Sequence[GenerationResult],
+    tokens: int,
+    baseline: Sequence[Row],
+) -> dict[str, float]:
+    """Figures against ar at the same temperature, `agreement` of tokens with it too;
+    `cut_tokens_per_pass` counts no token of the last draft that is beyond `tokens`."""
+    found = rows(prompts, results, tokens)
+    every = figures(found, baseline, baseline)
+    passes = every["nfe"] + every["context_passes"]
+    whole = sum(len(b.token_ids) for result in results for b in _blocks_of(result, tokens))
+    shown = {name: round(every[name], 4) for name in SHOWN}
+    return {
+        "tokens_per_pass": round(whole / passes, 3),
+        "cut_tokens_per_pass": round(every["tokens_per_pass"], 3),
+    } | shown
+
+
 def decode(
     local: Local, prompts: Sequence[list[int]], params: GenerationParams
 ) -> tuple[list[GenerationResult], float]:
@@ -180,12 +283,17 @@ def speed(
 ) -> dict[str, float]:
     """Tokens per second, and per pass of either tower after the prompt."""
     tokens = sum(len(result.token_ids) for result in results)
-    reading = sum(-(-len(prompt) // PREFILL_CHUNK) for prompt in prompts)
+    reading = sum(_reading(prompt) for prompt in prompts)
     passes = sum(result.nfe + result.context_passes for result in results) - reading
     return {
         "tokens_per_pass": round(tokens / passes, 3),
         "tokens_per_s": round(tokens / seconds, 1),
     }
+
+
+def _reading(prompt: Sequence[int]) -> int:
+    """Passes that read a prompt."""
+    return -(-len(prompt) // PREFILL_CHUNK)
 
 
 def drafts(results: Sequence[GenerationResult]) -> dict[str, float]:

@@ -27,6 +27,17 @@ PROMPT = [5, 3, 17, 3, 9]
 MODES: list[Any] = ["mask_diffusion", "ar", "mock_ar", "verified"]
 
 
+# Parameters of drafts and of how they are committed.
+OF_DRAFTS = [
+    ("quality", "ar"),
+    ("draft_source", "any"),
+    ("acceptance", "strict"),
+    ("mix_ratio", 0.3),
+    ("commit_rule", "leftmost"),
+    ("first_token", None),
+]
+
+
 def defaults_of(function: Any) -> list[tuple[str, Any]]:
     """Name and default of each parameter, in order; all may be given by position or name."""
     found = []
@@ -79,12 +90,14 @@ def test_the_signatures() -> None:
         ("frequency_penalty", 0.0),
         ("logit_bias", None),
         ("top_logprobs", 0),
+        *OF_DRAFTS,
     ]
     of_generate = defaults_of(TwoTower.generate)[2:]
     for stream in (TwoTower.stream, TwoTower.astream):
         head, *middle, last = defaults_of(stream)[1:]
         assert (head, last) == (("prompt", empty), ("generated_token_ids", ()))
-        assert middle == [*of_generate, ("provisional", False)]
+        drafts = len(OF_DRAFTS)
+        assert middle == [*of_generate[:-drafts], ("provisional", False), *OF_DRAFTS]
     assert defaults_of(TwoTower.from_pretrained) == [
         ("path", None),
         ("device", "cpu"),
@@ -115,6 +128,8 @@ def test_what_a_result_holds() -> None:
         "cached_tokens",
         "accepted_tokens",
         "drafted_tokens",
+        "lookup_accepted_tokens",
+        "lookup_drafted_tokens",
         "log_probs",
         "top_log_probs",
     }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Collection, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,9 @@ from twotower import Request, TwoTower
 from twotower.call_loop import CallLoop
 from twotower.cli.main import app
 from twotower.client import Client
-from twotower.deployments.router import codec
+from twotower.deployments.http.bodies import ChatBody, CompletionBody
+from twotower.deployments.router import codec, kserve
+from twotower.protos.kserve import inference_pb2 as kserve_pb
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.request.params import FLOORS, SAMPLING_PARAMETERS, GenerationParams
 
@@ -105,6 +109,12 @@ VALUES: dict[str, Any] = {
     "logit_bias": [(3, 1.25)],
     "top_logprobs": 2,
     "provisional": True,
+    "quality": "near",
+    "draft_source": "lookup",
+    "acceptance": "mix",
+    "mix_ratio": 0.75,
+    "commit_rule": "product",
+    "first_token": "denoiser",
 }
 HERE = {name: value for name, value in VALUES.items() if name not in NEITHER_IN_PROCESS}
 
@@ -115,6 +125,39 @@ def test_what_a_client_is_given_arrives_at_the_service() -> None:
         request = client.generate([1], **VALUES, resume=False)._request
     arrived = codec.params_of(request.sampling_params, eos_token_id=None)
     assert arrived == GenerationParams(**VALUES)
+
+
+def test_what_a_body_of_http_has_arrives() -> None:
+    given = VALUES | {"logit_bias": {"3": 1.25}, "logprobs": VALUES["top_logprobs"]}
+    del given["top_logprobs"]
+    body = CompletionBody(prompt="x", **given)
+    assert body.params(VALUES["max_tokens"], VALUES["top_logprobs"], None) == GenerationParams(
+        **VALUES
+    )
+    chat = ChatBody.model_fields
+    assert lacking("deployments/http/bodies.py", chat, [*SAMPLING_PARAMETERS, "ignore_eos"]) == []
+
+
+@pytest.mark.parametrize("place", ["parameters", "sampling_parameters"])
+def test_what_a_request_of_kserve_has_arrives(place: str) -> None:
+    request = kserve_pb.ModelInferRequest(model_name="m")
+    # A parameter of a message is one value.
+    lists = ("stop", "logit_bias") if place == "parameters" else ()
+    no_place = (*STREAMS_ONLY, "top_logprobs", *lists)
+    given = {name: value for name, value in VALUES.items() if name not in no_place}
+    inputs = {"text_input": "x"}
+    if place == "parameters":
+        kinds = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
+        for name, value in given.items():
+            setattr(request.parameters[name], kinds[type(value)], value)
+    else:
+        inputs[place] = json.dumps(given | {"logit_bias": {"3": 1.25}})
+    for name, text in inputs.items():
+        contents = kserve_pb.InferTensorContents(bytes_contents=[text.encode()])
+        request.inputs.add(name=name, datatype="BYTES", shape=[1], contents=contents)
+    model: Any = SimpleNamespace(name="m", eos_token_id=None)
+    arrived = kserve.inference_of(request, "r", model, may_stream=False).asked.params
+    assert arrived == GenerationParams(**given)
 
 
 def test_what_the_command_line_is_given_arrives(monkeypatch: pytest.MonkeyPatch) -> None:

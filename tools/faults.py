@@ -162,9 +162,9 @@ REPLAY = [
     Fault(
         "replay: a delta from anywhere",
         "towers",
-        "if self._replayed is not None and self._replayed_from == start:",
-        "if self._replayed is not None:",
-        "test_context_state test_pair_towers",
+        "unsent.kept and unsent.start == start < self.position",
+        "unsent.kept",
+        "test_context_state",
     ),
 ]
 ADMISSION = [
@@ -458,7 +458,7 @@ ROUTER = [
     Fault(
         "router: modes that are not served are let in",
         "deployments",
-        "if request.params.mode not in modes:",
+        "if params.mode not in modes:",
         "if False:",
         "test_router",
     ),

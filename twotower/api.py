@@ -16,6 +16,7 @@ from twotower.streams import AsyncGenerationStream, GenerationStream
 from twotower.towers.checkpoint.checkpoint import ReadProgress
 from twotower.towers.checkpoint.weights import parse_device, parse_dtype, resolve_checkpoint
 from twotower.towers.config.model_config import TwoTowerConfig
+from twotower.towers.decoding.draft_times import DraftTimes
 from twotower.towers.decoding.generation import generate_blocks
 from twotower.towers.decoding.output import Begun, begin_output, commit_blocks
 from twotower.towers.engine.context_engine import ContextEngine
@@ -24,7 +25,14 @@ from twotower.towers.engine.load import load_engines
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.limits import limit_threads
 from twotower.towers.request.modes import Mode
-from twotower.towers.request.params import GenerationParams
+from twotower.towers.request.params import (
+    Acceptance,
+    CommitRuleName,
+    DraftSource,
+    GenerationParams,
+    Quality,
+    TokenSource,
+)
 from twotower.towers.request.token_ids import (
     PROMPT,
     Array,
@@ -65,6 +73,7 @@ class TwoTower:
         self._denoiser = denoiser
         self._calls = CallLoop()
         self._row_numbers = itertools.count()
+        self._draft_times = DraftTimes()
 
     @classmethod
     def from_pretrained(
@@ -110,6 +119,12 @@ class TwoTower:
         frequency_penalty: float = 0.0,
         logit_bias: LogitBias | None = None,
         top_logprobs: int = 0,
+        quality: Quality = "ar",
+        draft_source: DraftSource = "any",
+        acceptance: Acceptance = "strict",
+        mix_ratio: float = 0.3,
+        commit_rule: CommitRuleName = "leftmost",
+        first_token: TokenSource | None = None,
     ) -> list[GenerationResult]:
         """One result per prompt (texts or token ids), all with the same parameters.
 
@@ -146,6 +161,12 @@ class TwoTower:
         logit_bias: LogitBias | None = None,
         top_logprobs: int = 0,
         provisional: bool = False,
+        quality: Quality = "ar",
+        draft_source: DraftSource = "any",
+        acceptance: Acceptance = "strict",
+        mix_ratio: float = 0.3,
+        commit_rule: CommitRuleName = "leftmost",
+        first_token: TokenSource | None = None,
         generated_token_ids: TokenIds = (),
     ) -> GenerationStream:
         """Starts a completion of one prompt; iterating over it gives its blocks as they are
@@ -183,6 +204,12 @@ class TwoTower:
         logit_bias: LogitBias | None = None,
         top_logprobs: int = 0,
         provisional: bool = False,
+        quality: Quality = "ar",
+        draft_source: DraftSource = "any",
+        acceptance: Acceptance = "strict",
+        mix_ratio: float = 0.3,
+        commit_rule: CommitRuleName = "leftmost",
+        first_token: TokenSource | None = None,
         generated_token_ids: TokenIds = (),
     ) -> AsyncGenerationStream:
         """As `stream`, for `async for`. To be called inside a running event loop, which goes on
@@ -249,7 +276,13 @@ class TwoTower:
             params.check_row(prompt_ids, *limits, generated)
         row_id = f"row-{next(self._row_numbers)}"
         blocks = generate_blocks(
-            self._context, self._denoiser, row_id, prompt_ids, params, generated
+            self._context,
+            self._denoiser,
+            row_id,
+            prompt_ids,
+            params,
+            generated,
+            draft_times=self._draft_times,
         )
         return commit_blocks(blocks, text, log), text, log, params
 

@@ -22,12 +22,13 @@ class GenerationResult:
 
     `token_ids` are the new tokens only, EOS and those of a stop string included; `text` is theirs
     without either (empty without a tokenizer). `log_probs` are the natural-log probabilities of
-    the tokens: the denoiser's in mask_diffusion and mock_ar, the context tower's in ar and
-    verified. `top_log_probs` are at each token the `top_logprobs` most probable tokens of the same
-    distribution as (id, log-probability), empty if none were asked for. `matched_stop` is the stop
-    string that ended the output, if one has. `nfe` counts denoiser calls, `context_passes` passes
-    of the context tower. `cached_tokens` of the prompt came from the prefix cache; in verified,
-    `accepted_tokens` of `drafted_tokens` were accepted.
+    the tokens: the denoiser's in mask_diffusion and mock_ar, the context tower's in ar,
+    verified and auto. `top_log_probs` are at each token the `top_logprobs` most probable tokens of
+    the same distribution as (id, log-probability), empty if none were asked for. `matched_stop` is
+    the stop string that ended the output, if one has. `nfe` counts denoiser calls,
+    `context_passes` passes of the context tower. `cached_tokens` of the prompt came from the prefix
+    cache. In verified and auto, `accepted_tokens` of `drafted_tokens` were accepted; of lookups
+    `lookup_accepted_tokens` of `lookup_drafted_tokens`.
     """
 
     token_ids: list[int]
@@ -43,6 +44,8 @@ class GenerationResult:
     drafted_tokens: int
     log_probs: list[float]
     top_log_probs: list[TopLogProbs] = field(default_factory=list)
+    lookup_accepted_tokens: int = 0
+    lookup_drafted_tokens: int = 0
 
 
 async def results_of(rows: Sequence[Begun]) -> list[GenerationResult]:
@@ -83,6 +86,8 @@ async def _result(
         log.drafted_tokens,
         log_probs,
         [top for block in blocks for top in block.top_log_probs],
+        log.lookup_accepted_tokens,
+        log.lookup_drafted_tokens,
     )
 
 

@@ -31,7 +31,9 @@ from twotower.cluster.topology import PairTopology, max_update_bytes
 from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
 from twotower.towers.decoding.provisional import Drafting
 from twotower.towers.decoding.services import (
+    UNKNOWN_COSTS,
     Block,
+    DraftCosts,
     DraftScores,
     Extended,
     Prefilled,
@@ -127,11 +129,11 @@ class ContextTowerService(TowerService):
         count: int,
         params: GenerationParams,
         output: Sequence[int] = (),
-        draft_s: float | None = None,
+        costs: DraftCosts = UNKNOWN_COSTS,
     ) -> Block:
         """See `ContextService`."""
         call = ContextTowerService.decode
-        return await self._call(call, row_id, count, params, output, draft_s)
+        return await self._call(call, row_id, count, params, output, costs)
 
     async def update_mirror(self, row_id: str) -> None:
         """See `ContextService`."""

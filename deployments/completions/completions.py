@@ -150,13 +150,14 @@ class Completions:
         self.special_tokens = {
             name: self._spelled(getattr(model, f"{name}_id")) for name in SPECIAL_TOKENS
         }
+        self._has_denoiser = config.placement != "ar_only"
         self.model = ServedModel(
             name=config.shown_name(),
             fingerprint=fingerprint(folder),
             version=twotower.__version__,
             vocab_size=model.vocab_size,
             max_context=max_context,
-            modes=served_modes(with_denoiser=config.placement != "ar_only"),
+            modes=served_modes(with_denoiser=self._has_denoiser),
             eos_token_id=model.eos_token_id,
             has_tokenizer=self.tokenizer is not None,
             layer_pattern=model.layer_pattern,
@@ -178,9 +179,7 @@ class Completions:
         REQUEST_ID.set(request.request_id)
         self.recorder.metrics.let_in(request.caller)
         self.reader.check_count("generated_token_ids", len(request.generated))
-        modes = self.model.modes
-        if request.params.mode not in modes:
-            raise InvalidRequestError("mode", request.params.mode, f"{', '.join(modes)} alone")
+        self._check_served(request.params)
         prompt = await self.token_ids("prompt", request.prompt)
         generated = request.generated
         check = partial(
@@ -192,6 +191,15 @@ class Completions:
             await self._begin(tuple(prompt), params, request, index, charge)
             for index, params in enumerate(request.choices(), first_index)
         ]
+
+    def _check_served(self, params: GenerationParams) -> None:
+        """Raises InvalidRequestError for what needs a tower that this deployment does not have."""
+        modes = self.model.modes
+        if params.mode not in modes:
+            raise InvalidRequestError("mode", params.mode, f"{', '.join(modes)} alone")
+        if params.needs_denoiser and not self._has_denoiser:
+            limit = "any or lookup: this deployment has no denoiser tower"
+            raise InvalidRequestError("draft_source", params.draft_source, limit)
 
     def _spelled(self, token_id: int | None) -> str | None:
         if token_id is None or self.tokenizer is None:

@@ -8,18 +8,21 @@ from typing import Literal
 from pydantic import BaseModel
 
 from twotower.towers.request.params import FinishReason
-from twotower.towers.request.results import Usage
+from twotower.towers.request.results import DraftedBy, Usage
 
 
 class TwoTowerUsage(BaseModel):
-    """Cost beside tokens: denoiser passes (`nfe`), passes of the context tower, and in verified the
-    drafted tokens and those that were accepted."""
+    """Cost beside tokens: denoiser passes (`nfe`), passes of the context tower, and in verified
+    and auto the drafted tokens and those that were accepted, of which the last two are the part of
+    lookups."""
 
     nfe: int
     context_passes: int
     cached_tokens: int
     accepted_tokens: int
     drafted_tokens: int
+    lookup_accepted_tokens: int
+    lookup_drafted_tokens: int
 
 
 class PromptTokensDetails(BaseModel):
@@ -64,7 +67,7 @@ class ProvisionalAnswer(BaseModel):
 
 class BlockAnswer(BaseModel):
     """A committed block: its first position, its ids, and for each the step that committed it and
-    its probability then."""
+    its probability then; and who drafted it last, lookup, denoiser or nobody (empty)."""
 
     start: int
     token_ids: list[int]
@@ -73,6 +76,7 @@ class BlockAnswer(BaseModel):
     confidences: list[float]
     nfe: int
     context_passes: int
+    drafted_by: DraftedBy
 
 
 class ChoiceExtra(BaseModel):
@@ -264,5 +268,7 @@ def usage_answer(usages: Sequence[Usage], num_prompts: int, choices: int = 1) ->
             cached_tokens=cached,
             accepted_tokens=sum(usage.accepted_tokens for usage in usages),
             drafted_tokens=sum(usage.drafted_tokens for usage in usages),
+            lookup_accepted_tokens=sum(usage.lookup_accepted_tokens for usage in usages),
+            lookup_drafted_tokens=sum(usage.lookup_drafted_tokens for usage in usages),
         ),
     )

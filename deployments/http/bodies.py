@@ -89,7 +89,9 @@ class SamplingBody(Body):
         None, description="-100 to 100 by token id; at most 1024"
     )
     user: str | None = Field(None, description="taken and not used")
-    mode: str | None = Field(None, description="mask_diffusion (default), ar, mock_ar or verified")
+    mode: str | None = Field(
+        None, description="mask_diffusion (default), ar, mock_ar, verified or auto"
+    )
     block_size: int | None = Field(None, description="tokens denoised together; default 16")
     steps_per_block: int | None = Field(
         None, description="most denoiser passes a block; default 16"
@@ -99,6 +101,30 @@ class SamplingBody(Body):
     )
     draft_steps: int | None = Field(
         None, description="most denoiser passes a draft in verified; default 1"
+    )
+    quality: str | None = Field(
+        None,
+        description="what auto may give up for speed: ar (default: nothing), near (a mix of 0.3) "
+        "or fast (as mask_diffusion)",
+    )
+    draft_source: str | None = Field(
+        None, description="of drafts in verified: any (default), lookup or denoiser"
+    )
+    acceptance: str | None = Field(
+        None, description="of a denoiser's draft in verified: strict (default) or mix"
+    )
+    mix_ratio: float | None = Field(
+        None, description="the denoiser's share in a mix; 0 to 1, default 0.3"
+    )
+    commit_rule: str | None = Field(
+        None,
+        description="which positions a step of mask_diffusion commits: leftmost (default), "
+        "released or product",
+    )
+    first_token: str | None = Field(
+        None,
+        description="tower that draws the first token of a block in mask_diffusion: context or "
+        "denoiser; default: denoiser with the released rule, else context",
     )
     min_steps_per_block: int | None = Field(
         None, description="floor of steps_per_block for a service with a long queue"

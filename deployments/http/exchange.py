@@ -126,6 +126,7 @@ class Exchange:
                 confidences=list(block.confidences),
                 nfe=block.nfe,
                 context_passes=block.context_passes,
+                drafted_by=block.drafted_by,
             )
         )
 

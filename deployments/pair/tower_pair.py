@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from twotower.cluster.services.tower_services import PairServices
 from twotower.deployments.pair.metrics import PairMetrics, signals
 from twotower.deployments.pair.overload import NO_DIAL, OverloadDial
+from twotower.towers.decoding.draft_times import DraftTimes
 from twotower.towers.decoding.generation import Blocks, generate_blocks
 from twotower.towers.decoding.services import Scores
 from twotower.towers.engine.stats import EngineStats
@@ -41,6 +42,7 @@ class TowerPair:
     ) -> None:
         self._start = start
         self._dial = dial
+        self._draft_times = DraftTimes()
         self._metrics = metrics() if metrics is not None else None
         self._services: PairServices | None = None
         self._reported: dict[str, EngineStats] | None = None
@@ -70,6 +72,7 @@ class TowerPair:
             job.params,
             job.generated,
             self._dial.eased,
+            self._draft_times,
         )
         async with aclosing(blocks):
             async for block in blocks:

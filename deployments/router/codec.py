@@ -92,6 +92,7 @@ def block_event(
         log_probs=block.log_probs if log_probs else (),
         top_log_probs=_tops(block.top_log_probs),
         usage=usage_of(log),
+        drafted_by=block.drafted_by,
     )
     if asked.may_be_eased:
         served = log.served(asked)

@@ -80,7 +80,7 @@ class LocalInstruments:
         """Counts a value in a histogram."""
         self._metrics[name].labels(**labels).observe(value)
 
-    def text(self) -> bytes | None:
+    def text(self) -> bytes:
         """Prometheus' text of all values."""
         return generate_latest(self._registry)
 

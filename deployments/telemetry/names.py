@@ -60,8 +60,13 @@ ROUTER: Table = {
     "generation_tokens_total": _counter("Tokens of outputs."),
     "nfe_total": _counter("Passes of the denoiser tower for blocks."),
     "context_passes_total": _counter("Passes of the context tower for blocks."),
-    "drafted_tokens_total": _counter("Drafted tokens that the context tower has checked."),
-    "accepted_tokens_total": _counter("Drafted tokens that it has accepted."),
+    "drafted_tokens_total": _counter(
+        "Drafted tokens that the context tower has checked, by source: lookup or denoiser.",
+        (*_REQUEST, "source"),
+    ),
+    "accepted_tokens_total": _counter(
+        "Drafted tokens that it has accepted, by source.", (*_REQUEST, "source")
+    ),
     "prefix_cache_queries_total": _counter("Tokens of prompts looked up in prefix caches."),
     "prefix_cache_hits_total": _counter("Tokens of prompts found in prefix caches."),
     "request_success_total": _counter(

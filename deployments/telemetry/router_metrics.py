@@ -114,6 +114,15 @@ class CompletionMetrics:
             to.observe("prefill_seconds", block.timing.prefill_s, labels)
 
     def _drafted(self, block: Block) -> None:
-        self._to.add("drafted_tokens_total", block.drafted_tokens, self._labels)
-        self._to.add("accepted_tokens_total", block.accepted_tokens, self._labels)
+        looked_up, taken = block.lookup_drafted_tokens, block.lookup_accepted_tokens
+        self._drafted_by("lookup", looked_up, taken)
+        self._drafted_by(
+            "denoiser", block.drafted_tokens - looked_up, block.accepted_tokens - taken
+        )
         self._to.observe("accepted_length", block.accepted_tokens, self._labels)
+
+    def _drafted_by(self, source: str, drafted: int, accepted: int) -> None:
+        if drafted:
+            labels = {**self._labels, "source": source}
+            self._to.add("drafted_tokens_total", drafted, labels)
+            self._to.add("accepted_tokens_total", accepted, labels)

@@ -29,7 +29,7 @@ class GenerateRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., generated_token_ids: _Optional[_Iterable[int]] = ..., n: _Optional[int] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
-    __slots__ = ("mode", "max_tokens", "block_size", "steps_per_block", "confidence_threshold", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos", "draft_steps", "min_tokens", "stop", "logprobs", "min_steps_per_block", "min_confidence_threshold", "presence_penalty", "frequency_penalty", "logit_bias", "top_logprobs", "provisional")
+    __slots__ = ("mode", "max_tokens", "block_size", "steps_per_block", "confidence_threshold", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos", "draft_steps", "min_tokens", "stop", "logprobs", "min_steps_per_block", "min_confidence_threshold", "presence_penalty", "frequency_penalty", "logit_bias", "top_logprobs", "provisional", "quality", "draft_source", "acceptance", "mix_ratio", "commit_rule", "first_token")
     class LogitBiasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +59,12 @@ class SamplingParams(_message.Message):
     LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROVISIONAL_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_SOURCE_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTANCE_FIELD_NUMBER: _ClassVar[int]
+    MIX_RATIO_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_RULE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     mode: str
     max_tokens: int
     block_size: int
@@ -81,7 +87,13 @@ class SamplingParams(_message.Message):
     logit_bias: _containers.ScalarMap[int, float]
     top_logprobs: int
     provisional: bool
-    def __init__(self, mode: _Optional[str] = ..., max_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., steps_per_block: _Optional[int] = ..., confidence_threshold: _Optional[float] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., draft_steps: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., logprobs: _Optional[bool] = ..., min_steps_per_block: _Optional[int] = ..., min_confidence_threshold: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., top_logprobs: _Optional[int] = ..., provisional: _Optional[bool] = ...) -> None: ...
+    quality: str
+    draft_source: str
+    acceptance: str
+    mix_ratio: float
+    commit_rule: str
+    first_token: str
+    def __init__(self, mode: _Optional[str] = ..., max_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., steps_per_block: _Optional[int] = ..., confidence_threshold: _Optional[float] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., ignore_eos: _Optional[bool] = ..., draft_steps: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., logprobs: _Optional[bool] = ..., min_steps_per_block: _Optional[int] = ..., min_confidence_threshold: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., top_logprobs: _Optional[int] = ..., provisional: _Optional[bool] = ..., quality: _Optional[str] = ..., draft_source: _Optional[str] = ..., acceptance: _Optional[str] = ..., mix_ratio: _Optional[float] = ..., commit_rule: _Optional[str] = ..., first_token: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("started", "block", "complete", "provisional", "choice")
@@ -108,7 +120,7 @@ class Started(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., seed: _Optional[int] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class Block(_message.Message):
-    __slots__ = ("index", "start", "token_ids", "text", "commit_steps", "confidences", "log_probs", "usage", "steps_per_block", "confidence_threshold", "top_log_probs")
+    __slots__ = ("index", "start", "token_ids", "text", "commit_steps", "confidences", "log_probs", "usage", "steps_per_block", "confidence_threshold", "top_log_probs", "drafted_by")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -120,6 +132,7 @@ class Block(_message.Message):
     STEPS_PER_BLOCK_FIELD_NUMBER: _ClassVar[int]
     CONFIDENCE_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     TOP_LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTED_BY_FIELD_NUMBER: _ClassVar[int]
     index: int
     start: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -131,7 +144,8 @@ class Block(_message.Message):
     steps_per_block: int
     confidence_threshold: float
     top_log_probs: _containers.RepeatedCompositeFieldContainer[TopLogProbs]
-    def __init__(self, index: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., commit_steps: _Optional[_Iterable[int]] = ..., confidences: _Optional[_Iterable[float]] = ..., log_probs: _Optional[_Iterable[float]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., steps_per_block: _Optional[int] = ..., confidence_threshold: _Optional[float] = ..., top_log_probs: _Optional[_Iterable[_Union[TopLogProbs, _Mapping]]] = ...) -> None: ...
+    drafted_by: str
+    def __init__(self, index: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., commit_steps: _Optional[_Iterable[int]] = ..., confidences: _Optional[_Iterable[float]] = ..., log_probs: _Optional[_Iterable[float]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., steps_per_block: _Optional[int] = ..., confidence_threshold: _Optional[float] = ..., top_log_probs: _Optional[_Iterable[_Union[TopLogProbs, _Mapping]]] = ..., drafted_by: _Optional[str] = ...) -> None: ...
 
 class TopLogProbs(_message.Message):
     __slots__ = ("token_ids", "log_probs")
@@ -166,7 +180,7 @@ class Complete(_message.Message):
     def __init__(self, finish_reason: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., matched_stop: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "nfe", "context_passes", "cached_tokens", "accepted_tokens", "drafted_tokens")
+    __slots__ = ("prompt_tokens", "completion_tokens", "nfe", "context_passes", "cached_tokens", "accepted_tokens", "drafted_tokens", "lookup_accepted_tokens", "lookup_drafted_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NFE_FIELD_NUMBER: _ClassVar[int]
@@ -174,6 +188,8 @@ class Usage(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOOKUP_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOOKUP_DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     nfe: int
@@ -181,7 +197,9 @@ class Usage(_message.Message):
     cached_tokens: int
     accepted_tokens: int
     drafted_tokens: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., nfe: _Optional[int] = ..., context_passes: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., drafted_tokens: _Optional[int] = ...) -> None: ...
+    lookup_accepted_tokens: int
+    lookup_drafted_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., nfe: _Optional[int] = ..., context_passes: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., lookup_accepted_tokens: _Optional[int] = ..., lookup_drafted_tokens: _Optional[int] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
     __slots__ = ("request_id", "text", "tokens", "top_logprobs")

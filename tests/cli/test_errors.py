@@ -178,6 +178,19 @@ CASES: list[tuple[list[str], str]] = [
     ],
     ([*GENERATE, "--max-tokens", HUGE], "max_tokens: got "),
     *[
+        ([*GENERATE, option, value], f"{option[2:].replace('-', '_')}: got '{value}', expected one")
+        for option, value in (
+            ("--mode", "fast"),
+            ("--quality", ""),
+            ("--draft-source", "é"),
+            ("--acceptance", "lossless"),
+            ("--commit-rule", "rightmost"),
+            ("--first-token", "none"),
+        )
+    ],
+    ([*GENERATE, "--mix-ratio", "nan"], "mix_ratio: got nan"),
+    ([*GENERATE, "--mix-ratio", "1.5"], "mix_ratio: got 1.5"),
+    *[
         (
             [*REMOTE, option, value],
             f"{option[2:].replace('-', '_')}: got {value}, expected a whole number of at least -",

@@ -219,6 +219,15 @@ def test_provisional_blocks_are_asked_for_where_they_are_shown(
     assert shown.stderr.startswith("\n2 tokens, 1 NFE, ")
 
 
+def test_what_was_drafted_is_told_with_the_passes_of_both_towers(recorded: Recorded) -> None:
+    recorded.usage = Usage(1, 64, 3, 13, 0, 41, 60, 38, 52)
+    result = CliRunner().invoke(app, ["generate", "x", "--mode", "auto"])
+    assert result.stderr.startswith(
+        "\n64 tokens, 3 NFE, 13 context passes, 4.00 tokens/pass, accepted 41 of 60 drafted "
+        "(lookup 38 of 52), "
+    )
+
+
 def test_a_service_is_shown_on_a_terminal_too() -> None:
     server = Server(Mortal(b"some text\nof a service"))
     command = ["twotower.cli", "generate", "x", "--target", f"127.0.0.1:{server.port}"]

@@ -36,6 +36,7 @@ class Scripted(generation_pb2_grpc.GenerationServicer):
         self.asked.append(request)
         yield pb.GenerateResponse(started=pb.Started(request_id="r", seed=7, prompt_tokens=2))
         block = pb.Block(index=0, start=2, token_ids=[4, 5], text="ab", log_probs=[-0.5, -0.25])
+        block.drafted_by = "lookup"
         yield pb.GenerateResponse(block=block)
         if self.breaks:
             context.abort(grpc.StatusCode.UNAVAILABLE, "a tower is gone")
@@ -47,6 +48,8 @@ class Scripted(generation_pb2_grpc.GenerationServicer):
             cached_tokens=4,
             accepted_tokens=5,
             drafted_tokens=6,
+            lookup_accepted_tokens=2,
+            lookup_drafted_tokens=3,
         )
         stop = next(iter(request.sampling_params.stop), None)
         complete = pb.Complete(finish_reason="stop", usage=usage, matched_stop=stop)
@@ -97,11 +100,11 @@ def served() -> Iterator[tuple[Scripted, Client]]:
 def test_a_stream(served: tuple[Scripted, Client]) -> None:
     service, client = served
     stream = client.generate("x", mode="ar", confidence_threshold=0.0, request_id="mine")
-    text = "".join(block.text for block in stream)
-    assert text == "ab"
+    blocks = list(stream)
+    assert [(block.text, block.drafted_by) for block in blocks] == [("ab", "lookup")]
     assert (stream.request_id, stream.seed, stream.prompt_tokens) == ("r", 7, 2)
     assert stream.token_ids == [4, 5]
-    assert (stream.finish_reason, stream.usage) == ("stop", Usage(2, 2, 3, 1, 4, 5, 6))
+    assert (stream.finish_reason, stream.usage) == ("stop", Usage(2, 2, 3, 1, 4, 5, 6, 2, 3))
     assert stream.matched_stop is None
     asked = service.asked[0]
     assert (asked.text, asked.request_id) == ("x", "mine")
@@ -213,6 +216,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": 2}, "logprobs: got 2, expected True or False"),
     ({"mode": "a\ud800"}, "mode[1]: got '\\ud800', expected text that can be encoded in UTF-8"),
     ({"mode": 3}, "mode: got 3, expected a text"),
+    ({"first_token": True}, "first_token: got True, expected a text"),
+    ({"mix_ratio": "0.5"}, "mix_ratio: got '0.5', expected a number"),
     ({"request_id": "\udfff"}, "request_id[0]: got '\\udfff', expected text"),
     ({"stop": ["a", "b\ud83d"]}, "stop[1][1]: got '\\ud83d', expected text"),
     ({"stop": [b"a"]}, "stop[0]: got b'a', expected a text"),

@@ -30,10 +30,10 @@ def test_an_error_survives_a_process_border() -> None:
 
 
 def test_costs_of_a_broken_stream_are_added() -> None:
-    broken, rest = Usage(3, 8, 20, 2, 1, 5, 9), Usage(3, 30, 40, 6, 3, 7, 11)
+    broken, rest = Usage(3, 8, 20, 2, 1, 5, 9, 4, 6), Usage(3, 30, 40, 6, 3, 7, 11, 1, 2)
     assert rest.after(None) == rest
     # The prompt and what was spared of it count once, the output is the last stream's.
-    assert rest.after(broken) == Usage(3, 30, 60, 8, 1, 12, 20)
+    assert rest.after(broken) == Usage(3, 30, 60, 8, 1, 12, 20, 5, 8)
 
 
 def test_what_is_not_given_stays_unset() -> None:

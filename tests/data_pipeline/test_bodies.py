@@ -33,6 +33,12 @@ EVERYTHING = GenerationParams(
     frequency_penalty=-0.5,
     logit_bias=((5, 1.5), (7, -2.0)),
     top_logprobs=4,
+    quality="near",
+    draft_source="lookup",
+    acceptance="mix",
+    mix_ratio=0.5,
+    commit_rule="product",
+    first_token="denoiser",
 )
 CONVERSATION = [{"role": "user", "content": "hello"}]
 

@@ -30,7 +30,11 @@ ANSWER = Answer(
         "usage": {
             "prompt_tokens": 3,
             "completion_tokens": 2,
-            "twotower": {"nfe": 6, "context_passes": 1, "cached_tokens": 0},
+            "twotower": {
+                **{"nfe": 6, "context_passes": 1, "cached_tokens": 0},
+                **{"accepted_tokens": 5, "drafted_tokens": 8},
+                **{"lookup_accepted_tokens": 2, "lookup_drafted_tokens": 3},
+            },
         },
     },
     "name",
@@ -93,6 +97,10 @@ def test_everything_that_can_be_included() -> None:
         "nfe": 6,
         "context_passes": 1,
         "cached_tokens": 0,
+        "accepted_tokens": 5,
+        "drafted_tokens": 8,
+        "lookup_accepted_tokens": 2,
+        "lookup_drafted_tokens": 3,
         "seed": row_seed(7, "a"),
         "request_id": "name",
     }

@@ -70,7 +70,12 @@ def test_names_of_the_command_line() -> None:
         "confidence_threshold": 0.9,
         "top_p": 0.1,
     }
-    for wrong in ("block_size", "block_size=", "block_size=x"):
+    words = named_values(["acceptance=mix", "mix_ratio=0.5", "first_token=context"])
+    mixed = base_params("verified", 8, words)
+    assert (mixed.mix, mixed.first_token) == (0.5, "context")
+    with pytest.raises(InvalidRequestError, match="quality: got 'best', expected one of ar, near"):
+        base_params("auto", 8, named_values(["quality=best"]))
+    for wrong in ("block_size", "block_size=", "block_size=x", "quality", "mode=ar"):
         with pytest.raises(InvalidRequestError, match="NAME=NUMBER"):
             named_values([wrong])
     with pytest.raises(InvalidRequestError, match="param: got 'stop'"):

@@ -13,7 +13,17 @@ from typing import Any
 from twotower import GenerationResult, TwoTower
 from twotower.client import Client, Usage
 
-MODES = ("mask_diffusion", "ar", "verified", "mask_diffusion", "mock_ar")
+WAYS: tuple[dict[str, Any], ...] = (
+    {"mode": "mask_diffusion"},
+    {"mode": "ar"},
+    {"mode": "verified"},
+    {"mode": "mask_diffusion", "commit_rule": "released"},
+    {"mode": "mock_ar"},
+    {"mode": "verified", "draft_source": "denoiser"},
+    {"mode": "auto"},
+    {"mode": "verified", "acceptance": "mix"},
+    {"mode": "verified", "acceptance": "mix", "draft_source": "denoiser", "mix_ratio": 0.6},
+)
 TEXTS = ("def main():\n    ", "class Reader:\n", "import os\nimport sys\n", "# the first", "x = [")
 Request = tuple[str, dict[str, Any]]
 
@@ -36,20 +46,15 @@ class Stream:
 
 
 def requests_of(count: int, tokens: int) -> list[Request]:
-    """Requests of all modes, every other one drawn at a temperature."""
-    return [
-        (
-            TEXTS[index % len(TEXTS)],
-            {
-                "mode": MODES[index % len(MODES)],
-                "max_tokens": tokens if MODES[index % len(MODES)] != "mock_ar" else tokens // 3,
-                "block_size": 8,
-                "temperature": float(index % 2),
-                "seed": index,
-            },
-        )
-        for index in range(count)
-    ]
+    """Requests of all modes and ways to draft, every other one drawn at a temperature."""
+    requests = []
+    for index in range(count):
+        way = WAYS[index % len(WAYS)]
+        length = tokens // 3 if way["mode"] == "mock_ar" else tokens
+        drawn = {"temperature": float(index % 2), "seed": index}
+        options = {**way, "max_tokens": length, "block_size": 8, **drawn}
+        requests.append((TEXTS[index % len(TEXTS)], options))
+    return requests
 
 
 def alone(requests: Sequence[Request]) -> list[GenerationResult]:

@@ -45,6 +45,15 @@ def new(model: Any, ids: torch.Tensor = IDS, **arguments: Any) -> list[int]:
             {"mode": "verified", "draft_steps": 2, "confidence_threshold": 0.5},
         ),
         (
+            {"mode": "verified", "draft_source": "denoiser", "acceptance": "mix", "mix_ratio": 0.9},
+            {"mode": "verified", "draft_source": "denoiser", "acceptance": "mix", "mix_ratio": 0.9},
+        ),
+        (
+            {"mode": "mask_diffusion", "commit_rule": "product", "first_token": "context"},
+            {"mode": "mask_diffusion", "commit_rule": "product", "first_token": "context"},
+        ),
+        ({"mode": "auto"}, {"mode": "ar"}),
+        (
             {"do_sample": True, "temperature": 0.7, "top_k": 40, "top_p": 0.9, "seed": 6},
             {"mode": "ar", "temperature": 0.7, "top_k": 40, "top_p": 0.9, "seed": 6},
         ),
@@ -229,6 +238,14 @@ def test_the_text_generation_pipeline(shipped: Any, tokenizer: Any) -> None:
         ({"temperature": 0.7}, "temperature: got 0.7, expected none without do_sample=True"),
         ({"top_p": 0.7, "do_sample": False}, "top_p: got 0.7, expected none without"),
         ({"block_size": 8}, "block_size: got 8, expected none in mode ar"),
+        (
+            {"mode": "verified", "quality": "near"},
+            "quality: got 'near', expected none in mode verified",
+        ),
+        (
+            {"mode": "auto", "acceptance": "mix"},
+            "acceptance: got 'mix', expected none in mode auto",
+        ),
         ({"steps_per_block": 8, "mode": "verified"}, "steps_per_block: got 8, expected none in"),
         ({"mask_token_id": 7, "mode": "mask_diffusion"}, "mask_token_id: got 7, expected 3"),
         ({"generation_config": GenerationConfig(num_beams=3)}, "num_beams: got 3"),

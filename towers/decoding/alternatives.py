@@ -14,17 +14,24 @@ def most_probable(logits: Tensor, count: int) -> list[TopLogProbs]:
 
     Log-probabilities are those of `kernels.unmask.predict`, bit for bit on a CPU.
     """
-    count = min(count, logits.shape[-1])
+    ids = largest(logits, count)
+    log_probs = logits.gather(1, ids) - torch.logsumexp(logits, dim=-1, keepdim=True)
+    lines = zip(ids.tolist(), log_probs.tolist(), strict=True)
+    return [_finite(*line) for line in lines]
+
+
+def largest(values: Tensor, count: int) -> Tensor:
+    """values [M, V] without NaN -> tokens of each line's `count` largest, all if there are fewer,
+    [M, K] int64: the largest first, of equals the lowest id."""
+    count = min(count, values.shape[-1])
     # By hand, as topk promises nothing about equals, and a stable sort of all tokens is slow.
-    least = logits.topk(count, dim=-1).values[:, -1:]
-    above, equal = logits > least, logits == least
+    least = values.topk(count, dim=-1).values[:, -1:]
+    above, equal = values > least, values == least
     room = count - above.sum(-1, keepdim=True)
     kept = above | (equal & (equal.cumsum(-1) <= room))
-    ids = kept.nonzero()[:, 1].unflatten(0, (-1, count))
-    values, order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True)
-    log_probs = values - torch.logsumexp(logits, dim=-1, keepdim=True)
-    lines = zip(ids.gather(1, order).tolist(), log_probs.tolist(), strict=True)
-    return [_finite(*line) for line in lines]
+    ids: Tensor = kept.nonzero()[:, 1].unflatten(0, (-1, count))
+    order = values.gather(1, ids).sort(dim=-1, descending=True, stable=True).indices
+    return ids.gather(1, order)
 
 
 def _finite(ids: list[int], log_probs: list[float]) -> TopLogProbs:

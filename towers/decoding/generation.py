@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
+from twotower.towers.decoding.draft_times import DraftTimes
 from twotower.towers.decoding.provisional import Drafting
 from twotower.towers.decoding.services import (
     Block,
@@ -17,6 +18,7 @@ from twotower.towers.decoding.services import (
     ContextService,
     DenoiserService,
     Extended,
+    NextDraft,
     Prefilled,
     ProvisionalBlock,
     Token,
@@ -37,6 +39,7 @@ async def generate_blocks(
     params: GenerationParams,
     generated: Sequence[int] = (),
     ease: Callable[[int], float] = lambda _waiting: 0.0,
+    draft_times: DraftTimes | None = None,
 ) -> Blocks:
     """Yields the row's committed blocks, cut at the first EOS and at max_tokens; with
     `params.provisional` also drafts of each, as they come and if the reader is slow only the
@@ -44,15 +47,17 @@ async def generate_blocks(
 
     The last block has a finish_reason. `params` must have a seed; `generated` are tokens that an
     earlier attempt has committed. `ease` maps the number of rows that wait when this row is opened
-    to a share, 0 to 1, of the way to its floors (GenerationParams.eased). Whatever ends the
-    iteration, the row is released on both sides.
+    to a share, 0 to 1, of the way to its floors (GenerationParams.eased). `draft_times` are those
+    of the denoiser's drafts, kept for all rows of a pair. Whatever ends the iteration, the row is
+    released on both sides.
     """
     if params.needs_denoiser and denoiser is None:
         raise ValueError(f"mode: {params.mode} needs a denoiser")
     if not params.uses_denoiser:
         denoiser = None
-    params = params.for_prompt(len(prompt))
-    loop = _RowLoop(context, denoiser, row_id, params, len(prompt), generated)
+    params = params.for_prompt(len(prompt)).resolved()
+    times = draft_times or DraftTimes()
+    loop = _RowLoop(context, denoiser, row_id, params, len(prompt), generated, times)
     begin, clock = time.time(), _Clock()
     try:
         eased = ease(await loop.open())
@@ -173,11 +178,13 @@ class _RowLoop:
         params: GenerationParams,
         prompt_tokens: int,
         generated: Sequence[int],
+        draft_times: DraftTimes,
     ) -> None:
         self._context = context
         self._denoiser = denoiser
         self._row_id = row_id
         self._params = params
+        self._draft_times = draft_times
         self._capacity = params.context_tokens(prompt_tokens)
         self._reading: asyncio.Task[tuple[Extended, float]] | None = None
         # What the towers are told of the output: all of it with penalties, otherwise nothing.
@@ -202,7 +209,8 @@ class _RowLoop:
         that the context tower drew after what it has read."""
         position = len(prompt) + len(generated)
         if self._params.traits.unit == "draft":
-            return self._verified_blocks(position - bool(generated), generated[-1:])
+            left = self._params.max_tokens - len(generated)
+            return self._checked_blocks(position - bool(generated), generated[-1:], left)
         if self._params.starts_with_context:
             assert first is not None
             return self._started_blocks(position, first)
@@ -243,26 +251,60 @@ class _RowLoop:
             assert extended.first is not None
             first = extended.first
 
-    async def _verified_blocks(self, position: int, known: Sequence[int]) -> Blocks:
+    async def _checked_blocks(self, position: int, known: Sequence[int], left: int) -> Blocks:
         """Blocks from `position` on, where the context ends; `known` is the committed token at
-        that position, or empty."""
+        that position, or empty. Rounds of the context tower alone, and drafts of the denoiser
+        where they pay; nothing but these where `params` say so."""
+        params = self._params
+        asked: NextDraft = "checked"
         while True:
-            async with aclosing(self._drafting(position, known=tuple(known))) as drafting:
-                async for provisional in drafting:
-                    yield provisional
-                draft = await drafting.block()
-            clock = _Clock()
-            block = await self._context.verify(
-                self._row_id, draft.token_ids, self._params, tuple(self._output)
-            )
-            timing = _with_commit(draft.timing, clock.lap())
-            fresh = len(block.token_ids)
-            # The context tower draws the last token, after all passes of the draft.
-            steps = (*draft.commit_steps[len(known) :][: fresh - 1], draft.nfe)
-            self._note(block.token_ids)
-            yield replace(block, commit_steps=steps, nfe=draft.nfe, timing=timing)
-            position += len(known) + fresh - 1
-            known = block.token_ids[-1:]
+            if not params.needs_denoiser:
+                block = await self._rounds(min(left, params.block_size))
+                asked = block.next_draft
+                if block.token_ids:
+                    yield block
+                    position, left = block.end - 1, left - len(block.token_ids)
+                    known = block.token_ids[-1:]
+            if asked:
+                async with aclosing(self._drafted(asked, position, known)) as blocks:
+                    async for draft in blocks:
+                        yield draft
+                        if isinstance(draft, Block):
+                            block = draft
+                position, left = block.end - 1, left - len(block.token_ids)
+                known = block.token_ids[-1:]
+
+    async def _rounds(self, count: int) -> Block:
+        """Rounds that the context tower makes alone."""
+        begin, clock = time.time(), _Clock()
+        block = await self._context.decode(
+            self._row_id, count, self._params, tuple(self._output), self._draft_times.costs()
+        )
+        self._note(block.token_ids)
+        return replace(block, timing=BlockTiming(begin, denoise_s=clock.lap()))
+
+    async def _drafted(self, asked: NextDraft, position: int, known: Sequence[int]) -> Blocks:
+        """A draft of the denoiser as it comes, and last what the context tower accepts of it."""
+        params, clock = self._params, _Clock()
+        if asked == "whole":
+            params = params.committed_whole()
+        ask = partial(self._next_block, position, -1, tuple(known), params=params)
+        async with aclosing(Drafting(ask, watched=params.provisional)) as drafting:
+            async for provisional in drafting:
+                yield provisional
+            draft = await drafting.block()
+        self._draft_times.note(asked, draft.passes, clock.lap())
+        block = await self._context.verify(
+            self._row_id, draft.token_ids, params, tuple(self._output), draft.draft_scores
+        )
+        timing = _with_commit(draft.timing, clock.lap())
+        # The context tower draws the last token, after all passes of the draft.
+        fresh = len(block.token_ids)
+        steps = (*draft.commit_steps[len(known) :][: fresh - 1], draft.nfe)
+        self._note(block.token_ids)
+        yield replace(
+            block, commit_steps=steps, nfe=draft.nfe, timing=timing, drafted_by="denoiser"
+        )
 
     def read(self, block: Block) -> None:
         """Starts to extend the context by a block, if the mode's tokens come from the denoiser."""
@@ -303,25 +345,40 @@ class _RowLoop:
             self._output += token_ids
 
     def _drafting(self, position: int, last_token: int = -1, known: Sequence[int] = ()) -> Drafting:
-        """Starts to make the next block or draft."""
+        """Starts to make the next block."""
         params = self._params
         watched = params.provisional and params.traits.unit != "token"
         return Drafting(partial(self._next_block, position, last_token, known), watched=watched)
 
     async def _next_block(
-        self, position: int, last_token: int, known: Sequence[int], watch: Watcher | None
+        self,
+        position: int,
+        last_token: int,
+        known: Sequence[int],
+        watch: Watcher | None,
+        params: GenerationParams | None = None,
     ) -> Block:
         begin, clock = time.time(), _Clock()
-        block = await self._ask(position, last_token, known, watch)
+        params = params or self._params
+        if self._denoiser is not None and not params.mirrored_at_once:
+            await self._context.update_mirror(self._row_id)
+        sent_s = clock.lap()
+        block = await self._ask(position, last_token, known, watch, params)
         waited = 0.0 if block.timing is None else block.timing.transfer_s
-        timing = BlockTiming(begin, transfer_s=waited, denoise_s=max(0.0, clock.lap() - waited))
+        denoise_s = max(0.0, clock.lap() - waited)
+        timing = BlockTiming(begin, transfer_s=sent_s + waited, denoise_s=denoise_s)
         return replace(block, timing=timing)
 
     async def _ask(
-        self, position: int, last_token: int, known: Sequence[int], watch: Watcher | None
+        self,
+        position: int,
+        last_token: int,
+        known: Sequence[int],
+        watch: Watcher | None,
+        params: GenerationParams,
     ) -> Block:
         """Asks a tower for the next block, draft or token."""
-        row_id, params, output = self._row_id, self._params, tuple(self._output)
+        row_id, output = self._row_id, tuple(self._output)
         if params.traits.denoiser == "never":
             return await self._context.decode(row_id, params.block_size, params, output)
         assert self._denoiser is not None

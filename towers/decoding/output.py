@@ -70,6 +70,7 @@ def text_block(log: CommitLog, block: Block, text: str) -> TextBlock:
         block.confidences,
         block.log_probs,
         block.top_log_probs,
+        block.drafted_by,
     )
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from twotower.kernels import dispatch
-from twotower.kernels.unmask import SamplingBatch, tempered, without
-from twotower.towers.decoding.alternatives import most_probable
-from twotower.towers.decoding.services import TopLogProbs
+from twotower.kernels.philox import uniforms
+from twotower.kernels.unmask import SamplingBatch, gumbel, tempered, without
+from twotower.towers.decoding.alternatives import largest, most_probable
+from twotower.towers.decoding.services import DraftScores, TopLogProbs
 from twotower.towers.errors import NumericalError
 from twotower.towers.request.params import GenerationParams, row_key
 
@@ -29,12 +30,13 @@ DOMAIN_AUTOREGRESSIVE = 2
 class Drawn:
     """One token per position, with its probability (the model's own: without bias, penalties,
     temperature and filters) and the natural log of that; and the most probable tokens there, if
-    the sampler asks for them."""
+    the sampler asks for them, and the best scores, if the draw does."""
 
     token_ids: list[int]
     confidences: list[float]
     log_probs: list[float]
     top_log_probs: list[TopLogProbs] = field(default_factory=list)
+    draft_scores: DraftScores | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ class Draw:
     """Tokens that a row asks for: one at each of its absolute positions, with noise of a step and
     domain. `excluded_token` can never be drawn and takes no part in the softmax.
 
-    Penalties count the tokens of `output` and, at position i, of `drafted[i]` (none if empty)."""
+    Penalties count the tokens of `output` and, at position i, of `drafted[i]` (none if empty).
+    `num_scores` is how many of the best scores to give at each position, the token's own first."""
 
     sampler: Sampler
     positions: Sequence[int]
@@ -124,6 +127,12 @@ class Draw:
     excluded_token: int | None = None
     output: Sequence[int] = ()
     drafted: Sequence[Sequence[int]] = ()
+    num_scores: int = 0
+
+    @property
+    def is_shared(self) -> bool:
+        """True if it is made from the logits as they are, together with draws of other rows."""
+        return not (self.sampler.filtered or self.sampler.shifted or self.num_scores)
 
     def barred_tokens(self) -> list[int]:
         """At each position EOS while it may not be drawn yet, otherwise -1."""
@@ -141,8 +150,7 @@ def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn | Numerical
     """
     ends = list(accumulate(len(draw.positions) for draw in draws))
     spans = [slice(end - len(draw.positions), end) for draw, end in zip(draws, ends, strict=True)]
-    samplers = [draw.sampler for draw in draws]
-    shared = [index for index, how in enumerate(samplers) if not (how.filtered or how.shifted)]
+    shared = [index for index, draw in enumerate(draws) if draw.is_shared]
     results: dict[int, Drawn | NumericalError] = {}
     if len(shared) == len(draws):
         results = dict(enumerate(_predicted(logits, draws, None)))
@@ -152,10 +160,44 @@ def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn | Numerical
         results = dict(zip(shared, predicted, strict=True))
     for index, draw in enumerate(draws):
         lines = logits[spans[index]]
+        if draw.num_scores:
+            results[index] = _with_scores(lines, draw)
+            continue
         if index not in results:
             results[index] = _predicted(lines, [draw], draw_scores(lines, draw))[0]
         results[index] = _with_alternatives(results[index], lines, draw)
     return [results[index] for index in range(len(draws))]
+
+
+@dataclass(frozen=True)
+class KeyedScores:
+    """What the tokens of M lines are drawn from, [M, V] fp32, with the noise of their draw.
+
+    The token of a line is the argmax of `compared`, of equals the lowest id. `scores` are in the
+    same order: log-probability with bias, penalties, temperature and filters, plus the noise,
+    -inf where filtered out. They are the same numbers but at temperature 0, where logits are
+    compared, which are not normalised, and there is no noise.
+    """
+
+    compared: Tensor
+    scores: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, draw: Draw) -> KeyedScores:
+        """Those of a draw from logits [M, V], with the bits of `draw_tokens` on a CPU."""
+        scores = draw_scores(logits, draw)
+        if draw.sampler.temperature == 0:
+            return cls(scores, torch.log_softmax(scores, dim=-1))
+        batch = sampling_batch([draw], logits.device)
+        noise = uniforms(batch.key, batch.position, batch.step, batch.domain, scores.shape[-1])
+        scores = scores + gumbel(noise)
+        return cls(scores, scores)
+
+    def draw(self, logits: Tensor, draw: Draw) -> Drawn | NumericalError:
+        """The tokens, with the probabilities and alternatives that `logits` [M, V] give them."""
+        # The noise is in the scores already.
+        greedy = replace(draw, sampler=replace(draw.sampler, temperature=0.0))
+        return _with_alternatives(_predicted(logits, [greedy], self.compared)[0], logits, draw)
 
 
 def sampling_batch(draws: Sequence[Draw], device: torch.device) -> SamplingBatch:
@@ -229,6 +271,17 @@ def _counts(draw: Draw, scores: Tensor) -> Tensor:
         one = torch.ones(len(lines), device=scores.device)
         counts.index_put_((where[0], where[1]), one, accumulate=True)
     return counts
+
+
+def _with_scores(logits: Tensor, draw: Draw) -> Drawn | NumericalError:
+    """The tokens of a draw from `logits` [M, V] with their best scores."""
+    keyed = KeyedScores.of(logits, draw)
+    drawn = keyed.draw(logits, draw)
+    if isinstance(drawn, NumericalError):
+        return drawn
+    ids = largest(keyed.compared, draw.num_scores)
+    best = DraftScores(ids.cpu(), keyed.scores.gather(1, ids).cpu())
+    return replace(drawn, draft_scores=best)
 
 
 def _with_alternatives(

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -27,12 +27,15 @@ from twotower.towers.request.params import FinishReason, GenerationParams
 from twotower.towers.request.results import DraftedBy, ProvisionalBlock, TopLogProbs
 
 __all__ = [
+    "UNKNOWN_COSTS",
     "Block",
     "BlockTiming",
     "ContextService",
     "DenoiserService",
+    "DraftCosts",
     "DraftScores",
     "Extended",
+    "NextDraft",
     "PassTime",
     "Prefilled",
     "ProvisionalBlock",
@@ -77,11 +80,13 @@ class Token:
 
 @dataclass(frozen=True)
 class PassTime:
-    """Seconds that a pass over so many tokens took, of `rows` rows."""
+    """Seconds that a pass over so many tokens took, of `rows` pieces of work; `prefill_tokens` of
+    the tokens were of prompts."""
 
     seconds: float
     tokens: int
     rows: int
+    prefill_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,26 @@ class DraftScores:
     scores: Tensor
 
 
+# A draft that the denoiser is asked for: one that the context tower checks, or a block that is
+# committed whole; empty for none.
+NextDraft = Literal["", "checked", "whole"]
+
+
+@dataclass(frozen=True)
+class DraftCosts:
+    """What a draft of the denoiser costs a row now, in seconds, by kind; None: not known."""
+
+    checked: float | None = None
+    whole: float | None = None
+
+    def of(self, asked: NextDraft) -> float | None:
+        """The cost of a kind of draft."""
+        return self.whole if asked == "whole" else self.checked
+
+
+UNKNOWN_COSTS = DraftCosts()
+
+
 @dataclass(frozen=True)
 class Block:
     """Tokens that were committed together, with step and probability of each.
@@ -108,8 +133,8 @@ class Block:
     the number of denoiser calls and `context_passes` that of context passes spent since the block
     before it. In verified and auto, `drafted_tokens` were checked and `accepted_tokens` of them
     accepted, those of lookups `lookup_drafted_tokens` and `lookup_accepted_tokens`; `drafted_by` is
-    who drafted last, and `wants_draft` says that a draft of the denoiser pays next. `cached_tokens`
-    of the prompt came from the prefix cache (0 after the first block). `eased` is the share of the
+    who drafted last, and `next_draft` the draft of the denoiser that pays next. `cached_tokens` of
+    the prompt came from the prefix cache (0 after the first block). `eased` is the share of the
     way to its floors that the row is served with (GenerationParams.eased). `top_log_probs[i]` are
     the `top_logprobs` most probable tokens of the distribution that `log_probs[i]` is of, of equals
     the lowest id first; it is empty if none were asked for. `draft_scores` are those of the tokens
@@ -133,10 +158,15 @@ class Block:
     lookup_accepted_tokens: int = 0
     lookup_drafted_tokens: int = 0
     drafted_by: DraftedBy = ""
-    wants_draft: bool = False
+    next_draft: NextDraft = ""
     draft_scores: DraftScores | None = field(default=None, compare=False)
     passes: tuple[PassTime, ...] = field(default=(), compare=False)
     timing: BlockTiming | None = field(default=None, compare=False)
+
+    @property
+    def end(self) -> int:
+        """Absolute position after the last token."""
+        return self.start + len(self.token_ids)
 
     def first(self, count: int) -> Block:
         """The block with its first `count` tokens only; counts of passes and drafts stay."""
@@ -215,14 +245,13 @@ class ContextService(Protocol):
         count: int,
         params: GenerationParams,
         output: Sequence[int] = (),
-        draft_s: float | None = None,
+        costs: DraftCosts = UNKNOWN_COSTS,
     ) -> Block:
         """Decodes about `count` tokens with the context tower alone; stops after an EOS.
 
         In ar they are at most `count`, one a pass. In verified and auto a pass checks a draft from
         a lookup, and the last may accept more than `count`; the block ends early, possibly without
-        tokens, if a draft of the denoiser pays next, which takes `draft_s` seconds of its passes
-        for this row (None: not known).
+        tokens, if a draft of the denoiser pays next, by its `costs`.
         """
 
     async def update_mirror(self, row_id: str) -> None:

@@ -167,7 +167,9 @@ class _Program(Program):
     def _hand_out(self, works: Sequence[ContextWork]) -> None:
         """Moves the rows' states on, and gives the sinks their shares."""
         for row, work in enumerate(works):
-            work.state.stepped(self._length)
+            exported = work.sink is not None
+            log = self._log_of(row) if work.state.keeps_log and not exported else None
+            work.state.stepped(self._length, log, exported=exported)
             if work.sink is None or not work.sink.takes_shares:
                 continue
             for name, layer, share in self._shares(work.state, row):

@@ -9,9 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from twotower.towers.decoding.acceptance import MixedDraft
 from twotower.towers.decoding.sampling import DOMAIN_AUTOREGRESSIVE, Draw, Sampler
 from twotower.towers.decoding.services import (
+    UNKNOWN_COSTS,
     Block,
+    DraftCosts,
     DraftScores,
     Extended,
     Prefilled,
@@ -26,9 +29,10 @@ from twotower.towers.engine.context_row import ContextRow, block_of, in_turn, to
 from twotower.towers.engine.context_steps import ContextSteps
 from twotower.towers.engine.context_work import ContextResult, ContextWork
 from twotower.towers.engine.cuda_graph import GraphMemory
+from twotower.towers.engine.draft_rounds import DraftRounds
 from twotower.towers.engine.engine import Engine, state_of
 from twotower.towers.engine.options import EngineOptions
-from twotower.towers.engine.prefill import KvFeed, prefill_pieces, send_update
+from twotower.towers.engine.prefill import KvFeed, prefill_pieces, send_state
 from twotower.towers.engine.stats import EngineStats
 from twotower.towers.engine.turns import Turn
 from twotower.towers.model.context_tower import ContextTower
@@ -64,7 +68,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         turn: Turn | None = None,
     ) -> None:
         options, device = options or EngineOptions(), tower.device
-        pool = pool or options.pool_for(tower)
+        pool = pool or options.pool_for(tower, mirrored=link is not None)
         max_bytes = options.prefix_cache_bytes
         cache = PrefixCache(pool, max_bytes) if max_bytes else None
         reclaim = cache.reclaim if cache else None
@@ -81,6 +85,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         self.pool = pool
         self.cache = cache
         self.prefill_chunk = options.prefill_chunk_on(device.type)
+        self._rounds = DraftRounds(tower, self._submit, with_denoiser=link is not None)
 
     def stats(self) -> EngineStats:
         """Counters since the start and the present load, the prefix cache's included."""
@@ -136,11 +141,12 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         count: int,
         params: GenerationParams,
         output: Sequence[int] = (),
-        draft_s: float | None = None,
+        costs: DraftCosts = UNKNOWN_COSTS,
     ) -> Block:
-        """Takes the token drawn last, then reads it and draws the next, up to `count` times."""
+        """Takes the token drawn last, then reads it and draws the next, up to `count` times; where
+        drafts are checked, see `DraftRounds.decode`."""
         row = self._row(row_id)
-        return await self._owned(row, self._decode(row, count, params, output))
+        return await self._owned(row, self._decode(row, count, params, output, costs))
 
     async def verify(
         self,
@@ -150,13 +156,17 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         output: Sequence[int] = (),
         scores: DraftScores | None = None,
     ) -> Block:
-        """Reads a draft, keeps the tokens that the tower draws as well, and publishes the state."""
+        """Reads a draft and keeps the tokens that are accepted: those that the tower draws as well,
+        or with `scores` and acceptance `mix` those that the mix draws. Publishes the state if the
+        row is mirrored at once."""
         row = self._row(row_id)
-        return await self._owned(row, self._verify(row, draft, params, output))
+        return await self._owned(row, self._verify(row, draft, params, output, scores))
 
     async def update_mirror(self, row_id: str) -> None:
-        """Brings the denoiser's mirror of the row to where its context ends."""
-        self._row(row_id)
+        """Brings the denoiser's mirror of the row to where its context ends, by one update; it
+        sends nothing if the mirror stands there."""
+        row = self._row(row_id)
+        await self._owned(row, self._update_mirror(row))
 
     async def reseed(self, row_id: str, prepare: Callable[[], None]) -> None:
         """Sends all that the row's state holds, to a mirror that holds nothing, after `prepare`;
@@ -201,7 +211,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         # mock_ar reads the context as it was before its last token: that one stays in the log.
         held = [pieces.pop()] if params.traits.holds_prompt_end else []
         feed = None
-        if self.link is not None and params.uses_denoiser:
+        if self.link is not None and params.mirrored_at_once:
             feed = KvFeed(self.link, row.row_id, state)
         try:
             hidden, saved = self._restore(row, pieces)
@@ -209,17 +219,21 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
             if saved < len(pieces):
                 hidden = await self._read(row, pieces, saved, feed)
             elif feed is not None:
-                await self._publish(row, 0)
+                await self._publish(row)
         finally:
             if feed is not None:
                 await feed.close()
         for piece in held:
             await self._submit(ContextWork(state, piece, advance=False, prefill=True))
+        if params.traits.unit == "draft" and not params.needs_denoiser:
+            tokens = [*prompt, *generated]
+            row.drafts = self._rounds.begin(tokens, params)
         if params.traits.holds_output_end and generated:
             row.token, row.committed = Token(generated[-1], 1.0, 0.0), True
         elif params.traits.tokens_from == "context":
             assert hidden is not None
             row.token = self._first_token(hidden, state.position, params, generated)
+            row.hidden = hidden
         first = None
         if params.starts_with_context:
             assert hidden is not None
@@ -243,7 +257,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         plan = UpdatePlan("snapshot", state.position, state.position + len(piece))
         writer = None if feed is None else self._writer(row, plan)
         work = ContextWork(state, piece, sink=writer, prefill=True)
-        result = await self._write_through(work, writer)
+        result = await self._write_through(row, work, writer)
         self._note(row, piece, result.hidden, end=True)
         return result.hidden
 
@@ -298,7 +312,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         if state.length > state.position:
             # A mock_ar row: its last token moves from the log into the state, the new one follows.
             self.tower.advance(state, 1)
-            await self._publish(row, start)
+            await self._publish(row)
             await self._submit(ContextWork(state, token_ids, advance=False))
             return Extended(1)
         plan = plan_update(self.tower.config, start, start + len(token_ids))
@@ -307,20 +321,33 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
             sampler, after = Sampler.from_params(params), [start + len(token_ids)]
             draw = Draw(sampler, after, output=output if sampler.penalizes else ())
         work = ContextWork(state, token_ids, draw=draw, sink=writer)
-        result = await self._write_through(work, writer)
+        result = await self._write_through(row, work, writer)
         self._note(row, token_ids, result.hidden)
         return Extended(1, None if result.drawn is None else token_of(result.drawn, 0))
 
     @in_turn
     async def _reseed(self, row: ContextRow, prepare: Callable[[], None]) -> None:
         prepare()
+        row.mirrored = 0
         if row.state is not None and row.state.position:
-            await self._publish(row, 0)
+            await self._publish(row)
+
+    @in_turn
+    async def _update_mirror(self, row: ContextRow) -> None:
+        if row.mirrored < state_of(row.state).position:
+            await self._publish(row)
 
     @in_turn
     async def _decode(
-        self, row: ContextRow, count: int, params: GenerationParams, output: Sequence[int]
+        self,
+        row: ContextRow,
+        count: int,
+        params: GenerationParams,
+        output: Sequence[int],
+        costs: DraftCosts,
     ) -> Block:
+        if row.drafts is not None:
+            return await self._rounds.decode(row, row.drafts, count, params, output, costs)
         state = state_of(row.state)
         sampler = Sampler.from_params(params)
         start = state.position
@@ -338,7 +365,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
             result = await self._submit(ContextWork(state, [token.token_id], draw=draw))
             passes += 1
             assert result.drawn is not None
-            row.token = token_of(result.drawn, 0)
+            row.token, row.hidden = token_of(result.drawn, 0), result.hidden
             self._note(row, [token.token_id], result.hidden)
         steps = tuple(range(len(taken)))
         return block_of(start, taken, steps, context_passes=passes)
@@ -350,7 +377,41 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         draft: Sequence[int],
         params: GenerationParams,
         output: Sequence[int],
+        scores: DraftScores | None,
     ) -> Block:
+        state = state_of(row.state)
+        start, known = state.position, int(row.committed)
+        if scores is not None and params.mix > 0:
+            mixed = MixedDraft(draft[known:], scores, params.mix)
+            tokens, accepted = await self._accept_mixed(row, draft, params, output, mixed)
+        else:
+            tokens, accepted = await self._accept_strictly(row, draft, params, output)
+        self.tower.advance(state, accepted)
+        state.truncate()
+        row.token, row.committed, row.hidden = tokens[accepted], True, None
+        if row.drafts is not None:
+            fresh = [token.token_id for token in tokens[known : accepted + 1]]
+            row.drafts.take(fresh, accepted - known)
+        if accepted and params.mirrored_at_once:
+            await self._publish(row)
+        return block_of(
+            start + known,
+            tokens[known : accepted + 1],
+            (0,) * (accepted + 1 - known),
+            context_passes=1,
+            accepted=accepted - known,
+            drafted=len(draft) - known,
+        )
+
+    async def _accept_strictly(
+        self,
+        row: ContextRow,
+        draft: Sequence[int],
+        params: GenerationParams,
+        output: Sequence[int],
+    ) -> tuple[list[Token], int]:
+        """Reads a draft into the log. Returns the tower's tokens from where the state stands, and
+        how many of the draft are the same."""
         state = state_of(row.state)
         assert row.token is not None, "prefill comes first"
         start, known = state.position, int(row.committed)
@@ -366,19 +427,35 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         accepted = 0
         while accepted < len(draft) and draft[accepted] == tokens[accepted].token_id:
             accepted += 1
-        self.tower.advance(state, accepted)
-        state.truncate()
-        row.token, row.committed = tokens[accepted], True
-        if accepted:
-            await self._publish(row, start)
-        return block_of(
-            start + known,
-            tokens[known : accepted + 1],
-            (0,) * (accepted + 1 - known),
-            context_passes=1,
-            accepted=accepted - known,
-            drafted=len(draft) - known,
+        return tokens, accepted
+
+    async def _accept_mixed(
+        self,
+        row: ContextRow,
+        draft: Sequence[int],
+        params: GenerationParams,
+        output: Sequence[int],
+        mixed: MixedDraft,
+    ) -> tuple[list[Token], int]:
+        """As _accept_strictly, but the tokens are the accepted ones and the tower's own after them.
+        A first token that is not committed is checked like the others."""
+        state = state_of(row.state)
+        assert row.token is not None, "prefill comes first"
+        known, before = int(row.committed), row.hidden
+        assert known or before is not None, "a token that was drawn has its hidden state"
+        positions = range(state.position + known, state.position + 1 + len(draft))
+        draw = Draw(Sampler.from_params(params), positions)
+        if draw.sampler.penalizes:
+            drafted = [draft[known:end] for end in range(known, len(draft) + 1)]
+            draw = replace(draw, output=output, drafted=drafted)
+        work = ContextWork(
+            state, draft, advance=False, draw=draw, mixed=mixed, before=None if known else before
         )
+        checked = (await self._submit(work)).checked
+        assert checked is not None
+        fresh = checked.num_accepted
+        tokens = [row.token] * known + [token_of(checked.drafted, i) for i in range(fresh)]
+        return [*tokens, token_of(checked.own, fresh)], known + fresh
 
     async def _score(self, row: ContextRow, token_ids: Sequence[int], top_logprobs: int) -> Scores:
         state = row.state = await self._admission.acquire(row.row_id, len(token_ids))
@@ -408,16 +485,22 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         return torch.cat(parts)
 
     async def _submit(self, work: ContextWork) -> ContextResult:
-        return await self._loop.submit(
+        served = await self._loop.serve(
             work, len(work.tokens), prefill=work.prefill, patient=work.may_wait
         )
+        self._rounds.times.note(served.passed)
+        return served.result
 
-    async def _write_through(self, work: ContextWork, writer: UpdateWriter | None) -> ContextResult:
-        """A pass whose update is sent while it computes."""
+    async def _write_through(
+        self, row: ContextRow, work: ContextWork, writer: UpdateWriter | None
+    ) -> ContextResult:
+        """A pass of a row whose update is sent while it computes."""
+        row.mirrored = 0
         try:
             result = await self._submit(work)
             if writer is not None:
                 await writer.finish()
+                self._has_reached(row, writer)
         finally:
             if writer is not None:
                 writer.abort()
@@ -428,10 +511,20 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
             return None
         return self.link.begin(row.row_id, state_of(row.state), plan)
 
-    async def _publish(self, row: ContextRow, start: int) -> None:
-        """Sends an update from `start` to the state's position, for passes without a writer."""
+    async def _publish(self, row: ContextRow) -> None:
+        """Sends an update from where the row's mirror stands to the state's position, for passes
+        without a writer."""
         if self.link is None:
             return
+        state, start = state_of(row.state), row.mirrored
+        writer = self.link.begin(row.row_id, state, state.plan(start))
+        # Until it is known to have arrived: a delta on top of a lost update would be wrong.
+        row.mirrored = 0
+        await send_state(writer, state, start)
+        self._has_reached(row, writer)
+
+    def _has_reached(self, row: ContextRow, writer: UpdateWriter) -> None:
+        """Notes that the row's mirror stands where its state does."""
         state = state_of(row.state)
-        update = state.export(start)
-        await send_update(self.link.begin(row.row_id, state, update.plan), update)
+        row.mirrored = state.position
+        state.follow(takes_shares=writer.takes_shares)

@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from twotower.towers.decoding.acceptance import Checked, check_draft
 from twotower.towers.decoding.alternatives import most_probable
 from twotower.towers.decoding.sampling import Drawn, draw_tokens
 from twotower.towers.decoding.services import TopLogProbs
@@ -76,23 +77,16 @@ class ContextPass:
     def _read_heads(
         self, works: Sequence[ContextWork], hidden: Tensor
     ) -> list[ContextResult | BaseException]:
-        """Each row's result from the pass's hidden states [T, H]; one product serves all draws."""
+        """Each row's result from the pass's hidden states [T, H]."""
         ends = list(accumulate(len(work.tokens) for work in works))
-        drawing = [
-            (index, work.draw, end)
-            for index, (work, end) in enumerate(zip(works, ends, strict=True))
-            if work.draw is not None
-        ]
-        lines = [line for _, draw, end in drawing for line in range(end - len(draw.positions), end)]
-        tokens: dict[int, Drawn | NumericalError] = {}
-        if lines:
-            drawn = draw_tokens(self._tower.logits(hidden[lines]), [draw for _, draw, _ in drawing])
-            tokens = {index: each for (index, _, _), each in zip(drawing, drawn, strict=True)}
+        drawn = self._draw(works, hidden, ends)
         results: list[ContextResult | BaseException] = []
         for index, (work, end) in enumerate(zip(works, ends, strict=True)):
-            last, picked = hidden[end - 1].clone(), tokens.get(index)
+            last, picked = hidden[end - 1].clone(), drawn.get(index)
             if isinstance(picked, NumericalError):
                 results.append(picked)
+            elif isinstance(picked, Checked):
+                results.append(ContextResult(last, checked=picked))
             elif work.targets is not None:
                 span = slice(end - len(work.tokens), end)
                 results.append(self._score(hidden[span], work.targets, work.top_logprobs, last))
@@ -101,6 +95,34 @@ class ContextPass:
                 results.append(_whole_result(last, logits))
             else:
                 results.append(ContextResult(last, picked))
+        return results
+
+    def _draw(
+        self, works: Sequence[ContextWork], hidden: Tensor, ends: Sequence[int]
+    ) -> dict[int, Drawn | Checked | NumericalError]:
+        """What the works that draw get, by their index; one product serves all draws and checks."""
+        parts = {
+            index: _drawn_from(work, hidden[end - len(work.tokens) : end])
+            for index, (work, end) in enumerate(zip(works, ends, strict=True))
+            if work.draw is not None
+        }
+        if not parts:
+            return {}
+        logits = self._tower.logits(torch.cat(list(parts.values())))
+        lines = dict(zip(parts, logits.split([len(part) for part in parts.values()]), strict=True))
+        results: dict[int, Drawn | Checked | NumericalError] = {}
+        plain: list[int] = []
+        for index in parts:
+            draw, mixed = works[index].draw, works[index].mixed
+            if draw is not None and mixed is not None:
+                results[index] = check_draft(lines[index], draw, mixed)
+            else:
+                plain.append(index)
+        if plain:
+            draws = [draw for index in plain if (draw := works[index].draw) is not None]
+            if results:
+                logits = torch.cat([lines[index] for index in plain])
+            results |= zip(plain, draw_tokens(logits, draws), strict=True)
         return results
 
     def _score(
@@ -122,6 +144,15 @@ class ContextPass:
             if top_logprobs:
                 most += most_probable(logprobs, top_logprobs)
         return ContextResult(last, logprobs=tuple(found), top_log_probs=tuple(most))
+
+
+def _drawn_from(work: ContextWork, hidden: Tensor) -> Tensor:
+    """The hidden states [n, H] that a work's draw is made from, of those of its tokens."""
+    assert work.draw is not None
+    count = len(work.draw.positions)
+    if work.before is None:
+        return hidden[len(hidden) - count :]
+    return torch.cat([work.before.unsqueeze(0), hidden[len(hidden) - count + 1 :]])
 
 
 def _whole_result(last: Tensor, logits: Tensor) -> ContextResult | NumericalError:

@@ -8,8 +8,12 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from torch import Tensor
+
+from twotower.towers.decoding.draft_policy import DraftPolicy
+from twotower.towers.decoding.lookup import LookupIndex
 from twotower.towers.decoding.sampling import Drawn
-from twotower.towers.decoding.services import Block, Token
+from twotower.towers.decoding.services import Block, DraftCosts, NextDraft, Token
 from twotower.towers.engine.engine import EngineRow
 
 T = TypeVar("T")
@@ -23,20 +27,43 @@ def token_of(drawn: Drawn, index: int) -> Token:
     return Token(drawn.token_ids[index], drawn.confidences[index], drawn.log_probs[index], top)
 
 
+class RowDrafts:
+    """A row's tokens, indexed for lookups, and the policy of its rounds. `asked` is the draft that
+    the denoiser was asked for last, at `costs`."""
+
+    def __init__(self, tokens: Sequence[int], policy: DraftPolicy) -> None:
+        self.index = LookupIndex(tokens)
+        self.policy = policy
+        self.asked: NextDraft = ""
+        self.costs = DraftCosts()
+
+    def take(self, tokens: Sequence[int], accepted: int) -> None:
+        """Takes the new tokens of a draft of the denoiser that was checked."""
+        self.index.extend(tokens)
+        if self.asked:
+            self.policy.learn_draft(self.asked, accepted, self.costs)
+
+
 @dataclass(eq=False)
 class ContextRow(EngineRow):
     """A row of the context engine.
 
     `token` is what the tower drew for the state's position, None before; `committed` tells whether
-    the output has it already. `key` is the prefix cache's key of what was read, `cached_to` the
-    tokens of the last entry. `turn` is held by the call that works on the state.
+    the output has it already, and until then `hidden` is the hidden state [H] that it was drawn
+    from. `mirrored` is where the denoiser's mirror stands: 0 as long as it holds nothing, and while
+    it is not known whether an update has arrived. `key` is the prefix cache's key of what was read,
+    `cached_to` the tokens of the last entry. `turn` is held by the call that works on the state.
+    `drafts` are those of a row whose rounds the tower makes alone.
     """
 
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     token: Token | None = None
     committed: bool = False
+    mirrored: int = 0
+    hidden: Tensor | None = None
     key: bytes = b""
     cached_to: int = 0
+    drafts: RowDrafts | None = None
 
 
 _Call = Callable[Concatenate[T, ContextRow, P], Coroutine[Any, Any, R]]

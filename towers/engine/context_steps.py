@@ -89,7 +89,9 @@ class _Program(Program):
         hidden = self._hidden[: len(works)].clone()
         results: list[ContextResult | NumericalError] = []
         for row, (work, draw) in enumerate(zip(works, draws, strict=True)):
-            work.state.stepped()
+            state, log = work.state, self._log
+            kept = log.part(row, row + 1) if log is not None and state.keeps_log else None
+            state.stepped(log=kept)
             drawn = drawn_of(lines, slice(row, row + 1), draw)
             results.append(result_of(hidden[row], drawn))
         return results

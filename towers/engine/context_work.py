@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from twotower.towers.decoding.acceptance import Checked, MixedDraft
 from twotower.towers.decoding.sampling import Draw, Drawn
 from twotower.towers.decoding.services import TopLogProbs
 from twotower.towers.engine.buckets import MAX_LENGTH
@@ -20,7 +21,11 @@ class ContextWork:
     """Tokens of a row to read. `advance` moves the snapshot over them, otherwise they stay in the
     log; `draw` draws at the last of them, `targets` asks for these tokens' log-probabilities and
     `top_logprobs` for so many most probable tokens beside each, `logits` for those of every token,
-    `sink` takes the update's shares. `prefill` is a piece of a prompt."""
+    `sink` takes the update's shares. `prefill` is a piece of a prompt.
+
+    With `mixed` the draw is the check of that draft, and gives no tokens by itself. Its first line
+    is then that of the hidden state `before` [H], if there is one: of the token before the work's,
+    which an earlier pass has read."""
 
     state: ContextState
     tokens: Sequence[int]
@@ -31,18 +36,21 @@ class ContextWork:
     prefill: bool = False
     top_logprobs: int = 0
     logits: bool = False
+    mixed: MixedDraft | None = None
+    before: Tensor | None = None
 
     @property
     def is_step(self) -> bool:
         """True if it reads one token into the state, draws the next and no more."""
         plain = self.advance and self.targets is None and self.sink is None
-        return plain and len(self.tokens) == 1 and _draws(self.draw, 1)
+        return plain and len(self.tokens) == 1 and self._draws(1)
 
     @property
     def may_wait(self) -> bool:
         """True if it may wait for more of its kind, see `turns`: blocks, whatever they draw."""
         extends = self.advance and (self.draw is None or len(self.tokens) > 1)
-        return self.is_block or (extends and not self.prefill and self.targets is None)
+        extends = extends and not self.prefill and self.targets is None
+        return extends or (self.is_block and not self.is_step)
 
     @property
     def is_block(self) -> bool:
@@ -51,26 +59,29 @@ class ContextWork:
         if self.prefill or self.targets is not None or len(self.tokens) > MAX_LENGTH:
             return False
         if self.advance:
-            return self.draw is None or _draws(self.draw, 1)
-        return self.sink is None and _draws(self.draw, len(self.tokens))
+            return self.draw is None or self._draws(1)
+        return self.sink is None and self._draws(len(self.tokens))
 
-
-def _draws(draw: Draw | None, count: int) -> bool:
-    """True for a draw of so many tokens that needs no host."""
-    return draw is not None and len(draw.positions) == count and draw.sampler.plain
+    def _draws(self, count: int) -> bool:
+        """True if it draws so many tokens, which needs no host."""
+        draw = self.draw
+        if draw is None or self.mixed is not None:
+            return False
+        return len(draw.positions) == count and draw.sampler.plain
 
 
 @dataclass(frozen=True)
 class ContextResult:
     """A row's last hidden state [H], the tokens that were drawn, the log-probabilities of the
-    work's targets and the most probable tokens there, and the logits [n, V] of all its tokens, in
-    the tower's dtype."""
+    work's targets and the most probable tokens there, the logits [n, V] of all its tokens, in the
+    tower's dtype, and the check of a draft."""
 
     hidden: Tensor
     drawn: Drawn | None = None
     logprobs: tuple[float, ...] = ()
     top_log_probs: tuple[TopLogProbs, ...] = ()
     logits: Tensor | None = None
+    checked: Checked | None = None
 
 
 def result_of(hidden: Tensor, drawn: Drawn | NumericalError) -> ContextResult | NumericalError:

@@ -11,6 +11,7 @@ from itertools import accumulate
 import torch
 
 from twotower.kernels.replay import ReplayWeights
+from twotower.towers.decoding.acceptance import NUM_SCORES, ScoreLines
 from twotower.towers.decoding.provisional import draft_on_host
 from twotower.towers.decoding.sampling import (
     DOMAIN_AUTOREGRESSIVE,
@@ -20,7 +21,7 @@ from twotower.towers.decoding.sampling import (
     Sampler,
     draw_tokens,
 )
-from twotower.towers.decoding.services import Block, BlockTiming, Watcher
+from twotower.towers.decoding.services import Block, BlockTiming, PassTime, Watcher
 from twotower.towers.decoding.unmasking import BlockDraft, CommitRule, ReplayRule, ThresholdRule
 from twotower.towers.engine.admission import Admission
 from twotower.towers.engine.denoiser_steps import DenoiserSteps, StepWork
@@ -71,6 +72,11 @@ class _Asked:
         """The domain of the block's noise."""
         return DOMAIN_AUTOREGRESSIVE if self.is_draft else DOMAIN_DENOISE
 
+    @property
+    def num_scores(self) -> int:
+        """How many scores of each position the check of the draft needs."""
+        return NUM_SCORES if self.is_draft and self.params.mix > 0 else 0
+
     def counted(self, draft: BlockDraft) -> list[list[int]]:
         """Tokens of the block that penalties count at each masked position, beside the output: all
         that are committed; of a draft those before the position, as the check will count them."""
@@ -98,8 +104,9 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
     Mirrors live in `pool`; without one the engine reads states that a context tower on the same
     device lets it `adopt`. `rule` replaces the requests' commit rules, for benchmarks that replay
     recorded schedules. `device_steps` (None: on CUDA) keeps blocks on the device while they are
-    denoised, where their parameters allow it. `turn` is the denoiser's of `Turns`, where the
-    context tower's passes run on the same device.
+    denoised, where their parameters allow it; drafts whose scores are needed (acceptance `mix`) go
+    by way of the host. `turn` is the denoiser's of `Turns`, where the context tower's passes run on
+    the same device.
     """
 
     def __init__(
@@ -177,7 +184,8 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
         output: Sequence[int] = (),
         watch: Watcher | None = None,
     ) -> Block:
-        """Runs all steps of the block at `position`. Raises NumericalError, UnavailableError."""
+        """Runs all steps of the block at `position`; a draft that is to be accepted by a mix has
+        the scores of its new tokens. Raises NumericalError, UnavailableError."""
         row, asked = self._row(row_id), _Asked(position, params, known, output, watch)
         return await self._owned(row, self._denoise(row, asked))
 
@@ -198,7 +206,8 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
         state = await self._at(row, asked.position)
         waited = time.monotonic() - began
         sampler, rule, length = Sampler.from_params(params), self._rule(params), params.block_size
-        if self._steps is not None and length > len(known) and on_device(rule, sampler, length):
+        kept_there = on_device(rule, sampler, length) and not asked.num_scores
+        if self._steps is not None and length > len(known) and kept_there:
             assert isinstance(rule, ThresholdRule | ReplayRule)
             kept = DeviceDraft(
                 length, asked.position, known, rule, sampler, asked.domain, asked.is_draft
@@ -212,18 +221,22 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
     async def _denoise_on_device(
         self, state: ContextState, draft: DeviceDraft, watch: Watcher | None
     ) -> Block:
+        passes: list[PassTime] = []
         while True:
-            result = await self._loop.submit((state, draft), draft.length, begun=draft.begun)
+            served = await self._loop.serve((state, draft), draft.length, begun=draft.begun)
+            result = served.result
             assert isinstance(result, StepResult)
+            passes.append(served.passed)
             if not result.remaining:
-                return _block(draft.start, draft.step, result)
+                return _block(draft.start, draft.step, result, passes)
             if watch is not None:
                 watch(result.draft(draft.start, draft.step))
 
     async def _denoise_on_host(
         self, state: ContextState, draft: BlockDraft, sampler: Sampler, asked: _Asked
     ) -> Block:
-        mask = self.tower.config.mask_token_id
+        mask, scores = self.tower.config.mask_token_id, ScoreLines()
+        passes: list[PassTime] = []
         while not draft.done:
             masked = list(draft.masked)
             positions = [asked.position + offset for offset in masked]
@@ -231,16 +244,32 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
             # distributions, the more often both then take the same token.
             step = 0 if asked.is_draft else draft.step
             drafted = asked.counted(draft) if sampler.penalizes else ()
-            draw = Draw(sampler, positions, step, asked.domain, mask, asked.output, drafted)
+            draw = Draw(
+                sampler,
+                positions,
+                step,
+                asked.domain,
+                mask,
+                asked.output,
+                drafted,
+                asked.num_scores,
+            )
             work = _DrawWork(state, list(draft.token_ids), draft.timestep, masked, draw)
             begun = draft.step > 0
-            drawn = await self._loop.submit(work, len(draft.token_ids), begun=begun)
+            served = await self._loop.serve(work, len(draft.token_ids), begun=begun)
+            drawn = served.result
             assert isinstance(drawn, Drawn)
-            draft.commit(drawn.token_ids, drawn.confidences, drawn.log_probs, drawn.top_log_probs)
+            passes.append(served.passed)
+            committed = draft.commit(
+                drawn.token_ids, drawn.confidences, drawn.log_probs, drawn.top_log_probs
+            )
+            if drawn.draft_scores is not None:
+                scores.keep(masked, committed, drawn.draft_scores)
             if asked.watch is not None and not draft.done:
                 predicted = drawn.token_ids, drawn.confidences
                 asked.watch(draft_on_host(asked.position, draft, masked, *predicted))
-        return _block(asked.position, draft.step, draft)
+        block = _block(asked.position, draft.step, draft, passes)
+        return replace(block, draft_scores=scores.whole())
 
     async def _next_token(
         self,
@@ -310,8 +339,10 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
         return self._steps.run(works)
 
 
-def _block(start: int, nfe: int, draft: BlockDraft | StepResult) -> Block:
-    """The block of a draft that is done."""
+def _block(
+    start: int, nfe: int, draft: BlockDraft | StepResult, passes: Sequence[PassTime]
+) -> Block:
+    """The block of a draft that is done, after these passes."""
     return Block(
         start,
         tuple(draft.token_ids),
@@ -319,6 +350,7 @@ def _block(start: int, nfe: int, draft: BlockDraft | StepResult) -> Block:
         tuple(draft.confidences),
         nfe=nfe,
         log_probs=tuple(draft.log_probs),
+        passes=tuple(passes),
         top_log_probs=() if isinstance(draft, StepResult) else tuple(draft.top_log_probs),
     )
 
@@ -330,7 +362,9 @@ def _waited(block: Block, seconds: float) -> Block:
 
 def commit_rule(params: GenerationParams) -> CommitRule:
     """The commit rule of a request's parameters. Of a draft only the tokens before the first wrong
-    one count, so that its steps commit the leading run."""
-    if params.traits.unit == "draft":
-        return ThresholdRule(params.confidence_threshold, params.draft_steps, "leading")
-    return ThresholdRule(params.confidence_threshold, params.steps_per_block, params.commit_rule)
+    one count, so that its steps commit the leading run; one that is accepted whole is a block."""
+    threshold, drafts = params.confidence_threshold, params.traits.unit == "draft"
+    if drafts and params.mix < 1.0:
+        return ThresholdRule(threshold, params.draft_steps, "leading")
+    steps = params.draft_steps if drafts else params.steps_per_block
+    return ThresholdRule(threshold, steps, params.commit_rule)

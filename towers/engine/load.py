@@ -51,7 +51,7 @@ def load_engines(
     )
     link = LocalLink(context_tower, denoiser, shared)
     readers = [denoiser_tower] if shared else []
-    pool = chosen.pool_for(context_tower, *readers)
+    pool = chosen.pool_for(context_tower, *readers, mirrored=not shared)
     context = ContextEngine(
         context_tower,
         link,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from twotower.towers.engine.pass_memory import working_bytes
+from twotower.towers.engine.pass_memory import unsent_bytes, working_bytes
 from twotower.towers.errors import ConfigError
 from twotower.towers.model.backbone import Tower
 from twotower.towers.state.budget import pool_for
@@ -95,10 +95,14 @@ class EngineOptions:
         """Bytes of `prefix_cache_mib`."""
         return self.prefix_cache_mib << 20
 
-    def pool_for(self, tower: Tower, *others: Tower) -> StatePool:
+    def pool_for(self, tower: Tower, *others: Tower, mirrored: bool = False) -> StatePool:
         """Memory for the states of a tower's rows. On a GPU the passes of the tower, and those of
-        `others` that read the same states, keep theirs. Raises ConfigError if no row has room."""
+        `others` that read the same states, keep theirs; so do the logs that `mirrored` rows keep
+        for mirrors on another device. Raises ConfigError if no row has room."""
         device, dtype = tower.device, tower.dtype
+        reserved = sum(self._reserved_bytes(each) for each in (tower, *others))
+        if mirrored and device.type == "cuda":
+            reserved += unsent_bytes(tower.config, dtype, self.max_num_seqs)
         return pool_for(
             tower.config,
             device,
@@ -106,7 +110,7 @@ class EngineOptions:
             max_num_seqs=self.max_num_seqs,
             max_context=self.max_context,
             memory_fraction=self.memory_fraction or _MEMORY_FRACTION[device.type],
-            reserved=sum(self._reserved_bytes(each) for each in (tower, *others)),
+            reserved=reserved,
         )
 
     def _reserved_bytes(self, tower: Tower) -> int:

@@ -12,6 +12,7 @@ from twotower.kernels.attention import MAX_SPLITS, SHORT_TOKENS
 from twotower.kernels.replay import SCRATCH_BYTES
 from twotower.towers.config.model_config import ATTENTION, MAMBA, MLP, MOE, TwoTowerConfig
 from twotower.towers.engine.buckets import rows_at_once
+from twotower.towers.state.update import most_delta_tokens
 
 # Workspaces of libraries, 32 MiB a stream, and small tensors of a step.
 _FIXED_BYTES = 256 << 20
@@ -26,6 +27,11 @@ def log_bytes(config: TwoTowerConfig, dtype: torch.dtype, tokens: int) -> int:
     """Raw projections of so many tokens, which a context tower keeps until it has advanced."""
     per_token = config.conv_dim + config.mamba_num_heads
     return len(config.layers_of(MAMBA)) * per_token * tokens * dtype.itemsize
+
+
+def unsent_bytes(config: TwoTowerConfig, dtype: torch.dtype, rows: int) -> int:
+    """Most that so many rows keep of their logs for mirrors that are behind."""
+    return log_bytes(config, dtype, rows * max(0, most_delta_tokens(config)))
 
 
 def layer_bytes(config: TwoTowerConfig, dtype: torch.dtype, tokens: int) -> int:

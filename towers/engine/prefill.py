@@ -9,7 +9,7 @@ from contextlib import suppress
 from twotower.towers.request.params import GenerationParams
 from twotower.towers.state.context_state import ContextState
 from twotower.towers.state.link import StateLink, UpdateWriter
-from twotower.towers.state.update import StateUpdate, UpdatePlan
+from twotower.towers.state.update import UpdatePlan
 
 
 def prefill_pieces(
@@ -35,11 +35,12 @@ def prefill_pieces(
     return pieces
 
 
-async def send_update(writer: UpdateWriter, update: StateUpdate) -> None:
-    """Sends an update that is complete already."""
+async def send_state(writer: UpdateWriter, state: ContextState, start: int) -> None:
+    """Sends the update of a mirror at `start` to where the state stands: its `plan` from there."""
     try:
-        for name, layer, part in update.parts():
-            writer.put(name, layer, part)
+        if writer.takes_shares:
+            for name, layer, part in state.export(start).parts():
+                writer.put(name, layer, part)
         await writer.finish()
     finally:
         writer.abort()

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from twotower.towers.decoding.services import PassTime
 from twotower.towers.engine.options import PassLimits
 from twotower.towers.engine.turns import Load, Turn
 
@@ -98,12 +99,20 @@ def _fitting(work: Iterable[tuple[int, int]], tokens: int, rows: int | None) -> 
 
 
 @dataclass(frozen=True)
+class Served(Generic[Result]):
+    """The result of a piece of work, and the pass that it was in."""
+
+    result: Result
+    passed: PassTime
+
+
+@dataclass(frozen=True)
 class _Waiting(Generic[Work, Result]):
     work: Work
     tokens: int
     prefill: bool
     patient: bool
-    future: asyncio.Future[Result]
+    future: asyncio.Future[Served[Result]]
 
 
 class BatchLoop(Generic[Work, Result]):
@@ -170,6 +179,19 @@ class BatchLoop(Generic[Work, Result]):
         begun: bool = False,
         patient: bool = False,
     ) -> Result:
+        """As `serve`, the result alone."""
+        how = {"prefill": prefill, "begun": begun, "patient": patient}
+        return (await self.serve(work, tokens, **how)).result
+
+    async def serve(
+        self,
+        work: Work,
+        tokens: int,
+        *,
+        prefill: bool = False,
+        begun: bool = False,
+        patient: bool = False,
+    ) -> Served[Result]:
         """Waits for the pass that takes `work`, which counts as `tokens`; cancel to withdraw it.
 
         `prefill` and `begun` are kinds of work, see `PassScheduler`; `patient` work may wait for
@@ -177,7 +199,7 @@ class BatchLoop(Generic[Work, Result]):
         copy of the pass's exception.
         """
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Result] = loop.create_future()
+        future: asyncio.Future[Served[Result]] = loop.create_future()
         ticket = next(self._tickets)
         self._scheduler.add(ticket, tokens, prefill, begun)
         self._waiting[ticket] = _Waiting(work, tokens, prefill, patient, future)
@@ -219,7 +241,7 @@ class BatchLoop(Generic[Work, Result]):
         return [self._waiting.pop(ticket) for ticket in self._scheduler.take()]
 
     async def _pass(self, batch: list[_Waiting[Work, Result]]) -> None:
-        self._pass_began = time.monotonic()
+        self._pass_began, before = time.monotonic(), self.pass_seconds
         if self._first_pass_at is None:
             self._first_pass_at = self._pass_began
         results: Sequence[Result | BaseException]
@@ -234,17 +256,20 @@ class BatchLoop(Generic[Work, Result]):
             results = [_copy_of(error) for _ in batch]
         finally:
             self._running = self._pass_began = None
+        tokens = sum(entry.tokens for entry in batch)
+        prefill = sum(entry.tokens for entry in batch if entry.prefill)
+        passed = PassTime(self.pass_seconds - before, tokens, len(batch), prefill)
         self.passes += 1
         self.pass_rows += len(batch)
-        self.pass_tokens += sum(entry.tokens for entry in batch)
-        self.prefill_tokens += sum(entry.tokens for entry in batch if entry.prefill)
+        self.pass_tokens += tokens
+        self.prefill_tokens += prefill
         for entry, result in zip(batch, results, strict=True):
             if entry.future.done():
                 continue
             if isinstance(result, BaseException):
                 entry.future.set_exception(result)
             else:
-                entry.future.set_result(result)
+                entry.future.set_result(Served(result, passed))
 
     def _timed_run(
         self, batch: Sequence[_Waiting[Work, Result]]

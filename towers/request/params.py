@@ -28,7 +28,7 @@ SEED_BITS = 63
 # Completions of a request: rows that it puts into the queue at once.
 MAX_CHOICES = 128
 # Parameters with a fixed set of values.
-_CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[str, ...]] = {
     "mode": MODES,
     "quality": get_args(Quality),
     "draft_source": get_args(DraftSource),
@@ -36,7 +36,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "commit_rule": get_args(CommitRuleName),
     "first_token": get_args(TokenSource),
 }
-_NO_NUMBERS = (*_CHOICES, "stop", "logit_bias", "provisional")
+_NO_NUMBERS = (*CHOICES, "stop", "logit_bias", "provisional")
+# The mix of auto's quality `near`, whose loss over ar is within noise on the shipped model.
+NEAR_MIX = 0.3
 # Who draws the first token of a block unless the request says so.
 _FIRST_TOKEN: dict[CommitRuleName, TokenSource] = {
     "released": "denoiser",
@@ -127,7 +129,7 @@ class GenerationParams:
             if field.name not in _NO_NUMBERS:
                 number = plain_number(getattr(self, field.name))
                 object.__setattr__(self, field.name, number)
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             chosen = getattr(self, name)
             if chosen not in choices and not (name == "first_token" and chosen is None):
                 raise InvalidRequestError(name, chosen, f"one of {', '.join(choices)}")
@@ -195,9 +197,26 @@ class GenerationParams:
         return (self.first_token or _FIRST_TOKEN[self.commit_rule]) == "context"
 
     @property
+    def may_commit_whole(self) -> bool:
+        """True if a denoiser's block may be committed unchecked, as mask_diffusion does."""
+        return self.traits.chooses and self.quality == "fast"
+
+    @property
     def mix(self) -> float:
         """The denoiser's share in the acceptance of its drafts, 0 where it is strict."""
         return self.mix_ratio if self.acceptance == "mix" else 0.0
+
+    def resolved(self) -> GenerationParams:
+        """The parameters with the acceptance that auto's quality stands for."""
+        if not self.traits.chooses:
+            return self
+        if self.quality == "ar":
+            return replace(self, acceptance="strict", draft_steps=1)
+        return replace(self, acceptance="mix", mix_ratio=NEAR_MIX, draft_steps=1)
+
+    def committed_whole(self) -> GenerationParams:
+        """The parameters of a block that is denoised as in mask_diffusion and accepted whole."""
+        return replace(self, acceptance="mix", mix_ratio=1.0, draft_steps=self.steps_per_block)
 
     @property
     def penalizes(self) -> bool:

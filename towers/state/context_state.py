@@ -4,7 +4,8 @@ The snapshot stands at `position`: SSM states and conv histories after that many
 holds the Mamba layers' raw projections of the tokens after it, K/V covers snapshot and log. A
 forward pass only appends to log and K/V; `advance` replays the log into the snapshot. The same
 class is the denoiser's mirror, which is filled by `apply` and never has a log; its K/V may run
-ahead of its snapshot while a prompt is still being read.
+ahead of its snapshot while a prompt is still being read. Where a mirror follows (`follow`), what
+has been replayed since is kept apart until it is sent.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from twotower.kernels.replay import ReplayWeights
 from twotower.kernels.rows import Rows
 from twotower.towers.state.pass_log import PassLog
 from twotower.towers.state.tensors import StateTensors
-from twotower.towers.state.update import StateUpdate, UpdateKind, UpdatePlan, plan_update
+from twotower.towers.state.unsent_log import UnsentLog
+from twotower.towers.state.update import StateUpdate, UpdatePlan
 
 
 class ContextState:
@@ -37,18 +39,17 @@ class ContextState:
         self.slot = slot
         self._released = False
         self._log: PassLog | None = None
-        # The part of the log that was replayed last, for a delta, and where it began.
-        self._replayed: PassLog | None = None
-        self._replayed_from = 0
+        # What has been replayed and the mirror lacks; None where no mirror follows.
+        self._unsent: UnsentLog | None = None
         pool.write_pages(slot, pages)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that the row holds: its slot, its pages, shared or not, and its log."""
-        logs = [log for log in (self._log, self._replayed) if log is not None]
-        held = [self.conv, self.ssm, *(part for log in logs for part in (log.xbc, log.dt))]
-        pages = len(self.pages) * self.pool.page_bytes
-        return pages + sum(tensor.nbytes for tensor in held)
+        """Bytes that the row holds: its slot, its pages, shared or not, and its logs."""
+        log = 0 if self._log is None else self._log.num_bytes
+        unsent = 0 if self._unsent is None else self._unsent.num_bytes
+        slot = self.conv.nbytes + self.ssm.nbytes
+        return len(self.pages) * self.pool.page_bytes + slot + log + unsent
 
     def kv(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """An attention layer's K and V of tokens start..stop-1, [nkv, n, hd] each; views where
@@ -79,7 +80,7 @@ class ContextState:
         assert not self._released
         assert self.length == self.position, "the log must be replayed before the next pass"
         assert self.length + count <= self.capacity
-        self._log, self._replayed = log, None
+        self._log = log
         self.length += count
 
     def advance(self, weights: ReplayWeights | None, count: int) -> None:
@@ -92,28 +93,39 @@ class ContextState:
     def advanced(self, count: int, *, exported: bool = False) -> None:
         """Moves `position` after a replay of the first `count` tokens of the log.
 
-        With `exported` a link has these tokens already; otherwise their log is kept where it may
-        become a delta.
+        With `exported` a link has these tokens already. Otherwise a copy of their log is kept if a
+        mirror follows.
         """
         assert not self._released
         if not count:
             return
-        log, self._replayed = self._log, None
-        plan = plan_update(self.pool.config, self.position, self.position + count)
-        if log is not None and not exported and plan.kind == "delta":
-            self._replayed = log.part(0, count).copy()
-        self._replayed_from = self.position
+        log = self._log
+        self._keep(log, count, exported)
         self.position += count
         rest = self.length - self.position
         self._log = log.part(count, count + rest).copy() if log is not None and rest else None
 
-    def stepped(self, count: int = 1) -> None:
-        """Moves `position` and `length` after a pass read `count` tokens into K/V and snapshot."""
+    def stepped(
+        self, count: int = 1, log: PassLog | None = None, *, exported: bool = False
+    ) -> None:
+        """Moves `position` and `length` after a pass read `count` tokens into K/V and snapshot;
+        `log` is its log of them, which is needed if the state `keeps_log`. `exported` as above."""
         assert not self._released
         assert self.length == self.position
         assert self.length + count <= self.capacity
-        self._replayed = None
+        self._keep(log, count, exported)
         self.length = self.position = self.length + count
+
+    def follow(self, *, takes_shares: bool = True) -> None:
+        """Tells that a mirror stands where the snapshot stands: if its link takes shares, the log
+        of what is replayed from now on is kept for the next update, as long as that is smaller
+        than a snapshot."""
+        self._unsent = UnsentLog(self.pool.config, self.position) if takes_shares else None
+
+    @property
+    def keeps_log(self) -> bool:
+        """True if the log of the next tokens is kept for a mirror."""
+        return self._unsent is not None and self._unsent.kept
 
     def own_log(self) -> None:
         """Copies the log out of the pass that it is a part of, to be kept."""
@@ -125,21 +137,24 @@ class ContextState:
         self._log = None
         self.length = self.position
 
-    def export(self, start: int) -> StateUpdate:
-        """The update for a mirror at `start`, partly views: send or copy it before the next pass.
+    def plan(self, start: int) -> UpdatePlan:
+        """The update that `export` gives for a mirror at `start`: a delta if the log is kept from
+        there on, and has tokens."""
+        unsent = self._unsent
+        delta = unsent is not None and unsent.kept and unsent.start == start < self.position
+        return UpdatePlan("delta" if delta else "snapshot", start, self.position)
 
-        A delta if the last `advance` began at `start` and its log is smaller than the snapshot.
-        """
-        k, v = self.kv_layers(start, self.position)
-        held = {"conv": self.conv, "ssm": self.ssm, "k": k, "v": v}
-        tensors = {name: list(tensor) for name, tensor in held.items()}
-        kind: UpdateKind = "snapshot"
-        if self._replayed is not None and self._replayed_from == start:
-            kind = "delta"
-            tensors["xbc"], tensors["dt"] = list(self._replayed.xbc), list(self._replayed.dt)
-            self._replayed = None
-        plan = UpdatePlan(kind, start, self.position)
-        return StateUpdate(plan, {name: tensors[name] for name in plan.shapes(self.pool.config)})
+    def export(self, start: int) -> StateUpdate:
+        """The update for a mirror at `start`, partly views: send or copy it before the next
+        pass, and then say `follow`."""
+        plan, (k, v) = self.plan(start), self.kv_layers(start, self.position)
+        tensors = {"conv": self.conv, "ssm": self.ssm, "k": k, "v": v}
+        if plan.kind == "delta":
+            assert self._unsent is not None
+            log = self._unsent.whole()
+            tensors |= {"xbc": log.xbc, "dt": log.dt}
+        shapes = plan.shapes(self.pool.config)
+        return StateUpdate(plan, {name: list(tensors[name]) for name in shapes})
 
     def apply(self, update: StateUpdate, weights: ReplayWeights | None = None) -> None:
         """Moves a mirror on by an update; `weights` are the sender's, for deltas.
@@ -198,9 +213,17 @@ class ContextState:
         if self._released:
             return
         self._released = True
-        self._log = self._replayed = None
+        self._log = self._unsent = None
         self.pool.slots.free(self.slot)
         self.pool.pages.free(self.pages)
+
+    def _keep(self, log: PassLog | None, count: int, exported: bool) -> None:
+        """Keeps the next `count` tokens' log for the mirror that follows, if there is one. What
+        was exported it gets elsewhere, and says so by `follow`."""
+        if exported:
+            self._unsent = None
+        elif self._unsent is not None:
+            self._unsent.add(log, count)
 
     def _replay(self, log: PassLog, weights: ReplayWeights, count: int) -> None:
         """Moves the snapshot over the first `count` tokens of a log of this row alone."""

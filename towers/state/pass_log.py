@@ -24,6 +24,11 @@ class PassLog:
     dt: Tensor
     projected: Tensor | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of xbc and dt."""
+        return self.xbc.nbytes + self.dt.nbytes
+
     def part(self, start: int, stop: int) -> PassLog:
         """Tokens start..stop-1, views."""
         whole = None if self.projected is None else self.projected[:, start:stop]

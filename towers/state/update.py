@@ -64,9 +64,18 @@ class UpdatePlan:
 
 def plan_update(config: TwoTowerConfig, start: int, position: int) -> UpdatePlan:
     """A delta where it has fewer values than a snapshot, otherwise a snapshot."""
-    delta, snapshot = UpdatePlan("delta", start, position), UpdatePlan("snapshot", start, position)
-    sizes = [sum(map(math.prod, plan.shapes(config).values())) for plan in (delta, snapshot)]
-    return delta if sizes[0] < sizes[1] else snapshot
+    small = position - start <= most_delta_tokens(config)
+    return UpdatePlan("delta" if small else "snapshot", start, position)
+
+
+def most_delta_tokens(config: TwoTowerConfig) -> int:
+    """Most tokens of which a delta has fewer values than a snapshot; -1 without Mamba layers."""
+    token = _values(config, UpdatePlan("delta", 0, 1)) - _values(config, UpdatePlan("kv", 0, 1))
+    return (_values(config, UpdatePlan("snapshot", 0, 0)) - 1) // token if token else -1
+
+
+def _values(config: TwoTowerConfig, plan: UpdatePlan) -> int:
+    return sum(map(math.prod, plan.shapes(config).values()))
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ def evaluate(
         Path | None, typer.Option(help="Folder of further task files; no network is needed then.")
     ] = None,
     mode: Annotated[
-        str, typer.Option(help="How texts are written: mask_diffusion, verified, ar or mock_ar.")
+        str,
+        typer.Option(help="How texts are written: mask_diffusion, verified, auto, ar or mock_ar."),
     ] = "mask_diffusion",
     model: Model = None,
     target: Annotated[
@@ -65,9 +66,9 @@ def evaluate(
     param: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=NUMBER",
-            help="A parameter of generation, as confidence_threshold=0.9; may be given several "
-            "times. What a task sets goes first.",
+            metavar="NAME=VALUE",
+            help="A parameter of generation, as confidence_threshold=0.9 or acceptance=mix; may be "
+            "given several times. What a task sets goes first.",
         ),
     ] = None,
     output: Annotated[

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from twotower.api import TwoTower
     from twotower.client import GenerationStream as ServiceStream
     from twotower.streams import GenerationStream
-    from twotower.towers.request.results import TextBlock, TopLogProbs
+    from twotower.towers.request.results import TextBlock, TopLogProbs, Usage
     from twotower.towers.text.tokenizer import Tokenizer
 
 _GRPC_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
@@ -40,8 +40,8 @@ def generate(
         str,
         typer.Option(
             help="mask_diffusion (blocks in parallel), ar (one by one, by the context tower), "
-            "verified (ar's tokens, drafted by the denoiser) or mock_ar (one by one, by the "
-            "denoiser)."
+            "verified (ar's tokens, drafts that the context tower checks), auto (chosen for speed, "
+            "within --quality) or mock_ar (one by one, by the denoiser)."
         ),
     ] = "mask_diffusion",
     max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 64,
@@ -60,6 +60,44 @@ def generate(
     draft_steps: Annotated[
         int, typer.Option(help="Most denoiser passes per draft in verified.")
     ] = 1,
+    quality: Annotated[
+        str,
+        typer.Option(
+            help="What auto may give up for speed: ar (nothing, ar's tokens), near (a mix of 0.3) "
+            "or fast (as mask_diffusion)."
+        ),
+    ] = "ar",
+    draft_source: Annotated[
+        str,
+        typer.Option(
+            help="Where drafts of verified come from: lookup (repetitions in the text), denoiser, "
+            "or any."
+        ),
+    ] = "any",
+    acceptance: Annotated[
+        str,
+        typer.Option(
+            help="When a denoiser's draft is accepted in verified: strict (ar's token) or mix (of "
+            "both towers)."
+        ),
+    ] = "strict",
+    mix_ratio: Annotated[
+        float, typer.Option(help="The denoiser's share in that mix, 0 to 1.")
+    ] = 0.3,
+    commit_rule: Annotated[
+        str,
+        typer.Option(
+            help="What a step of mask_diffusion commits: above the threshold, else the first "
+            "(leftmost) or best (released); or a leading run (product)."
+        ),
+    ] = "leftmost",
+    first_token: Annotated[
+        str | None,
+        typer.Option(
+            help="Tower that draws the first token of a block in mask_diffusion: context (unless "
+            "the rule is released) or denoiser."
+        ),
+    ] = None,
     min_tokens: Annotated[int, typer.Option(help="Nothing ends the text before so many.")] = 0,
     min_steps_per_block: Annotated[
         int | None, typer.Option(help="Fewest steps that a service with a long queue may take.")
@@ -111,6 +149,12 @@ def generate(
         "min_p": min_p,
         "seed": seed,
         "draft_steps": draft_steps,
+        "quality": quality,
+        "draft_source": draft_source,
+        "acceptance": acceptance,
+        "mix_ratio": mix_ratio,
+        "commit_rule": commit_rule,
+        "first_token": first_token,
         "min_tokens": min_tokens,
         "min_steps_per_block": min_steps_per_block,
         "min_confidence_threshold": min_confidence_threshold,
@@ -291,10 +335,22 @@ def _report(stream: GenerationStream | ServiceStream, seconds: float) -> None:
     assert stream.usage is not None, "a stream that ended well has its usage"
     tokens, nfe = stream.usage.completion_tokens, stream.usage.nfe
     per_pass = f"{tokens / nfe:.2f} tokens/NFE, " if nfe else ""
+    if stream.usage.drafted_tokens:
+        per_pass = _of_drafts(stream.usage)
     typer.echo(
         f"\n{tokens} tokens, {nfe} NFE, {per_pass}{tokens / seconds:.1f} tokens/s, "
         f"seed {stream.seed}",
         err=True,
+    )
+
+
+def _of_drafts(usage: Usage) -> str:
+    """Figures of a text that was drafted and checked, where passes of both towers count."""
+    passes = usage.nfe + usage.context_passes
+    return (
+        f"{usage.context_passes} context passes, {usage.completion_tokens / passes:.2f} "
+        f"tokens/pass, accepted {usage.accepted_tokens} of {usage.drafted_tokens} drafted "
+        f"(lookup {usage.lookup_accepted_tokens} of {usage.lookup_drafted_tokens}), "
     )
 
 

@@ -75,6 +75,12 @@ class _Calls(ABC, Generic[S]):
         frequency_penalty: float | None = None,
         logit_bias: Bias | None = None,
         provisional: bool | None = None,
+        quality: str | None = None,
+        draft_source: str | None = None,
+        acceptance: str | None = None,
+        mix_ratio: float | None = None,
+        commit_rule: str | None = None,
+        first_token: str | None = None,
         generated_token_ids: TokenIds = (),
         request_id: str = "",
         timeout: float | None = None,
@@ -118,6 +124,12 @@ class _Calls(ABC, Generic[S]):
             "presence_penalty": presence_penalty,
             "frequency_penalty": frequency_penalty,
             "provisional": provisional,
+            "quality": quality,
+            "draft_source": draft_source,
+            "acceptance": acceptance,
+            "mix_ratio": mix_ratio,
+            "commit_rule": commit_rule,
+            "first_token": first_token,
         }
         request = generate_request(
             prompt, stop, generated_token_ids, request_id, scalars, logit_bias

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
@@ -17,7 +17,13 @@ from twotower.client.wire_values import (
 from twotower.protos.refusals import client_status, retry_after_of
 from twotower.protos.v1 import generation_pb2 as pb
 from twotower.towers.errors import TwoTowerError
-from twotower.towers.request.results import ProvisionalBlock, TextBlock, TopLogProbs, Usage
+from twotower.towers.request.results import (
+    DraftedBy,
+    ProvisionalBlock,
+    TextBlock,
+    TopLogProbs,
+    Usage,
+)
 from twotower.towers.request.token_ids import PROMPT, Prompt, TokenIds, text_list
 
 # Biases by token id, or pairs of both.
@@ -119,6 +125,7 @@ def text_block(block: pb.Block, index: int) -> TextBlock:
         tuple(block.confidences),
         tuple(block.log_probs),
         _tops(block.top_log_probs),
+        cast("DraftedBy", block.drafted_by),
     )
 
 
@@ -143,6 +150,8 @@ def usage_of(usage: pb.Usage) -> Usage:
         usage.cached_tokens,
         usage.accepted_tokens,
         usage.drafted_tokens,
+        usage.lookup_accepted_tokens,
+        usage.lookup_drafted_tokens,
     )
 
 

@@ -41,8 +41,9 @@ def completions(
     after the end-of-text token, as in process.
 
     `include`: further columns, of finish_reason, stop_reason, token_ids, prompt_tokens,
-    completion_tokens, nfe (denoiser passes), context_passes, cached_tokens, seed, request_id and
-    response (the whole answer as JSON).
+    completion_tokens, nfe (denoiser passes), context_passes, cached_tokens, accepted_tokens and
+    drafted_tokens, lookup_accepted_tokens and lookup_drafted_tokens (their parts of lookups), seed,
+    request_id and response (the whole answer as JSON).
 
     Each row has a seed of its own, made of `seed` and its value in `id_column`, or of `seed` and
     the prompt where there is no such column: equal prompts then have equal completions. So a row's

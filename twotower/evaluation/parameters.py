@@ -9,7 +9,12 @@ from dataclasses import fields, replace
 from typing import Any
 
 from twotower.towers.errors import InvalidRequestError
-from twotower.towers.request.params import FLOORS, SAMPLING_PARAMETERS, GenerationParams
+from twotower.towers.request.params import (
+    CHOICES,
+    FLOORS,
+    SAMPLING_PARAMETERS,
+    GenerationParams,
+)
 
 # Names that harness and engines have for the most tokens of a completion.
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -19,6 +24,7 @@ _PENALTIES = ("presence_penalty", "frequency_penalty")
 _OWN = ("mode", "max_tokens", "stop", "logit_bias", "provisional", "top_logprobs", *FLOORS)
 # What `--param` and the model's arguments may set for all requests.
 SETTABLE = tuple(name for name in SAMPLING_PARAMETERS if name not in _OWN)
+_WORDS = tuple(name for name in SETTABLE if name in CHOICES)
 _SEED_BYTES = 8
 
 
@@ -31,11 +37,15 @@ def base_params(mode: str, max_tokens: int, given: Mapping[str, Any]) -> Generat
     return GenerationParams(**values)
 
 
-def named_values(pairs: Sequence[str]) -> dict[str, int | float]:
-    """Numbers by name of NAME=VALUE. Raises InvalidRequestError for another form."""
-    values: dict[str, int | float] = {}
+def named_values(pairs: Sequence[str]) -> dict[str, int | float | str]:
+    """Values by name of NAME=VALUE: numbers, and words of parameters that have a set of them.
+    Raises InvalidRequestError for another form."""
+    values: dict[str, int | float | str] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
+        if equals and name in _WORDS:
+            values[name] = text
+            continue
         try:
             values[name] = float(text) if set(text) & set(".eEn") else int(text)
         except ValueError:

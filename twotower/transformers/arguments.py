@@ -24,12 +24,18 @@ _NO_FILTER: dict[str, tuple[object, ...]] = {
     "top_p": (1,),
     "min_p": (0,),
 }
-# Knobs of the denoiser, and the modes that they matter to.
+# Knobs of drafts and denoising, and the modes that they matter to.
 _KNOBS: dict[str, tuple[Mode, ...]] = {
-    "block_size": ("mask_diffusion", "verified"),
-    "confidence_threshold": ("mask_diffusion", "verified"),
-    "steps_per_block": ("mask_diffusion",),
+    "block_size": ("mask_diffusion", "verified", "auto"),
+    "confidence_threshold": ("mask_diffusion", "verified", "auto"),
+    "steps_per_block": ("mask_diffusion", "auto"),
     "draft_steps": ("verified",),
+    "quality": ("auto",),
+    "draft_source": ("verified",),
+    "acceptance": ("verified",),
+    "mix_ratio": ("verified",),
+    "commit_rule": ("mask_diffusion", "auto"),
+    "first_token": ("mask_diffusion", "auto"),
 }
 
 

@@ -54,6 +54,7 @@ class GenerationCalls:
             "block_size": block_size,
             "steps_per_block": steps_per_block,
             "confidence_threshold": confidence_threshold,
+            "commit_rule": "released",
         }
         settings |= _draw(max_new_tokens, temperature, top_k, top_p)
         decoding = self._decoding("mask_diffusion", settings, eos_token_id, pad_token_id, seed)
@@ -115,11 +116,12 @@ class GenerationCalls:
         list, or None), `pad_token_id`. Then `generation_config`, or the model's own. Criteria see
         the sequences [B, n] after every token, and no scores.
 
-        `mode` is "ar", the context tower, or mask_diffusion, verified, mock_ar; with the knobs
-        `block_size`, `steps_per_block`, `confidence_threshold`, `draft_steps`, whose defaults are
-        those of `TwoTower.generate`, and `seed`. Any other argument that would change the output
-        (beams, penalties, logits processors, a cache, scores) raises InvalidRequestError with its
-        name.
+        `mode` is "ar", the context tower, or mask_diffusion, verified, mock_ar, auto; with the
+        knobs `block_size`, `steps_per_block`, `confidence_threshold`, `commit_rule`, `first_token`,
+        `draft_steps`, `draft_source`, `acceptance`, `mix_ratio`, `quality`, each in the modes that
+        it matters to, whose defaults are those of `TwoTower.generate`, and `seed`. Any other
+        argument that would change the output (beams, penalties, logits processors, a cache, scores)
+        raises InvalidRequestError with its name.
         """
         ids, mask = kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None)
         if ids is not None and inputs is not None:

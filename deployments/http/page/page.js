@@ -4,9 +4,12 @@ import { Column, place } from "./column.js";
 import { ServiceError, chunks, requestBody, servedModel } from "./service.js";
 import { Trace } from "./trace.js";
 
+// Modes that are shown beside ar.
+const MODES = ["mask_diffusion", "verified", "auto"];
 // Fields of the form that are fields of a request, and those of them that ar knows.
 const FIELDS = [
-  "confidence_threshold", "steps_per_block", "block_size", "max_tokens", "temperature", "seed",
+  "quality", "confidence_threshold", "steps_per_block", "block_size", "max_tokens", "temperature",
+  "seed",
 ];
 const AR_FIELDS = ["max_tokens", "temperature", "seed"];
 const WITH_ERRORS = ["key", "prompt", "mode", ...FIELDS];
@@ -36,7 +39,7 @@ async function connect() {
     at("prompt-label").textContent = "Prompt: token ids with commas between (no tokenizer is served)";
     at("prompt").value = "1, 2, 3";
   }
-  const modes = model.modes.filter((mode) => mode === "mask_diffusion" || mode === "verified");
+  const modes = model.modes.filter((mode) => MODES.includes(mode));
   const offered = modes.length > 0 ? modes : model.modes;
   at("mode").replaceChildren(...offered.map((mode) => new Option(mode)));
   if (modes.length === 0 || !model.modes.includes("ar")) {
@@ -187,6 +190,7 @@ function reveal(part) {
 function showColumns() {
   const mode = at("mode").value;
   at("denoised-title").textContent = mode;
+  at("quality-field").hidden = mode !== "auto";
   at("ar").hidden = !at("beside").checked;
   at("columns").classList.toggle("two", at("beside").checked);
 }

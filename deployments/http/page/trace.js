@@ -9,6 +9,8 @@
  * where it is still masked.
  */
 
+// Modes in which the context tower gives the tokens, or checks them.
+const CHECKED = ["ar", "verified", "auto"];
 const MASK = { text: null, confidence: 0, step: null };
 
 /** What a stream has said so far, and all frames of its finished blocks. */
@@ -84,14 +86,15 @@ export class Trace {
     const committed = cells.filter((cell) => cell.step !== null).length;
     const figures = { tokens: tokens + committed, nfe, context, rate };
     const { text: before, blocks: block } = this;
-    const state = { ar: this.mode === "ar", closes: false, ends: false, text: "" };
+    const kind = { ar: this.mode === "ar", checked: CHECKED.includes(this.mode) };
+    const state = { ...kind, closes: false, ends: false, text: "" };
     return { block, step, steps, before, cells, ...figures, ...state };
   }
 }
 
-/** Tokens of a frame for each pass of the tower that makes them; null before the first pass. */
+/** Tokens of a frame for each pass of the towers that they wait for; null before the first pass. */
 export function tokensPerPass(frame) {
-  const passes = frame.ar ? frame.context : frame.nfe;
+  const passes = frame.checked ? frame.nfe + frame.context : frame.nfe;
   return passes === 0 ? null : frame.tokens / passes;
 }
 

@@ -48,9 +48,10 @@ MODES = (
     replace(BASE, mode="verified", temperature=1.0, max_tokens=20),
     replace(BASE, mode="mock_ar", max_tokens=6),
     replace(BASE, mode="ar", max_tokens=12),
+    replace(BASE, mode="auto", max_tokens=20),
 )
 PROMPTS = ([5, 6, 7, 8], list(range(10, 90)), [3, 4], [9])
-ROWS = [(PROMPTS[i % 4], replace(MODES[i % 5], seed=i)) for i in range(10)]
+ROWS = [(PROMPTS[i % 4], replace(MODES[i % 6], seed=i)) for i in range(12)]
 
 
 class Tower(DenoiserTowerService):
@@ -218,7 +219,7 @@ async def test_rows_are_spread_and_get_what_they_get_in_one_process(
 async def test_no_row_notices_that_a_denoiser_was_lost(
     service: Service, undisturbed: list[list[int]], disturbance: str
 ) -> None:
-    """At a random moment, ten rows in all modes being anywhere between prefill and their end."""
+    """At a random moment, twelve rows in all modes being anywhere between prefill and their end."""
     draw = random.Random(disturbance)
     working = asyncio.create_task(service.all_rows())
     await asyncio.sleep(draw.uniform(0.05, 0.5))

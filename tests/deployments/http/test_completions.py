@@ -76,6 +76,7 @@ async def test_an_answer_is_what_the_model_writes(
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     assert usage["twotower"]["nfe"] == want.nfe
     assert usage["twotower"]["accepted_tokens"] == want.accepted_tokens
+    assert usage["twotower"]["lookup_drafted_tokens"] == want.lookup_drafted_tokens
     assert front.handle.rows() == 0
 
 
@@ -136,7 +137,8 @@ async def test_null_means_the_default(front: FrontHere) -> None:
         "max_tokens temperature top_p top_k min_p seed n stop stream stream_options logprobs echo "
         "logit_bias presence_penalty frequency_penalty best_of suffix user model mode block_size "
         "steps_per_block confidence_threshold draft_steps min_tokens ignore_eos provisional "
-        "min_steps_per_block min_confidence_threshold return_token_ids"
+        "min_steps_per_block min_confidence_threshold return_token_ids quality draft_source "
+        "acceptance mix_ratio commit_rule first_token"
     )
     plain = await front.complete(prompt=PROMPT)
     null = await front.complete(prompt=PROMPT, **dict.fromkeys(names.split()))
@@ -235,6 +237,7 @@ async def test_drafts_come_between_blocks_if_asked_for(front: FrontHere) -> None
     drafts = [extra["provisional"] for extra in extras if extra.get("provisional")]
     blocks = [extra["block"] for extra in extras if extra.get("block")]
     assert len(blocks) == 2
+    assert {block["drafted_by"] for block in blocks} == {""}
     for block in blocks:
         steps = [draft["step"] for draft in drafts if draft["start"] == block["start"]]
         # A reader that is slow gets the latest only.

@@ -62,6 +62,12 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"steps_per_block": 0}, "steps_per_block", "got 0"),
     ({"confidence_threshold": 1.5}, "confidence_threshold", "got 1.5"),
     ({"draft_steps": 0}, "draft_steps", "got 0"),
+    ({"quality": "best"}, "quality", "one of ar, near, fast"),
+    ({"draft_source": "none"}, "draft_source", "one of any, lookup, denoiser"),
+    ({"acceptance": 1}, "acceptance", "got 1"),
+    ({"mix_ratio": 1.5}, "mix_ratio", "got 1.5"),
+    ({"commit_rule": ""}, "commit_rule", "one of released, leftmost, product"),
+    ({"first_token": "both"}, "first_token", "one of context, denoiser"),
     ({"min_tokens": 17}, "min_tokens", "got 17"),
     ({"min_steps_per_block": 17}, "min_steps_per_block", "got 17"),
     ({"response_format": {"type": "json_schema"}}, "response_format", "unknown field"),
@@ -179,9 +185,13 @@ async def test_paths_methods_and_models(front: FrontHere) -> None:
 
 async def test_an_ar_only_service_refuses_what_needs_a_denoiser(fronts: Fronts) -> None:
     front = fronts(placement="ar_only")
-    status, message, param = await front.refused({"prompt": "a", "mode": "verified"})
+    status, message, param = await front.refused({"prompt": "a", "mode": "mask_diffusion"})
     assert (status, param) == (400, "mode")
-    assert "ar alone" in message
+    assert "ar, verified, auto alone" in message
+    drafted = {"prompt": "a", "mode": "verified", "draft_source": "denoiser"}
+    status, message, param = await front.refused(drafted)
+    assert (status, param) == (400, "draft_source")
+    assert "no denoiser tower" in message
 
 
 FAILURES = [

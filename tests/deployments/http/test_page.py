@@ -234,3 +234,13 @@ def test_ar_shows_no_masks_and_counts_passes_of_the_context_tower(modules: Path)
         ["ab", 1, 2],
         ["abc", 2, 1.5],
     ]
+
+
+@needs_node
+@pytest.mark.parametrize(("mode", "figure"), [("mask_diffusion", 1), ("auto", 0.75)])
+def test_where_the_context_tower_checks_its_passes_count_too(
+    modules: Path, mode: str, figure: float
+) -> None:
+    source = f"""[new Trace("{mode}", () => 1).block({json.dumps(BLOCK)}, "abc")
+        .map(tokensPerPass).at(-1)]"""
+    assert evaluated(modules, "Trace, tokensPerPass", "trace", source) == [figure]

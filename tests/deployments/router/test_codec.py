@@ -59,6 +59,12 @@ def test_every_scalar_of_the_message_arrives() -> None:
         "frequency_penalty": -0.5,
         "top_logprobs": 4,
         "provisional": True,
+        "quality": "fast",
+        "draft_source": "denoiser",
+        "acceptance": "mix",
+        "mix_ratio": 0.625,
+        "commit_rule": "released",
+        "first_token": "context",
     }
     optional = {field.name for field in pb.SamplingParams.DESCRIPTOR.fields}
     assert optional == {*given, "stop", "logit_bias", "ignore_eos", "logprobs"}
@@ -93,6 +99,9 @@ BLOCK = Block(
     accepted_tokens=3,
     drafted_tokens=4,
     cached_tokens=5,
+    lookup_accepted_tokens=1,
+    lookup_drafted_tokens=2,
+    drafted_by="lookup",
 )
 
 
@@ -106,6 +115,8 @@ USAGE = pb.Usage(
     cached_tokens=5,
     accepted_tokens=3,
     drafted_tokens=4,
+    lookup_accepted_tokens=1,
+    lookup_drafted_tokens=2,
 )
 
 
@@ -135,6 +146,7 @@ def test_a_block_comes_with_what_was_spent_up_to_it() -> None:
         commit_steps=[1, 0],
         confidences=[0.5, 0.25],
         usage=USAGE,
+        drafted_by="lookup",
     )
     assert codec.block_event(completion(log), BLOCK, "ab", log_probs=False).block == want
     log.append(replace(BLOCK, start=7, nfe=5, cached_tokens=9))

@@ -200,6 +200,8 @@ async def test_one_answer() -> None:
         "cached_tokens": 0,
         "accepted_tokens": 0,
         "drafted_tokens": 0,
+        "lookup_accepted_tokens": 0,
+        "lookup_drafted_tokens": 0,
         "seed": 7,
         "triton_final_response": True,
     }

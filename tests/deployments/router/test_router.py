@@ -474,7 +474,7 @@ def test_model_info(tiny_text: Path) -> None:
     config = TwoTowerConfig.from_file(tiny_text / "config.json")
     assert (info.vocab_size, info.max_context) == (config.vocab_size, 64)
     assert (info.eos_token_id, info.has_tokenizer) == (2, True)
-    assert list(info.modes) == ["mask_diffusion", "ar", "mock_ar", "verified"]
+    assert list(info.modes) == ["mask_diffusion", "ar", "mock_ar", "verified", "auto"]
 
 
 def test_the_context_is_that_of_the_model_at_most(tiny_text: Path) -> None:
@@ -485,15 +485,27 @@ def test_the_context_is_that_of_the_model_at_most(tiny_text: Path) -> None:
     assert info.max_context == config.max_position_embeddings
 
 
-def test_without_a_denoiser_other_modes_are_refused(tiny_text: Path) -> None:
+@pytest.mark.parametrize(
+    ("asked", "refusal"),
+    [
+        ({"mode": "mock_ar"}, "mode: got 'mock_ar', expected ar, verified, auto alone"),
+        (
+            {"mode": "verified", "draft_source": "denoiser"},
+            "draft_source: got 'denoiser', expected any or lookup: this deployment has no denoiser "
+            "tower",
+        ),
+    ],
+)
+def test_what_needs_a_denoiser_is_refused_without_one(
+    tiny_text: Path, asked: dict[str, str], refusal: str
+) -> None:
     router = Router(ServiceConfig(model=str(tiny_text), placement="ar_only"), Handle())
-    assert list(asyncio.run(router.GetModelInfo(pb.GetModelInfoRequest(), Context())).modes) == [
-        "ar"
-    ]
+    info = asyncio.run(router.GetModelInfo(pb.GetModelInfoRequest(), Context()))
+    assert list(info.modes) == ["ar", "verified", "auto"]
     context = Context()
     with pytest.raises(RequestRefusedError):
-        asyncio.run(first(router.Generate(ask(mode="verified"), context)))
-    assert context.details == "mode: got 'verified', expected ar alone"
+        asyncio.run(first(router.Generate(ask(**asked), context)))
+    assert context.details == refusal
 
 
 async def test_streams_of_health_are_bounded(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.deployments.http.conftest import FrontHere, Fronts
 from twotower.deployments.access.keys import ApiKey, new_key
+from twotower.deployments.telemetry.instruments import LocalInstruments
 from twotower.deployments.telemetry.names import ROUTER, sample_names
 from twotower.deployments.telemetry.record import CompletionRecord
+from twotower.deployments.telemetry.router_metrics import CompletionMetrics, RouterMetrics
+from twotower.towers.decoding.services import Block
 
 PROMPT = list(range(10, 42))
 # Blocks of 4: three of them.
@@ -58,9 +62,41 @@ async def test_counts_are_those_of_the_answers(front: FrontHere) -> None:
     whole = found["inter_token_latency_seconds_sum", "mask_diffusion", ""] * 4
     assert whole == pytest.approx(found["block_latency_seconds_sum", "mask_diffusion", ""])
     extra = checked["twotower"]
-    assert found["drafted_tokens_total", "verified", ""] == extra["drafted_tokens"] > 0
-    assert found.get(("accepted_tokens_total", "verified", ""), 0) == extra["accepted_tokens"]
+    assert extra["drafted_tokens"] > 0
+    for figure in ("drafted_tokens", "accepted_tokens"):
+        by_source = {
+            source: found.get((f"{figure}_total", "verified", "", source), 0)
+            for source in ("lookup", "denoiser")
+        }
+        assert sum(by_source.values()) == extra[figure]
+        assert by_source["lookup"] == extra[f"lookup_{figure}"]
     assert found["requests_by_key_total", "anonymous"] == 3
+
+
+def test_drafts_are_counted_by_source() -> None:
+    instruments = LocalInstruments(ROUTER)
+    completion = CompletionMetrics(RouterMetrics("drafts", instruments), "auto", 0.0)
+    block = Block(
+        *(5, (8, 9), (0, 0), (0.5, 0.25), 1),
+        accepted_tokens=7,
+        drafted_tokens=19,
+        lookup_accepted_tokens=5,
+        lookup_drafted_tokens=12,
+    )
+    completion.committed(block, 5, 0)
+    completion.committed(replace(block, lookup_accepted_tokens=7, lookup_drafted_tokens=19), 5, 0)
+    found = {
+        (sample.name, sample.labels["source"]): sample.value
+        for family in text_string_to_metric_families(instruments.text().decode())
+        for sample in family.samples
+        if "source" in sample.labels and sample.name.endswith("_total")
+    }
+    assert found == {
+        ("twotower_drafted_tokens_total", "lookup"): 31,
+        ("twotower_drafted_tokens_total", "denoiser"): 7,
+        ("twotower_accepted_tokens_total", "lookup"): 12,
+        ("twotower_accepted_tokens_total", "denoiser"): 2,
+    }
 
 
 async def test_times_add_up(front: FrontHere) -> None:

@@ -12,8 +12,10 @@ import pytest
 
 from twotower.towers.decoding.generation import committed, cut, generate_blocks
 from twotower.towers.decoding.services import (
+    UNKNOWN_COSTS,
     Block,
     BlockTiming,
+    DraftCosts,
     Extended,
     Prefilled,
     ProvisionalBlock,
@@ -113,7 +115,7 @@ class ScriptedContext(Side):
         count: int,
         params: GenerationParams,
         output: Sequence[int] = (),
-        draft_s: float | None = None,
+        _costs: DraftCosts = UNKNOWN_COSTS,
     ) -> Block:
         self.script.told.append(tuple(output))
         assert row_id in self.rows
@@ -486,13 +488,7 @@ async def test_a_reader_that_leaves_frees_the_row(taken: int) -> None:
 
 async def test_a_reader_that_leaves_does_not_wait_for_a_stuck_context() -> None:
     class StuckContext(ScriptedContext):
-        async def extend(
-            self,
-            row_id: str,
-            token_ids: Sequence[int],
-            params: GenerationParams,
-            output: Sequence[int],
-        ) -> Extended:
+        async def extend(self, row_id: str, token_ids: Sequence[int], *_: Any) -> Extended:
             await self.script.step("extend", row_id, *token_ids)
             await asyncio.Event().wait()
             raise AssertionError("nobody sets the event")

@@ -143,6 +143,7 @@ async def test_drafts_are_passed_on_and_not_committed() -> None:
     last = seen[-1][0]
     assert isinstance(last, Block)
     assert text_block(log, last, "cd").top_log_probs == last.top_log_probs
+    assert text_block(log, replace(last, drafted_by="lookup"), "cd").drafted_by == "lookup"
     assert source.closed
 
 

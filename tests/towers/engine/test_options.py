@@ -86,8 +86,13 @@ def test_a_pool_leaves_room_for_the_passes_of_all_towers_that_read_it(
     options.pool_for(context, denoiser)
     small = replace(options, max_num_batched_tokens=512, max_prefill_tokens=64)
     small.pool_for(denoiser)
-    first, second, both, least = (each["reserved"] for each in asked)
+    options.pool_for(context, mirrored=True)
+    EngineOptions().pool_for(OnDevice("cpu", reads_prompts=True), mirrored=True)
+    first, second, both, least, mirrored, on_cpu = (each["reserved"] for each in asked)
     assert first == 3 * MIB + working_bytes(LARGE, BF16, 5120, 64, reads_prompts=True)
     assert second == working_bytes(LARGE, BF16, 4096, 64, reads_prompts=False)
     assert both == first + second
     assert least == working_bytes(LARGE, BF16, 512, 64, reads_prompts=False)
+    # Of 87 tokens a delta is smaller than a snapshot of 3 * 6144 + 64 * 64 * 128 values a layer.
+    assert mirrored == first + 64 * 87 * 23 * (6144 + 64) * 2
+    assert on_cpu == 0

@@ -17,7 +17,9 @@ from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.request.params import GenerationParams
 
 PROMPTS = ([9], [5, 3, 17, 3, 9], list(range(70)))
-GREEDY = GenerationParams(mode="verified", max_tokens=45, block_size=8, seed=11)
+GREEDY = GenerationParams(
+    mode="verified", max_tokens=45, block_size=8, seed=11, draft_source="denoiser"
+)
 SAMPLED = replace(GREEDY, temperature=1.0, top_p=0.9)
 # Rows of three tokens, of which the counts choose.
 PENALIZED = replace(

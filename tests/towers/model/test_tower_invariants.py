@@ -260,6 +260,8 @@ def test_rows_advance_together_as_they_do_alone(
     takers = [
         Shares() if sinks == "all" or (sinks == "some" and row % 2) else None for row in range(4)
     ]
+    for state in (*together, *alone):
+        state.follow()
     context_tower.advance_rows(passed, together, counts, takers)
     for row, (state, want, count) in enumerate(zip(together, alone, counts, strict=True)):
         context_tower.advance(want, count)

@@ -17,7 +17,12 @@ from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.state.context_state import ContextState, rows_of
 from twotower.towers.state.pass_log import PassLog
 from twotower.towers.state.pool import StatePool
-from twotower.towers.state.update import StateUpdate, UpdateKind, UpdatePlan
+from twotower.towers.state.update import (
+    StateUpdate,
+    UpdateKind,
+    UpdatePlan,
+    most_delta_tokens,
+)
 
 WEIGHTS = ReplayWeights(
     normal(1, SMALL.conv_dim, 4, seed=1),
@@ -108,31 +113,36 @@ def test_a_log_counts_until_it_is_replayed() -> None:
     assert state.num_bytes == empty + 4 * 5 * (32 + 4)
     state.advance(WEIGHTS, 2)
     assert (state.position, state.length) == (2, 5)
-    # Two tokens' log is smaller than a snapshot: it is kept until it has been sent.
-    assert state.num_bytes == empty + 4 * 5 * (32 + 4)
+    assert state.num_bytes == empty + 4 * 3 * (32 + 4)
     state.advance(WEIGHTS, 0)
     state.advance(WEIGHTS, 3)
     assert (state.position, state.length) == (5, 5)
-    assert state.num_bytes == empty + 4 * 3 * (32 + 4)
-    state.export(2)
     assert state.num_bytes == empty
 
 
-@pytest.mark.parametrize("then", ["a snapshot is smaller", "it was streamed", "the next pass"])
-def test_a_replayed_log_is_not_kept_without_need(then: str) -> None:
-    tokens = 5 if then == "a snapshot is smaller" else 2
-    state = filled(tokens)
+@pytest.mark.parametrize(
+    "why",
+    ["nobody follows", "no shares are taken", "it was streamed", "a snapshot is smaller"],
+)
+def test_a_replayed_log_is_not_kept_without_need(why: str) -> None:
+    # SMALL's snapshot has 160 values, a token's log 36: a delta has at most 4 tokens.
+    state = filled(5)
     empty = new_state().num_bytes
-    if then == "it was streamed":
-        state.advanced(tokens, exported=True)
+    if why != "nobody follows":
+        state.follow(takes_shares=why != "no shares are taken")
+    if why == "it was streamed":
+        state.advanced(4, exported=True)
+    elif why == "a snapshot is smaller":
+        state.advance(WEIGHTS, 4)
+        assert state.keeps_log
+        assert state.num_bytes == empty + 4 * (4 + 1) * (32 + 4)
+        state.advance(WEIGHTS, 1)
     else:
-        state.advance(WEIGHTS, tokens)
-    if then == "the next pass":
-        assert state.num_bytes == empty + 4 * tokens * (32 + 4)
-        read(state, 1)
-        assert state.num_bytes == empty + 4 * (32 + 4)
-    else:
-        assert state.num_bytes == empty
+        state.advance(WEIGHTS, 4)
+    state.truncate()
+    assert not state.keeps_log
+    assert state.num_bytes == empty
+    assert state.export(0).plan == UpdatePlan("snapshot", 0, state.position)
 
 
 def test_what_is_kept_of_a_pass_does_not_hold_the_whole_pass() -> None:
@@ -151,6 +161,7 @@ def test_what_is_kept_of_a_pass_does_not_hold_the_whole_pass() -> None:
     # The delta and the rest of the log, too, are there when the pass is gone.
     log = log_of(40, 5)
     kept = new_state()
+    kept.follow()
     kept.append(log.part(8, 13), 5)
     kept.advance(WEIGHTS, 2)
     log.xbc.fill_(float("nan"))
@@ -238,6 +249,7 @@ def read_all(state: ContextState, tokens: int, seed: int) -> tuple[Tensor, Tenso
 def test_truncating_drops_what_was_not_replayed() -> None:
     state, want = filled(5), filled(5)
     empty = new_state().num_bytes
+    state.follow()
     state.advance(WEIGHTS, 2)
     state.truncate()
     assert (state.position, state.length) == (2, 2)
@@ -257,8 +269,11 @@ def test_a_mirror_follows_update_by_update() -> None:
     state.advance(WEIGHTS, 3)
     mirror.apply(state.export(0), WEIGHTS)
     assert (mirror.position, mirror.length) == (3, 3)
+    state.follow()
     state.advance(WEIGHTS, 2)
-    mirror.apply(state.export(3), WEIGHTS)
+    update = state.export(3)
+    assert update.plan == UpdatePlan("delta", 3, 5)
+    mirror.apply(update, WEIGHTS)
     assert mirror.position == 5
     assert_equal_states(mirror, state)
     # A copy: what happens to the one later leaves the other alone.
@@ -281,6 +296,7 @@ def test_kv_may_run_ahead_of_the_snapshot() -> None:
 
 def test_a_delta_is_sent_where_it_is_the_smaller_one() -> None:
     state, mirror = filled(1), new_state()
+    state.follow()
     state.advance(WEIGHTS, 1)
     update = state.export(0)
     assert update.plan == UpdatePlan("delta", 0, 1)
@@ -293,16 +309,89 @@ def test_a_delta_is_sent_where_it_is_the_smaller_one() -> None:
     assert not bool(mirror.ssm.any())
     mirror.apply(update, WEIGHTS)
     assert_equal_states(mirror, state)
-    # What was handed out once is not kept: the next mirror starts from a snapshot.
+    # Once the mirror has it, it is not kept.
+    state.follow()
+    assert state.num_bytes == new_state().num_bytes
     assert state.export(0).plan.kind == "snapshot"
 
 
-def test_a_delta_that_does_not_begin_at_the_mirror_is_not_made() -> None:
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_delta_that_does_not_begin_at_the_mirror_is_not_made(start: int) -> None:
     state = filled(3)
-    state.advance(WEIGHTS, 2)
     state.advance(WEIGHTS, 1)
-    assert state.export(0).plan.kind == "snapshot"
-    assert set(state.export(0).tensors) == {"conv", "ssm", "k", "v"}
+    state.follow()
+    state.advance(WEIGHTS, 2)
+    assert state.plan(1) == UpdatePlan("delta", 1, 3)
+    assert state.export(start).plan == UpdatePlan("snapshot", start, 3)
+    assert set(state.export(start).tensors) == {"conv", "ssm", "k", "v"}
+
+
+def step(state: ContextState, seed: int) -> None:
+    """Does what a pass over fixed buffers does with one token; its buffers change afterwards."""
+    state.write_kv(0, normal(2, 1, 4, seed=seed + 2), normal(2, 1, 4, seed=seed + 3))
+    log = log_of(1, seed)
+    weights, rows = WEIGHTS, rows_of([state], [1], [state.length])
+    log.replay(state.pool, weights, rows, torch.tensor([1], dtype=torch.int32))
+    state.stepped(log=log)
+    log.xbc.fill_(float("nan"))
+    log.dt.fill_(float("nan"))
+
+
+def test_one_delta_covers_several_rounds_of_any_kind() -> None:
+    """Drafts of which a part is kept, and single steps."""
+    state, mirror = new_state(16), new_state(16)
+    read_all(state, 5, seed=1)
+    mirror.apply(state.export(0), WEIGHTS)
+    state.follow()
+    read(state, 3, seed=20)
+    state.advance(WEIGHTS, 2)
+    state.truncate()
+    step(state, seed=30)
+    read(state, 2, seed=40)
+    state.truncate()
+    read_all(state, 1, seed=5)
+    update = state.export(5)
+    assert update.plan == UpdatePlan("delta", 5, 9)
+    assert update.num_bytes == 4 * 4 * (32 + 4 + 2 * 2 * 4)
+    mirror.apply(update, WEIGHTS)
+    assert_equal_states(mirror, state)
+    # With one token more a snapshot is smaller; its K/V are those since the mirror's end alone.
+    state.follow()
+    for seed in range(5):
+        step(state, seed)
+        assert state.keeps_log == (seed < 4)
+    update = state.export(9)
+    assert update.plan == UpdatePlan("snapshot", 9, 14)
+    assert update.tensors["k"][0].shape == (2, 5, 4)
+    mirror.apply(update, WEIGHTS)
+    assert_equal_states(mirror, state)
+
+
+def test_a_log_with_a_gap_is_no_delta() -> None:
+    """A pass that hands out no log: the rest may not be taken for the whole."""
+    state = new_state()
+    state.follow()
+    state.stepped()
+    read_all(state, 1, seed=1)
+    assert not state.keeps_log
+    assert state.plan(0).kind == "snapshot"
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_the_most_tokens_of_a_delta_are_where_a_snapshot_gets_smaller(heads: int) -> None:
+    config = replace(SMALL, mamba_num_heads=heads, n_groups=1)
+    most = most_delta_tokens(config)
+    sizes = {
+        (kind, count): sum(
+            tensor.numel()
+            for tensor in UpdatePlan(kind, 7, 7 + count).layout(config, torch.float32).values()
+        )
+        for kind in ("delta", "snapshot")
+        for count in (most, most + 1)
+    }
+    assert sizes["delta", most] < sizes["snapshot", most]
+    assert sizes["delta", most + 1] >= sizes["snapshot", most + 1]
+    assert most_delta_tokens(replace(SMALL, layer_pattern="*-")) < 0
 
 
 def test_an_update_holds_the_new_tokens_only() -> None:
@@ -388,6 +477,7 @@ def test_models_without_some_kind_of_layer(pattern: str) -> None:
     config = replace(SMALL, layer_pattern=pattern)
     state, mirror = new_state(config=config), new_state(config=config)
     log, weights = (log_of(2, 5), WEIGHTS) if "M" in pattern else (None, None)
+    state.follow()
     state.append(log, 2)
     state.advance(weights, 2)
     update = state.export(0)
