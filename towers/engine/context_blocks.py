@@ -23,7 +23,7 @@ from twotower.towers.engine.buckets import (
     run_in_parts,
 )
 from twotower.towers.engine.context_work import ContextResult, ContextWork, result_of
-from twotower.towers.engine.cuda_graph import GraphMemory, Program, Programs, Results
+from twotower.towers.engine.cuda_graph import GraphMemory, Program, Programs, Results, Staging
 from twotower.towers.engine.staged_draws import (
     DRAW_INPUTS,
     DRAW_PADDING,
@@ -57,8 +57,8 @@ class ContextBlocks:
 
     def run(self, works: Sequence[ContextWork]) -> list[ContextResult | NumericalError]:
         """Each row's last hidden state, and the tokens that it draws: after each of a draft, or
-        after the last of a committed block. Only for works
-        that are blocks, see `ContextWork.is_block`."""
+        after the last of a committed block. Only for works that are blocks, see
+        `ContextWork.is_block`."""
         return run_in_parts(works, _shape_of, self._run_part)
 
     def warm_up(self, pool: StateTensors, length: int, rows: int) -> None:
@@ -106,13 +106,17 @@ class _Program(Program):
         memory: GraphMemory,
     ) -> None:
         total, lines = rows * length, rows * length if checks else rows
-        super().__init__(pool, rows, length, memory, ("token", *DRAW_INPUTS), total, DRAW_PADDING)
+        inputs = ("token", *(DRAW_INPUTS if checks else ()))
+        super().__init__(pool, rows, length, memory, inputs, total, DRAW_PADDING)
         self._tower = tower
         self._log = log
         self._checks = checks
         shape = (rows, tower.config.hidden_size)
         self._ends = torch.zeros(shape, dtype=tower.dtype, device=tower.device)
         self._results = Results((4, lines), tower.device)
+        # An extension draws one token a row: its draws are sent apart from the tokens that it
+        # reads, and only where there are any.
+        self._draws = self._staging if checks else Staging(DRAW_INPUTS, rows, tower.device)
         self._work = self._add(self._verify if checks else self._extend)
         # Extensions that draw nothing need no head: its weights may be a good part of the pass's.
         self._head = None if checks else self._add(self._draw_next)
@@ -120,15 +124,18 @@ class _Program(Program):
     def run(self, works: Sequence[ContextWork]) -> list[ContextResult | NumericalError]:
         """See `ContextBlocks.run`; at most B rows of one shape."""
         draws = [work.draw for work in works]
-        drawing = any(draw is not None for draw in draws)
+        inputs = {}
+        if any(draw is not None for draw in draws):
+            inputs = draw_inputs([draw or _NO_DRAW for draw in draws])
         self._begin(
             token=[token for work in works for token in work.tokens],
             slot=[work.state.slot for work in works],
             context_lens=[work.state.length for work in works],
-            **(draw_inputs([draw or _NO_DRAW for draw in draws]) if drawing else {}),
+            **(inputs if self._checks else {}),
         )
         self._work()
-        if self._head is not None and drawing:
+        if self._head is not None and inputs:
+            self._draws.send(DRAW_PADDING, **inputs)
             self._head()
         lines = self._results.receive().tolist()
         hidden = self._ends[: len(works)].clone()
@@ -197,9 +204,8 @@ class _Program(Program):
         self._draw(self._ends)
 
     def _draw(self, hidden: Tensor) -> None:
-        """Draws at hidden states [n, H], with the first n draws that were sent."""
-        sampling = staged_sampling(self._staging, len(hidden))
-        drawn = dispatch.predict(self._tower.logits(hidden), sampling)
+        """Draws at hidden states [n, H], with the n draws that were sent."""
+        drawn = dispatch.predict(self._tower.logits(hidden), staged_sampling(self._draws))
         self._results.put(torch.stack([part.double() for part in drawn]))
 
     def _forward(self) -> tuple[Rows, Tensor]:
