@@ -333,7 +333,7 @@ def kinds_of(items: list[Any]) -> list[str]:
 @pytest.mark.parametrize("mode", ["mask_diffusion", "verified"])
 def test_drafts_come_between_the_blocks(blocks_of: Any, mode: Any) -> None:
     how = {**SAMPLED, "mode": mode, "max_tokens": 8, "draft_steps": 3, "top_logprobs": 2}
-    how["draft_source"] = "denoiser"
+    how |= {"draft_source": "denoiser", "commit_rule": "released"}
     # So that the prefix cache has for both what it will ever have.
     blocks_of(**how)
     items, stream = blocks_of(provisional=True, **how)
@@ -351,7 +351,7 @@ def test_drafts_come_between_the_blocks(blocks_of: Any, mode: Any) -> None:
 
 
 def test_a_slow_reader_gets_the_latest_draft_of_each_block(writing: TwoTower) -> None:
-    how = {**SAMPLED, "max_tokens": 8, "confidence_threshold": 1.0}
+    how = {**SAMPLED, "max_tokens": 8, "confidence_threshold": 1.0, "commit_rule": "released"}
     stream = writing.stream(PROMPT, provisional=True, **how)
     stream._call.result(timeout=10)
     items: list[Any] = list(stream)
@@ -362,7 +362,7 @@ def test_a_slow_reader_gets_the_latest_draft_of_each_block(writing: TwoTower) ->
 
 
 async def test_a_slow_reader_of_an_async_stream_too(writing: TwoTower) -> None:
-    how = {**SAMPLED, "max_tokens": 8, "confidence_threshold": 1.0}
+    how = {**SAMPLED, "max_tokens": 8, "confidence_threshold": 1.0, "commit_rule": "released"}
     stream = writing.astream(PROMPT, provisional=True, **how)
     await asyncio.wait_for(asyncio.wrap_future(stream._call), 10)
     items: list[Any] = await read(stream)

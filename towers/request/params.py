@@ -37,8 +37,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "first_token": get_args(TokenSource),
 }
 _NO_NUMBERS = (*CHOICES, "stop", "logit_bias", "provisional")
-# The mix that auto's qualities accept drafts with: at 0.3 the shipped model's loss over ar is within
-# noise.
+# The mix that auto's qualities accept drafts with; at 0.3 the loss over ar is within noise.
 _QUALITY_MIX: dict[Quality, float] = {"ar": 0.0, "near": 0.3, "fast": 0.3}
 # Who draws the first token of a block unless the request says so.
 _FIRST_TOKEN: dict[CommitRuleName, TokenSource] = {
