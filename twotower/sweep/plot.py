@@ -8,7 +8,7 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
-from twotower.sweep.grid import STRATEGIES
+from twotower.sweep.grid import STRATEGIES, shown_value
 
 Line = dict[str, Any]
 SVG = "sweep.svg"
@@ -18,8 +18,14 @@ _PUBLISHED = (
     "published, 30B, not measured here:\n98.7 % of ar's mean of 11 tasks at 2.42x its tokens/s"
 )
 # What stands before a value where it labels a point.
-_PREFIXES = {"confidence_threshold": "", "steps_per_block": "T=", "draft_steps": "n="}
-_LOSSLESS = {"ar": "s", "verified": "D"}
+_PREFIXES = {
+    "confidence_threshold": "",
+    "steps_per_block": "T=",
+    "draft_steps": "n=",
+    "mix_ratio": "R=",
+    "quality": "",
+}
+_LOSSLESS = {"ar": "s", "verified": "D", "lookup": "^", "denoiser": "v"}
 _LINES = ("-", "--", ":", "-.")
 _TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16)
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
@@ -138,5 +144,5 @@ def _relative(line: Sequence[Line], name: str) -> list[float]:
 def _label(point: Line) -> str:
     """What tells a point from the others of its line."""
     axes = [axis for axis in STRATEGIES[point["strategy"]].axes if axis != "block_size"]
-    values = [f"{_PREFIXES.get(axis, f'{axis}=')}{point[axis]:g}" for axis in axes]
+    values = [f"{_PREFIXES.get(axis, f'{axis}=')}{shown_value(point[axis])}" for axis in axes]
     return " ".join(values) or str(point["name"])
