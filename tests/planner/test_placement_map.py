@@ -181,7 +181,7 @@ def test_known_points() -> None:
     # 5.6 denoiser passes a block and one extension, each an AR step.
     assert tokens["published 2.42x"] == pytest.approx(2.85, abs=0.005)
     of = {point.name: point.decoding for point in known_points()}
-    assert (of["code"], of["own drafts"], of["lookups, greedy"]) == (
+    assert (of["code"], of["drafts, own"], of["lookups, greedy"]) == (
         "mask_diffusion",
         "verified",
         "lookup",

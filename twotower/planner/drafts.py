@@ -36,20 +36,21 @@ KNOWN = (
     Yield("lookups, T = 0.7", "lookup", 1.61, f"measured: {_OWN}, temperature 0.7"),
     Yield("lookups, greedy, no loops", "lookup", 2.20, f"measured: {_OWN}, outputs that loop out"),
     Yield("lookups, greedy", "lookup", 3.33, f"measured: {_OWN}, of which seven in ten loop"),
-    Yield("own drafts", "denoiser", 3.1, f"measured: {_OWN}, greedy, strict acceptance"),
-    Yield("own drafts, mix 0.3", "denoiser", 3.3, f"measured: {_OWN}, greedy, mix of 0.3"),
+    Yield("drafts, own", "denoiser", 3.1, f"measured: {_OWN}, greedy, strict acceptance"),
+    Yield("drafts, own, mix", "denoiser", 3.3, f"measured: {_OWN}, greedy, mix of 0.3"),
     Yield(
-        "DFlash drafts",
+        "drafts, DFlash",
         "denoiser",
         5.48,
         "published (arXiv 2602.06036), from notes about it: Qwen3-8B at temperature 1, a drafter "
         "of 5 layers that reads the target's states, blocks of 16; 6.49 at temperature 0",
     ),
     Yield(
-        "self-drafts with LoRA",
+        "drafts, LoRA",
         "denoiser",
         6.82,
-        "published (arXiv 2607.05722), from a summary of it: one model in both roles, drafts of 31",
+        "published (arXiv 2607.05722), from a summary of it: one model in both roles, a LoRA in "
+        "that of the drafter, drafts of 31",
     ),
 )
 

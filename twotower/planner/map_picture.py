@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from twotower.planner.placement_map import MODES, Mode, Panel, PlacementMap
+from twotower.planner.placement_map import MODES, Mode, Panel, PlacementMap, Point
 from twotower.towers.errors import ConfigError
 
 FORMATS = ("svg", "png")
@@ -50,7 +50,7 @@ yields; ar and ar with lookups do not depend on it. Lines: the number from which
 ahead. Continuous batching. Between measured rows the ratio of measured to modelled passes is
 interpolated over the logarithm of the rows; beyond them the nearest ratio holds (assumed). ar,
 lookups and verified give the same text, diffusion another of other quality. Known tokens per pass
-of lookups and checked drafts are those of other models than the 30B.
+named drafts are those of cycles of other models than the 30B.
 """
 
 
@@ -87,7 +87,7 @@ def draw(placements: PlacementMap, path: Path) -> None:
         _legend(figure, axes[0], placements)
         figure.suptitle(_title(placements), fontsize=12)
         figure.text(0.01, 0.008, _caption(placements), fontsize=7.5, va="bottom")
-        left, bottom, right = (0.08, 0.35, 0.83) if alone else (0.055, 0.31, 0.9)
+        left, bottom, right = (0.08, 0.35, 0.81) if alone else (0.055, 0.31, 0.885)
         figure.subplots_adjust(left, bottom, right, 0.9, wspace=0.05)
         kind = path.suffix.removeprefix(".")
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
@@ -105,7 +105,7 @@ def _draw_panel(axes: Any, panel: Panel, placements: PlacementMap, *, last: bool
         if any(each is not None for each in crossings):
             heights = [math.nan if each is None else each for each in crossings]
             axes.plot(places, heights, style, color=color, linewidth=1.8)
-    for point in placements.points:
+    for point in _drawn(placements):
         if low <= point.tokens <= high:
             axes.axhline(point.tokens, color="#444444", linewidth=0.5, linestyle=(0, (1, 3)))
             axes.plot([-0.5], [point.tokens], marker=">", color="black", clip_on=False)
@@ -180,11 +180,16 @@ def _measured(axes: Any, panel: Panel) -> None:
         )
 
 
+def _drawn(placements: PlacementMap) -> list[Point]:
+    """The points of what depends on the axis of tokens: lookups do not."""
+    return [point for point in placements.points if point.decoding != "lookup"]
+
+
 def _name_points(axes: Any, placements: PlacementMap, low: float, high: float) -> None:
     """Names of known points, right of the last panel, pushed apart where they are close."""
     least = (high - low) / 34
     at = low - least
-    for point in sorted(placements.points, key=lambda each: each.tokens):
+    for point in sorted(_drawn(placements), key=lambda each: each.tokens):
         if low <= point.tokens <= high:
             at = max(at + least, point.tokens)
             axes.annotate(

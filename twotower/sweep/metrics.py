@@ -151,7 +151,8 @@ def _regret(rows: Sequence[Row]) -> float | None:
     pairs = [pair for row in rows for pair in zip(row.best_log_probs, row.log_probs, strict=False)]
     if not pairs:
         return None
-    return math.fsum(best - own for best, own in pairs) / len(pairs)
+    # The last bit of the same token's may differ.
+    return math.fsum(max(0.0, best - own) for best, own in pairs) / len(pairs)
 
 
 def _fresh(rows: Sequence[Row], baseline: Sequence[Row]) -> dict[str, float | int | None]:
