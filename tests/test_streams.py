@@ -27,7 +27,7 @@ from twotower.client import Client
 from twotower.client import TextBlock as ClientBlock
 from twotower.client import Usage as ClientUsage
 from twotower.towers.errors import InvalidRequestError, NumericalError
-from twotower.towers.request.modes import MODES
+from twotower.towers.request.modes import MODES, TRAITS
 
 PROMPT = [5, 3, 17, 3, 9]
 LONG: dict[str, Any] = {"max_tokens": 900, "seed": 1}
@@ -95,16 +95,16 @@ def test_a_stream_gives_what_generate_gives(writing: TwoTower, blocks_of: Any, m
     assert [token for block in blocks for token in block.token_ids] == want.token_ids
     assert "".join(block.text for block in blocks) == want.text
     assert stream.token_ids == want.token_ids
-    assert stream.log_probs == want.log_probs
+    # Where the service chooses who drafts, passes and the last bits of values follow its pace.
+    chosen = TRAITS[mode].denoiser == "optional"
+    assert stream.log_probs == pytest.approx(want.log_probs, abs=1e-4 if chosen else 0, rel=0)
     assert (stream.seed, stream.prompt_tokens) == (3, len(PROMPT))
     assert (stream.finish_reason, stream.matched_stop) == ("length", None)
     usage = stream.usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (len(PROMPT), 37)
-    assert (usage.nfe, usage.context_passes) == (want.nfe, want.context_passes)
-    assert (usage.accepted_tokens, usage.drafted_tokens) == (
-        want.accepted_tokens,
-        want.drafted_tokens,
-    )
+    if not chosen:
+        assert (usage.nfe, usage.context_passes) == (want.nfe, want.context_passes)
+        assert (usage.accepted_tokens, usage.drafted_tokens) == (0, 0)
     position = len(PROMPT)
     for block in blocks:
         assert block.start == position
@@ -333,6 +333,9 @@ def kinds_of(items: list[Any]) -> list[str]:
 @pytest.mark.parametrize("mode", ["mask_diffusion", "verified"])
 def test_drafts_come_between_the_blocks(blocks_of: Any, mode: Any) -> None:
     how = {**SAMPLED, "mode": mode, "max_tokens": 8, "draft_steps": 3, "top_logprobs": 2}
+    how |= {"draft_source": "denoiser", "commit_rule": "released"}
+    # So that the prefix cache has for both what it will ever have.
+    blocks_of(**how)
     items, stream = blocks_of(provisional=True, **how)
     blocks = [item for item in items if isinstance(item, TextBlock)]
     plain, again = blocks_of(**how)
@@ -348,7 +351,7 @@ def test_drafts_come_between_the_blocks(blocks_of: Any, mode: Any) -> None:
 
 
 def test_a_slow_reader_gets_the_latest_draft_of_each_block(writing: TwoTower) -> None:
-    how = {**SAMPLED, "max_tokens": 8, "confidence_threshold": 1.0}
+    how = {**SAMPLED, "max_tokens": 8, "confidence_threshold": 1.0, "commit_rule": "released"}
     stream = writing.stream(PROMPT, provisional=True, **how)
     stream._call.result(timeout=10)
     items: list[Any] = list(stream)
@@ -359,7 +362,7 @@ def test_a_slow_reader_gets_the_latest_draft_of_each_block(writing: TwoTower) ->
 
 
 async def test_a_slow_reader_of_an_async_stream_too(writing: TwoTower) -> None:
-    how = {**SAMPLED, "max_tokens": 8, "confidence_threshold": 1.0}
+    how = {**SAMPLED, "max_tokens": 8, "confidence_threshold": 1.0, "commit_rule": "released"}
     stream = writing.astream(PROMPT, provisional=True, **how)
     await asyncio.wait_for(asyncio.wrap_future(stream._call), 10)
     items: list[Any] = await read(stream)

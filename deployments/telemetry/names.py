@@ -90,7 +90,7 @@ ROUTER: Table = {
         "Time that a block has waited for its context's state to reach the denoiser."
     ),
     "tokens_per_nfe": _histogram("Tokens of a block per pass of the denoiser.", _PER_PASS),
-    "accepted_length": _histogram("Accepted tokens of a draft.", _LENGTHS),
+    "accepted_length": _histogram("Accepted tokens of a draft of the denoiser.", _LENGTHS),
 }
 
 # Kept by each pair, from the counters of its towers.

@@ -119,7 +119,9 @@ class CompletionMetrics:
         self._drafted_by(
             "denoiser", block.drafted_tokens - looked_up, block.accepted_tokens - taken
         )
-        self._to.observe("accepted_length", block.accepted_tokens, self._labels)
+        if block.drafted_by == "denoiser":
+            # A block of lookups holds several drafts.
+            self._to.observe("accepted_length", block.accepted_tokens, self._labels)
 
     def _drafted_by(self, source: str, drafted: int, accepted: int) -> None:
         if drafted:

@@ -13,8 +13,9 @@ from typing import Any
 from twotower.towers.decoding.services import BlockTiming
 from twotower.towers.request.modes import MODES, TRAITS
 
-# Modes whose commit is a pass over the block's own draft, after it; in the others the context
-# tower reads the block before while this one is denoised.
+# Modes whose commit is a pass over the denoiser's draft of the block, after it (what the context
+# tower has drafted has none); in the others the context tower reads the block before while this one
+# is denoised.
 COMMIT_AFTER_DRAFT = tuple(mode for mode in MODES if TRAITS[mode].unit == "draft")
 BLOCK = "twotower.block"
 

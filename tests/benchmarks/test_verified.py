@@ -1,11 +1,12 @@
-"""The first difference of two outputs, on outputs written by hand."""
+"""Differences and costs of outputs that are written by hand."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.verified import first_difference
+from benchmarks.verified import first_difference, rows
 from twotower import GenerationResult
+from twotower.towers.decoding.services import Block
 
 
 def result(token_ids: list[int], log_probs: list[float]) -> GenerationResult:
@@ -34,3 +35,20 @@ def test_the_first_of_two_differences_counts() -> None:
 def test_an_output_that_ends_early_is_an_error() -> None:
     with pytest.raises(ValueError, match="prompt 4: got 1 tokens, expected ar's 2"):
         first_difference(4, result([5, 6], [-1.0, -2.0]), result([5], [-1.0]))
+
+
+def test_passes_count_up_to_the_end_of_the_last_block_looked_at() -> None:
+    sizes, start = (3, 4, 5), 0
+    blocks = []
+    for size in sizes:
+        # The first block has the two passes that read a prompt of 65 tokens.
+        passes = 1 if start else 3
+        blocks.append(Block(start, (7,) * size, (0,) * size, (0.5,) * size, 2, passes))
+        start += size
+    whole = result([7] * 12, [-1.0] * 12)
+    whole.blocks.extend(blocks)
+    prompt = list(range(65))
+    for tokens, nfe, passes in ((3, 2, 1), (4, 4, 2), (7, 4, 2), (8, 6, 3), (99, 6, 3)):
+        (row,) = rows([prompt], [whole], tokens)
+        assert len(row.token_ids) == len(row.log_probs) == min(tokens, 12)
+        assert (row.nfe, row.context_passes) == (nfe, passes)

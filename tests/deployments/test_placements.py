@@ -1,4 +1,4 @@
-"""Where a pair's towers run: several denoisers, one process for both, ar alone."""
+"""Where a pair's towers run: several denoisers, one process for both, the context tower alone."""
 
 from __future__ import annotations
 
@@ -137,7 +137,9 @@ def test_both_towers_in_one_process(service: LocalService, want: list[list[int]]
     assert_drafts_come_over_actors(want)
 
 
-def test_the_context_tower_alone_serves_ar(service: LocalService, want: list[list[int]]) -> None:
+def test_the_context_tower_alone_serves_what_needs_no_denoiser(
+    service: LocalService, want: list[list[int]]
+) -> None:
     place(service, placement="ar_only")
     assert not own_processes("ray::DenoiserTowerActor")
     for request, expected in zip(REQUESTS, want, strict=True):
@@ -146,7 +148,7 @@ def test_the_context_tower_alone_serves_ar(service: LocalService, want: list[lis
     with pytest.raises(ServiceError) as caught:
         tokens(service.address, *REQUESTS[0])
     assert caught.value.code == grpc.StatusCode.INVALID_ARGUMENT
-    assert "mode: got 'mask_diffusion', expected ar alone" in str(caught.value)
+    assert "mode: got 'mask_diffusion', expected ar, verified, auto alone" in str(caught.value)
     with Client(service.address) as client:
-        assert client.model_info().modes == ("ar",)
+        assert client.model_info().modes == ("ar", "verified", "auto")
         assert client.score([5, 6, 7]).log_probs

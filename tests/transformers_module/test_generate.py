@@ -16,8 +16,9 @@ from transformers import (
     pipeline,
 )
 
-from twotower import TwoTower
+from twotower import Request, TwoTower
 from twotower.towers.errors import InvalidRequestError
+from twotower.towers.request.params import GenerationParams
 
 PROMPT = "    def test_open(self):"
 IDS = torch.tensor([[5, 3, 17, 3, 9]])
@@ -65,7 +66,9 @@ def new(model: Any, ids: torch.Tensor = IDS, **arguments: Any) -> list[int]:
 def test_the_tokens_are_those_of_this_package(
     auto_model: Any, model: TwoTower, arguments: dict[str, Any], own: dict[str, Any]
 ) -> None:
-    (alone,) = model.generate(IDS, max_tokens=24, **own)
+    """In mask_diffusion they are those of the released commit rule, unless another is asked for."""
+    params = GenerationParams(**{"max_tokens": 24, "commit_rule": "released"} | own)
+    (alone,) = model.generate_requests([Request(IDS[0].tolist(), params)])
     assert new(auto_model, max_new_tokens=24, **arguments) == alone.token_ids
 
 

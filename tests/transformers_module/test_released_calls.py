@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 import twotower.transformers
-from twotower import TwoTower
+from twotower import Request, TwoTower
 from twotower.towers.errors import InvalidRequestError
+from twotower.towers.request.params import GenerationParams
 from twotower.transformers import SHIPPED_MODEL
 
 PROMPT = "    def test_open(self):"
@@ -62,7 +63,13 @@ def test_the_card_s_program_gives_the_tokens_of_generate() -> None:
         ("mock_ar", "mock_ar", 24),
         ("ar", "ar", 24),
     ]:
-        (alone,) = model.generate([PROMPT], mode=mode, max_tokens=count, eos_token_id=2)  # type: ignore[arg-type]
+        how = GenerationParams(
+            mode=mode,  # type: ignore[arg-type]
+            max_tokens=count,
+            eos_token_id=2,
+            commit_rule="released",
+        )
+        (alone,) = model.generate_requests([Request(prompt, how)])
         assert names[name].tolist() == [[*prompt, *alone.token_ids]], name
         assert names[name].dtype == torch.int64
         if mode == "mask_diffusion":

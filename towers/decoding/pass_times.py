@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from statistics import median
 
 from twotower.towers.decoding.services import PassTime
 
@@ -44,8 +43,10 @@ class PassTimes:
         if not self._curves:
             return 1.0 / rows
         wanted = round(rows).bit_length()
-        bucket = min(self._curves, key=lambda known: abs(known - wanted))
-        return self._curves[bucket].seconds(tokens * rows) / rows
+        curve = self._curves.get(wanted)
+        if curve is None:
+            curve = self._curves[min(self._curves, key=lambda known: abs(known - wanted))]
+        return curve.seconds(tokens * rows) / rows
 
 
 class _Curve:
@@ -53,18 +54,24 @@ class _Curve:
 
     def __init__(self) -> None:
         self._buckets: dict[int, deque[tuple[int, float]]] = {}
-        # The medians of the buckets, in order of tokens; None once a pass has been noted since.
+        # The median of each bucket's tokens and of its seconds.
+        self._medians: dict[int, tuple[float, float]] = {}
+        # The medians in order of tokens; None once a pass has been noted since.
         self._points: tuple[list[float], list[float]] | None = None
 
     def note(self, passed: PassTime) -> None:
-        bucket = self._buckets.setdefault(passed.tokens.bit_length(), deque(maxlen=_KEPT))
+        place = passed.tokens.bit_length()
+        bucket = self._buckets.setdefault(place, deque(maxlen=_KEPT))
         bucket.append((passed.tokens, passed.seconds))
+        tokens, seconds = zip(*bucket, strict=True)
+        middle = len(bucket) // 2
+        self._medians[place] = sorted(tokens)[middle], sorted(seconds)[middle]
         self._points = None
 
     def seconds(self, tokens: float) -> float:
         """Between the buckets' medians on a line; beyond them as at the last."""
         if self._points is None:
-            self._points = self._medians()
+            self._points = self._line()
         sizes, times = self._points
         at = bisect_left(sizes, tokens)
         if at == 0 or at == len(sizes):
@@ -72,12 +79,13 @@ class _Curve:
         share = (tokens - sizes[at - 1]) / (sizes[at] - sizes[at - 1])
         return times[at - 1] + share * (times[at] - times[at - 1])
 
-    def _medians(self) -> tuple[list[float], list[float]]:
-        sizes: list[float] = []
-        times: list[float] = []
-        for _, passes in sorted(self._buckets.items()):
-            sizes.append(median(tokens for tokens, _ in passes))
+    def _line(self) -> tuple[list[float], list[float]]:
+        sizes, times = [], []
+        least = 0.0
+        for place in sorted(self._medians):
+            size, seconds = self._medians[place]
             # A larger pass does not cost less: what looks so is noise.
-            least = times[-1] if times else 0.0
-            times.append(max(least, median(seconds for _, seconds in passes)))
+            least = max(least, seconds)
+            sizes.append(size)
+            times.append(least)
         return sizes, times

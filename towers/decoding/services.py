@@ -55,7 +55,8 @@ class BlockTiming:
     took, both 0 in later blocks. Then the denoiser waited `transfer_s` for its mirror to reach the
     block, and drafting or decoding took `denoise_s` without that. `commit_s` is the pass of the
     context tower over the draft in verified, and in the modes whose tokens are the denoiser's the
-    extension by the block before, which overlaps with the others.
+    extension by the block before: it overlaps with the others, but is over before a block begins
+    whose first token it draws.
     """
 
     begin: float
@@ -127,17 +128,17 @@ class Block:
 
     `commit_steps[i]` is the 0-based step at which position i was committed, `confidences[i]` the
     probability that the tower gave token i then and `log_probs[i]` its natural logarithm: the
-    denoiser's in mask_diffusion and mock_ar, the context tower's in ar and verified. `start` is
-    the absolute position of the first token, `nfe` the number of denoiser calls and
-    `context_passes` that of context passes spent since the block before it. In verified and auto,
-    `drafted_tokens` were checked and `accepted_tokens` of them accepted, those of lookups
-    `lookup_drafted_tokens` and `lookup_accepted_tokens`; `drafted_by` is who drafted last, and
-    `next_draft` the draft of the denoiser that pays next. `cached_tokens` of the
-    prompt came from the prefix cache (0 after the first block). `eased` is the share of the way to
-    its floors that the row is served with (GenerationParams.eased). `top_log_probs[i]` are the
-    `top_logprobs` most probable tokens of the distribution that `log_probs[i]` is of, of equals the
-    lowest id first; it is empty if none were asked for. `draft_scores` are those of the tokens of a
-    draft that is not known yet, if its acceptance needs them; `passes` are the passes that the
+    denoiser's in mask_diffusion and mock_ar, the context tower's in ar and verified, and of a first
+    token that it drew in mask_diffusion. `start` is the absolute position of the first token, `nfe`
+    the number of denoiser calls and `context_passes` that of context passes spent since the block
+    before it. In verified and auto, `drafted_tokens` were checked and `accepted_tokens` of them
+    accepted, those of lookups `lookup_drafted_tokens` and `lookup_accepted_tokens`; `drafted_by` is
+    who drafted last, and `next_draft` the draft of the denoiser that pays next. `cached_tokens` of
+    the prompt came from the prefix cache (0 after the first block). `eased` is the share of the
+    way to its floors that the row is served with (GenerationParams.eased). `top_log_probs[i]` are
+    the `top_logprobs` most probable tokens of the distribution that `log_probs[i]` is of, of equals
+    the lowest id first; it is empty if none were asked for. `draft_scores` are those of the tokens
+    of a draft that is not known yet, if its acceptance needs them; `passes` are the passes that the
     block took, as far as they are known. Blocks that differ in these two or in `timing` are equal.
     """
 

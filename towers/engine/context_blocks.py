@@ -22,7 +22,7 @@ from twotower.towers.engine.buckets import (
     run_in_parts,
 )
 from twotower.towers.engine.context_work import ContextResult, ContextWork, result_of
-from twotower.towers.engine.cuda_graph import GraphMemory, Program, Programs, Results
+from twotower.towers.engine.cuda_graph import GraphMemory, Program, Programs, Results, Staging
 from twotower.towers.engine.staged_draws import (
     DRAW_INPUTS,
     DRAW_PADDING,
@@ -91,13 +91,16 @@ class _Program(Program):
         length: int,
         memory: GraphMemory,
     ) -> None:
-        inputs, total = ("token", *DRAW_INPUTS), rows * length
-        super().__init__(pool, rows, length, memory, inputs, total, DRAW_PADDING)
+        total = rows * length
+        super().__init__(pool, rows, length, memory, ("token",), total)
         self._tower = tower
         self._log = log
         shape = (rows, tower.config.hidden_size)
         self._ends = torch.zeros(shape, dtype=tower.dtype, device=tower.device)
         self._results = Results((4, rows), tower.device)
+        # An extension draws one token a row: its draws are sent apart from the tokens that it
+        # reads, and only where there are any.
+        self._draws = Staging(DRAW_INPUTS, rows, tower.device)
         self._work = self._add(self._extend)
         # Extensions that draw nothing need no head: its weights may be a good part of the pass's.
         self._head = self._add(self._draw_next)
@@ -105,15 +108,17 @@ class _Program(Program):
     def run(self, works: Sequence[ContextWork]) -> list[ContextResult | NumericalError]:
         """See `ContextBlocks.run`; at most B rows of one shape."""
         draws = [work.draw for work in works]
-        drawing = any(draw is not None for draw in draws)
+        inputs = {}
+        if any(draw is not None for draw in draws):
+            inputs = draw_inputs([draw or _NO_DRAW for draw in draws])
         self._begin(
             token=[token for work in works for token in work.tokens],
             slot=[work.state.slot for work in works],
             context_lens=[work.state.length for work in works],
-            **(draw_inputs([draw or _NO_DRAW for draw in draws]) if drawing else {}),
         )
         self._work()
-        if drawing:
+        if inputs:
+            self._draws.send(DRAW_PADDING, **inputs)
             self._head()
         lines = self._results.receive().tolist()
         hidden = self._ends[: len(works)].clone()
@@ -167,6 +172,6 @@ class _Program(Program):
             log.replay(self._pool, weights, rows, counts)
 
     def _draw_next(self) -> None:
-        sampling = staged_sampling(self._staging, len(self._ends))
+        sampling = staged_sampling(self._draws)
         drawn = dispatch.predict(self._tower.logits(self._ends), sampling)
         self._results.put(torch.stack([part.double() for part in drawn]))

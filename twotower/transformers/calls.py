@@ -119,9 +119,9 @@ class GenerationCalls:
         `mode` is "ar", the context tower, or mask_diffusion, verified, mock_ar, auto; with the
         knobs `block_size`, `steps_per_block`, `confidence_threshold`, `commit_rule`, `first_token`,
         `draft_steps`, `draft_source`, `acceptance`, `mix_ratio`, `quality`, each in the modes that
-        it matters to, whose defaults are those of `TwoTower.generate`, and `seed`. Any other
-        argument that would change the output (beams, penalties, logits processors, a cache, scores)
-        raises InvalidRequestError with its name.
+        it matters to, whose defaults are those of `TwoTower.generate` but for the release's
+        `commit_rule`, and `seed`. Any other argument that would change the output (beams,
+        penalties, logits processors, a cache, scores) raises InvalidRequestError with its name.
         """
         ids, mask = kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None)
         if ids is not None and inputs is not None:

@@ -143,8 +143,8 @@ class Decoding:
         are looked for here."""
         seed = int(torch.randint(1 << SEED_BITS - 1, ())) if self.seed is None else self.seed
         eos = self.eos[0] if len(self.eos) == 1 else None
-        row = {"commit_rule": "released", "seed": seed, "eos_token_id": eos}
-        return {**self.settings, **row}
+        row = {"seed": seed, "eos_token_id": eos}
+        return {"commit_rule": "released", **self.settings, **row}
 
 
 def _tokens(stream: GenerationStream) -> Iterator[int]:

@@ -27,7 +27,7 @@ async def test_the_model(front: FrontHere) -> None:
     [model] = listed["data"]
     assert listed["object"] == "list"
     assert model["max_model_len"] == MAX_CONTEXT
-    assert model["modes"] == ["mask_diffusion", "ar", "mock_ar", "verified"]
+    assert model["modes"] == ["mask_diffusion", "ar", "mock_ar", "verified", "auto"]
     assert (await front.client.get(f"/v1/models/{model['id']}")).json() == model
 
 

@@ -262,6 +262,21 @@ async def test_rows_with_lazy_mirrors_have_the_tokens_of_ar(
     pair.assert_empty()
 
 
+async def test_rounds_without_the_denoiser_send_nothing(towers: Towers) -> None:
+    """Where it is not to be had, and where lookups are enough: the output is one token again and
+    again."""
+    pair = Mirrored.build(towers)
+    for source in ("lookup", "any"):
+        params = replace(PARAMS, max_tokens=60, draft_source=source, logit_bias=((4, 90.0),))
+        blocks = await pair.blocks("row", PROMPT, params)
+        assert set(tokens_of(blocks)) == {4}
+        assert sum(block.lookup_accepted_tokens for block in blocks) > 30
+        passes = sum(block.nfe for block in blocks)
+        assert pair.denoiser.stats().passes == passes
+        assert len(pair.plans) <= passes <= (0 if source == "lookup" else 2)
+    pair.assert_empty()
+
+
 @pytest.mark.parametrize("mode", ["mask_diffusion", "mock_ar", "verified"])
 async def test_rows_that_need_the_denoiser_are_mirrored_at_once(towers: Towers, mode: str) -> None:
     pair = Mirrored.build(towers)

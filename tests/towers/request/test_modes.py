@@ -22,9 +22,9 @@ def test_every_mode_has_its_line() -> None:
         assert GenerationParams(mode=mode).traits is TRAITS[mode]
 
 
-def test_a_context_tower_alone_serves_ar() -> None:
+def test_a_context_tower_alone_serves_what_it_writes_itself() -> None:
     assert served_modes(with_denoiser=True) == MODES
-    assert served_modes(with_denoiser=False) == ("ar",)
+    assert served_modes(with_denoiser=False) == ("ar", "verified", "auto")
 
 
 @pytest.mark.parametrize(

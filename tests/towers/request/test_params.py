@@ -53,10 +53,16 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "logit_bias": ([None, 3, "ab", b"a", {1}], "a mapping of token ids to numbers, or pairs"),
     "top_logprobs": ([-1, 21, *WHOLE], "at least 0, at most 20"),
     "provisional": ([None, 0, 1, "true", NAN], "true or false"),
+    "quality": (["", "AR", "best", None, 1, ["ar"]], "one of ar, near, fast"),
+    "draft_source": (["", "none", None, True], "one of any, lookup, denoiser"),
+    "acceptance": (["", "lossless", None, 0.3], "one of strict, mix"),
+    "mix_ratio": ([-0.01, 1.01, NAN, INF, True, "0.3", None, HUGE], "a finite number in [0, 1]"),
+    "commit_rule": (["", "rightmost", None, 1], "one of released, leftmost, product"),
+    "first_token": (["", "ar", False, 0], "one of context, denoiser"),
     "eos_from": ([-1, *WHOLE], "at least 0"),
 }
 GOOD: dict[str, list[Any]] = {
-    "mode": ["mask_diffusion", "ar", "mock_ar", "verified"],
+    "mode": ["mask_diffusion", "ar", "mock_ar", "verified", "auto"],
     "max_tokens": [1, 10**6],
     "block_size": [1, 256],
     "steps_per_block": [1, 10**6],
@@ -77,6 +83,12 @@ GOOD: dict[str, list[Any]] = {
     "logit_bias": [(), ((0, -100.0), (2**31 - 1, 100.0)), tuple((i, 1.0) for i in range(1024))],
     "top_logprobs": [0, 20],
     "provisional": [False, True],
+    "quality": ["ar", "near", "fast"],
+    "draft_source": ["any", "lookup", "denoiser"],
+    "acceptance": ["strict", "mix"],
+    "mix_ratio": [0, 0.0, 0.5, 1],
+    "commit_rule": ["released", "leftmost", "product"],
+    "first_token": [None, "context", "denoiser"],
     "eos_from": [0, 10**9],
 }
 
@@ -348,3 +360,41 @@ def test_a_wrong_id_among_many_is_named(wrong: object) -> None:
     named = r"prompt\[40\]: got .*, expected an id in 0..511"
     with pytest.raises(InvalidRequestError, match=named):
         GenerationParams().check_row(prompt, 512, 8192, [])
+
+
+@pytest.mark.parametrize(
+    ("given", "uses", "needs"),
+    [
+        ({"mode": "mask_diffusion", "draft_source": "lookup"}, True, True),
+        ({"mode": "ar", "draft_source": "denoiser"}, False, False),
+        ({"mode": "verified"}, True, False),
+        ({"mode": "verified", "draft_source": "lookup"}, False, False),
+        ({"mode": "verified", "draft_source": "denoiser"}, True, True),
+        # In auto the service chooses, whatever else is said.
+        ({"mode": "auto", "draft_source": "denoiser"}, True, False),
+        ({"mode": "auto", "draft_source": "lookup", "quality": "fast"}, True, False),
+    ],
+)
+def test_which_rows_want_a_denoiser(given: dict[str, Any], uses: bool, needs: bool) -> None:
+    params = GenerationParams(**given)
+    assert (params.uses_denoiser, params.needs_denoiser) == (uses, needs)
+
+
+@pytest.mark.parametrize(
+    ("given", "starts"),
+    [
+        ({"commit_rule": "released"}, False),
+        ({"commit_rule": "leftmost"}, True),
+        ({"commit_rule": "product"}, True),
+        ({"commit_rule": "released", "first_token": "context"}, True),
+        ({"commit_rule": "leftmost", "first_token": "denoiser"}, False),
+        ({"mode": "verified", "first_token": "context"}, False),
+    ],
+)
+def test_who_draws_the_first_token_of_a_block(given: dict[str, Any], starts: bool) -> None:
+    assert GenerationParams(**given).starts_with_context == starts
+
+
+def test_a_mix_is_none_where_acceptance_is_strict() -> None:
+    assert GenerationParams(mix_ratio=0.75).mix == 0.0
+    assert GenerationParams(mix_ratio=0.75, acceptance="mix").mix == 0.75
