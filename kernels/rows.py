@@ -25,9 +25,10 @@ class Rows:
     int32: its slot in the pools; -1 marks padding, a row that is neither computed nor written.
     `context_lens` [B] int32: tokens of its context that attention sees, and the position of its
     first new K/V. `pages` [S, P] int32: context token i of slot s is in page
-    pages[s, i // page_tokens]. `max_seqlen` bounds the rows' lengths and is the only number besides
-    shapes that a launch may depend on. `real` [T] bool marks the tokens that are not padding, None
-    if there can be no padding. `known` are the same numbers on the host where they are at hand.
+    pages[s, i // page_tokens]. `max_seqlen` bounds the lengths of rows that are not padding, and is
+    the only number besides shapes that a launch may depend on. `real` [T] bool marks the tokens
+    that are not padding, None if there can be no padding. `known` are the same numbers on the host
+    where they are at hand.
     """
 
     cu_seqlens: Tensor

@@ -1,9 +1,8 @@
-"""Extension and verification of many rows' blocks over fixed buffers, as graphs.
+"""Extension of many rows by committed blocks over fixed buffers, as graphs.
 
-An extension reads a committed block into K/V and snapshot, and draws the token after it where a row
-asks for that; a verification reads a draft into K/V and log, and draws the tower's own token after
-each of its tokens. Both are hundreds of launches of a few microseconds, which took longer than the
-device's own work for any number of rows.
+An extension reads a block into K/V and snapshot, and draws the token after it where a row asks for
+that: hundreds of launches of a few microseconds, which took longer than the device's own work for
+any number of rows.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 
 from twotower.kernels import dispatch
-from twotower.kernels.rows import Rows
 from twotower.towers.decoding.sampling import Draw, Sampler
+from twotower.towers.engine.block_log import BlockLog
 from twotower.towers.engine.buckets import (
     bucket_for,
     buckets_up_to,
@@ -45,51 +44,39 @@ _NO_DRAW = Draw(Sampler(0.0, None, None, None, 0), [0])
 class ContextBlocks:
     """Blocks of rows whose states live in one pool, which is that of the first block."""
 
-    def __init__(self, tower: ContextTower, memory: GraphMemory) -> None:
+    def __init__(self, tower: ContextTower, memory: GraphMemory, log: BlockLog) -> None:
         self._tower = tower
         self._memory = memory
+        self._log = log
         self._pool: StateTensors | None = None
-        # The log of all programs, as large as the largest: one for each would be gigabytes. It
-        # grows in powers of two: those that older programs keep are together less than the last.
-        self._log: PassLog | None = None
-        self._log_tokens = 0
-        self._programs: Programs[tuple[int, int, bool], _Program] = Programs(self._new_program)
+        self._programs: Programs[tuple[int, int], _Program] = Programs(self._new_program)
 
     def run(self, works: Sequence[ContextWork]) -> list[ContextResult | NumericalError]:
-        """Each row's last hidden state, and the tokens that it draws: after each of a draft, or
-        after the last of a committed block. Only for works that are blocks, see
-        `ContextWork.is_block`."""
-        return run_in_parts(works, _shape_of, self._run_part)
+        """Each row's last hidden state, and the token that it draws after it. Only for works that
+        are blocks, see `ContextWork.is_block`."""
+        return run_in_parts(works, lambda work: (len(work.tokens),), self._run_part)
 
     def warm_up(self, pool: StateTensors, length: int, rows: int) -> None:
         """Captures the extensions of up to `rows` blocks of `length` tokens."""
         for bucket in buckets_up_to(rows, length):
-            self._program(pool, bucket, length, False).capture()
+            self._program(pool, bucket, length).capture()
 
     def _run_part(self, works: Sequence[ContextWork]) -> list[ContextResult | NumericalError]:
-        pool, (length, checks) = works[0].state.pool, _shape_of(works[0])
-        return self._program(pool, bucket_for(len(works)), length, checks).run(works)
+        pool, length = works[0].state.pool, len(works[0].tokens)
+        return self._program(pool, bucket_for(len(works)), length).run(works)
 
-    def _program(self, pool: StateTensors, rows: int, length: int, checks: bool) -> _Program:
+    def _program(self, pool: StateTensors, rows: int, length: int) -> _Program:
         if self._pool is not pool:
             self._pool = pool
             self._programs.clear()
-        if rows * length > self._log_tokens:
-            most = bucket_for(min(pool.slots.num_slots, rows_at_once(length)))
-            self._log_tokens = 1 << (max(rows, most) * length - 1).bit_length()
-            self._log = self._tower.new_log(self._log_tokens, whole=True)
-        return self._programs[rows, length, checks]
+        return self._programs[rows, length]
 
-    def _new_program(self, shape: tuple[int, int, bool]) -> _Program:
+    def _new_program(self, shape: tuple[int, int]) -> _Program:
         assert self._pool is not None
-        rows, length, _ = shape
-        log = None if self._log is None else self._log.part(0, rows * length)
+        rows, length = shape
+        most = bucket_for(min(self._pool.slots.num_slots, rows_at_once(length)))
+        log = self._log.part(rows * length, most * length)
         return _Program(self._tower, self._pool, log, *shape, self._memory)
-
-
-def _shape_of(work: ContextWork) -> tuple[int, bool]:
-    """Tokens of the block, and whether it is a draft to be checked."""
-    return len(work.tokens), not work.advance
 
 
 class _Program(Program):
@@ -102,24 +89,21 @@ class _Program(Program):
         log: PassLog | None,
         rows: int,
         length: int,
-        checks: bool,
         memory: GraphMemory,
     ) -> None:
-        total, lines = rows * length, rows * length if checks else rows
-        inputs = ("token", *(DRAW_INPUTS if checks else ()))
-        super().__init__(pool, rows, length, memory, inputs, total, DRAW_PADDING)
+        total = rows * length
+        super().__init__(pool, rows, length, memory, ("token",), total)
         self._tower = tower
         self._log = log
-        self._checks = checks
         shape = (rows, tower.config.hidden_size)
         self._ends = torch.zeros(shape, dtype=tower.dtype, device=tower.device)
-        self._results = Results((4, lines), tower.device)
+        self._results = Results((4, rows), tower.device)
         # An extension draws one token a row: its draws are sent apart from the tokens that it
         # reads, and only where there are any.
-        self._draws = self._staging if checks else Staging(DRAW_INPUTS, rows, tower.device)
-        self._work = self._add(self._verify if checks else self._extend)
+        self._draws = Staging(DRAW_INPUTS, rows, tower.device)
+        self._work = self._add(self._extend)
         # Extensions that draw nothing need no head: its weights may be a good part of the pass's.
-        self._head = None if checks else self._add(self._draw_next)
+        self._head = self._add(self._draw_next)
 
     def run(self, works: Sequence[ContextWork]) -> list[ContextResult | NumericalError]:
         """See `ContextBlocks.run`; at most B rows of one shape."""
@@ -131,38 +115,26 @@ class _Program(Program):
             token=[token for work in works for token in work.tokens],
             slot=[work.state.slot for work in works],
             context_lens=[work.state.length for work in works],
-            **(inputs if self._checks else {}),
         )
         self._work()
-        if self._head is not None and inputs:
+        if inputs:
             self._draws.send(DRAW_PADDING, **inputs)
             self._head()
         lines = self._results.receive().tolist()
         hidden = self._ends[: len(works)].clone()
-        if self._checks:
-            for row, work in enumerate(works):
-                work.state.append(self._log_of(row), self._length)
-        else:
-            self._hand_out(works)
+        self._hand_out(works)
         return [
             ContextResult(hidden[row])
             if draw is None
-            else result_of(hidden[row], drawn_of(lines, self._lines_of(row), draw))
+            else result_of(hidden[row], drawn_of(lines, slice(row, row + 1), draw))
             for row, draw in enumerate(draws)
         ]
 
-    def _lines_of(self, row: int) -> slice:
-        """The row's draws among those of the pass."""
-        return self._span(row) if self._checks else slice(row, row + 1)
-
-    def _span(self, row: int) -> slice:
-        """The row's tokens among those of the pass."""
-        return slice(row * self._length, (row + 1) * self._length)
-
     def _log_of(self, row: int) -> PassLog | None:
         """A copy of a row's part of the log, which the next pass overwrites."""
-        span = self._span(row)
-        return None if self._log is None else self._log.part(span.start, span.stop).copy()
+        if self._log is None:
+            return None
+        return self._log.part(row * self._length, (row + 1) * self._length).copy()
 
     def _hand_out(self, works: Sequence[ContextWork]) -> None:
         """Moves the rows' states on, and gives the sinks their shares."""
@@ -190,27 +162,16 @@ class _Program(Program):
             yield "v", layer, v[layer]
 
     def _extend(self) -> None:
-        rows, _ = self._forward()
-        weights, log = self._tower.replay_weights, self._log
+        rows, log = self._read_rows(), self._log
+        reads = MixerInputs(rows, self._pool, causal=True)
+        hidden = self._tower.run(self._staging["token"], reads, log)
+        self._ends.copy_(hidden[self._length - 1 :: self._length])
+        weights = self._tower.replay_weights
         if log is not None and weights is not None:
             counts = torch.full_like(self._slots, self._length)
             log.replay(self._pool, weights, rows, counts)
 
-    def _verify(self) -> None:
-        _, hidden = self._forward()
-        self._draw(hidden)
-
     def _draw_next(self) -> None:
-        self._draw(self._ends)
-
-    def _draw(self, hidden: Tensor) -> None:
-        """Draws at hidden states [n, H], with the n draws that were sent."""
-        drawn = dispatch.predict(self._tower.logits(hidden), staged_sampling(self._draws))
+        sampling = staged_sampling(self._draws)
+        drawn = dispatch.predict(self._tower.logits(self._ends), sampling)
         self._results.put(torch.stack([part.double() for part in drawn]))
-
-    def _forward(self) -> tuple[Rows, Tensor]:
-        rows = self._read_rows()
-        reads = MixerInputs(rows, self._pool, causal=True)
-        hidden = self._tower.run(self._staging["token"], reads, self._log)
-        self._ends.copy_(hidden[self._length - 1 :: self._length])
-        return rows, hidden

@@ -23,7 +23,9 @@ from twotower.towers.decoding.services import (
     TopLogProbs,
 )
 from twotower.towers.engine.admission import Admission
+from twotower.towers.engine.block_log import BlockLog
 from twotower.towers.engine.context_blocks import ContextBlocks
+from twotower.towers.engine.context_drafts import ContextDrafts
 from twotower.towers.engine.context_pass import ContextPass
 from twotower.towers.engine.context_row import ContextRow, block_of, in_turn, token_of
 from twotower.towers.engine.context_steps import ContextSteps
@@ -74,10 +76,11 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         reclaim = cache.reclaim if cache else None
         admission = Admission(pool, reclaim, options.max_queued_requests)
         wanted = device.type == "cuda" if device_steps is None else device_steps
-        memory = GraphMemory(device)
+        memory, log = GraphMemory(device), BlockLog(tower)
         self._steps = ContextSteps(tower, memory) if wanted else None
-        self._blocks = ContextBlocks(tower, memory) if wanted else None
-        run = ContextPass(tower, self._steps, self._blocks).run
+        self._blocks = ContextBlocks(tower, memory, log) if wanted else None
+        self._drafts = ContextDrafts(tower, memory, log) if wanted else None
+        run = ContextPass(tower, self._steps, self._blocks, self._drafts).run
         limits = options.pass_limits(device.type)
         super().__init__("context", run, admission, limits, threaded, turn)
         self.tower = tower
@@ -85,7 +88,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         self.pool = pool
         self.cache = cache
         self.prefill_chunk = options.prefill_chunk_on(device.type)
-        self._rounds = DraftRounds(tower, self._submit, with_denoiser=link is not None)
+        self._rounds = DraftRounds(self._submit, with_denoiser=link is not None)
 
     def stats(self) -> EngineStats:
         """Counters since the start and the present load, the prefix cache's included."""
@@ -102,11 +105,14 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         )
 
     def warm_up(self, block_size: int = 16, rows: int | None = None) -> None:
-        """Captures the graphs of decode steps, and of extensions by blocks of a length, before the
-        first row would have to wait for it: for passes of up to `rows` rows (None: all)."""
+        """Captures the graphs of decode steps, of drafts of up to 16 tokens, and of extensions by
+        blocks of a length, before the first row would have to wait for it: for passes of up to
+        `rows` rows (None: all)."""
         rows = rows or self.pool.slots.num_slots
         if self._steps is not None:
             self._steps.warm_up(self.pool, rows)
+        if self._drafts is not None:
+            self._drafts.warm_up(self.pool, rows)
         if self._blocks is not None and self.link is not None:
             self._blocks.warm_up(self.pool, block_size, rows)
 
@@ -386,8 +392,6 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
             tokens, accepted = await self._accept_mixed(row, draft, params, output, mixed)
         else:
             tokens, accepted = await self._accept_strictly(row, draft, params, output)
-        self.tower.advance(state, accepted)
-        state.truncate()
         row.token, row.committed, row.hidden = tokens[accepted], True, None
         if row.drafts is not None:
             fresh = [token.token_id for token in tokens[known : accepted + 1]]
@@ -410,8 +414,8 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         params: GenerationParams,
         output: Sequence[int],
     ) -> tuple[list[Token], int]:
-        """Reads a draft into the log. Returns the tower's tokens from where the state stands, and
-        how many of the draft are the same."""
+        """Reads a draft, and what is right of it into the state. Returns the tower's tokens from
+        where the state stood, and how many of the draft are the same."""
         state = state_of(row.state)
         assert row.token is not None, "prefill comes first"
         start, known = state.position, int(row.committed)
@@ -421,13 +425,14 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
             # The draft's head, where it is committed already, is the last of the output.
             drafted = [draft[known : index + 1] for index in range(len(draft))]
             draw = replace(draw, output=output, drafted=drafted)
-        result = await self._submit(ContextWork(state, draft, advance=False, draw=draw))
+        right = draft[0] == row.token.token_id
+        work = ContextWork(state, draft, advance=False, draw=draw, accepts=right)
+        result = await self._submit(work)
+        if not right:
+            state.truncate()
         assert result.drawn is not None
         tokens = [row.token, *(token_of(result.drawn, index) for index in range(len(draft)))]
-        accepted = 0
-        while accepted < len(draft) and draft[accepted] == tokens[accepted].token_id:
-            accepted += 1
-        return tokens, accepted
+        return tokens, 1 + result.accepted if right else 0
 
     async def _accept_mixed(
         self,
@@ -454,6 +459,8 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         checked = (await self._submit(work)).checked
         assert checked is not None
         fresh = checked.num_accepted
+        self.tower.advance(state, known + fresh)
+        state.truncate()
         tokens = [row.token] * known + [token_of(checked.drafted, i) for i in range(fresh)]
         return [*tokens, token_of(checked.own, fresh)], known + fresh
 

@@ -13,8 +13,9 @@ from twotower.towers.decoding.alternatives import most_probable
 from twotower.towers.decoding.sampling import Drawn, draw_tokens
 from twotower.towers.decoding.services import TopLogProbs
 from twotower.towers.engine.context_blocks import ContextBlocks
+from twotower.towers.engine.context_drafts import ContextDrafts
 from twotower.towers.engine.context_steps import ContextSteps
-from twotower.towers.engine.context_work import ContextResult, ContextWork
+from twotower.towers.engine.context_work import ContextResult, ContextWork, accepted_of
 from twotower.towers.errors import NumericalError
 from twotower.towers.model.context_tower import ContextTower
 
@@ -22,10 +23,11 @@ _SCORED_LINES = 128
 
 
 class ContextPass:
-    """Runs works of several rows: decode steps as `steps`, blocks as `blocks`, the rest as one
-    packed pass of the tower.
+    """Runs works of several rows: decode steps as `steps`, committed blocks as `blocks`, drafts as
+    `drafts`, the rest as one packed pass of the tower.
 
-    Blocks join the packed pass where there is one: it reads the weights in any case.
+    Blocks and drafts join the packed pass where there is one: it reads the weights in any case.
+    Otherwise steps join drafts.
     """
 
     def __init__(
@@ -33,16 +35,20 @@ class ContextPass:
         tower: ContextTower,
         steps: ContextSteps | None = None,
         blocks: ContextBlocks | None = None,
+        drafts: ContextDrafts | None = None,
     ) -> None:
         self._tower = tower
         self._steps = steps
         self._blocks = blocks
+        self._drafts = drafts
 
     def run(self, works: Sequence[ContextWork]) -> list[ContextResult | BaseException]:
         """One result per work; an error there concerns its row alone."""
         kinds = [self._kind(work) for work in works]
         if "packed" in kinds:
-            kinds = ["packed" if kind == "block" else kind for kind in kinds]
+            kinds = [kind if kind == "step" else "packed" for kind in kinds]
+        if "draft" in kinds:
+            kinds = ["draft" if kind == "step" else kind for kind in kinds]
         results: dict[str, Iterator[ContextResult | BaseException]] = {}
         for kind in dict.fromkeys(kinds):
             same = [work for work, other in zip(works, kinds, strict=True) if other == kind]
@@ -52,6 +58,8 @@ class ContextPass:
     def _kind(self, work: ContextWork) -> str:
         if self._steps is not None and work.is_step:
             return "step"
+        if self._drafts is not None and work.is_draft:
+            return "draft"
         return "block" if self._blocks is not None and work.is_block else "packed"
 
     def _run_kind(
@@ -61,17 +69,21 @@ class ContextPass:
             return self._steps.run(works)
         if kind == "block" and self._blocks is not None:
             return self._blocks.run(works)
+        if kind == "draft" and self._drafts is not None:
+            return self._drafts.run(works)
         return self._pass(works)
 
     def _pass(self, works: Sequence[ContextWork]) -> list[ContextResult | BaseException]:
         states, sinks = [work.state for work in works], [work.sink for work in works]
         passed = self._tower.read([work.tokens for work in works], states, sinks)
         results = self._read_heads(works, passed.hidden)
-        counts = [len(work.tokens) if work.advance else 0 for work in works]
+        counts = [_moved(work, result) for work, result in zip(works, results, strict=True)]
         self._tower.advance_rows(passed, states, counts, sinks)
-        for state, count in zip(states, counts, strict=True):
-            if not count:
-                state.own_log()
+        for work, count in zip(works, counts, strict=True):
+            if work.accepts:
+                work.state.truncate()
+            elif not count:
+                work.state.own_log()
         return results
 
     def _read_heads(
@@ -94,7 +106,10 @@ class ContextPass:
                 logits = self._tower.logits(hidden[end - len(work.tokens) : end])
                 results.append(_whole_result(last, logits))
             else:
-                results.append(ContextResult(last, picked))
+                right = 0
+                if work.accepts and picked is not None:
+                    right = accepted_of(work.tokens, picked.token_ids)
+                results.append(ContextResult(last, picked, accepted=right))
         return results
 
     def _draw(
@@ -144,6 +159,13 @@ class ContextPass:
             if top_logprobs:
                 most += most_probable(logprobs, top_logprobs)
         return ContextResult(last, logprobs=tuple(found), top_log_probs=tuple(most))
+
+
+def _moved(work: ContextWork, result: ContextResult | BaseException) -> int:
+    """Tokens by which a work moves the snapshot."""
+    if work.accepts:
+        return 1 + result.accepted if isinstance(result, ContextResult) else 0
+    return len(work.tokens) if work.advance else 0
 
 
 def _drawn_from(work: ContextWork, hidden: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from torch import Tensor
 
@@ -23,6 +24,10 @@ class ContextWork:
     `top_logprobs` for so many most probable tokens beside each, `logits` for those of every token,
     `sink` takes the update's shares. `prefill` is a piece of a prompt.
 
+    With `accepts` the tokens are a draft, the first of them known to be right. It draws after each,
+    and the snapshot moves over those that the tower has drawn itself, up to the first that it has
+    not; nothing stays in the log.
+
     With `mixed` the draw is the check of that draft, and gives no tokens by itself. Its first line
     is then that of the hidden state `before` [H], if there is one: of the token before the work's,
     which an earlier pass has read."""
@@ -38,6 +43,7 @@ class ContextWork:
     logits: bool = False
     mixed: MixedDraft | None = None
     before: Tensor | None = None
+    accepts: bool = False
 
     @property
     def is_step(self) -> bool:
@@ -47,20 +53,23 @@ class ContextWork:
 
     @property
     def may_wait(self) -> bool:
-        """True if it may wait for more of its kind, see `turns`: blocks, whatever they draw."""
+        """True if it may wait for more of its kind, see `turns`: blocks, whatever they draw, and
+        drafts."""
         extends = self.advance and (self.draw is None or len(self.tokens) > 1)
         extends = extends and not self.prefill and self.targets is None
-        return extends or (self.is_block and not self.is_step)
+        return extends or self.is_draft or (self.is_block and not self.is_step)
 
     @property
     def is_block(self) -> bool:
-        """True if it extends a row by a committed block, and may draw the token after it, or checks
-        a whole draft."""
+        """True if it extends a row by a committed block, and may draw the token after it."""
         if self.prefill or self.targets is not None or len(self.tokens) > MAX_LENGTH:
             return False
-        if self.advance:
-            return self.draw is None or self._draws(1)
-        return self.sink is None and self._draws(len(self.tokens))
+        return self.advance and (self.draw is None or self._draws(1))
+
+    @property
+    def is_draft(self) -> bool:
+        """True if it checks a draft by tokens that need no host."""
+        return self.accepts and len(self.tokens) <= MAX_LENGTH and self._draws(len(self.tokens))
 
     def _draws(self, count: int) -> bool:
         """True if it draws so many tokens, which needs no host."""
@@ -74,7 +83,8 @@ class ContextWork:
 class ContextResult:
     """A row's last hidden state [H], the tokens that were drawn, the log-probabilities of the
     work's targets and the most probable tokens there, the logits [n, V] of all its tokens, in the
-    tower's dtype, and the check of a draft."""
+    tower's dtype, and the check of a draft. `accepted` is how many tokens of a work that `accepts`
+    are right behind its first."""
 
     hidden: Tensor
     drawn: Drawn | None = None
@@ -82,8 +92,20 @@ class ContextResult:
     top_log_probs: tuple[TopLogProbs, ...] = ()
     logits: Tensor | None = None
     checked: Checked | None = None
+    accepted: int = 0
 
 
-def result_of(hidden: Tensor, drawn: Drawn | NumericalError) -> ContextResult | NumericalError:
+def accepted_of(tokens: Sequence[int], drawn: Sequence[int]) -> int:
+    """How many of a draft's tokens are right behind its first, where the tower has drawn `drawn[i]`
+    after token i."""
+    pairs = zip(tokens[1:], drawn, strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+
+def result_of(
+    hidden: Tensor, drawn: Drawn | NumericalError, accepted: int = 0
+) -> ContextResult | NumericalError:
     """The result of a row whose last hidden state is `hidden`, or the error of its draw."""
-    return drawn if isinstance(drawn, NumericalError) else ContextResult(hidden, drawn)
+    if isinstance(drawn, NumericalError):
+        return drawn
+    return ContextResult(hidden, drawn, accepted=accepted)

@@ -253,8 +253,12 @@ class Program:
             self._pool.page_table,
             self._pool.page_tokens,
             self._length,
-            real=(self._slots >= 0).repeat_interleave(self._length),
+            real=self._real(),
         )
+
+    def _real(self) -> Tensor:
+        """Part of the work: which tokens are not padding, [T] bool."""
+        return (self._slots >= 0).repeat_interleave(self._length)
 
     def _begin(self, **values: Sequence[int]) -> None:
         """Sends a call's inputs; captures a shape that comes often."""

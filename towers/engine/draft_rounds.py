@@ -16,7 +16,6 @@ from twotower.towers.decoding.services import Block, DraftCosts, NextDraft, Toke
 from twotower.towers.engine.context_row import ContextRow, RowDrafts, block_of, token_of
 from twotower.towers.engine.context_work import ContextResult, ContextWork
 from twotower.towers.engine.engine import state_of
-from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.request.params import GenerationParams
 
 Submit = Callable[[ContextWork], Awaitable[ContextResult]]
@@ -45,10 +44,9 @@ class DraftRounds:
     """Makes rounds of rows of a context tower. `submit` runs a piece of work in a pass;
     `with_denoiser`: states of rows can be sent to a denoiser."""
 
-    def __init__(self, tower: ContextTower, submit: Submit, *, with_denoiser: bool) -> None:
+    def __init__(self, submit: Submit, *, with_denoiser: bool) -> None:
         self.times = PassTimes()
         self._experience = DraftExperience()
-        self._tower = tower
         self._submit = submit
         self._with_denoiser = with_denoiser
 
@@ -114,16 +112,11 @@ class DraftRounds:
         if draw.sampler.penalizes:
             drafted = [draft[:index] for index in range(len(read))]
             draw = replace(draw, output=output, drafted=drafted)
-        result = await self._submit(ContextWork(state, read, advance=not draft, draw=draw))
+        work = ContextWork(state, read, advance=not draft, draw=draw, accepts=bool(draft))
+        result = await self._submit(work)
         drawn = result.drawn
         assert drawn is not None
-        accepted = 0
-        while accepted < len(draft) and draft[accepted] == drawn.token_ids[accepted]:
-            accepted += 1
-        if draft:
-            self._tower.advance(state, 1 + accepted)
-            state.truncate()
-        fresh = [token_of(drawn, index) for index in range(accepted + 1)]
+        fresh = [token_of(drawn, index) for index in range(result.accepted + 1)]
         row.token = fresh[-1]
         return fresh
 

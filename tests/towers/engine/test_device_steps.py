@@ -21,6 +21,7 @@ from twotower.towers.decoding.services import Block
 from twotower.towers.decoding.unmasking import CommitRule, ReplayRule, ThresholdRule
 from twotower.towers.engine import context_blocks, denoiser_steps
 from twotower.towers.engine import cuda_graph as captured
+from twotower.towers.engine.block_log import BlockLog
 from twotower.towers.engine.buckets import GRAPH_TOKENS, MAX_LENGTH, ROW_BUCKETS
 from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.engine.cuda_graph import CapturedGraph, GraphMemory
@@ -322,7 +323,8 @@ def test_programs_that_are_dropped_are_gone_at_once(
 def test_logs_of_blocks_grow_a_few_times_only(towers: Towers) -> None:
     context, _ = towers
     pool = OPTIONS.pool_for(context)
-    blocks = context_blocks.ContextBlocks(context, GraphMemory(CPU))
+    log = BlockLog(context)
+    blocks = context_blocks.ContextBlocks(context, GraphMemory(CPU), log)
     made = []
     new_log = context.new_log
     try:
