@@ -29,7 +29,7 @@ from benchmarks.drafts import by_source, fresh_ones
 from benchmarks.figures import median
 from benchmarks.in_process import Local, load_local
 from benchmarks.machine import machine
-from benchmarks.side_by_side import CLOCKS, Delay, Ways, clock_of, decode, ratio, speeds, spread
+from benchmarks.side_by_side import CLOCKS, Delay, clock_of, decode, ratio, speeds, spread
 from benchmarks.tables import Cell, keep, table
 from benchmarks.verified import token_ids
 from twotower.towers.request.params import GenerationParams

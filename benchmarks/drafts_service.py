@@ -87,7 +87,7 @@ def windows_of(
 
 
 def figures(windows: Windows) -> dict[str, Any]:
-    """Tokens/s, their ratio to ar's, passes of both towers a token, and whether outputs are ar's."""
+    """Tokens/s, their ratio to ar's, passes of both towers, and whether outputs are equal."""
     speeds = {name: [one.tokens_per_s for one in runs] for name, runs in windows.items()}
     outputs = {
         tuple(stream.token_ids for stream in window.streams)
