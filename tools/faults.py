@@ -62,15 +62,15 @@ UNMASKING = [
     Fault(
         "unmasking: a confidence at the threshold counts",
         "towers",
-        "confidence > self.threshold for",
-        "confidence >= self.threshold for",
+        "if confidence > threshold]",
+        "if confidence >= threshold]",
         "test_unmasking",
     ),
     Fault(
         "unmasking: not done within the steps",
         "towers",
-        "max(confident, 1, -(-masked // remaining))",
-        "max(confident, 1, masked // remaining)",
+        "-(-masked // left)",
+        "masked // left",
         "test_unmasking",
     ),
     Fault(
