@@ -15,11 +15,12 @@ import torch
 from tests.support.random_model import small_config, write_checkpoint
 from twotower.kernels.dispatch import force
 from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
+from twotower.towers.decoding.draft_policy import STEP, Round
 from twotower.towers.decoding.generation import generate_blocks
 from twotower.towers.decoding.sampling import Sampler
-from twotower.towers.decoding.services import Block
+from twotower.towers.decoding.services import Block, DraftCosts
 from twotower.towers.decoding.unmasking import CommitRule, ReplayRule, ThresholdRule
-from twotower.towers.engine import context_blocks, denoiser_steps
+from twotower.towers.engine import context_blocks, denoiser_steps, draft_rounds
 from twotower.towers.engine import cuda_graph as captured
 from twotower.towers.engine.block_log import BlockLog
 from twotower.towers.engine.buckets import GRAPH_TOKENS, MAX_LENGTH, ROW_BUCKETS
@@ -45,6 +46,32 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> Towers:
     config = small_config(layer_pattern="M*E-M*")
     folder = write_checkpoint(tmp_path_factory.mktemp("small"), config)
     return load_context_tower(folder), load_denoiser_tower(folder)
+
+
+class ByTokens:
+    """Rounds of all kinds, chosen by what the row holds: the same on every path and machine."""
+
+    def __init__(self, params: GenerationParams, with_denoiser: bool) -> None:
+        self.asks = with_denoiser and params.uses_denoiser
+
+    def choose(self, match: int, room: int, _costs: DraftCosts) -> Round:
+        if match and room:
+            return Round("lookup", 1 + (3 * match + room) % room)
+        return Round("denoiser", asks="checked") if self.asks and room % 2 else STEP
+
+    def learn(self, *_: Any) -> None:
+        pass
+
+    def learn_draft(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def rounds_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(params: GenerationParams, *_: Any, with_denoiser: bool) -> ByTokens:
+        return ByTokens(params, with_denoiser)
+
+    monkeypatch.setattr(draft_rounds, "policy_of", chosen)
 
 
 def params_of(mode: Any = "mask_diffusion", **changes: Any) -> GenerationParams:
@@ -369,7 +396,7 @@ def test_warming_up_prepares_every_bucket_and_changes_no_row(towers: Towers) -> 
     assert [asyncio.run(row())] == decode(towers, [request], False)
 
 
-@pytest.mark.parametrize("mode", ["ar", "mask_diffusion"])
+@pytest.mark.parametrize("mode", ["ar", "mask_diffusion", "verified"])
 def test_with_the_kernels_instead_of_the_references(tmp_path: Path, mode: str) -> None:
     """The whole step through Triton, under its interpreter where there is no GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -378,7 +405,7 @@ def test_with_the_kernels_instead_of_the_references(tmp_path: Path, mode: str) -
         load_context_tower(folder, device, for_triton=True),
         load_denoiser_tower(folder, device, for_triton=True),
     )
-    request = ([5, 9, 4], params_of(mode, max_tokens=6, block_size=4, temperature=0.8))
+    request = ([5, 9, 4, 5, 9], params_of(mode, max_tokens=6, block_size=4, temperature=0.8))
     with force("triton"):
         got = decode(kernels, [request], True)
     want = decode((load_context_tower(folder), load_denoiser_tower(folder)), [request], False)
