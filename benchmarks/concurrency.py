@@ -140,13 +140,16 @@ def one_round(client: Client, ways: Ways, prompts: list[list[int]], tokens: int)
     return windows
 
 
-def over_grpc(client: Client, prompts: list[list[int]], tokens: int, at_once: int) -> Window:
-    """All requests over one connection, `at_once` at a time, each read by a thread."""
+def over_grpc(
+    client: Client, prompts: list[list[int]], tokens: int, at_once: int, **parameters: Any
+) -> Window:
+    """All requests over one connection, `at_once` at a time, each read by a thread. `parameters`
+    are arguments of Client.generate."""
 
     def stream(prompt: list[int]) -> Stream:
         sent = time.perf_counter()
         arrivals, token_ids = [], list[int]()
-        for block in client.generate(prompt, max_tokens=tokens, ignore_eos=True):
+        for block in client.generate(prompt, max_tokens=tokens, ignore_eos=True, **parameters):
             arrivals.append(time.perf_counter())
             token_ids += block.token_ids
         return Stream(sent, tuple(arrivals), tuple(token_ids))

@@ -30,6 +30,11 @@ class Local:
             "denoiser": self.denoiser.stats().report(),
         }
 
+    def count_passes_alike(self) -> None:
+        """Makes every pass cost the same in the eyes of who chooses drafts, whatever its tokens:
+        as on a device where a pass is bound by its weights. To be called before the first pass."""
+        self.context.pass_times.fixed = self.model.draft_times.fixed = True
+
 
 def load_local(path: str | None, rows: int, max_context: int, *, threaded: bool = False) -> Local:
     """Loads a checkpoint (None: the shipped model) without a prefix cache, so that the second run

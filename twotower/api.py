@@ -62,6 +62,7 @@ class TwoTower:
     """A two-tower model held in this process.
 
     Calls may overlap and come from any thread: all rows in flight share the towers' passes.
+    `draft_times` are what drafts of the denoiser have cost.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class TwoTower:
         self._denoiser = denoiser
         self._calls = CallLoop()
         self._row_numbers = itertools.count()
-        self._draft_times = DraftTimes()
+        self.draft_times = DraftTimes()
 
     @classmethod
     def from_pretrained(
@@ -282,7 +283,7 @@ class TwoTower:
             prompt_ids,
             params,
             generated,
-            draft_times=self._draft_times,
+            draft_times=self.draft_times,
         )
         return commit_blocks(blocks, text, log), text, log, params
 

@@ -58,7 +58,7 @@ def test_a_small_sweep(prompts: Path, tmp_path: Path) -> None:
         (["--block-sizes", ""], "block_size: got [], expected at least 1 value"),
         (["--draft-steps", "0"], "draft_steps: got 0"),
         (["--modes", "ar,beam"], "modes: got 'beam'"),
-        (["--strategy", "luck"], "strategy: got 'luck', expected one of threshold"),
+        (["--strategy", "luck"], "strategy: got 'luck', expected one of lookup"),
         (["--max-tokens", "0"], "max_tokens: got 0"),
         (["--limit", "0"], "limit: got 0"),
         (["--batch", "0"], "batch: got 0"),

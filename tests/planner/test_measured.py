@@ -127,7 +127,7 @@ def test_a_verified_cycle_is_the_measured_one() -> None:
     )
     mean = (denoise + milliseconds("speed-16.json", "denoise")) / 2
     expected = (mean + verify) * body["cycle_ms"] / (denoise + verify)
-    one, pair = estimator("full").at(16, 5.0).verified()
+    one, pair = estimator("full").at(16, 5.0).verified(5.0)
     assert one.tokens_per_s == pytest.approx(16 * 5 / (expected / 1e3))
     assert pair.per_gpu < one.per_gpu / 2
     assert (one.gpus, pair.gpus) == (1, 2)

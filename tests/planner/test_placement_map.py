@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from twotower.planner.measured import MeasuredPasses, by_format, read_all
 from twotower.planner.passes import Reached
 from twotower.planner.placement_map import (
     LINES,
+    MODES,
     Cell,
     PlacementMap,
     known_points,
@@ -75,6 +77,27 @@ def test_verified_breaks_even_at_its_cycle_over_an_ar_step() -> None:
     assert panel.crossing("verified = ar", 0).tokens == pytest.approx(1.5 * 14 / 4)
 
 
+def test_two_towers_have_to_beat_lookups_too() -> None:
+    """An AR step of 4 ms, a check of a block of 4 ms as well: 4 tokens a round are as many a pass.
+    A block takes n denoiser passes of 6 ms and an extension of 6, or 4 rounds."""
+    seconds = {
+        "ar": [(1.0, 0.004)],
+        "denoise": [(1.0, 0.002)],
+        "extend": [(1.0, 0.006)],
+        "verify": [(1.0, 0.004)],
+    }
+    known = MeasuredPasses("a test", 4096, seconds, fp8=False)  # type: ignore[arg-type]
+    question = Question("h200", experts=FULL, most_denoisers=1, lookup_tokens=4.0)
+    panel = make_map(question, (1, 2), (1.0, 2.0, 4.0, 8.0), measured=[known]).panels[0]
+    assert panel.speed("lookup", 0, 3.0) == pytest.approx(4 / 0.004)
+    colocated = panel.crossing("diffusion = lookups", 0).tokens
+    assert colocated == pytest.approx(16 / ((16 - 6) / 2), rel=0.01)
+    # A cycle of 6 ms against a round of 4 with 4 tokens.
+    assert panel.crossing("verified = lookups", 0).tokens == pytest.approx(6.0)
+    # A check that costs an AR step pays from the first accepted token on.
+    assert panel.lookups(0).tokens == pytest.approx(1.0, abs=1e-6)
+
+
 @cache
 def small(
     gpu: str = "h200", context: int = 4096, most: int = 3, most_rows: int = 48
@@ -86,23 +109,22 @@ def small(
 @pytest.mark.parametrize("row", [0, 1, 2])
 @pytest.mark.parametrize("column", [0, 1, 2])
 def test_a_cell_is_the_best_of_a_plan(row: int, column: int) -> None:
-    """The same cell from `twotower plan`, which has no mode `verified`."""
+    """The same cell from `twotower plan`."""
     found = small()
     tokens, batch = found.panels[0].tokens[row], found.panels[0].batches[column]
-    plan = make_plan(Question("h200", batch=batch, tokens_per_nfe=tokens, most_denoisers=3))
+    question = Question("h200", batch=batch, tokens_per_nfe=tokens, most_denoisers=3)
+    plan = make_plan(replace(question, cycle_tokens=tokens))
     for panel in found.panels:
         cell = panel.cells[row][column]
         estimates = [own for own in plan.estimates if own.fits and own.experts == panel.experts]
         best = max(estimates, key=lambda own: own.per_gpu)
-        verified = cell.per_gpu("verified")
         assert cell.best is not None
-        assert cell.per_gpu(cell.best) == pytest.approx(max(best.per_gpu, verified))
-        if verified < best.per_gpu:
-            assert cell.fastest[cell.best].name == best.name
+        assert cell.per_gpu(cell.best) == pytest.approx(best.per_gpu)
+        assert cell.fastest[cell.best].name == best.name
         pairs = [own.per_gpu for own in estimates if own.name in ("1:2", "1:3")]
         assert cell.per_gpu("1:N") == pytest.approx(max(pairs, default=0.0))
         # What is drawn at the cell's own place.
-        drawn = panel.fastest(("ar", "verified", "colocated", "1:1", "1:N"), column, tokens)
+        drawn = panel.fastest(MODES, column, tokens)
         assert drawn == cell.best
 
 
@@ -122,7 +144,7 @@ def test_cells_in_which_nothing_fits() -> None:
     for panel in found.panels:
         column = [row[2] for row in panel.cells]
         assert [cell.best for cell in column] == [None] * 3
-        assert panel.cells[0][0].best == "ar"
+        assert panel.cells[0][0].best == "lookup"
         assert all(panel.crossing(line, 2).says == "does not fit" for line in LINES)
         assert panel.fastest(("ar", "colocated"), 2, 3.0) is None
     # Both towers in bf16 are 126 GB.
@@ -158,6 +180,15 @@ def test_known_points() -> None:
     assert tokens["code"] == 2.35
     # 5.6 denoiser passes a block and one extension, each an AR step.
     assert tokens["published 2.42x"] == pytest.approx(2.85, abs=0.005)
+    of = {point.name: point.decoding for point in known_points()}
+    assert (of["code"], of["drafts, own"], of["lookups, greedy"]) == (
+        "mask_diffusion",
+        "verified",
+        "lookup",
+    )
+
+
+ROUNDS = "lookups = ar, tokens a round"
 
 
 def committed() -> list[tuple[Experts, str, int, float]]:
@@ -169,7 +200,7 @@ def committed() -> list[tuple[Experts, str, int, float]]:
         if cells[0] in ("bf16", "8-bit experts", "either format, the faster of each"):
             experts = "fp8" if cells[0] == "8-bit experts" else "full"
             skipped = cells[0].startswith("either")
-        if cells[0] in LINES and not skipped:
+        if cells[0] in (*LINES, ROUNDS) and not skipped:
             for rows, text in zip((1, 16, 64, 128), cells[1:], strict=True):
                 if re.fullmatch(r"\d+\.\d+", text):
                     found.append((experts, cells[0], rows, float(text)))
@@ -182,7 +213,7 @@ def reports() -> tuple[MeasuredPasses, ...]:
 
 
 def many_simulations(line: str, rows: int) -> bool:
-    return line in ("1:N = ar", "diffusion = ar") and rows != 16
+    return line in ("1:N = ar", "diffusion = ar", "diffusion = lookups") and rows != 16
 
 
 @pytest.mark.parametrize(
@@ -200,10 +231,11 @@ def test_committed_reports_give_the_committed_table(
     # One more cell, for numbers that were rounded to a cell's.
     low = math.floor(2 * tokens - 0.01) / 2
     question = Question("h200", experts=(experts,), most_denoisers=7 if "N" in line else 1)
-    if line == "diffusion = ar":
+    if line.startswith("diffusion"):
         question = Question("h200", experts=(experts,))
     panel = make_map(question, (rows,), (low, low + 0.5, low + 1), measured=reports()).panels[0]
-    assert panel.crossing(line, 0).tokens == pytest.approx(tokens, rel=0.01)
+    found = panel.lookups(0) if line == ROUNDS else panel.crossing(line, 0)
+    assert found.tokens == pytest.approx(tokens, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +266,15 @@ def test_the_command_draws_and_prints(tmp_path: Path) -> None:
     known = ["--measured", str(REPORTS), "--gpu", "h200"]
     shown = run("--map", str(picture), *SMALL, *known)
     assert shown.exit_code == 0, shown.output
-    for word in ("8-bit experts", "measured", "beyond", "datasheet", "assumed", "verified = ar"):
+    for word in (
+        "8-bit experts",
+        "measured",
+        "beyond",
+        "datasheet",
+        "assumed",
+        "verified = ar",
+        "lookups = ar",
+    ):
         assert word in shown.stdout
     assert "<svg" in picture.read_text()[:1000]
     first = picture.read_bytes()
@@ -246,6 +286,9 @@ def test_the_command_draws_and_prints(tmp_path: Path) -> None:
     assert full["tokens_per_s_per_gpu"]["colocated"][0][1] is None
     assert full["tokens_per_s_per_gpu"]["ar"][0][0] == pytest.approx(1e3 / 3.19289, rel=1e-4)
     assert full["best"][0] == ["colocated", "1:1"]
+    # The price of a longer pass in between: above 1 token a round, and far below a block.
+    assert 1.0 < full["lookups_equal_ar"][0]["tokens"] < 2.0
+    assert body["lookup_tokens"] == 1.6
     assert {own["basis"] for own in body["inputs"]} >= {"measured", "datasheet", "assumed"}
     assert "a cycle is one denoiser pass" in body["tokens_per_pass_mean"]["verified"]
 
@@ -266,6 +309,8 @@ def test_a_picture_where_nothing_fits(tmp_path: Path) -> None:
         (["--map", "no/such/map.svg"], "expected a file in a folder that exists"),
         (["--map", "map.svg", "--batch", "4"], "batch: got 4 with --map, expected --batches"),
         (["--map", "map.svg", "--gamma", "0.8"], "expected --tokens-per-pass"),
+        (["--map", "map.svg", "--cycle-tokens", "3"], "expected --tokens-per-pass"),
+        (["--lookup-tokens", "0.5"], "lookup_tokens: got 0.5, expected 1 to 16"),
         (["--batches", "1,2"], "batches: got '1,2' without --map"),
         (["--gpu", "h100", "--measured", str(REPORTS)], "expected a H100"),
     ],

@@ -190,6 +190,8 @@ def test_drawn_blocks_take_the_steps_that_were_asked_for(steps: float) -> None:
         (lambda: Question(batch=0), "batch: got 0"),
         (lambda: Question(context=8), "context: got 8"),
         (lambda: Question(output_tokens=4096), "output_tokens: got 4096, expected 1 to 4095"),
+        (lambda: Question(lookup_tokens=0.9), "lookup_tokens: got 0.9, expected 1 to 16"),
+        (lambda: Question(cycle_tokens=17), "cycle_tokens: got 17, expected 1 to 16"),
         (lambda: Question(gamma=0.3).steps, "gamma: got 0.3, expected 0.5 to 1"),
         (lambda: Question(text="poem").steps, "text: got 'poem'"),
         (lambda: Question(tokens_per_nfe=17).steps, "tokens_per_nfe: got 17, expected 1 to 16"),

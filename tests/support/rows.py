@@ -74,5 +74,7 @@ def tokens_of(blocks: Sequence[Block]) -> list[int]:
 
 
 def params_of(mode: Any = "mask_diffusion", **changes: Any) -> GenerationParams:
-    """Parameters of a short row with a seed, with changes."""
-    return GenerationParams(**({"mode": mode, "max_tokens": 40, "seed": 11} | changes))
+    """Parameters of a short row with a seed, with changes. Drafts come from the denoiser alone:
+    where a policy chooses, passes and last bits of values follow the pace of the machine."""
+    base = {"mode": mode, "max_tokens": 40, "seed": 11, "draft_source": "denoiser"}
+    return GenerationParams(**(base | changes))

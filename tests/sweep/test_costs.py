@@ -19,13 +19,16 @@ AR = {"mode": "ar", "block_size": None, "tokens": 64, "nfe": 0, "context_passes"
 KNOWN = PassCosts("a test", 16, 10.0, {16: {"denoise": 20.0, "extend": 15.0, "verify": 30.0}})
 
 
-def point(mode: str, block_size: int, nfe: int, context_passes: int) -> dict[str, Any]:
+def point(
+    mode: str, block_size: int, nfe: int, context_passes: int, drafted: int = 0
+) -> dict[str, Any]:
     return {
         "mode": mode,
         "block_size": block_size,
         "tokens": 64,
         "nfe": nfe,
         "context_passes": context_passes,
+        "drafted_tokens": drafted,
     }
 
 
@@ -34,13 +37,30 @@ def test_speedup_by_hand() -> None:
     assert KNOWN.speedup(AR, AR) == 1.0
     # 20 passes of 20 ms and 4 extensions of 15.
     assert KNOWN.speedup(point("mask_diffusion", 16, 20, 4), AR) == pytest.approx(640 / 460)
-    # 10 drafts of 20 ms and as many checks of 30.
-    assert KNOWN.speedup(point("verified", 16, 10, 10), AR) == pytest.approx(640 / 500)
+    # 10 drafts of 20 ms and as many checks of 30, each of the last token and 15 drafted ones.
+    checked = point("verified", 16, 10, 10, 150)
+    assert KNOWN.speedup(checked, AR) == pytest.approx(640 / 500)
+
+
+def test_a_check_costs_what_its_length_says() -> None:
+    """A step is 10 ms, and every drafted token (30 - 10) / 15 ms more."""
+    lookups = PassCosts("a test", 16, 10.0, {16: {"verify": 30.0}})
+    # 8 steps and 12 lookups of 3 tokens, without a pass of the denoiser.
+    assert lookups.speedup(point("verified", 16, 0, 20, 36), AR) == pytest.approx(640 / 248)
+    # All of them steps: 64 passes are those of ar.
+    assert lookups.speedup(point("auto", 16, 0, 64, 0), AR) == pytest.approx(1.0)
+    # 4 drafts of the denoiser among 10 rounds, of which 3 were lookups of 7 tokens and 3 steps.
+    mixed = point("auto", 16, 4, 10, 4 * 15 + 3 * 7)
+    assert KNOWN.speedup(mixed, AR) == pytest.approx(
+        640 / (80 + 4 * 30 + 3 * 10 + 3 * (10 + 28 / 3))
+    )
 
 
 def test_no_speedup_where_a_pass_was_not_measured() -> None:
     assert KNOWN.speedup(point("mask_diffusion", 8, 20, 4), AR) is None
     assert KNOWN.speedup(point("mock_ar", 16, 64, 64), AR) is None
+    undrafted = PassCosts("a test", 16, 10.0, {16: {"verify": 30.0}})
+    assert undrafted.speedup(point("verified", 16, 10, 10, 150), AR) is None
     unchecked = PassCosts("a test", 16, 10.0, {16: {"denoise": 20.0, "extend": 15.0}})
     assert unchecked.speedup(point("verified", 16, 10, 10), AR) is None
 

@@ -12,7 +12,7 @@ from twotower.sweep.metrics import Row
 from twotower.towers.errors import InvalidRequestError
 
 OF = {"model": "pystdlib 12", "seed": 0}
-ROW = Row((1, 2), "ab", "stop", (-0.5, -1.25), 1, 2, 3, 4, {"exact": 1.0})
+ROW = Row((1, 2), "ab", "stop", (-0.5, -1.25), 1, 2, 3, 4, {"exact": 1.0}, (-0.5, -1.0), 2, 3)
 
 
 def test_points_and_outputs_come_back(tmp_path: Path) -> None:

@@ -38,6 +38,42 @@ def test_every_point_once_and_ar_first() -> None:
     ]
 
 
+def test_each_way_to_draft_and_each_commit_rule() -> None:
+    grid = Grid(
+        ("verified", "auto", "mask_diffusion"),
+        ("lookup", "denoiser", "mix", "denoiser_mix", "released", "leftmost", "product"),
+        {"mix_ratio": (0.3, 1.0), "quality": ("ar", "fast")},
+    )
+    found = {point.name: point.params(BASE) for point in grid.points(BASE)}
+    assert found.pop("ar").mode == "ar"
+    drafts = {
+        name: (each.draft_source, each.acceptance, each.mix)
+        for name, each in found.items()
+        if each.mode == "verified"
+    }
+    assert drafts == {
+        "verified, block 16, drafts 1": ("any", "strict", 0.0),
+        "lookup, block 16": ("lookup", "strict", 0.0),
+        "denoiser, block 16, drafts 1": ("denoiser", "strict", 0.0),
+        "mix, block 16, mix 0.3": ("any", "mix", 0.3),
+        "mix, block 16, mix 1": ("any", "mix", 1.0),
+        "denoiser_mix, block 16, mix 0.3": ("denoiser", "mix", 0.3),
+        "denoiser_mix, block 16, mix 1": ("denoiser", "mix", 1.0),
+    }
+    assert [each.quality for each in found.values() if each.mode == "auto"] == ["ar", "fast"]
+    assert "auto, block 16, quality fast" in found
+    rules = {
+        name: (each.commit_rule, each.starts_with_context)
+        for name, each in found.items()
+        if each.mode == "mask_diffusion"
+    }
+    assert rules == {
+        "released, block 16, threshold 0.8": ("released", False),
+        "leftmost, block 16, threshold 0.8": ("leftmost", True),
+        "product, block 16, threshold 0.8": ("product", True),
+    }
+
+
 def test_a_threshold_decides_alone_and_so_do_steps() -> None:
     points = {point.name: point.params(BASE) for point in Grid(axes=AXES).points(BASE)}
     by_threshold = points["threshold, block 32, threshold 0.9"]
@@ -83,8 +119,12 @@ def test_a_new_rule_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            {"modes": ("auto",), "axes": {"quality": ("best",)}},
+            "quality: got 'best', expected one of ar, near, fast",
+        ),
         ({"modes": ("beam",)}, "modes: got 'beam', expected one of"),
-        ({"strategies": ("luck",)}, "strategy: got 'luck', expected one of threshold, steps"),
+        ({"strategies": ("luck",)}, "strategy: got 'luck', expected one of lookup, denoiser, mix"),
         ({"axes": {"block_size": ()}}, "block_size: got"),
         ({"axes": {"confidence_threshold": (1.5,)}}, "confidence_threshold: got 1.5"),
         ({"axes": {"block_size": (0,)}}, "block_size: got 0"),

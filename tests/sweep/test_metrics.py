@@ -61,6 +61,42 @@ def test_figures_of_two_rows() -> None:
     assert found["score_task"] == 0.5
 
 
+def test_regret_is_what_the_most_probable_tokens_had_more() -> None:
+    """The first row's tokens lack 0, 1, 0 and 0.5 nats of the best ones, the second's 0.5."""
+    rows = [
+        replace(ROW, log_probs=(-1.0, -2.0, -1.0, -1.0), best_log_probs=(-1.0, -1.0, -1.0, -0.5)),
+        Row((5,), "", "stop", (-2.0,), 1, 1, best_log_probs=(-1.5,)),
+    ]
+    assert figures(rows, [ROW] * 2, [ROW] * 2)["regret"] == pytest.approx(2.0 / 5)
+    assert figures([ROW], [ROW], [ROW])["regret"] is None
+
+
+def test_tokens_a_pass_of_prompts_whose_ar_output_does_not_loop() -> None:
+    """A loop is guessed in one pass, the other output takes four."""
+    loop = Row((7,) * 8, "", "length", (-1.0,) * 8, 0, 8)
+    rows = [replace(loop, context_passes=1), replace(ROW, nfe=2, context_passes=2)]
+    found = figures(rows, [loop, ROW], [loop, ROW])
+    assert found["tokens_per_pass"] == pytest.approx(12 / 5)
+    assert (found["fresh_rows"], found["fresh_tokens_per_pass"]) == (1, 1.0)
+    # What counts is ar's output, not the point's own.
+    assert figures(rows, [ROW, ROW], [ROW, ROW])["fresh_rows"] == 2
+    none = figures([loop], [loop], [loop])
+    assert (none["fresh_rows"], none["fresh_tokens_per_pass"]) == (0, None)
+
+
+def test_drafts_of_lookups_are_counted_by_themselves() -> None:
+    row = replace(
+        ROW,
+        accepted_tokens=5,
+        drafted_tokens=22,
+        lookup_accepted_tokens=3,
+        lookup_drafted_tokens=7,
+    )
+    found = figures([row, row], [ROW] * 2, [ROW] * 2)
+    assert (found["accepted_tokens"], found["drafted_tokens"]) == (10, 44)
+    assert (found["lookup_accepted_tokens"], found["lookup_drafted_tokens"]) == (6, 14)
+
+
 def test_a_loop_is_likely_and_no_achievement() -> None:
     """The repeated tokens are certain: they raise the mean, and the figure of new ones not."""
     looping = Row((7,) * 8, "", "length", (-2.0,) * 4 + (0.0,) * 4, 8, 0)

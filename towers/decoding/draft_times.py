@@ -15,15 +15,16 @@ class DraftTimes:
     """Running medians of the seconds that a draft of each kind costs a row.
 
     A row's cost is its share of the passes of its draft and of what the calls took beside them:
-    while it waits, other rows work.
+    while it waits, other rows work. `fixed`: what is noted changes nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, fixed: bool = False) -> None:
+        self.fixed = fixed
         self._costs: dict[NextDraft, deque[float]] = {}
 
     def note(self, asked: NextDraft, passes: Sequence[PassTime], elapsed_s: float) -> None:
         """Takes a draft, its passes and the seconds from asking for it to having it."""
-        if not passes:
+        if self.fixed or not passes:
             return
         in_passes = sum(passed.seconds for passed in passes)
         shares = sum(passed.seconds / passed.rows for passed in passes)

@@ -18,15 +18,20 @@ _FOLLOW = 0.1
 
 class PassTimes:
     """Times of a tower's passes without prefill, in buckets of powers of two of their rows and of
-    their tokens. `rows` is the running mean of the rows that share a pass."""
+    their tokens. `rows` is the running mean of the rows that share a pass.
 
-    def __init__(self) -> None:
+    `fixed`: what is noted changes nothing, so that costs stay as they are; those of times that
+    were fixed before the first pass are all equal.
+    """
+
+    def __init__(self, *, fixed: bool = False) -> None:
+        self.fixed = fixed
         self.rows = 1.0
         self._curves: dict[int, _Curve] = {}
 
     def note(self, passed: PassTime) -> None:
         """Takes the time of a pass; that of one with prefill says nothing."""
-        if passed.prefill_tokens:
+        if self.fixed or passed.prefill_tokens:
             return
         self._curves.setdefault(passed.rows.bit_length(), _Curve()).note(passed)
         self.rows += _FOLLOW * (passed.rows - self.rows)

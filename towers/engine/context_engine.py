@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from twotower.towers.decoding.acceptance import MixedDraft
+from twotower.towers.decoding.pass_times import PassTimes
 from twotower.towers.decoding.sampling import DOMAIN_AUTOREGRESSIVE, Draw, Sampler
 from twotower.towers.decoding.services import (
     UNKNOWN_COSTS,
@@ -89,6 +90,11 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         self.cache = cache
         self.prefill_chunk = options.prefill_chunk_on(device.type)
         self._rounds = DraftRounds(self._submit, with_denoiser=link is not None)
+
+    @property
+    def pass_times(self) -> PassTimes:
+        """What passes cost now, by which rounds are chosen."""
+        return self._rounds.times
 
     def stats(self) -> EngineStats:
         """Counters since the start and the present load, the prefix cache's included."""

@@ -159,6 +159,7 @@ class EnginePair:
             max_tokens=run.room,
             block_size=run.block_size,
             seed=row,
+            draft_source="denoiser",
             commit_rule="released",
         )
         prompt = [0] * run.context

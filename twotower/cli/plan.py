@@ -31,6 +31,20 @@ def plan(
     tokens_per_nfe: Annotated[
         float | None, typer.Option(help="Tokens a pass commits, in place of gamma and text.")
     ] = None,
+    lookup_tokens: Annotated[
+        float | None,
+        typer.Option(
+            help="Tokens that a round of lookups yields with drafts of 15; 1.6 if left out, what "
+            "a small model gave at temperature 0.7: no large one has been measured."
+        ),
+    ] = None,
+    cycle_tokens: Annotated[
+        float | None,
+        typer.Option(
+            help="Tokens that a draft of the denoiser and its check yield; 3.1 if left out, what "
+            "a small model gave."
+        ),
+    ] = None,
     output_tokens: Annotated[
         int | None,
         typer.Option(
@@ -80,7 +94,14 @@ def plan(
         "output_tokens": output_tokens,
         "experts": experts,
         "most_denoisers": most_denoisers,
+        "lookup_tokens": lookup_tokens,
     }
-    load = {"batch": batch, "gamma": gamma, "text": text, "tokens_per_nfe": tokens_per_nfe}
+    load = {
+        "batch": batch,
+        "gamma": gamma,
+        "text": text,
+        "tokens_per_nfe": tokens_per_nfe,
+        "cycle_tokens": cycle_tokens,
+    }
     axes = {"batches": batches, "tokens_per_pass": tokens_per_pass}
     commands.plan(settings, load, axes, model, measured or [], map_file, as_json)

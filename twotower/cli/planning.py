@@ -23,6 +23,7 @@ _AXES = {
     "gamma": "tokens-per-pass",
     "text": "tokens-per-pass",
     "tokens_per_nfe": "tokens-per-pass",
+    "cycle_tokens": "tokens-per-pass",
 }
 
 
@@ -42,7 +43,7 @@ def planned(
 
     _check_axes(map_file, load, axes)
     experts = formats_named(settings["experts"])
-    question = Question(**{**settings, **_given(load), "experts": experts})
+    question = Question(**{**_given(settings), **_given(load), "experts": experts})
     with hub_bars():
         config = model_config(model)
     known = read_all(measured, config, question)

@@ -36,7 +36,9 @@ def sweep(
         str,
         typer.Option(
             help="Ways to commit in mask_diffusion: threshold (it alone decides), steps (they "
-            "alone do), threshold_steps (every pair of both)."
+            "alone do), threshold_steps (every pair of both), or by threshold with a rule named: "
+            "released, leftmost, product. Ways to draft in verified, beside its own: lookup, "
+            "denoiser, mix and denoiser_mix (relaxed acceptance)."
         ),
     ] = "threshold,steps",
     thresholds: Annotated[
@@ -45,6 +47,10 @@ def sweep(
     steps: Annotated[str, typer.Option(help="Values of steps_per_block.")] = "2,4,8,16",
     block_sizes: Annotated[str, typer.Option(help="Values of block_size.")] = "8,16,32",
     draft_steps: Annotated[str, typer.Option(help="Values of draft_steps in verified.")] = "1,2",
+    mix_ratios: Annotated[
+        str, typer.Option(help="Values of mix_ratio for mix and denoiser_mix.")
+    ] = "0.3",
+    qualities: Annotated[str, typer.Option(help="Values of quality in auto.")] = "ar,near,fast",
     max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
     limit: Annotated[
@@ -93,6 +99,8 @@ def sweep(
         "steps_per_block": _numbers("steps", steps, int),
         "block_size": _numbers("block_sizes", block_sizes, int),
         "draft_steps": _numbers("draft_steps", draft_steps, int),
+        "mix_ratio": _numbers("mix_ratios", mix_ratios, float),
+        "quality": _names(qualities),
     }
     settings: dict[str, Any] = {
         "prompts": prompts,

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Literal
 
 from twotower.planner import commits
+from twotower.planner.checked import cycle_speed, lookup_speed
 from twotower.planner.devices import device_named
 from twotower.planner.flow import Flow, in_step_pair, simulate_pair
 from twotower.planner.gpu_memory import GpuMemory, Side, gpu_memory, tower_bytes
@@ -18,6 +20,8 @@ from twotower.planner.schedules import BLOCK
 from twotower.planner.speedup import PassSeconds, best_tokens_per_s, in_step_tokens_per_s
 from twotower.towers.config.model_config import TwoTowerConfig
 
+Decoding = Literal["ar", "lookup", "mask_diffusion", "verified"]
+LOOKUPS = "AR with lookups"
 # Least blocks in a simulated row's schedule, which is replayed twice, and of all rows together. The
 # mean steps of 16 blocks of a single row were up to 12 % beside those that were asked for.
 _ROW_BLOCKS, _ALL_BLOCKS = 16, 256
@@ -27,11 +31,13 @@ _ROW_BLOCKS, _ALL_BLOCKS = 16, 256
 class Estimate:
     """A placement of the towers, its memory and its speed.
 
-    `denoisers` is 0 for AR alone; `colocated` means both towers on one GPU. `tokens_per_s` is that
-    of all `gpus` under continuous batching, `in_step` that of rows which all end their blocks
-    together, `ceiling` is `in_step` with every pass at its floor; all are 0 where the placement
-    does not fit. `over_ar` is `tokens_per_s` over that of AR on as many GPUs. With `break_even`
-    tokens per denoiser pass the placement is as fast as AR in step; None if with no number.
+    `decoding` is `ar`, `verified` with drafts from lookups alone (`lookup`) or with those of a
+    denoiser, or `mask_diffusion`. `denoisers` is 0 where no denoiser is needed; `colocated` means
+    both towers on one GPU. `tokens_per_s` is that of all `gpus` under continuous batching,
+    `in_step` that of rows which all end their blocks together, `ceiling` is `in_step` with every
+    pass at its floor; all are 0 where the placement does not fit. `over_ar` is `tokens_per_s` over
+    that of AR on as many GPUs. With `break_even` tokens per denoiser pass (a round of lookups, a
+    cycle of `verified`) the placement is as fast as AR in step; None if with no number.
     """
 
     name: str
@@ -41,6 +47,7 @@ class Estimate:
     gpus: int
     rows: int
     memory: tuple[GpuMemory, ...]
+    decoding: Decoding = "mask_diffusion"
     tokens_per_s: float = 0.0
     in_step: float = 0.0
     ceiling: float = 0.0
@@ -89,6 +96,7 @@ class Estimator:
         self._expected = Passes(config, ceilings, context, fp8, reached, measured)
         self._floor = Passes(config, ceilings, context, fp8, FLOOR)
         self._seconds = self._pass_seconds(self._expected)
+        self._lookups = cache(self._lookup_speed)
 
     def at(self, batch: int, tokens_per_nfe: float) -> Estimator:
         """The same for another load; times of passes, which do not depend on it, are kept."""
@@ -102,13 +110,16 @@ class Estimator:
         return self._expected
 
     def estimates(self) -> Iterator[Estimate]:
-        """AR, both towers on one GPU, and one context tower with 1, 2, ... denoisers, up to the
-        first placement that does not fit."""
+        """AR without and with lookups, both towers on one GPU, one context tower with 1, 2, ...
+        denoisers, up to the first placement that does not fit, and checked drafts of a denoiser."""
         ar = self.ar()
         yield ar
+        yield self.lookups(ar)
         yield self._over(self.colocated(), ar)
         for pair in self.pairs():
             yield self._over(pair, ar)
+        for verified in self.verified(self._question.cycle_tokens):
+            yield self._over(verified, ar)
 
     def pairs(self) -> Iterator[Estimate]:
         """One context tower with 1, 2, ... denoisers, up to the first that does not fit."""
@@ -170,7 +181,7 @@ class Estimator:
         """The context tower alone, a token a pass and row."""
         rows, weights = self._question.batch, self._weights
         memory = self._memory("AR", weights["context"], rows)
-        estimate = Estimate("AR", self._experts, 0, False, 1, rows, (memory,))
+        estimate = Estimate("AR", self._experts, 0, False, 1, rows, (memory,), "ar")
         if not estimate.fits:
             return estimate
         expected, floor = self._ar_speed(self._expected), self._ar_speed(self._floor)
@@ -182,6 +193,23 @@ class Estimator:
             context_busy=1.0,
             over_ar=1.0,
         )
+
+    def lookups(self, ar: Estimate) -> Estimate:
+        """Verified decoding with lookups and no denoiser, in the memory of `ar`: rounds of the
+        question's tokens, or AR's own steps where those are faster."""
+        estimate = replace(ar, name=LOOKUPS, decoding="lookup")
+        if not estimate.fits:
+            return estimate
+        rows, tokens = self._question.batch, self._question.lookup_tokens
+        speed = max(ar.tokens_per_s, self._lookups(rows, floor=False)(tokens))
+        ceiling = max(ar.ceiling, self._lookups(rows, floor=True)(tokens))
+        found = replace(estimate, tokens_per_s=speed, in_step=speed, ceiling=ceiling)
+        return self._over(found, ar)
+
+    def _lookup_speed(self, rows: int, *, floor: bool) -> Callable[[float], float]:
+        """Tokens/s by the tokens of a round."""
+        passes = self._floor if floor else self._expected
+        return lookup_speed(passes, rows, self._prompt_share(passes) / BLOCK)
 
     def _ar_speed(self, passes: Passes) -> float:
         rows, output = self._question.batch, self._question.output_tokens
@@ -223,44 +251,43 @@ class Estimator:
             self._memory("denoiser", weights["denoiser"], rows, sides=("denoiser",)),
         )
 
-    def verified(self) -> Iterator[Estimate]:
+    def verified(self, tokens: float) -> Iterator[Estimate]:
         """Verified decoding on one GPU, and on a GPU for each tower.
 
         A cycle is a draft of one denoiser pass and its check by one pass of the context tower, over
-        all rows together; the question's tokens a pass are those that a cycle yields a row, the
-        last drawn by the context tower.
+        all rows together; it yields every row `tokens`, the last drawn by the context tower.
         """
         rows = self._question.batch
         shared, pair = (self._shared_memory(),), self._pair_memory(1)
-        yield self._with_cycles(
-            Estimate("verified, colocated", self._experts, 1, True, 1, rows, shared), 0.0
-        )
-        yield self._with_cycles(
-            Estimate("verified, 1:1", self._experts, 1, False, 2, rows, pair),
-            self._expected.land(rows),
-        )
+        for estimate in (
+            Estimate("verified, colocated", self._experts, 1, True, 1, rows, shared, "verified"),
+            Estimate("verified, 1:1", self._experts, 1, False, 2, rows, pair, "verified"),
+        ):
+            yield self._with_cycles(estimate, tokens) if estimate.fits else estimate
 
-    def _with_cycles(self, estimate: Estimate, land: float) -> Estimate:
-        """The estimate with the speed of verified decoding, whose cycles take `land` seconds more
-        than their passes."""
-        if not estimate.fits:
-            return estimate
-        rows, tokens = estimate.rows, BLOCK / self._question.steps
-        drafting = self._expected.denoise(rows) + land
-        cycle = self._expected.cycle(rows) + land
-        blocks = rows * tokens / BLOCK
-        cycle += blocks * self._prompt_share(self._expected)
+    def _with_cycles(self, estimate: Estimate, tokens: float) -> Estimate:
+        """The estimate with the speed of verified decoding."""
+        rows, speed = estimate.rows, self._cycle_speed(estimate, tokens)
         floor = self._floor.denoise(rows) + self._floor.verify(rows)
-        floor += blocks * self._prompt_share(self._floor)
-        speed = rows * tokens / cycle
+        drafting = self._expected.denoise(rows) + self._landing(estimate)
+        busy = drafting * speed / (rows * tokens)
         return replace(
             estimate,
             tokens_per_s=speed,
             in_step=speed,
-            ceiling=rows * tokens / floor,
-            context_busy=1 - drafting / cycle,
-            denoiser_busy=drafting / cycle,
+            ceiling=cycle_speed(floor, rows, tokens, self._prompt_share(self._floor) / BLOCK),
+            context_busy=1 - busy,
+            denoiser_busy=busy,
         )
+
+    def _cycle_speed(self, estimate: Estimate, tokens: float) -> float:
+        rows = estimate.rows
+        cycle = self._expected.cycle(rows) + self._landing(estimate)
+        return cycle_speed(cycle, rows, tokens, self._prompt_share(self._expected) / BLOCK)
+
+    def _landing(self, estimate: Estimate) -> float:
+        """Seconds of a cycle in which a denoiser on another GPU takes over its rows' updates."""
+        return 0.0 if estimate.colocated else self._expected.land(estimate.rows)
 
     def _pair(self, denoisers: int) -> Estimate:
         rows, memory = self._question.batch, self._pair_memory(denoisers)
@@ -297,6 +324,10 @@ class Estimator:
         return replace(estimate, over_ar=estimate.tokens_per_s / wanted, break_even=even)
 
     def _in_step(self, estimate: Estimate, steps: float) -> float:
+        if estimate.decoding == "lookup":
+            return self._lookups(estimate.rows, floor=False)(BLOCK / steps)
+        if estimate.decoding == "verified":
+            return self._cycle_speed(estimate, BLOCK / steps)
         if estimate.colocated:
             return self._colocated_in_step(self._expected, steps)
         return self._pair_in_step(self._expected, estimate.denoisers, steps)

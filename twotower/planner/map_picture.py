@@ -9,12 +9,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from twotower.planner.placement_map import MODES, Mode, Panel, PlacementMap
+from twotower.planner.placement_map import MODES, Mode, Panel, PlacementMap, Point
 from twotower.towers.errors import ConfigError
 
 FORMATS = ("svg", "png")
 _FILLS: dict[Mode, str] = {
     "ar": "#d9d9d9",
+    "lookup": "#bdb2d9",
     "verified": "#f2b8b5",
     "colocated": "#a8d5ba",
     "1:1": "#ffe39f",
@@ -22,6 +23,7 @@ _FILLS: dict[Mode, str] = {
 }
 _NAMES: dict[Mode, str] = {
     "ar": "ar",
+    "lookup": "ar with lookups",
     "verified": "verified",
     "colocated": "diffusion, both towers on a GPU",
     "1:1": "diffusion, 1:1",
@@ -30,6 +32,8 @@ _NAMES: dict[Mode, str] = {
 # Break-even lines that are drawn, with their style.
 _STYLES: dict[str, tuple[str, str]] = {
     "diffusion = ar": ("black", "-"),
+    "diffusion = lookups": ("#5a3fa0", "-"),
+    "verified = lookups": ("#a3150f", "--"),
     "1:1 = ar": ("#7a4b00", "--"),
     "1:N = ar": ("#0b4f8a", "-."),
     "verified = ar": ("#a3150f", ":"),
@@ -42,10 +46,11 @@ _DPI = 130
 _MEANING = """
 Tokens per pass: of diffusion, tokens that a denoiser pass commits in the mean (an extension a block
 comes on top, uncounted); of verified, tokens that a cycle of one denoiser pass and one check
-yields; ar does not depend on it. Lines: the number from which on the first is ahead. Continuous
-batching. Between measured rows the ratio of measured to modelled passes is interpolated over the
-logarithm of the rows; beyond them the nearest ratio holds (assumed). ar and verified give the same
-text, diffusion another of other quality.
+yields; ar and ar with lookups do not depend on it. Lines: the number from which on the first is
+ahead. Continuous batching. Between measured rows the ratio of measured to modelled passes is
+interpolated over the logarithm of the rows; beyond them the nearest ratio holds (assumed). ar,
+lookups and verified give the same text, diffusion another of other quality. Known tokens per pass
+named drafts are those of cycles of other models than the 30B.
 """
 
 
@@ -79,10 +84,10 @@ def draw(placements: PlacementMap, path: Path) -> None:
         for place, (panel, own) in enumerate(zip(placements.panels, axes[0], strict=True)):
             _draw_panel(own, panel, placements, last=place == count - 1)
         axes[0][0].set_ylabel("tokens per pass")
-        _legend(figure, axes[0], placements.panels)
+        _legend(figure, axes[0], placements)
         figure.suptitle(_title(placements), fontsize=12)
         figure.text(0.01, 0.008, _caption(placements), fontsize=7.5, va="bottom")
-        left, bottom, right = (0.08, 0.35, 0.83) if alone else (0.055, 0.31, 0.9)
+        left, bottom, right = (0.08, 0.35, 0.81) if alone else (0.055, 0.31, 0.885)
         figure.subplots_adjust(left, bottom, right, 0.9, wspace=0.05)
         kind = path.suffix.removeprefix(".")
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
@@ -100,7 +105,7 @@ def _draw_panel(axes: Any, panel: Panel, placements: PlacementMap, *, last: bool
         if any(each is not None for each in crossings):
             heights = [math.nan if each is None else each for each in crossings]
             axes.plot(places, heights, style, color=color, linewidth=1.8)
-    for point in placements.points:
+    for point in _drawn(placements):
         if low <= point.tokens <= high:
             axes.axhline(point.tokens, color="#444444", linewidth=0.5, linestyle=(0, (1, 3)))
             axes.plot([-0.5], [point.tokens], marker=">", color="black", clip_on=False)
@@ -175,11 +180,16 @@ def _measured(axes: Any, panel: Panel) -> None:
         )
 
 
+def _drawn(placements: PlacementMap) -> list[Point]:
+    """The points of what depends on the axis of tokens: lookups do not."""
+    return [point for point in placements.points if point.decoding != "lookup"]
+
+
 def _name_points(axes: Any, placements: PlacementMap, low: float, high: float) -> None:
     """Names of known points, right of the last panel, pushed apart where they are close."""
     least = (high - low) / 34
     at = low - least
-    for point in sorted(placements.points, key=lambda each: each.tokens):
+    for point in sorted(_drawn(placements), key=lambda each: each.tokens):
         if low <= point.tokens <= high:
             at = max(at + least, point.tokens)
             axes.annotate(
@@ -194,9 +204,13 @@ def _name_points(axes: Any, placements: PlacementMap, low: float, high: float) -
             )
 
 
-def _legend(figure: Any, axes: Any, panels: Sequence[Panel]) -> None:
+def _legend(figure: Any, axes: Any, placements: PlacementMap) -> None:
+    panels, lookup_tokens = placements.panels, placements.question.lookup_tokens
     patches, lines = import_module("matplotlib.patches"), import_module("matplotlib.lines")
-    handles = [patches.Patch(color=_FILLS[mode], label=_named(mode, panels)) for mode in MODES]
+    handles = [
+        patches.Patch(color=_FILLS[mode], label=_named(mode, panels, lookup_tokens))
+        for mode in MODES
+    ]
     hatched = {"facecolor": "white", "edgecolor": "#888888", "hatch": "///"}
     handles.append(patches.Patch(**hatched, label="nothing fits"))
     drawn = {(line.get_color(), line.get_linestyle()) for own in axes for line in own.get_lines()}
@@ -219,10 +233,13 @@ def _legend(figure: Any, axes: Any, panels: Sequence[Panel]) -> None:
     )
 
 
-def _named(mode: Mode, panels: Sequence[Panel]) -> str:
+def _named(mode: Mode, panels: Sequence[Panel], lookup_tokens: float) -> str:
     """The mode's name in the legend, with a word where it is ahead of all others nowhere."""
     cells = [cell for panel in panels for row in panel.cells for cell in row]
-    return _NAMES[mode] + ("" if any(cell.best == mode for cell in cells) else " (nowhere first)")
+    name = _NAMES[mode]
+    if mode == "lookup":
+        name += f", {lookup_tokens:g} tokens a round"
+    return name + ("" if any(cell.best == mode for cell in cells) else " (nowhere first)")
 
 
 def _title(placements: PlacementMap) -> str:

@@ -11,6 +11,10 @@ from twotower.planner.text import EXPERTS, inputs_table, table
 
 TOKENS_MEAN = {
     "ar": "no meaning: always one token a pass and row",
+    "lookup": (
+        "no meaning: a round of lookups, one pass of the context tower alone, yields what the "
+        "question says"
+    ),
     "1:1, 1:N, colocated": (
         "tokens that a denoiser pass commits in the mean; a block of 16 takes 16 over that many of "
         "them, and one extension besides, which does not count"
@@ -38,6 +42,7 @@ def to_dict(placements: PlacementMap) -> dict[str, Any]:
         "gpu": asked.gpu,
         "context": asked.context,
         "output_tokens": asked.output_tokens,
+        "lookup_tokens": asked.lookup_tokens,
         "most_denoisers": asked.most_denoisers,
         "tokens_per_pass_mean": TOKENS_MEAN,
         "batches_mean": ROWS_MEAN,
@@ -65,8 +70,11 @@ def to_text(placements: PlacementMap) -> str:
         parts.append(_either(placements))
     meanings = [f"{modes}: {meaning}" for modes, meaning in TOKENS_MEAN.items()]
     parts.append("tokens per pass\n" + "\n".join(meanings) + f"\nrows: {ROWS_MEAN}")
-    points = [[point.name, f"{point.tokens:.2f}", point.source] for point in placements.points]
-    parts.append(table(["known point", "tokens a pass", "source"], points))
+    points = [
+        [point.name, point.decoding, f"{point.tokens:.2f}", point.source]
+        for point in placements.points
+    ]
+    parts.append(table(["known point", "of", "tokens a pass", "source"], points))
     parts.append(inputs_table(placements.inputs))
     return "\n\n".join(parts)
 
@@ -88,6 +96,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
         "break_even": {
             line: [asdict(panel.crossing(line, column)) for column in columns] for line in LINES
         },
+        "lookups_equal_ar": [asdict(panel.lookups(column)) for column in columns],
         "passes": panel.basis,
     }
 
@@ -110,6 +119,7 @@ def _crossings(panel: Panel) -> str:
     columns = range(len(panel.batches))
     head = [EXPERTS[panel.experts], *(f"{batch} rows" for batch in panel.batches)]
     rows = [[line, *(shown(panel.crossing(line, at)) for at in columns)] for line in LINES]
+    rows.append(["lookups = ar, tokens a round", *(shown(panel.lookups(at)) for at in columns)])
     for place in (0, len(panel.tokens) - 1):
         best = [_best(panel.cells[place][at]) for at in columns]
         rows.append([f"best at {panel.tokens[place]:g}", *best])

@@ -94,6 +94,18 @@ class Passes:
         """The context tower's pass over the drafts of so many rows, heads included."""
         return self._seconds("verify", rows)
 
+    def check(self, rows: int, tokens: int) -> float:
+        """The context tower's pass over `tokens` tokens (1 to BLOCK) of so many rows, heads
+        included: the last of the row and drafted ones.
+
+        Of one token it is an AR pass, of a block a verification. Between them the ratio of measured
+        to modelled seconds is interpolated over the logarithm of the tokens.
+        """
+        first, last = (self._ratio(kind, rows) for kind in ("ar", "verify"))
+        share = math.log(tokens) / math.log(BLOCK)
+        modelled = self.modelled("verify", rows, self.context, tokens)
+        return modelled * (first + (last - first) * share)
+
     def cycle(self, rows: int) -> float:
         """A draft of one denoiser pass and its verification: both passes, times the measured ratio
         of whole cycles to their passes, if there is one."""
@@ -128,15 +140,16 @@ class Passes:
         )
         return prompt / tokens * self._of(pass_works(self.config, shape))
 
-    def modelled(self, kind: PassKind, rows: float, context: int) -> float:
-        """Seconds of a pass without regard to measured ones."""
+    def modelled(self, kind: PassKind, rows: float, context: int, block: int = BLOCK) -> float:
+        """Seconds of a pass without regard to measured ones; `block` tokens of a row, unless it is
+        an AR pass."""
         whole = max(1, round(rows))
         shape = shape_of(
             kind,
             self.config,
             whole,
             context,
-            BLOCK,
+            block,
             unique=expected_unique(self.config, TEXT_DRAWS * whole) if kind == "denoise" else None,
             masked=MASKED,
             expert_bytes=1 if self.fp8 else 2,
@@ -144,8 +157,12 @@ class Passes:
         return self._of(pass_works(self.config, shape))
 
     def _seconds(self, kind: PassKind, rows: float) -> float:
-        modelled, ratios = self.modelled(kind, rows, self.context), self._ratios(kind)
-        return modelled * _between(ratios, rows) if ratios else modelled
+        return self.modelled(kind, rows, self.context) * self._ratio(kind, rows)
+
+    def _ratio(self, kind: PassKind, rows: float) -> float:
+        """Measured to modelled seconds; 1 if none of the kind were measured."""
+        ratios = self._ratios(kind)
+        return _between(ratios, rows) if ratios else 1.0
 
     def _ratios(self, kind: PassKind) -> list[tuple[float, float]]:
         """Measured rows, ascending, and the ratio of measured to modelled seconds at each."""

@@ -4,6 +4,7 @@ The rows are those of a denoiser, or of a GPU of AR. What "tokens per pass" mean
 mode:
 
 - `ar`: nothing; its context tower always makes one token a pass and row.
+- `lookup`: nothing either; a round of lookups yields the question's `lookup_tokens`.
 - diffusion (`1:1`, `1:N`, `colocated`): tokens that a denoiser pass commits in the mean, so a block
   takes 16 over that many denoiser passes, and one extension besides, which does not count.
 - `verified`: tokens that a cycle yields in the mean. A cycle is one denoiser pass, which drafts a
@@ -24,7 +25,8 @@ from typing import Literal
 from twotower.planner import commits
 from twotower.planner.axes import BATCHES, TOKENS
 from twotower.planner.devices import device_named
-from twotower.planner.estimates import Estimate, Estimator
+from twotower.planner.drafts import KNOWN
+from twotower.planner.estimates import Decoding, Estimate, Estimator
 from twotower.planner.floors import PassKind
 from twotower.planner.measured import MeasuredPasses, by_format
 from twotower.planner.passes import PassBasis, Reached
@@ -35,8 +37,8 @@ from twotower.planner.shapes import LARGE
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.errors import ConfigError
 
-Mode = Literal["ar", "verified", "colocated", "1:1", "1:N"]
-MODES: tuple[Mode, ...] = ("ar", "verified", "colocated", "1:1", "1:N")
+Mode = Literal["ar", "lookup", "verified", "colocated", "1:1", "1:N"]
+MODES: tuple[Mode, ...] = ("ar", "lookup", "verified", "colocated", "1:1", "1:N")
 _KINDS: tuple[PassKind, ...] = ("ar", "denoise", "extend", "verify")
 _DIFFUSION: tuple[Mode, ...] = ("colocated", "1:1", "1:N")
 # Who is compared with whom; of several modes the fastest counts.
@@ -46,6 +48,8 @@ LINES: dict[str, tuple[tuple[Mode, ...], Mode]] = {
     "1:1 = ar": (("1:1",), "ar"),
     "1:N = ar": (("1:N",), "ar"),
     "verified = ar": (("verified",), "ar"),
+    "diffusion = lookups": (_DIFFUSION, "lookup"),
+    "verified = lookups": (("verified",), "lookup"),
     "colocated = 1:1": (("colocated",), "1:1"),
     "1:N = colocated": (("1:N",), "colocated"),
 }
@@ -56,11 +60,13 @@ _PUBLISHED = 2.42
 
 @dataclass(frozen=True)
 class Point:
-    """A known number of tokens per pass, and where it comes from."""
+    """A known number of tokens per pass, where it comes from, and which way of decoding it is of:
+    as of Estimate.decoding."""
 
     name: str
     tokens: float
     source: str
+    decoding: Decoding = "mask_diffusion"
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,14 @@ class Panel:
         """Tokens/s per GPU of the fastest of several modes; 0 if none fits."""
         return max(self.speed(mode, column, tokens) for mode in modes)
 
+    def lookups(self, column: int) -> Crossing:
+        """Tokens that a round of lookups has to yield, at a batch, to be as fast as `ar`."""
+        fastest = self.cells[0][column].fastest
+        if "lookup" not in fastest:
+            return Crossing(None, "does not fit")
+        even = fastest["lookup"].break_even
+        return Crossing(even, "" if even is not None else "never")
+
     def crossing(self, line: str, column: int) -> Crossing:
         """Where, at a batch, the first side of a line of LINES gets ahead of the second."""
         modes, other = LINES[line]
@@ -180,14 +194,16 @@ def make_map(
         estimator = Estimator(question, config, experts, known.get(experts), reached)
         started = partial(_said, say, len(panels) * size, len(formats) * size)
         panels.append(_panel(estimator, experts, batches, tokens, started))
-    inputs = [each for each in inputs_of(question, known, reached) if each.name != "commits"]
+    on_axis = ("commits", "checked drafts")
+    inputs = [each for each in inputs_of(question, known, reached) if each.name not in on_axis]
     axis = f"{tokens[0]:g} to {tokens[-1]:g}, the map's axis"
     inputs.append(Input("tokens per pass", axis, "given", "see the known points for texts"))
     return PlacementMap(question, tuple(panels), tuple(inputs), tuple(known_points()))
 
 
 def known_points() -> Iterator[Point]:
-    """Tokens per pass of the released model at threshold 0.8, and at its published speed-up."""
+    """Tokens per pass of the released model at threshold 0.8, and at its published speed-up; and
+    what lookups and checked drafts have yielded."""
     for text, by_threshold in commits.TOKENS_PER_NFE.items():
         source = f"threshold 0.8, {commits.TEXTS[text]}; public reproduction"
         yield Point(text, by_threshold[0.8], source)
@@ -197,6 +213,9 @@ def known_points() -> Iterator[Point]:
         "derived: 98.7 % of the quality at 2.42 times AR, threshold 0.8; its tokens per pass are "
         "not published, so these are those that give 2.42 if every pass costs an AR step",
     )
+    for known in KNOWN:
+        decoding: Decoding = "lookup" if known.drafter == "lookup" else "verified"
+        yield Point(known.name, known.tokens, known.source, decoding)
 
 
 def _panel(
@@ -210,7 +229,7 @@ def _panel(
     for each in tokens:
         row = []
         for batch in batches:
-            row.append(_cell(estimator.at(batch, each)))
+            row.append(_cell(estimator.at(batch, each), each))
             say(len(cells) * len(batches) + len(row))
         cells.append(tuple(row))
     basis = {
@@ -219,11 +238,12 @@ def _panel(
     return Panel(experts, tuple(batches), tuple(tokens), tuple(cells), basis)
 
 
-def _cell(estimator: Estimator) -> Cell:
-    pairs = list(estimator.pairs())
+def _cell(estimator: Estimator, tokens: float) -> Cell:
+    pairs, ar = list(estimator.pairs()), estimator.ar()
     tried: dict[Mode, list[Estimate]] = {
-        "ar": [estimator.ar()],
-        "verified": list(estimator.verified()),
+        "ar": [ar],
+        "lookup": [estimator.lookups(ar)],
+        "verified": list(estimator.verified(tokens)),
         "colocated": [estimator.colocated()],
         "1:1": pairs[:1],
         "1:N": pairs[1:],

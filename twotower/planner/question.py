@@ -7,6 +7,7 @@ from typing import Literal
 
 from twotower.planner import commits
 from twotower.planner.devices import device_named
+from twotower.planner.drafts import CYCLE_TOKENS, LOOKUP_TOKENS
 from twotower.planner.schedules import BLOCK
 from twotower.planner.shapes import LARGE
 from twotower.towers.checkpoint.weights import resolve_checkpoint
@@ -41,8 +42,10 @@ class Question:
     denoiser, and on every GPU of AR.
 
     Tokens per denoiser pass are those of `text` at threshold `gamma`, unless `tokens_per_nfe` is
-    given. With `output_tokens` the rest of the context is a prompt that has to be read; without it
-    only decoding counts. Raises ConfigError for values out of range.
+    given. A round of lookups yields `lookup_tokens` in the mean of all rounds, with drafts of one
+    token less than a block; a draft of the denoiser and its check yield `cycle_tokens`. With
+    `output_tokens` the rest of the context is a prompt that has to be read; without it only
+    decoding counts. Raises ConfigError for values out of range.
     """
 
     gpu: str = "h100"
@@ -54,12 +57,17 @@ class Question:
     output_tokens: int | None = None
     experts: tuple[Experts, ...] = ("full", "fp8")
     most_denoisers: int = 7
+    lookup_tokens: float = LOOKUP_TOKENS
+    cycle_tokens: float = CYCLE_TOKENS
 
     def __post_init__(self) -> None:
         device_named(self.gpu)
         for name, least in (("context", BLOCK), ("batch", 1), ("most_denoisers", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least {least}")
+        for name in ("lookup_tokens", "cycle_tokens"):
+            if not 1 <= getattr(self, name) <= BLOCK:
+                raise ConfigError(f"{name}: got {getattr(self, name):g}, expected 1 to {BLOCK}")
         output = self.output_tokens
         if output is not None and not 1 <= output < self.context:
             raise ConfigError(f"output_tokens: got {output}, expected 1 to {self.context - 1}")

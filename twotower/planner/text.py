@@ -6,10 +6,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from twotower.planner.estimates import Estimate
+from twotower.planner.estimates import Decoding, Estimate
 from twotower.planner.plan import Input, Plan
 
 _GB = 1e9
+# What a break-even counts.
+_PER: dict[Decoding, str] = {
+    "ar": "",
+    "lookup": "tokens a round",
+    "mask_diffusion": "tokens a pass",
+    "verified": "tokens a cycle",
+}
 EXPERTS = {"full": "bf16", "fp8": "fp8 experts"}
 
 
@@ -84,8 +91,14 @@ def _speed(estimate: Estimate) -> list[str]:
         f"{estimate.in_step:.0f}",
         f"{estimate.ceiling:.0f}",
         f"{estimate.context_busy:.2f}, {estimate.denoiser_busy:.2f}" if estimate.denoisers else "-",
-        f"{estimate.break_even:.2f} tokens a pass" if estimate.break_even is not None else "-",
+        _even(estimate),
     ]
+
+
+def _even(estimate: Estimate) -> str:
+    if estimate.break_even is None:
+        return "-"
+    return f"{estimate.break_even:.2f} {_PER[estimate.decoding]}"
 
 
 def _refused(plan: Plan) -> str:

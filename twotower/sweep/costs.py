@@ -3,6 +3,14 @@
 A point's speed-up over `ar` at given pass costs is the cost of ar's passes a token over the cost of
 its own: passes of each kind, counted, times the milliseconds of one with all rows in it. Reading
 prompts is left out on both sides.
+
+A pass of the context tower over the last token and d drafted ones costs
+
+    ar + d / (B - 1) * (verify - ar)
+
+where `verify` is that over a whole block of B: a step (d = 0) costs what an `ar` step does, and the
+check of a lookup what its length says. This is linear in d, so that the sums of passes and of
+drafted tokens are enough, whoever drafted.
 """
 
 from __future__ import annotations
@@ -52,9 +60,16 @@ class PassCosts:
             return 1.0
         ms = self.blocks.get(point["block_size"], {})
         kind = "extend" if traits.tokens_from == "denoiser" else "verify"
-        if traits.unit == "token" or not {"denoise", kind} <= set(ms):
+        needed = {kind, "denoise"} if point["nfe"] else {kind}
+        if traits.unit == "token" or not needed <= set(ms):
             return None
-        own = point["nfe"] * ms["denoise"] + point["context_passes"] * ms[kind]
+        context = point["context_passes"]
+        if kind == "extend":
+            own = context * ms[kind]
+        else:
+            token = (ms[kind] - self.ar) / max(1, point["block_size"] - 1)
+            own = context * self.ar + point["drafted_tokens"] * token
+        own += point["nfe"] * ms.get("denoise", 0.0)
         ars = ar["context_passes"] * self.ar
         return (ars / ar["tokens"]) / (own / point["tokens"]) if own else None
 

@@ -72,6 +72,7 @@ class SweepFolder:
                 | {
                     "token_ids": tuple(line["token_ids"]),
                     "log_probs": tuple(line["log_probs"]),
+                    "best_log_probs": tuple(line.get("best_log_probs", ())),
                 }
             )
             for line in lines

@@ -13,7 +13,7 @@ from typing import Any
 
 from twotower.towers.errors import InvalidRequestError
 from twotower.towers.request.modes import MODES, Mode
-from twotower.towers.request.params import GenerationParams
+from twotower.towers.request.params import CommitRuleName, GenerationParams, TokenSource
 
 Overrides = dict[str, Any]
 
@@ -28,12 +28,32 @@ class Strategy:
     axes: tuple[str, ...] = ()
 
 
+def _by_rule(rule: CommitRuleName, first: TokenSource) -> Strategy:
+    fixed = {"commit_rule": rule, "first_token": first}
+    return Strategy("mask_diffusion", fixed, ("block_size", "confidence_threshold"))
+
+
 # A strategy that has its mode's name belongs to the mode; the others are chosen by name.
 STRATEGIES: dict[str, Strategy] = {
     "ar": Strategy("ar"),
     "mock_ar": Strategy("mock_ar"),
+    # Drafts from wherever they pay; the next two have one source each, and the two after these
+    # check the denoiser's by a mix of both towers.
     "verified": Strategy("verified", axes=("block_size", "draft_steps")),
+    "lookup": Strategy("verified", {"draft_source": "lookup"}, ("block_size",)),
+    "denoiser": Strategy("verified", {"draft_source": "denoiser"}, ("block_size", "draft_steps")),
+    "mix": Strategy("verified", {"acceptance": "mix"}, ("block_size", "mix_ratio")),
+    "denoiser_mix": Strategy(
+        "verified",
+        {"draft_source": "denoiser", "acceptance": "mix"},
+        ("block_size", "mix_ratio"),
+    ),
+    "auto": Strategy("auto", axes=("block_size", "quality")),
+    # The service's own rule and first token, and then each rule with its first token.
     "threshold": Strategy("mask_diffusion", axes=("block_size", "confidence_threshold")),
+    "released": _by_rule("released", "denoiser"),
+    "leftmost": _by_rule("leftmost", "context"),
+    "product": _by_rule("product", "context"),
     # No confidence is above 1, so that the number of steps alone decides.
     "steps": Strategy(
         "mask_diffusion", {"confidence_threshold": 1.0}, ("block_size", "steps_per_block")
@@ -50,6 +70,7 @@ _SHORT = {
     "confidence_threshold": "threshold",
     "steps_per_block": "steps",
     "draft_steps": "drafts",
+    "mix_ratio": "mix",
 }
 
 
@@ -68,7 +89,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Grid:
-    """The modes, strategies of mask_diffusion and values of each axis to be measured."""
+    """The modes, strategies that have no mode's name and values of each axis to be measured."""
 
     modes: Sequence[str] = ("ar", "mask_diffusion", "verified")
     strategies: Sequence[str] = ("threshold", "steps")
@@ -109,6 +130,11 @@ class Grid:
         ]
 
 
+def shown_value(value: Any) -> str:
+    """A value of an axis as it stands in names and labels."""
+    return value if isinstance(value, str) else f"{value:g}"
+
+
 _DEFAULTS = {name: getattr(GenerationParams(), name) for name in GenerationParams.__annotations__}
 
 
@@ -119,5 +145,5 @@ def _point(name: str, strategy: Strategy, chosen: Overrides) -> Point:
         # where the threshold is meant to.
         block = overrides.get("block_size", _DEFAULTS["block_size"])
         overrides["steps_per_block"] = min(block, overrides.get("steps_per_block", block))
-    shown = [f"{_SHORT.get(axis, axis)} {overrides[axis]:g}" for axis in strategy.axes]
+    shown = [f"{_SHORT.get(axis, axis)} {shown_value(overrides[axis])}" for axis in strategy.axes]
     return Point(", ".join([name, *shown]), name, overrides)

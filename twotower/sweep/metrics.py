@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 GRAM = 4
+# An output of ar that repeats more of its 4-grams than this loops.
+FRESH = 0.5
 _RESAMPLES = 1000
 _LOW, _HIGH = 2.5, 97.5
 
@@ -25,8 +27,10 @@ class Row:
     """The output of one prompt.
 
     `log_probs` are the context tower's natural-log probabilities of its tokens, whatever decoded
-    them. `nfe` counts denoiser passes, `context_passes` those of the context tower without the
-    ones that read the prompt. `scores` are a task's, by name.
+    them, and `best_log_probs` those of the most probable token at each position, after the tokens
+    that the output has there. `nfe` counts denoiser passes, `context_passes` those of the context
+    tower without the ones that read the prompt. Of the drafted and accepted tokens those of lookups
+    are also counted by themselves. `scores` are a task's, by name.
     """
 
     token_ids: tuple[int, ...]
@@ -38,6 +42,9 @@ class Row:
     accepted_tokens: int = 0
     drafted_tokens: int = 0
     scores: dict[str, float] = field(default_factory=dict)
+    best_log_probs: tuple[float, ...] = ()
+    lookup_accepted_tokens: int = 0
+    lookup_drafted_tokens: int = 0
 
 
 def repeats(token_ids: Sequence[int], length: int = GRAM) -> list[bool]:
@@ -72,9 +79,11 @@ def figures(
         "tokens": sum(len(row.token_ids) for row in rows),
         "stopped_share": _mean([row.finish_reason == "stop" for row in rows]),
         **_likelihood(rows, baseline),
+        "regret": _regret(rows),
         **_agreement(rows, reference),
         "repeated_share": _repeated(rows),
         **_costs(rows),
+        **_fresh(rows, baseline),
         **{f"score_{name}": _mean([row.scores[name] for row in rows]) for name in rows[0].scores},
     }
 
@@ -136,6 +145,23 @@ def _novel(rows: Sequence[Row]) -> float:
     return math.fsum(values) / max(1, len(values))
 
 
+def _regret(rows: Sequence[Row]) -> float | None:
+    """What a token's log-probability lacks of the most probable one's, after the output's own
+    tokens: the mean over all tokens. None where the most probable ones are not known."""
+    pairs = [pair for row in rows for pair in zip(row.best_log_probs, row.log_probs, strict=False)]
+    if not pairs:
+        return None
+    # The last bit of the same token's may differ.
+    return math.fsum(max(0.0, best - own) for best, own in pairs) / len(pairs)
+
+
+def _fresh(rows: Sequence[Row], baseline: Sequence[Row]) -> dict[str, float | int | None]:
+    """The rows of prompts whose ar output does not loop: a loop is easy to guess."""
+    fresh = [row for row, ar in zip(rows, baseline, strict=True) if _repeated([ar]) <= FRESH]
+    speed = _costs(fresh)["tokens_per_pass"] if fresh else None
+    return {"fresh_rows": len(fresh), "fresh_tokens_per_pass": speed}
+
+
 def _agreement(rows: Sequence[Row], reference: Sequence[Row]) -> dict[str, float]:
     pairs = [
         equal_tokens(row.token_ids, other.token_ids)
@@ -168,6 +194,8 @@ def _costs(rows: Sequence[Row]) -> dict[str, float | int | None]:
         "context_passes": context,
         "accepted_tokens": sum(row.accepted_tokens for row in rows),
         "drafted_tokens": sum(row.drafted_tokens for row in rows),
+        "lookup_accepted_tokens": sum(row.lookup_accepted_tokens for row in rows),
+        "lookup_drafted_tokens": sum(row.lookup_drafted_tokens for row in rows),
         "tokens_per_nfe": tokens / nfe if nfe else None,
         "tokens_per_pass": tokens / max(1, nfe + context),
     }

@@ -8,7 +8,7 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
-from twotower.sweep.grid import STRATEGIES
+from twotower.sweep.grid import STRATEGIES, shown_value
 
 Line = dict[str, Any]
 SVG = "sweep.svg"
@@ -18,11 +18,27 @@ _PUBLISHED = (
     "published, 30B, not measured here:\n98.7 % of ar's mean of 11 tasks at 2.42x its tokens/s"
 )
 # What stands before a value where it labels a point.
-_PREFIXES = {"confidence_threshold": "", "steps_per_block": "T=", "draft_steps": "n="}
-_LOSSLESS = {"ar": "s", "verified": "D"}
+_PREFIXES = {
+    "confidence_threshold": "",
+    "steps_per_block": "T=",
+    "draft_steps": "n=",
+    "mix_ratio": "R=",
+    "quality": "",
+}
+_LOSSLESS = {"ar": "s", "verified": "D", "lookup": "^", "denoiser": "v"}
 _LINES = ("-", "--", ":", "-.")
 _TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16)
-_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+_COLOURS = (
+    "tab:blue",
+    "tab:orange",
+    "tab:green",
+    "tab:red",
+    "tab:purple",
+    "tab:brown",
+    "tab:pink",
+    "tab:olive",
+    "tab:cyan",
+)
 
 
 def plot(points: Sequence[Line], path: Path, title: str) -> None:
@@ -68,8 +84,10 @@ def _panel(axes: Any, points: Sequence[Line], column: str) -> None:
     strategies = list(dict.fromkeys(name for name, _ in curves))
     for (strategy, block), line in curves.items():
         rank = 0 if block is None else blocks.index(block)
+        # Of a single block size, strategies tell themselves apart by colour too.
+        hue = rank if len(blocks) > 1 else strategies.index(strategy)
         style = {
-            "color": "black" if block is None else _COLOURS[rank % len(_COLOURS)],
+            "color": "black" if block is None else _COLOURS[hue % len(_COLOURS)],
             "linestyle": _LINES[strategies.index(strategy) % len(_LINES)],
             "label": strategy if block is None else f"{strategy}, blocks of {block}",
         }
@@ -87,7 +105,8 @@ def _panel(axes: Any, points: Sequence[Line], column: str) -> None:
 def _curve(axes: Any, line: Sequence[Line], column: str, style: dict[str, str], rank: int) -> None:
     """Points of a strategy and block size with their intervals and labels; lossless ones have a
     marker of their own and no line."""
-    marker = _LOSSLESS.get(line[0]["strategy"])
+    strategy = line[0]["strategy"]
+    marker = _LOSSLESS.get(strategy)
     x = [point["tokens_per_pass"] for point in line]
     y = [point[column] for point in line]
     shape: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.2, "elinewidth": 0.6}
@@ -96,7 +115,10 @@ def _curve(axes: Any, line: Sequence[Line], column: str, style: dict[str, str], 
     axes.errorbar(x, y, yerr=_errors(line, column), **{**style, **shape})
     # Lossless points of several block sizes stand beside each other on one height.
     offset = (3, 3 + 8 * rank if marker else 3)
-    for point, where in zip(line, zip(x, y, strict=True), strict=True):
+    for place, (point, where) in enumerate(zip(line, zip(x, y, strict=True), strict=True)):
+        if strategy == "auto":
+            # Its points lie close together, below the lossless ones.
+            offset = (3, -10 - 9 * place)
         axes.annotate(
             _label(point),
             where,
@@ -138,5 +160,7 @@ def _relative(line: Sequence[Line], name: str) -> list[float]:
 def _label(point: Line) -> str:
     """What tells a point from the others of its line."""
     axes = [axis for axis in STRATEGIES[point["strategy"]].axes if axis != "block_size"]
-    values = [f"{_PREFIXES.get(axis, f'{axis}=')}{point[axis]:g}" for axis in axes]
+    if point["strategy"] in ("lookup", "ar"):
+        return str(point["strategy"])
+    values = [f"{_PREFIXES.get(axis, f'{axis}=')}{shown_value(point[axis])}" for axis in axes]
     return " ".join(values) or str(point["name"])

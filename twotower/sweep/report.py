@@ -75,10 +75,12 @@ def markdown(sweep: Sweep) -> str:
 _COLUMNS = (
     "point",
     "tokens a pass",
+    "fresh",
     "tokens/NFE",
     "loss over `ar`, nats (95 %)",
     "relative",
     "novel loss",
+    "regret",
     "equals greedy `ar`: tokens (95 %); rows",
     "repeats",
     "tokens/s here",
@@ -95,10 +97,12 @@ def _cells(point: Mapping[str, Any]) -> list[str]:
     return [
         str(point["name"]),
         f"{point['tokens_per_pass']:.2f}",
+        _or_dash(point.get("fresh_tokens_per_pass")),
         _or_dash(point["tokens_per_nfe"]),
         loss,
         f"{point['relative_quality']:.1%}",
         f"{point['novel_loss']:.3f}",
+        _or_dash(point.get("regret"), 3),
         agreement,
         f"{point['repeated_share']:.2f}",
         f"{point['tokens_per_s']:.0f}",
@@ -117,9 +121,10 @@ def _costs_line(costs: PassCosts) -> str:
     )
 
 
-def _or_dash(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _or_dash(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _rounded(value: Any) -> Any:
-    return round(value, _DIGITS) if isinstance(value, float) else value
+    # Never -0.0, which a table would show.
+    return round(value, _DIGITS) + 0.0 if isinstance(value, float) else value

@@ -227,12 +227,13 @@ def _shown(point: Point, params: GenerationParams) -> dict[str, Any]:
     """Mode and dials of a point, None for those that do nothing in its mode, and whatever else its
     strategy sets."""
     masked, drafts = params.mode == "mask_diffusion", params.mode == "verified"
+    checked = params.traits.unit == "draft"
     dials = {
         "mode": params.mode,
         "temperature": params.temperature,
-        "block_size": params.block_size if masked or drafts else None,
+        "block_size": params.block_size if masked or checked else None,
         "confidence_threshold": params.confidence_threshold if masked else None,
         "steps_per_block": params.steps_per_block if masked else None,
-        "draft_steps": params.draft_steps if drafts else None,
+        "draft_steps": params.draft_steps if drafts and params.uses_denoiser else None,
     }
     return {**point.overrides, **dials}

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from twotower.api import Request, TwoTower
-from twotower.results import GenerationResult
+from twotower.results import GenerationResult, together
 from twotower.sweep.metrics import Row
 from twotower.sweep.prompts import SweepPrompt
 from twotower.sweep.scoring import Scorer
 from twotower.towers.checkpoint.checkpoint import ReadProgress
 from twotower.towers.checkpoint.weights import parse_dtype
+from twotower.towers.decoding.services import Scores
 from twotower.towers.engine.load import load_engines
 from twotower.towers.engine.options import EngineOptions
 from twotower.towers.engine.prefill import prefill_pieces
 from twotower.towers.request.params import GenerationParams
 from twotower.towers.text.tokenizer import load_tokenizer, text_ids
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Natural-log probabilities of an output's tokens under the context tower, and those of the
+    most probable token at each of their positions."""
+
+    log_probs: tuple[float, ...]
+    best_log_probs: tuple[float, ...]
 
 
 def token_ids(folder: Path, prompts: Sequence[SweepPrompt]) -> list[list[int]]:
@@ -66,18 +76,27 @@ class Towers:
         results = self.model.generate_requests(requests)
         return results, time.perf_counter() - begun
 
-    def log_probs(
+    def likelihoods(
         self, prompts: Sequence[Sequence[int]], results: Sequence[GenerationResult]
-    ) -> list[list[float]]:
-        """The context tower's natural-log probabilities of each output's tokens."""
+    ) -> list[Likelihood]:
+        """The context tower's natural-log probabilities of each output's tokens, and those of the
+        most probable token at each."""
         texts = [[*ids, *result.token_ids] for ids, result in zip(prompts, results, strict=True)]
-        # Calls from several threads share passes.
-        with ThreadPoolExecutor(self._batch) as pool:
-            scores = list(pool.map(self.model.score, texts))
+        scores = asyncio.run(self._scores(texts))
         return [
-            score[len(score) - len(result.token_ids) :]
+            _tail(score, len(result.token_ids))
             for score, result in zip(scores, results, strict=True)
         ]
+
+    async def _scores(self, texts: Sequence[Sequence[int]]) -> list[Scores]:
+        """Scores of texts, as many at a time as there is room for; these share passes."""
+        room = asyncio.Semaphore(self._batch)
+
+        async def scored(text: Sequence[int]) -> Scores:
+            async with room:
+                return await self.context.score(text, top_logprobs=1)
+
+        return await together([scored(text) for text in texts])
 
     def reading_passes(self, prompt: Sequence[int], params: GenerationParams) -> int:
         """Passes of the context tower that read a prompt."""
@@ -93,22 +112,34 @@ def rows_of(
     scorers: Mapping[str, Scorer],
 ) -> list[Row]:
     """Results as rows, scored by the context tower and by each task."""
-    log_probs = towers.log_probs(ids_of_prompts, results)
+    likelihoods = towers.likelihoods(ids_of_prompts, results)
     reading = [towers.reading_passes(ids, params) for ids in ids_of_prompts]
     return [
         Row(
             token_ids=tuple(result.token_ids),
             text=result.text,
             finish_reason=result.finish_reason,
-            log_probs=tuple(values),
+            log_probs=likelihood.log_probs,
+            best_log_probs=likelihood.best_log_probs,
             nfe=result.nfe,
             context_passes=result.context_passes - passes,
             accepted_tokens=result.accepted_tokens,
             drafted_tokens=result.drafted_tokens,
+            lookup_accepted_tokens=result.lookup_accepted_tokens,
+            lookup_drafted_tokens=result.lookup_drafted_tokens,
             scores={
                 name: float(scorer(prompt.text, result.text, prompt.reference))
                 for name, scorer in scorers.items()
             },
         )
-        for prompt, result, values, passes in zip(prompts, results, log_probs, reading, strict=True)
+        for prompt, result, likelihood, passes in zip(
+            prompts, results, likelihoods, reading, strict=True
+        )
     ]
+
+
+def _tail(scores: Scores, count: int) -> Likelihood:
+    """Those of the last `count` tokens of a text."""
+    first = len(scores.log_probs) - count
+    best = (top[0][1] for top in scores.top_log_probs[first:])
+    return Likelihood(tuple(scores.log_probs[first:]), tuple(best))

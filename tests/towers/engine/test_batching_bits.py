@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,9 +39,21 @@ def mixed_requests(vocab_size: int) -> list[Request]:
         ),
         Request(
             prompt(40),
-            GenerationParams(mode="verified", max_tokens=25, temperature=1.0, top_p=0.9, seed=9),
+            GenerationParams(
+                mode="verified",
+                draft_source="denoiser",
+                max_tokens=25,
+                temperature=1.0,
+                top_p=0.9,
+                seed=9,
+            ),
         ),
-        Request(prompt(3), GenerationParams(mode="verified", max_tokens=18, block_size=8, seed=10)),
+        Request(
+            prompt(3),
+            GenerationParams(
+                mode="verified", draft_source="denoiser", max_tokens=18, block_size=8, seed=10
+            ),
+        ),
         Request(
             prompt(17),
             GenerationParams(max_tokens=64, confidence_threshold=0.3, eos_token_id=11, seed=8),
@@ -93,7 +106,8 @@ def test_separate_devices_give_what_shared_ones_give(mode: str) -> None:
     mirroring = DenoiserEngine(denoiser.tower, pool=EngineOptions().pool_for(denoiser.tower))
     context.link = LocalLink(context.tower, mirroring, shared=False)
     copied = TwoTower(context, mirroring, None)
-    params = GenerationParams(mode=mode, max_tokens=24, seed=3, temperature=0.8)  # type: ignore[arg-type]
+    how: Any = {"mode": mode, "draft_source": "denoiser"}
+    params = GenerationParams(max_tokens=24, seed=3, temperature=0.8, **how)
     request = Request([7, 8, 9, 3, 1], params)
     left = shared.generate_requests([request])[0]
     right = copied.generate_requests([request])[0]

@@ -16,7 +16,10 @@ from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.request.params import GenerationParams
 
 CACHED = replace(OPTIONS, prefix_cache_mib=8)
-PARAMS = GenerationParams(max_tokens=24, block_size=8, temperature=1.0, seed=3)
+# Of the denoiser alone: rounds that a policy chooses follow the pace of the machine.
+PARAMS = GenerationParams(
+    max_tokens=24, block_size=8, temperature=1.0, seed=3, draft_source="denoiser"
+)
 MODES = ["mask_diffusion", "ar", "mock_ar", "verified"]
 
 
