@@ -17,7 +17,6 @@ from twotower.sweep.prompts import SweepPrompt
 from twotower.sweep.scoring import Scorer
 from twotower.towers.checkpoint.checkpoint import ReadProgress
 from twotower.towers.checkpoint.weights import parse_dtype
-from twotower.towers.decoding.services import Scores
 from twotower.towers.engine.load import load_engines
 from twotower.towers.engine.options import EngineOptions
 from twotower.towers.engine.prefill import prefill_pieces
@@ -81,22 +80,24 @@ class Towers:
     ) -> list[Likelihood]:
         """The context tower's natural-log probabilities of each output's tokens, and those of the
         most probable token at each."""
-        texts = [[*ids, *result.token_ids] for ids, result in zip(prompts, results, strict=True)]
-        scores = asyncio.run(self._scores(texts))
-        return [
-            _tail(score, len(result.token_ids))
-            for score, result in zip(scores, results, strict=True)
-        ]
+        pairs = zip(prompts, results, strict=True)
+        return asyncio.run(self._likelihoods([(ids, result.token_ids) for ids, result in pairs]))
 
-    async def _scores(self, texts: Sequence[Sequence[int]]) -> list[Scores]:
-        """Scores of texts, as many at a time as there is room for; these share passes."""
+    async def _likelihoods(
+        self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> list[Likelihood]:
+        """Those of prompts and outputs, as many at a time as there is room for; they share
+        passes."""
         room = asyncio.Semaphore(self._batch)
 
-        async def scored(text: Sequence[int]) -> Scores:
+        async def scored(prompt: Sequence[int], output: Sequence[int]) -> Likelihood:
             async with room:
-                return await self.context.score(text, top_logprobs=1)
+                scores = await self.context.score([*prompt, *output], top_logprobs=1)
+            first = len(scores.log_probs) - len(output)
+            best = tuple(top[0][1] for top in scores.top_log_probs[first:])
+            return Likelihood(tuple(scores.log_probs[first:]), best)
 
-        return await together([scored(text) for text in texts])
+        return await together([scored(*row) for row in rows])
 
     def reading_passes(self, prompt: Sequence[int], params: GenerationParams) -> int:
         """Passes of the context tower that read a prompt."""
@@ -136,10 +137,3 @@ def rows_of(
             prompts, results, likelihoods, reading, strict=True
         )
     ]
-
-
-def _tail(scores: Scores, count: int) -> Likelihood:
-    """Those of the last `count` tokens of a text."""
-    first = len(scores.log_probs) - count
-    best = (top[0][1] for top in scores.top_log_probs[first:])
-    return Likelihood(tuple(scores.log_probs[first:]), tuple(best))
