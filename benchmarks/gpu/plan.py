@@ -25,6 +25,7 @@ TEST_FILES = (
     f"{_KERNELS}/test_expert_tiles_triton.py",
     f"{_KERNELS}/test_commit.py",
     "tests/towers/engine/test_device_steps.py",
+    "tests/towers/engine/test_context_drafts.py",
 )
 DRY_TEST_FILES = (f"{_KERNELS}/test_rows.py", f"{_KERNELS}/test_philox.py")
 _GOLDEN = ("tiny_a", "tiny_b")
@@ -115,6 +116,13 @@ def _profile(shape: _Shape, *more: object) -> Stage:
     return Stage("profile", 120, (program,))
 
 
+def _draft_passes(shape: _Shape, *more: object) -> Stage:
+    """Passes over drafts of all lengths, as `verified` with lookups runs them."""
+    rows = (*shape.rows, shape.many)
+    program = shape.program("draft_passes", "--preset", shape.preset, "--rows", *rows, *more)
+    return Stage("draft-passes", 120, (program,))
+
+
 def _default_service(shape: _Shape, *more: object) -> Stage:
     few = shape.rows[-1] if shape.device == "cuda" else 5
     arguments = ("--preset", shape.preset, "--rows", few, "--prompt", shape.prompt, *more)
@@ -175,6 +183,7 @@ def _h200(shape: _Shape) -> list[Stage]:
         _profile(shape),
         _products(shape),
         *speeds[1:],
+        _draft_passes(shape),
         _default_service(shape),
         *_rest(shape),
     ]
@@ -188,6 +197,7 @@ def _h100(shape: _Shape) -> list[Stage]:
         _checks(shape),
         *(_speed(shape, rows, *fp8) for rows in shape.rows[:2]),
         _profile(shape, *fp8),
+        _draft_passes(shape, *fp8),
         _products(shape),
         _default_service(shape, *fp8),
     ]

@@ -42,6 +42,8 @@ def _figures(found: Entry) -> list[str]:
         return ["", markdown(found)]
     if "products" in found:
         return ["", *_rows(found["products"])]
+    if "passes" in found and "captured" in found:
+        return ["", *_rows([found["captured"]]), "", *_rows(found["passes"])]
     if "profiles" in found:
         return [line for entry in found["profiles"] for line in _profile(entry)]
     plain = {name: value for name, value in found.items() if not isinstance(value, dict | list)}

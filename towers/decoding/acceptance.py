@@ -40,13 +40,18 @@ NUM_SCORES = 64
 @dataclass(frozen=True)
 class MixedDraft:
     """Drafted tokens [n], the scores that they were drawn from and the denoiser's share `mix`,
-    above 0 and up to 1. Raises ValueError if scores are of another number of tokens."""
+    above 0 and up to 1, where scores are not needed. Raises ValueError if scores are of another
+    number of tokens, or lack below 1."""
 
     token_ids: Sequence[int]
-    scores: DraftScores
+    scores: DraftScores | None
     mix: float
 
     def __post_init__(self) -> None:
+        if self.scores is None:
+            if self.mix < 1:
+                raise ValueError(f"draft scores: got none, expected some at a mix of {self.mix}")
+            return
         shapes = tuple(self.scores.token_ids.shape), tuple(self.scores.scores.shape)
         count = len(self.token_ids)
         if shapes[0] != shapes[1] or shapes[0][:1] != (count,):
@@ -97,6 +102,7 @@ def _accepts(own: Tensor, tokens: Tensor, draft: MixedDraft) -> list[bool]:
     draws too."""
     if draft.mix >= 1:
         return [True] * len(tokens)
+    assert draft.scores is not None
     best, ids = draft.scores.scores.to(own.device), draft.scores.token_ids.to(own.device)
     theirs = best[:, -1:].expand_as(own).scatter(1, ids, best)
     target = draft.mix * theirs + (1 - draft.mix) * own

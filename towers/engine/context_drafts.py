@@ -6,13 +6,12 @@ one wait, whatever the rows have drafted. Rows lie packed, one behind the other,
 the buffer is one row of padding: it writes no K/V, so that no row needs room behind its draft, and
 has no experts.
 
-A program for each length that drafts have would read the weights once for each: 16 rows with drafts
-of 2, 4, 8 and 16 tokens and single steps took five passes, each about as long as one of all, since
-up to some hundred tokens the weights are what takes the time (on an H200 a pass over one row takes
-3 ms as a step and some 8 ms as a block of 16, but 16 steps 10 ms). So steps that share a pass with
-drafts join their program, as drafts of one token: a program of their own would read all weights but
-the experts once more, with as many launches. A pass of steps alone stays one of `ContextSteps`,
-whose kernels are those of single tokens.
+A program for each length that drafts have would be launched, and read the weights, once for each:
+16 rows with drafts of 2, 4, 8 and 16 tokens and single steps took five runs, and up to some hundred
+tokens the weights are what takes the time. Steps that share a pass with drafts join their program
+for the same reason, as drafts of one token: of their own they would read mixers, head and most of
+the experts once more. A pass of steps alone stays one of `ContextSteps`, whose kernels are those of
+single tokens.
 """
 
 from __future__ import annotations

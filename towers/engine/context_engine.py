@@ -169,7 +169,8 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         scores: DraftScores | None = None,
     ) -> Block:
         """Reads a draft and keeps the tokens that are accepted: those that the tower draws as well,
-        or with `scores` and acceptance `mix` those that the mix draws. Publishes the state if the
+        or with `scores` and acceptance `mix` those that the mix draws, which at 1 is all without
+        scores. Publishes the state if the
         row is mirrored at once."""
         row = self._row(row_id)
         return await self._owned(row, self._verify(row, draft, params, output, scores))
@@ -393,7 +394,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
     ) -> Block:
         state = state_of(row.state)
         start, known = state.position, int(row.committed)
-        if scores is not None and params.mix > 0:
+        if params.mix >= 1 or (scores is not None and params.mix > 0):
             mixed = MixedDraft(draft[known:], scores, params.mix)
             tokens, accepted = await self._accept_mixed(row, draft, params, output, mixed)
         else:

@@ -75,7 +75,7 @@ class _Asked:
     @property
     def num_scores(self) -> int:
         """How many scores of each position the check of the draft needs."""
-        return NUM_SCORES if self.is_draft and self.params.mix > 0 else 0
+        return NUM_SCORES if self.is_draft and 0 < self.params.mix < 1 else 0
 
     def counted(self, draft: BlockDraft) -> list[list[int]]:
         """Tokens of the block that penalties count at each masked position, beside the output: all
@@ -104,9 +104,9 @@ class DenoiserEngine(Engine[_Row, DenoiserWork, DenoiserResult]):
     Mirrors live in `pool`; without one the engine reads states that a context tower on the same
     device lets it `adopt`. `rule` replaces the requests' commit rules, for benchmarks that replay
     recorded schedules. `device_steps` (None: on CUDA) keeps blocks on the device while they are
-    denoised, where their parameters allow it; drafts whose scores are needed (acceptance `mix`) go
-    by way of the host. `turn` is the denoiser's of `Turns`, where the context tower's passes run on
-    the same device.
+    denoised, where their parameters allow it; drafts whose scores are needed (acceptance `mix`
+    below 1) go by way of the host. `turn` is the denoiser's of `Turns`, where the context tower's
+    passes run on the same device.
     """
 
     def __init__(

@@ -32,9 +32,9 @@ def draw_inputs(draws: Sequence[Draw]) -> dict[str, list[int]]:
     }
 
 
-def staged_sampling(staging: Staging, lines: int | None = None) -> SamplingBatch:
-    """The same inputs on the device, for the first `lines` lines (None: all of the staging)."""
-    given = {name: staging[name][:lines] for name in DRAW_INPUTS}
+def staged_sampling(staging: Staging) -> SamplingBatch:
+    """The same inputs on the device, for all lines of the staging."""
+    given = {name: staging[name] for name in DRAW_INPUTS}
     key = given["key"]
     return SamplingBatch(
         _from_bits(given["temperature"]),

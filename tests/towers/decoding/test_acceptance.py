@@ -29,6 +29,12 @@ INF = float("inf")
 VOCAB = 50
 
 
+def test_only_a_mix_of_1_does_without_scores() -> None:
+    assert MixedDraft([4], None, 1.0).scores is None
+    with pytest.raises(ValueError, match=r"draft scores: got none, .* at a mix of 0\.99"):
+        MixedDraft([4], None, 0.99)
+
+
 def scores_of(*lines: dict[int, float]) -> DraftScores:
     """Scores by token, the largest first."""
     ranked = [sorted(line.items(), key=lambda pair: -pair[1]) for line in lines]

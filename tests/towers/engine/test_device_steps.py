@@ -15,11 +15,12 @@ import torch
 from tests.support.random_model import small_config, write_checkpoint
 from twotower.kernels.dispatch import force
 from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
+from twotower.towers.decoding.draft_policy import STEP, Round
 from twotower.towers.decoding.generation import generate_blocks
 from twotower.towers.decoding.sampling import Sampler
-from twotower.towers.decoding.services import Block
+from twotower.towers.decoding.services import Block, DraftCosts
 from twotower.towers.decoding.unmasking import CommitRule, ReplayRule, ThresholdRule
-from twotower.towers.engine import context_blocks, denoiser_steps
+from twotower.towers.engine import context_blocks, denoiser_steps, draft_rounds
 from twotower.towers.engine import cuda_graph as captured
 from twotower.towers.engine.block_log import BlockLog
 from twotower.towers.engine.buckets import GRAPH_TOKENS, MAX_LENGTH, ROW_BUCKETS
@@ -45,6 +46,32 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> Towers:
     config = small_config(layer_pattern="M*E-M*")
     folder = write_checkpoint(tmp_path_factory.mktemp("small"), config)
     return load_context_tower(folder), load_denoiser_tower(folder)
+
+
+class ByTokens:
+    """Rounds of all kinds, chosen by what the row holds: the same on every path and machine."""
+
+    def __init__(self, params: GenerationParams, with_denoiser: bool) -> None:
+        self.asks = with_denoiser and params.uses_denoiser
+
+    def choose(self, match: int, room: int, _costs: DraftCosts) -> Round:
+        if match and room:
+            return Round("lookup", 1 + (3 * match + room) % room)
+        return Round("denoiser", asks="checked") if self.asks and room % 2 else STEP
+
+    def learn(self, *_: Any) -> None:
+        pass
+
+    def learn_draft(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def rounds_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(params: GenerationParams, *_: Any, with_denoiser: bool) -> ByTokens:
+        return ByTokens(params, with_denoiser)
+
+    monkeypatch.setattr(draft_rounds, "policy_of", chosen)
 
 
 def params_of(mode: Any = "mask_diffusion", **changes: Any) -> GenerationParams:
@@ -138,6 +165,23 @@ def test_only_extensions_that_draw_go_through_the_head(
     alone += decode(towers, both[1:], True)
     assert drawn == [1, 1]
     assert decode(towers, both, True) == alone
+
+
+def test_drafts_that_are_all_accepted_stay_on_the_device(
+    towers: Towers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mix of 1 looks at no scores."""
+    how = {"acceptance": "mix", "mix_ratio": 1.0, "draft_source": "denoiser", "block_size": 8}
+    params = params_of("verified", temperature=1.0, **how)
+    want = decode(towers, [([5, 6], params)], False)
+    assert sum(block.accepted_tokens for block in want[0]) > 20
+
+    def refused(_: Any, works: Sequence[Any]) -> Sequence[Any]:
+        assert not works
+        return ()
+
+    monkeypatch.setattr(DenoiserEngine, "_draw", refused)
+    assert decode(towers, [([5, 6], params)], True) == want
 
 
 def test_a_row_alone_is_the_row_among_others(towers: Towers) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,12 @@ def request_of(row: int, mode: Any = "mask_diffusion", **changes: Any) -> Reques
     return prompt, GenerationParams(**({"mode": mode, "max_tokens": 40, "seed": row} | changes))
 
 
+def looping(first: int, *modes: Any) -> list[Request]:
+    """Rows whose prompts repeat, so that lookups draft for them."""
+    rows = [request_of(first + place, mode) for place, mode in enumerate(modes * 3)]
+    return [(prompt * 2, replace(params, draft_source="lookup")) for prompt, params in rows]
+
+
 async def _all(
     pair: tuple[ContextEngine, DenoiserEngine], requests: Sequence[Request]
 ) -> list[list[int]]:
@@ -79,6 +86,7 @@ MIXED = [
     *(request_of(row, "verified") for row in range(14, 18)),
     *(request_of(row, temperature=0.9, top_p=0.8) for row in range(18, 20)),
     *(request_of(row, temperature=0.7) for row in range(20, 22)),
+    *looping(24, "verified", "auto"),
     request_of(22, block_size=33, max_tokens=66),
     request_of(23, block_size=5),
 ]
