@@ -6,10 +6,8 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from twotower.towers.decoding.acceptance import MixedDraft
 from twotower.towers.decoding.pass_times import PassTimes
 from twotower.towers.decoding.sampling import DOMAIN_AUTOREGRESSIVE, Draw, Sampler
 from twotower.towers.decoding.services import (
@@ -21,7 +19,6 @@ from twotower.towers.decoding.services import (
     Prefilled,
     Scores,
     Token,
-    TopLogProbs,
 )
 from twotower.towers.engine.admission import Admission
 from twotower.towers.engine.block_log import BlockLog
@@ -32,10 +29,12 @@ from twotower.towers.engine.context_row import ContextRow, block_of, in_turn, to
 from twotower.towers.engine.context_steps import ContextSteps
 from twotower.towers.engine.context_work import ContextResult, ContextWork
 from twotower.towers.engine.cuda_graph import GraphMemory
+from twotower.towers.engine.draft_checks import DraftChecks
 from twotower.towers.engine.draft_rounds import DraftRounds
 from twotower.towers.engine.engine import Engine, state_of
 from twotower.towers.engine.options import EngineOptions
 from twotower.towers.engine.prefill import KvFeed, prefill_pieces, send_state
+from twotower.towers.engine.scoring import logits, score
 from twotower.towers.engine.stats import EngineStats
 from twotower.towers.engine.turns import Turn
 from twotower.towers.model.context_tower import ContextTower
@@ -90,6 +89,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         self.cache = cache
         self.prefill_chunk = options.prefill_chunk_on(device.type)
         self._rounds = DraftRounds(self._submit, with_denoiser=link is not None)
+        self._checks = DraftChecks(tower, self._submit)
 
     @property
     def pass_times(self) -> PassTimes:
@@ -392,111 +392,18 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         output: Sequence[int],
         scores: DraftScores | None,
     ) -> Block:
-        state = state_of(row.state)
-        start, known = state.position, int(row.committed)
-        if params.mix >= 1 or (scores is not None and params.mix > 0):
-            mixed = MixedDraft(draft[known:], scores, params.mix)
-            tokens, accepted = await self._accept_mixed(row, draft, params, output, mixed)
-        else:
-            tokens, accepted = await self._accept_strictly(row, draft, params, output)
-        row.token, row.committed, row.hidden = tokens[accepted], True, None
-        if row.drafts is not None:
-            fresh = [token.token_id for token in tokens[known : accepted + 1]]
-            row.drafts.take(fresh, accepted - known)
-        if accepted and params.mirrored_at_once:
+        block = await self._checks.check(row, draft, params, output, scores)
+        if params.mirrored_at_once and row.mirrored < state_of(row.state).position:
             await self._publish(row)
-        return block_of(
-            start + known,
-            tokens[known : accepted + 1],
-            (0,) * (accepted + 1 - known),
-            context_passes=1,
-            accepted=accepted - known,
-            drafted=len(draft) - known,
-        )
-
-    async def _accept_strictly(
-        self,
-        row: ContextRow,
-        draft: Sequence[int],
-        params: GenerationParams,
-        output: Sequence[int],
-    ) -> tuple[list[Token], int]:
-        """Reads a draft, and what is right of it into the state. Returns the tower's tokens from
-        where the state stood, and how many of the draft are the same."""
-        state = state_of(row.state)
-        assert row.token is not None, "prefill comes first"
-        start, known = state.position, int(row.committed)
-        positions = range(start + 1, start + 1 + len(draft))
-        draw = Draw(Sampler.from_params(params), positions)
-        if draw.sampler.penalizes:
-            # The draft's head, where it is committed already, is the last of the output.
-            drafted = [draft[known : index + 1] for index in range(len(draft))]
-            draw = replace(draw, output=output, drafted=drafted)
-        right = draft[0] == row.token.token_id
-        work = ContextWork(state, draft, advance=False, draw=draw, accepts=right)
-        result = await self._submit(work)
-        if not right:
-            state.truncate()
-        assert result.drawn is not None
-        tokens = [row.token, *(token_of(result.drawn, index) for index in range(len(draft)))]
-        return tokens, 1 + result.accepted if right else 0
-
-    async def _accept_mixed(
-        self,
-        row: ContextRow,
-        draft: Sequence[int],
-        params: GenerationParams,
-        output: Sequence[int],
-        mixed: MixedDraft,
-    ) -> tuple[list[Token], int]:
-        """As _accept_strictly, but the tokens are the accepted ones and the tower's own after them.
-        A first token that is not committed is checked like the others."""
-        state = state_of(row.state)
-        assert row.token is not None, "prefill comes first"
-        known, before = int(row.committed), row.hidden
-        assert known or before is not None, "a token that was drawn has its hidden state"
-        positions = range(state.position + known, state.position + 1 + len(draft))
-        draw = Draw(Sampler.from_params(params), positions)
-        if draw.sampler.penalizes:
-            drafted = [draft[known:end] for end in range(known, len(draft) + 1)]
-            draw = replace(draw, output=output, drafted=drafted)
-        work = ContextWork(
-            state, draft, advance=False, draw=draw, mixed=mixed, before=None if known else before
-        )
-        checked = (await self._submit(work)).checked
-        assert checked is not None
-        fresh = checked.num_accepted
-        self.tower.advance(state, known + fresh)
-        state.truncate()
-        tokens = [row.token] * known + [token_of(checked.drafted, i) for i in range(fresh)]
-        return [*tokens, token_of(checked.own, fresh)], known + fresh
+        return block
 
     async def _score(self, row: ContextRow, token_ids: Sequence[int], top_logprobs: int) -> Scores:
-        state = row.state = await self._admission.acquire(row.row_id, len(token_ids))
-        logprobs: list[float] = []
-        most: list[TopLogProbs] = []
-        read = token_ids[:-1]
-        for start in range(0, len(read), self.prefill_chunk):
-            piece = read[start : start + self.prefill_chunk]
-            targets = token_ids[start + 1 : start + 1 + len(piece)]
-            work = ContextWork(
-                state, piece, targets=targets, prefill=True, top_logprobs=top_logprobs
-            )
-            result = await self._submit(work)
-            logprobs.extend(result.logprobs)
-            most.extend(result.top_log_probs)
-        return Scores(logprobs, most)
+        row.state = await self._admission.acquire(row.row_id, len(token_ids))
+        return await score(self._submit, row.state, token_ids, top_logprobs, self.prefill_chunk)
 
     async def _logits(self, row: ContextRow, token_ids: Sequence[int]) -> Tensor:
-        state = row.state = await self._admission.acquire(row.row_id, len(token_ids))
-        parts: list[Tensor] = []
-        for start in range(0, len(token_ids), self.prefill_chunk):
-            piece = token_ids[start : start + self.prefill_chunk]
-            work = ContextWork(state, piece, prefill=True, logits=True)
-            result = await self._submit(work)
-            assert result.logits is not None
-            parts.append(result.logits)
-        return torch.cat(parts)
+        row.state = await self._admission.acquire(row.row_id, len(token_ids))
+        return await logits(self._submit, row.state, token_ids, self.prefill_chunk)
 
     async def _submit(self, work: ContextWork) -> ContextResult:
         served = await self._loop.serve(
