@@ -67,11 +67,16 @@ class ContextPass:
         states, sinks = [work.state for work in works], [work.sink for work in works]
         passed = self._tower.read([work.tokens for work in works], states, sinks)
         results = self._read_heads(works, passed.hidden)
-        counts = [len(work.tokens) if work.advance else 0 for work in works]
+        counts = [
+            work.moved_by(result.drawn if isinstance(result, ContextResult) else None)
+            for work, result in zip(works, results, strict=True)
+        ]
         self._tower.advance_rows(passed, states, counts, sinks)
-        for state, count in zip(states, counts, strict=True):
+        for work, count in zip(works, counts, strict=True):
             if not count:
-                state.own_log()
+                work.state.own_log()
+            elif work.accepts:
+                work.state.truncate()
         return results
 
     def _read_heads(

@@ -25,7 +25,11 @@ class ContextWork:
 
     With `mixed` the draw is the check of that draft, and gives no tokens by itself. Its first line
     is then that of the hidden state `before` [H], if there is one: of the token before the work's,
-    which an earlier pass has read."""
+    which an earlier pass has read.
+
+    With `accepts` the tokens after the first are a draft that is checked strictly: the pass may
+    move the snapshot over the first and over those that are drawn as well, all rows' at once; where
+    it has not, the state's position stands where it stood."""
 
     state: ContextState
     tokens: Sequence[int]
@@ -38,12 +42,21 @@ class ContextWork:
     logits: bool = False
     mixed: MixedDraft | None = None
     before: Tensor | None = None
+    accepts: bool = False
 
     @property
     def is_step(self) -> bool:
         """True if it reads one token into the state, draws the next and no more."""
         plain = self.advance and self.targets is None and self.sink is None
         return plain and len(self.tokens) == 1 and self._draws(1)
+
+    def moved_by(self, drawn: Drawn | None) -> int:
+        """Tokens over which a pass that has drawn these moves the snapshot."""
+        if self.advance:
+            return len(self.tokens)
+        if not self.accepts or drawn is None:
+            return 0
+        return 1 + leading_equal(self.tokens[1:], drawn.token_ids)
 
     @property
     def may_wait(self) -> bool:
@@ -82,6 +95,12 @@ class ContextResult:
     top_log_probs: tuple[TopLogProbs, ...] = ()
     logits: Tensor | None = None
     checked: Checked | None = None
+
+
+def leading_equal(draft: Sequence[int], drawn: Sequence[int]) -> int:
+    """How many tokens of a draft, from its first on, were drawn as well."""
+    pairs = zip(draft, drawn, strict=False)
+    return next((place for place, (one, other) in enumerate(pairs) if one != other), len(draft))
 
 
 def result_of(hidden: Tensor, drawn: Drawn | NumericalError) -> ContextResult | NumericalError:

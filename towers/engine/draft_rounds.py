@@ -14,7 +14,7 @@ from twotower.towers.decoding.pass_times import PassTimes
 from twotower.towers.decoding.sampling import Draw, Sampler
 from twotower.towers.decoding.services import Block, DraftCosts, NextDraft, Token
 from twotower.towers.engine.context_row import ContextRow, RowDrafts, block_of, token_of
-from twotower.towers.engine.context_work import ContextResult, ContextWork
+from twotower.towers.engine.context_work import ContextResult, ContextWork, leading_equal
 from twotower.towers.engine.engine import state_of
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.request.params import GenerationParams
@@ -108,19 +108,17 @@ class DraftRounds:
         the accepted tokens and one more."""
         state = state_of(row.state)
         assert row.token is not None
-        read = [row.token.token_id, *draft]
+        read, start = [row.token.token_id, *draft], state.position
         positions = range(state.position + 1, state.position + 1 + len(read))
         draw = Draw(Sampler.from_params(params), positions)
         if draw.sampler.penalizes:
             drafted = [draft[:index] for index in range(len(read))]
             draw = replace(draw, output=output, drafted=drafted)
-        result = await self._submit(ContextWork(state, read, advance=not draft, draw=draw))
-        drawn = result.drawn
+        work = ContextWork(state, read, advance=not draft, draw=draw, accepts=bool(draft))
+        drawn = (await self._submit(work)).drawn
         assert drawn is not None
-        accepted = 0
-        while accepted < len(draft) and draft[accepted] == drawn.token_ids[accepted]:
-            accepted += 1
-        if draft:
+        accepted = leading_equal(draft, drawn.token_ids)
+        if draft and state.position == start:
             self._tower.advance(state, 1 + accepted)
             state.truncate()
         fresh = [token_of(drawn, index) for index in range(accepted + 1)]
