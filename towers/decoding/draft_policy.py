@@ -222,12 +222,15 @@ class LearningPolicy:
         return 1.0 + _joined(self._own.accepted[asks], self._all.accepted[asks])
 
     def _draft_cost(self, asks: NextDraft, costs: DraftCosts) -> float:
-        """Seconds of a draft and its check; as many passes as tokens are left to guess cost what
-        the check costs while no draft of the kind has been timed."""
+        """Seconds of a draft and its check. Where no draft of the kind has been timed, a pass of
+        the denoiser is taken for as long as that of a checked draft, or else as the check, and a
+        whole block for as many as it has tokens."""
         check = self._times.cost(self._block)
         draft = costs.of(asks)
-        guessed = check * (self._block if asks == "whole" else 1)
-        return (guessed if draft is None else draft) + check
+        if draft is None:
+            one = check if costs.checked is None else costs.checked
+            draft = one * (self._block if asks == "whole" else 1)
+        return draft + check
 
     def _tries(self, asks: NextDraft, seconds: float) -> bool:
         """True once in a while, so that a denoiser that would pay is noticed: the more seldom, the

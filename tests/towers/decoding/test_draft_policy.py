@@ -85,6 +85,16 @@ def test_the_denoiser_drafts_where_it_pays() -> None:
     assert policy.choose(0, 15, DEAR) == STEP
 
 
+def test_a_whole_block_is_asked_for_as_soon_as_a_pass_of_the_denoiser_is_known_to_be_cheap() -> (
+    None
+):
+    params = replace(VERIFIED, mode="auto", quality="fast").resolved()
+    policy = policy_with(times_of(1.0, 1.2), params)
+    assert policy.choose(0, 15, DraftCosts()).asks != "whole"
+    assert policy.choose(0, 15, DraftCosts(checked=0.1)).asks == "whole"
+    assert policy.choose(0, 15, DraftCosts(checked=1.5)).asks != "whole"
+
+
 def test_a_denoiser_whose_drafts_fail_is_left_though_it_costs_little() -> None:
     policy = policy_with(times_of(1.0, 1.2))
     for _ in range(20):
