@@ -1,6 +1,6 @@
 """auto against every fixed choice, where the best of them differs.
 
-    python -m benchmarks.auto [--model DIR] [--setting NAME ...] [--rounds 5] [--prompts 32]
+    python -m benchmarks.auto [--model DIR] [--setting NAME ...] [--rounds 5] [--prompts 64]
 
 In this process, greedy. Each setting is a number of rows at a time, a kind of text and delays of
 passes: `slowed by half` are passes that last 1.5 times as long as they compute; where the denoiser
@@ -69,13 +69,13 @@ class Setting:
 
 
 SETTINGS: dict[str, Setting] = {
-    "1 row": Setting(rows=1, part=0.25),
+    "1 row": Setting(rows=1, part=0.125),
     "16 rows": Setting(),
     "looping text": Setting(text="looping"),
     "fresh text": Setting(text="fresh"),
     "context tower slowed by half": Setting(context=0.5),
     "denoiser slowed by half": Setting(denoiser=0.5),
-    "denoiser nearly free": Setting(rows=4, steps=20.0, part=0.25),
+    "denoiser nearly free": Setting(rows=4, steps=20.0, part=0.0625),
 }
 
 
@@ -85,7 +85,7 @@ def main() -> int:
     parser.add_argument("--model", help="checkpoint folder; the shipped model if left out")
     parser.add_argument("--setting", choices=SETTINGS, action="append", help="all if left out")
     parser.add_argument("--pool", type=int, default=160, help="prompts that text is chosen from")
-    parser.add_argument("--prompts", type=int, default=32, help="prompts of a round")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts of a round")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens a prompt")
     parser.add_argument("--batch", type=int, default=16, help="prompts decoded at a time")
     parser.add_argument("--rounds", type=int, default=5)

@@ -26,4 +26,7 @@ def keep(found: Mapping[str, Any], path: Path | None) -> None:
 def _shown(cell: Cell) -> str:
     if cell is None:
         return ""
-    return cell if isinstance(cell, str) else f"{cell:.3f}" if abs(cell) < 100 else f"{cell:.0f}"
+    if isinstance(cell, str):
+        return cell
+    # Adding 0 makes a 0 of what was rounded to -0.
+    return f"{round(cell, 3) + 0.0:.3f}" if abs(cell) < 100 else f"{cell:.0f}"

@@ -36,8 +36,8 @@ _FIRST_ACCEPTED = 1.5
 # Weights: of what all rows have shown in a row's expectation, and how fast old drafts fade.
 _SHARED_WEIGHT = 2.0
 _FADE_ROW, _FADE_ALL = 0.9, 0.995
-# A draft of the denoiser is tried once in so many rounds of all rows, whatever is expected of it.
-_TRY_EVERY = 200
+# The share of the time of all rows in which the denoiser is tried, whatever is expected of it.
+_TRY_SHARE = 0.01
 # By tokens alone: a shorter match is left to the denoiser, a longer draft gives hardly more.
 _STATIC_MATCH, _STATIC_LENGTH = 3, 8
 
@@ -103,10 +103,11 @@ class _Learned:
 
 @dataclass
 class DraftExperience:
-    """What the rows of an engine have shown so far; a row that begins starts from it."""
+    """What the rows of an engine have shown so far; a row that begins starts from it. `to_try` are
+    the seconds that may be spent on trying the denoiser."""
 
     _learned: dict[bool, _Learned] = field(default_factory=dict)
-    rounds: int = 0
+    to_try: float = 0.0
 
     def of(self, greedy: bool) -> _Learned:
         """What rows that draw alike have shown."""
@@ -168,7 +169,6 @@ class LearningPolicy:
         self._block = params.block_size
 
     def choose(self, match: int, room: int, costs: DraftCosts) -> Round:
-        self._experience.rounds += 1
         speed, cost = self._speed(), self._times.cost
         best, most = STEP, 1.0 - speed * cost(1)
         if match and room:
@@ -181,8 +181,9 @@ class LearningPolicy:
                 if count == room:
                     break
         for asks in self._asks:
-            worth = self._drafted(asks) - speed * self._draft_cost(asks, costs)
-            if worth > most or self._tries(asks):
+            dear = self._draft_cost(asks, costs)
+            worth = self._drafted(asks) - speed * dear
+            if worth > most or self._tries(asks, dear):
                 best, most = Round("denoiser", asks=asks), max(worth, most)
         return best
 
@@ -200,6 +201,7 @@ class LearningPolicy:
         self._note_speed(1 + accepted, self._draft_cost(asked, costs))
 
     def _note_speed(self, tokens: int, seconds: float) -> None:
+        self._experience.to_try += _TRY_SHARE * seconds
         self._own.speed.note(tokens, seconds, _FADE_ROW)
         self._all.speed.note(tokens, seconds, _FADE_ALL)
 
@@ -220,16 +222,23 @@ class LearningPolicy:
         return 1.0 + _joined(self._own.accepted[asks], self._all.accepted[asks])
 
     def _draft_cost(self, asks: NextDraft, costs: DraftCosts) -> float:
-        """Seconds of a draft and its check; as many passes as tokens are left to guess cost what
-        the check costs while no draft of the kind has been timed."""
+        """Seconds of a draft and its check. Where no draft of the kind has been timed, a pass of
+        the denoiser is taken for as long as that of a checked draft, or else as the check, and a
+        whole block for as many as it has tokens."""
         check = self._times.cost(self._block)
         draft = costs.of(asks)
-        guessed = check * (self._block if asks == "whole" else 1)
-        return (guessed if draft is None else draft) + check
+        if draft is None:
+            one = check if costs.checked is None else costs.checked
+            draft = one * (self._block if asks == "whole" else 1)
+        return draft + check
 
-    def _tries(self, asks: NextDraft) -> bool:
-        """True once in a while, so that a denoiser that would pay is noticed."""
-        return asks == "checked" and self._experience.rounds % _TRY_EVERY == 0
+    def _tries(self, asks: NextDraft, seconds: float) -> bool:
+        """True once in a while, so that a denoiser that would pay is noticed: the more seldom, the
+        more seconds a draft costs."""
+        if asks != "checked" or self._experience.to_try < seconds:
+            return False
+        self._experience.to_try = 0.0
+        return True
 
 
 def policy_of(

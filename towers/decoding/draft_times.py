@@ -15,7 +15,8 @@ class DraftTimes:
     """Running medians of the seconds that a draft of each kind costs a row.
 
     A row's cost is its share of the passes of its draft and of what the calls took beside them:
-    while it waits, other rows work. `fixed`: what is noted changes nothing.
+    while it waits, other rows work. Of the latter at most as much counts as of the former, as most
+    of a long wait is that for passes of other rows. `fixed`: what is noted changes nothing.
     """
 
     def __init__(self, *, fixed: bool = False) -> None:
@@ -28,7 +29,8 @@ class DraftTimes:
             return
         in_passes = sum(passed.seconds for passed in passes)
         shares = sum(passed.seconds / passed.rows for passed in passes)
-        beside = max(0.0, elapsed_s - in_passes) / max(passed.rows for passed in passes)
+        beside = min(in_passes, max(0.0, elapsed_s - in_passes))
+        beside /= max(passed.rows for passed in passes)
         self._costs.setdefault(asked, deque(maxlen=_KEPT)).append(shares + beside)
 
     def costs(self) -> DraftCosts:

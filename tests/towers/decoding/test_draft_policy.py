@@ -85,6 +85,16 @@ def test_the_denoiser_drafts_where_it_pays() -> None:
     assert policy.choose(0, 15, DEAR) == STEP
 
 
+def test_a_whole_block_is_asked_for_as_soon_as_a_pass_of_the_denoiser_is_known_to_be_cheap() -> (
+    None
+):
+    params = replace(VERIFIED, mode="auto", quality="fast").resolved()
+    policy = policy_with(times_of(1.0, 1.2), params)
+    assert policy.choose(0, 15, DraftCosts()).asks != "whole"
+    assert policy.choose(0, 15, DraftCosts(checked=0.1)).asks == "whole"
+    assert policy.choose(0, 15, DraftCosts(checked=1.5)).asks != "whole"
+
+
 def test_a_denoiser_whose_drafts_fail_is_left_though_it_costs_little() -> None:
     policy = policy_with(times_of(1.0, 1.2))
     for _ in range(20):
@@ -117,9 +127,15 @@ def test_a_row_starts_from_what_other_rows_have_shown() -> None:
 
 
 def test_the_denoiser_is_tried_now_and_then() -> None:
-    policy = policy_with(times_of(1.0, 1.2))
-    rounds = [policy.choose(0, 15, DEAR) for _ in range(1000)]
-    assert 1 <= sum(chosen.asks == "checked" for chosen in rounds) <= 10
+    def tries(costs: DraftCosts) -> int:
+        policy, count = policy_with(times_of(1.0, 1.2)), 0
+        for _ in range(1000):
+            count += policy.choose(0, 15, costs).asks == "checked"
+            policy.learn(0, 0, 0)
+        return count
+
+    # In a hundredth of 1000 s, each with its check of 1.2 s.
+    assert [tries(DraftCosts(seconds)) for seconds in (3.0, 7.0, 50.0)] == [2, 1, 0]
     alone = policy_with(times_of(1.0, 1.2), with_denoiser=False)
     assert {alone.choose(0, 15, FREE) for _ in range(1000)} == {STEP}
 
