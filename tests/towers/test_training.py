@@ -16,7 +16,7 @@ from torch.autograd import gradcheck
 
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.training import SHIPPED_CONFIG, TrainingOptions, train
-from twotower.towers.training.batches import BatchShape, draw_masks, draw_sequences
+from twotower.towers.training.batches import BatchShape, MaskRule, draw_masks, draw_sequences
 from twotower.towers.training.corpus import TokenArray, encode_files, is_held_out, read_corpus
 from twotower.towers.training.export import export_model, load_for_training
 from twotower.towers.training.loop import Budget, Phase, Progress, rate_factor
@@ -179,7 +179,7 @@ def test_blocks_side_by_side_equal_one_after_the_other() -> None:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(4, TINY.vocab_size, (3, 40), generator=generator)
     blocks = tokens.view(3, 5, 8)[:, 1:]
-    masks = draw_masks(3, 4, 8, 0.5, generator)
+    masks = draw_masks(3, 4, 8, MaskRule(0.5), generator)
     noisy = blocks.masked_fill(masks.masked, TINY.mask_token_id)
     _, memory = context_hidden(params, TINY, tokens, 8)
     starts = torch.arange(8, 40, 8)
@@ -266,13 +266,13 @@ def test_denoiser_starts_as_the_plain_tower_at_any_timestep() -> None:
 
 def test_masks_match_their_timesteps_and_suffix_share() -> None:
     generator = torch.Generator().manual_seed(5)
-    masks = draw_masks(64, 15, 16, 1.0, generator)
+    masks = draw_masks(64, 15, 16, MaskRule(1.0), generator)
     counts = masks.masked.sum(-1)
     assert torch.equal(counts / 16, masks.timesteps)
     assert set(counts.flatten().tolist()) == set(range(1, 17))
     # A suffix has no unmasked position after a masked one.
     assert not (masks.masked[..., :-1] & ~masks.masked[..., 1:]).any()
-    scattered = draw_masks(64, 15, 16, 0.0, generator).masked
+    scattered = draw_masks(64, 15, 16, MaskRule(0.0), generator).masked
     assert (scattered[..., :-1] & ~scattered[..., 1:]).any()
 
 
