@@ -5,6 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+# Of the denoiser that was trained on; see `twotower train --help` for what each figure sets.
+_TRAINED_ON = """
+Then the denoiser alone was **trained on for verified decoding** ({processor}; {threads} threads,
+{dtype}), at {rate:g} of the rates with a warm-up and decay of their own. {share:.0%} of its rows
+were {rows} texts of the context tower, {block_share:.0%} were corpus text with a block of the
+tower's own at each of {contexts} x {blocks} borders: near to a corpus its text does not yet repeat
+itself. In these rows {draft:.0%} of the blocks were masked as a draft is, whole or all but the
+first token, and where the masks were the end of a block, each position weighed {decay:g} of the one
+before, since a draft's token counts only if all before it were accepted.
+"""
+
 Sample = tuple[str, str, str, str]
 
 _CARD = """\
@@ -54,7 +65,7 @@ t = n/16, which are the values that decoding uses; {suffix:.0%} of the blocks ha
 positions masked, the others random ones. In the second half of its time, half of its rows were
 {own_rows} texts of {own_length} tokens **written by the context tower itself** from corpus prompts
 (temperature 0, 0.5 and 0.8): this makes it commit more tokens per call.
-
+{trained_on}
 ## Loss on held-out files
 
 Nats per token, fp32, weights as shipped, {loss_tokens} tokens in sequences of {length}.
@@ -102,6 +113,7 @@ library, which is under the PSF licence, may come back word for word.
 
 def card(record: dict[str, Any], figures: dict[str, Any], samples: Sequence[Sample]) -> str:
     """The card in Markdown, from training.json, the measured figures and sample texts."""
+    last, record = record, record.get("start") or record
     corpus, losses, config = record["corpus"], figures["losses"], figures["config"]
     return _CARD.format(
         parameters=f"{losses['parameters'] / 1e6:.2f} M",
@@ -116,7 +128,8 @@ def card(record: dict[str, Any], figures: dict[str, Any], samples: Sequence[Samp
         train_tokens=corpus["train_tokens"] / 1e6,
         held_out_files=corpus["held_out_files"],
         held_out_tokens=corpus["held_out_tokens"] / 1e6,
-        training_rows=_training_rows(record["phases"]),
+        training_rows=_training_rows(record, last),
+        trained_on=_trained_on(last) if "start" in last else "",
         processor=record["machine"]["processor"],
         threads=record["machine"]["threads"],
         dtype=record["machine"]["dtype"],
@@ -140,9 +153,31 @@ def card(record: dict[str, Any], figures: dict[str, Any], samples: Sequence[Samp
     )
 
 
-def _training_rows(phases: dict[str, Any]) -> str:
+def _trained_on(record: dict[str, Any]) -> str:
+    """The paragraph on a run that started from a trained model."""
+    own, machine, batch = record["own_text"], record["machine"], record["batch"]
+    return _TRAINED_ON.format(
+        processor=machine["processor"],
+        threads=machine["threads"],
+        dtype=machine["dtype"],
+        rate=record["rate"],
+        share=int(batch["rows"] * own["share"]) / batch["rows"],
+        rows=own["rows"],
+        block_share=int(batch["rows"] * own["own_block_share"]) / batch["rows"],
+        contexts=own["rows_with_own_blocks"],
+        blocks=batch["length"] // 16 - 1,
+        draft=record["draft_share"],
+        decay=record["position_decay"],
+    )
+
+
+def _training_rows(first: dict[str, Any], last: dict[str, Any]) -> str:
+    """A row for each phase of the first run, and of the last if it went on from there."""
     rows = ["| tower | steps | tokens | minutes | tokens/s |", "|---|---|---|---|---|"]
-    for name, phase in phases.items():
+    phases = list(first["phases"].items())
+    if last is not first:
+        phases += [(f"{name}, trained on", phase) for name, phase in last["phases"].items()]
+    for name, phase in phases:
         rows.append(
             f"| {name} | {phase['steps']} | {phase['tokens'] / 1e6:.1f} M "
             f"| {phase['seconds'] / 60:.0f} | {phase['tokens_per_second']:.0f} |"

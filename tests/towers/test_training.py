@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +18,19 @@ from torch.autograd import gradcheck
 
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.training import SHIPPED_CONFIG, TrainingOptions, train
-from twotower.towers.training.batches import BatchShape, draw_masks, draw_sequences
+from twotower.towers.training.batches import BatchShape, MaskRule, draw_masks, draw_sequences
 from twotower.towers.training.corpus import TokenArray, encode_files, is_held_out, read_corpus
 from twotower.towers.training.export import export_model, load_for_training
 from twotower.towers.training.loop import Budget, Phase, Progress, rate_factor
-from twotower.towers.training.losses import Objective, context_loss, held_out_context
+from twotower.towers.training.losses import (
+    Objective,
+    context_loss,
+    denoiser_loss,
+    held_out_context,
+)
 from twotower.towers.training.model import Loads, context_hidden, denoiser_hidden
 from twotower.towers.training.optimizer import OptimizerSettings, newton_schulz
-from twotower.towers.training.own_text import draw_tokens, write_own_text
+from twotower.towers.training.own_text import draw_tokens, write_own_blocks, write_own_text
 from twotower.towers.training.parameters import (
     CONTEXT_HEAD,
     DENOISER_HEAD,
@@ -179,7 +186,7 @@ def test_blocks_side_by_side_equal_one_after_the_other() -> None:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(4, TINY.vocab_size, (3, 40), generator=generator)
     blocks = tokens.view(3, 5, 8)[:, 1:]
-    masks = draw_masks(3, 4, 8, 0.5, generator)
+    masks = draw_masks(3, 4, 8, MaskRule(0.5), generator)
     noisy = blocks.masked_fill(masks.masked, TINY.mask_token_id)
     _, memory = context_hidden(params, TINY, tokens, 8)
     starts = torch.arange(8, 40, 8)
@@ -266,14 +273,61 @@ def test_denoiser_starts_as_the_plain_tower_at_any_timestep() -> None:
 
 def test_masks_match_their_timesteps_and_suffix_share() -> None:
     generator = torch.Generator().manual_seed(5)
-    masks = draw_masks(64, 15, 16, 1.0, generator)
+    masks = draw_masks(64, 15, 16, MaskRule(1.0), generator)
     counts = masks.masked.sum(-1)
     assert torch.equal(counts / 16, masks.timesteps)
     assert set(counts.flatten().tolist()) == set(range(1, 17))
     # A suffix has no unmasked position after a masked one.
     assert not (masks.masked[..., :-1] & ~masks.masked[..., 1:]).any()
-    scattered = draw_masks(64, 15, 16, 0.0, generator).masked
+    scattered = draw_masks(64, 15, 16, MaskRule(0.0), generator).masked
     assert (scattered[..., :-1] & ~scattered[..., 1:]).any()
+
+
+def test_a_draft_masks_all_or_all_but_the_first_and_weighs_less_to_its_end() -> None:
+    generator = torch.Generator().manual_seed(5)
+    masks = draw_masks(64, 15, 16, MaskRule(0.0, draft_share=1.0, position_decay=0.5), generator)
+    counts = masks.masked.sum(-1)
+    assert set(counts.flatten().tolist()) == {15, 16}
+    assert 0.2 < (counts == 16).float().mean() < 0.3
+    assert masks.masked[..., 1:].all()
+    assert torch.equal(masks.timesteps, counts / 16)
+    # The first masked position has weight 1, whichever it is, and each later one half as much.
+    expected = 0.5 ** (torch.arange(16) - (16 - counts[..., None]))
+    assert torch.equal(masks.weights[masks.masked], expected.expand_as(masks.weights)[masks.masked])
+    scattered = draw_masks(64, 15, 16, MaskRule(0.0, position_decay=0.5), generator)
+    assert torch.equal(scattered.weights, torch.ones(64, 15, 16))
+
+
+def test_loss_is_the_weighted_mean_over_masked_positions_and_own_blocks() -> None:
+    params, objective = random_parameters(), Objective(TINY, TINY_SHAPE)
+    generator = torch.Generator().manual_seed(10)
+    tokens = torch.randint(4, TINY.vocab_size, (2, 32), generator=generator)
+    own = torch.randint(4, TINY.vocab_size, (1, 3, 8), generator=generator)
+    masks = draw_masks(2, 3, 8, MaskRule(1.0, 0.5, position_decay=0.7), generator)
+    loss = denoiser_loss(objective, params, params, tokens, masks, own_blocks=own)
+    blocks = torch.cat([tokens[:1].view(1, 4, 8)[:, 1:], own])
+    _, memory = context_hidden(params, TINY, tokens, 8)
+    noisy = blocks.masked_fill(masks.masked, TINY.mask_token_id)
+    hidden = denoiser_hidden(
+        params, TINY, noisy, masks.timesteps, memory.from_block(1), torch.tensor([8, 16, 24])
+    )
+    log_probs = F.linear(hidden, params[DENOISER_HEAD]).log_softmax(-1)
+    chosen = log_probs.gather(-1, blocks[..., None])[..., 0]
+    weights = masks.weights * masks.masked
+    torch.testing.assert_close(loss, -(weights * chosen).sum() / weights.sum())
+
+
+def test_own_blocks_continue_the_tokens_before_them_greedily() -> None:
+    params = random_parameters(6)
+    generator = torch.Generator().manual_seed(6)
+    tokens = torch.randint(4, TINY.vocab_size, (3, 24), generator=generator)
+    blocks = write_own_blocks(params, TINY, tokens, 8, torch.zeros(3), generator)
+    assert blocks.shape == (3, 2, 8)
+    for block in range(2):
+        prompts = tokens[:, : 8 * (block + 1)]
+        length = prompts.shape[1] + 8
+        alone = write_own_text(params, TINY, prompts, length, 8, torch.zeros(3), generator)
+        assert torch.equal(blocks[:, block], alone[:, -8:])
 
 
 def test_own_text_is_the_greedy_continuation() -> None:
@@ -422,6 +476,88 @@ def test_whole_run_exports_a_readable_model(
     assert names == set(split_experts(params))
     assert tokenizer.decode(tokenizer.encode(TEXTS[1]).ids) == TEXTS[1]
     assert any(line.startswith("denoiser step 4") for line in lines)
+
+
+def tiny_run(corpus: Path, folder: Path, **changes: Any) -> Path:
+    """Trains a tiny model in a few steps; its export lies in `folder`."""
+    settings: dict[str, Any] = {
+        "out_dir": folder / "model",
+        "work_dir": folder / "work",
+        "own_text_minutes": 0.0,
+        "denoiser_steps": 3,
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "corpus": corpus,
+        "shape": TINY_SHAPE,
+        "own_text_prompt": 8,
+        "own_text_rows": 4,
+        "held_out_batches": 1,
+        "touch_bytes": 0,
+    }
+    return train(TrainingOptions(**{**settings, **changes}), lambda _: None)
+
+
+def test_a_model_is_trained_on_with_its_context_tower_as_it_was(
+    corpus: Path, tmp_path: Path
+) -> None:
+    first = tiny_run(corpus, tmp_path / "first", context_steps=2, config=TINY)
+    second = tiny_run(
+        corpus,
+        tmp_path / "second",
+        context_minutes=0.0,
+        start_from=first,
+        rate=0.5,
+        own_text_from=0.0,
+        own_text_share=0.25,
+        own_block_share=0.25,
+        draft_share=0.5,
+        position_decay=0.8,
+    )
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert DENOISER_HEAD in changed
+    assert not [name for name in changed if name.startswith("context_")]
+    for name in ("config.json", "tokenizer.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    records = [json.loads((folder / "training.json").read_text()) for folder in (first, second)]
+    assert records[1]["start"] == records[0]
+    assert set(records[1]["phases"]) == {"denoiser"}
+    assert records[1]["own_text"]["rows"] == 4
+    assert records[1]["own_text"]["rows_with_own_blocks"] == 4
+
+
+def test_own_blocks_alone_can_fill_a_batch(corpus: Path, tmp_path: Path) -> None:
+    folder = tiny_run(
+        corpus,
+        tmp_path,
+        context_steps=1,
+        config=TINY,
+        own_text_from=0.0,
+        own_text_share=0.0,
+        own_block_share=1.0,
+    )
+    own = json.loads((folder / "training.json").read_text())["own_text"]
+    assert (own["rows"], own["rows_with_own_blocks"]) == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("suffix_share", 1.5),
+        ("draft_share", -0.1),
+        ("position_decay", 1.5),
+        ("own_text_from", float("nan")),
+        ("rate", 11.0),
+    ],
+)
+def test_shares_and_rates_have_limits(field: str, value: float, tmp_path: Path) -> None:
+    changed: dict[str, Any] = {field: value}
+    with pytest.raises(ValueError, match=f"{field}: got"):
+        TrainingOptions(out_dir=tmp_path, work_dir=tmp_path, **changed)
+
+
+def test_a_phase_without_time_trains_nothing() -> None:
+    assert Budget().progress(0, 0.0) == 1.0
 
 
 def test_too_large_a_model_is_refused(

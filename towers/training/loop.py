@@ -32,14 +32,17 @@ LossFunction = Callable[[Parameters, float, Loads], Tensor]
 
 @dataclass(frozen=True)
 class Budget:
-    """Length of a phase: `minutes` of wall-clock time, or `steps` if they are given."""
+    """Length of a phase: `minutes` of wall-clock time, or `steps` if they are given; without
+    either nothing is trained."""
 
     minutes: float = 0.0
     steps: int | None = None
 
     def progress(self, step: int, seconds: float) -> float:
         """Share of the budget that is spent, in [0, 1]."""
-        spent = step / self.steps if self.steps else seconds / max(self.minutes * 60, 1e-9)
+        if not self.steps and not self.minutes:
+            return 1.0
+        spent = step / self.steps if self.steps else seconds / (self.minutes * 60)
         return min(1.0, spent)
 
 

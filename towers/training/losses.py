@@ -13,6 +13,7 @@ from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.training.batches import (
     BatchShape,
     MaskedBlocks,
+    MaskRule,
     draw_masks,
     draw_sequences,
     fixed_masks,
@@ -23,6 +24,8 @@ from twotower.towers.training.operators import PLAIN, Operators
 from twotower.towers.training.parameters import CONTEXT_HEAD, DENOISER_HEAD
 
 HELD_OUT_SEED = 20240607
+# Held-out losses are over random masks, whatever the training is over.
+SCATTERED = MaskRule(suffix_share=0.0)
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,21 @@ def denoiser_loss(
     tokens: Tensor,
     masks: MaskedBlocks,
     loads: Loads | None = None,
+    own_blocks: Tensor | None = None,
 ) -> Tensor:
-    """Mean loss in nats over the masked positions of all blocks but the first of `tokens` [R, T].
+    """Mean loss in nats over the masked positions of all blocks but the first of `tokens` [R, T],
+    weighted as `masks` says.
 
     The first block has no context, which never happens in decoding; `masks` covers the others.
+    `own_blocks` [R', m, L] take the place of the blocks of the last R' rows, as other
+    continuations of the same contexts.
     """
     size = objective.shape.block_size
     with torch.no_grad():
         _, memory = context_hidden(context, objective.config, tokens, size, objective.operators)
     blocks = tokens.view(len(tokens), -1, size)[:, 1:]
+    if own_blocks is not None:
+        blocks = torch.cat([blocks[: len(blocks) - len(own_blocks)], own_blocks])
     hidden = denoiser_hidden(
         params,
         objective.config,
@@ -78,7 +87,8 @@ def denoiser_loss(
     )
     # Logits of masked positions only, which halves the cost of the head.
     logits = F.linear(hidden[masks.masked], params[DENOISER_HEAD])
-    return objective.operators.cross_entropy(logits, blocks[masks.masked])
+    weights = masks.weights[masks.masked]
+    return objective.operators.cross_entropy(logits, blocks[masks.masked], weights)
 
 
 @torch.no_grad()
@@ -116,7 +126,7 @@ def held_out_denoiser(
     for _ in range(batches):
         tokens = draw_sequences(stream, shape.rows, shape.length + 1, generator)[:, :-1]
         if masked_count is None:
-            masks = draw_masks(shape.rows, blocks, shape.block_size, 0.0, drawn)
+            masks = draw_masks(shape.rows, blocks, shape.block_size, SCATTERED, drawn)
         else:
             masks = fixed_masks(shape.rows, blocks, shape.block_size, masked_count, drawn)
         total += denoiser_loss(objective, context, params, tokens, masks).item()

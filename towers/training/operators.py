@@ -109,9 +109,13 @@ def block_attention(
     return out.view(rows, kv, blocks, group, length, size).permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean negative log-likelihood in nats, fp32, of `targets` [N] under `logits` [N, V]."""
-    return F.cross_entropy(logits.float(), targets)
+def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean negative log-likelihood in nats, fp32, of `targets` [N] under `logits` [N, V], weighted
+    by `weights` [N] if there are any."""
+    if weights is None:
+        return F.cross_entropy(logits.float(), targets)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    return (losses * weights).sum() / weights.sum()
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class Operators:
     mamba_inner: Callable[..., tuple[Tensor, Tensor]] = mamba_inner
     causal_attention: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention
     block_attention: Callable[..., Tensor] = block_attention
-    cross_entropy: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+    cross_entropy: Callable[..., Tensor] = cross_entropy
 
 
 PLAIN = Operators()

@@ -7,7 +7,7 @@ iterations (Jordan et al., 2024), so that all directions of a weight move equall
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,15 @@ class OptimizerSettings:
     iterations: int = 5
     betas: tuple[float, float] = (0.9, 0.98)
     epsilon: float = 1e-10
+
+    def scaled(self, factor: float) -> OptimizerSettings:
+        """The same with all three rates times `factor`."""
+        return replace(
+            self,
+            muon_rate=self.muon_rate * factor,
+            adam_rate=self.adam_rate * factor,
+            embedding_rate=self.embedding_rate * factor,
+        )
 
 
 class Optimizer:

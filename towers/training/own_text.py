@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from twotower.towers.config.model_config import ATTENTION, MAMBA, TwoTowerConfig
-from twotower.towers.training.model import TowerView, context_hidden
+from twotower.towers.training.model import ContextMemory, TowerView, context_hidden
 from twotower.towers.training.operators import PLAIN
 from twotower.towers.training.parameters import CONTEXT, CONTEXT_HEAD
 
@@ -22,13 +22,20 @@ from twotower.towers.training.parameters import CONTEXT, CONTEXT_HEAD
 @dataclass
 class _State:
     """The context tower's state of R rows, by layer: `ssm` [R, heads, N, P] fp32, `tails` (raw conv
-    inputs) [R, K-1, Cd], `keys` and `values` [R, T, kv, hd], of which the first `used` are set."""
+    inputs) [R, K-1, Cd], `keys` and `values` [R, T, kv, hd], of which the first `used` of `length`
+    are set."""
 
     ssm: dict[int, Tensor]
     tails: dict[int, Tensor]
     keys: dict[int, Tensor]
     values: dict[int, Tensor]
     used: int
+    length: int
+
+    @property
+    def room(self) -> int:
+        """The number of tokens that can still be written."""
+        return self.length - self.used
 
 
 @torch.no_grad()
@@ -46,39 +53,69 @@ def write_own_text(
     `temperatures` [R] are per row; 0 takes the likeliest token.
     """
     start = prompts.shape[1]
-    tokens = torch.zeros(prompts.shape[0], length, dtype=torch.int64)
-    tokens[:, :start] = prompts
-    hidden, state = _prefill(params, config, prompts, length, block_size)
-    for position in range(start, length):
-        logits = F.linear(hidden, params[CONTEXT_HEAD]).float()
-        tokens[:, position] = draw_tokens(logits, temperatures, generator)
-        if position + 1 < length:
-            hidden = _step(params, config, tokens[:, position], state)
-    return tokens
-
-
-def _prefill(
-    params: Mapping[str, Tensor],
-    config: TwoTowerConfig,
-    prompts: Tensor,
-    length: int,
-    block_size: int,
-) -> tuple[Tensor, _State]:
-    """Hidden [R, H] of the last prompt token, and the state after it with room for `length`
-    tokens."""
-    start = prompts.shape[1]
     # The memory holds states before each block: with one more block also those after the prompt.
     extended = F.pad(prompts, (0, block_size))
     hidden, memory = context_hidden(params, config, extended, block_size)
-    after = start // block_size
-    state = _State(
-        {layer: border[:, after].float() for layer, border in memory.borders.items()},
-        {layer: tail[:, after] for layer, tail in memory.tails.items()},
-        _extended(memory.keys, start, length),
-        _extended(memory.values, start, length),
-        start,
+    state = _state_before(memory, start // block_size, start, length)
+    written = _continue(params, config, hidden[:, start - 1], state, temperatures, generator)
+    return torch.cat([prompts, written], dim=1)
+
+
+@torch.no_grad()
+def write_own_blocks(
+    params: Mapping[str, Tensor],
+    config: TwoTowerConfig,
+    tokens: Tensor,
+    block_size: int,
+    temperatures: Tensor,
+    generator: Generator,
+) -> Tensor:
+    """The tower's own blocks [R, m, L] in place of all blocks but the first of `tokens` int64
+    [R, T]: each continues the tokens before it, whatever follows them in `tokens`.
+
+    Greedy text soon repeats itself; so near to a corpus it does not yet. `temperatures` [R] are per
+    row.
+    """
+    hidden, memory = context_hidden(params, config, tokens, block_size)
+    blocks = []
+    for block, start in enumerate(range(block_size, tokens.shape[1], block_size), 1):
+        state = _state_before(memory, block, start, start + block_size)
+        last = hidden[:, start - 1]
+        blocks.append(_continue(params, config, last, state, temperatures, generator))
+    return torch.stack(blocks, dim=1)
+
+
+def _continue(
+    params: Mapping[str, Tensor],
+    config: TwoTowerConfig,
+    hidden: Tensor,
+    state: _State,
+    temperatures: Tensor,
+    generator: Generator,
+) -> Tensor:
+    """Tokens [R, n] that fill the room which `state` has left; `hidden` [R, H] is that of the last
+    token before them."""
+    tokens = []
+    for _ in range(state.room):
+        logits = F.linear(hidden, params[CONTEXT_HEAD]).float()
+        tokens.append(draw_tokens(logits, temperatures, generator))
+        if state.room > 1:
+            hidden = _step(params, config, tokens[-1], state)
+    return torch.stack(tokens, dim=1)
+
+
+def _state_before(memory: ContextMemory, block: int, used: int, length: int) -> _State:
+    """A copy of the state before block number `block`, after `used` tokens, with room for `length`
+    tokens in all."""
+    return _State(
+        # A copy, since steps change it in place.
+        {layer: border[:, block].float().clone() for layer, border in memory.borders.items()},
+        {layer: tail[:, block] for layer, tail in memory.tails.items()},
+        _extended(memory.keys, used, length),
+        _extended(memory.values, used, length),
+        used,
+        length,
     )
-    return hidden[:, start - 1], state
 
 
 def _extended(cached: dict[int, Tensor], used: int, length: int) -> dict[int, Tensor]:

@@ -169,8 +169,28 @@ def train(
         typer.Option(help="float32 or bfloat16; what this processor multiplies faster."),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(help="Folder of an exported model to train on; a tower without time stays."),
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Factor of the learning rates.")] = 1.0,
+    own_text_from: Annotated[
+        float, typer.Option(help="Share of the denoiser's time after which own text begins.")
+    ] = 0.5,
+    own_text_share: Annotated[
+        float, typer.Option(help="Then the share of rows that the context tower wrote.")
+    ] = 0.5,
+    own_block_share: Annotated[
+        float, typer.Option(help="And of corpus rows with blocks that it wrote.")
+    ] = 0.0,
+    draft_share: Annotated[
+        float, typer.Option(help="Share of these rows' blocks masked as a draft of verified mode.")
+    ] = 0.0,
+    position_decay: Annotated[
+        float, typer.Option(help="Weight of each position there over that of the one before.")
+    ] = 1.0,
 ) -> None:
-    """Train a small two-tower model from source code, as the shipped one was."""
+    """Train a small two-tower model from source code, as the shipped one was, or train it on."""
     settings: dict[str, Any] = {
         "out_dir": out_dir,
         "work_dir": work_dir,
@@ -182,6 +202,13 @@ def train(
         "threads": threads,
         "seed": seed,
         "resume": resume,
+        "start_from": start_from,
+        "rate": rate,
+        "own_text_from": own_text_from,
+        "own_text_share": own_text_share,
+        "own_block_share": own_block_share,
+        "draft_share": draft_share,
+        "position_decay": position_decay,
     }
     if dtype is not None:
         settings["dtype"] = dtype
