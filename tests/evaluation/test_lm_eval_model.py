@@ -107,10 +107,11 @@ def test_a_rolling_text_is_scored_in_windows(
 
 @pytest.mark.parametrize("mode", ["mask_diffusion", "ar", "verified", "mock_ar"])
 def test_texts_are_those_of_the_api(make: Any, shipped: TwoTower, mode: Any) -> None:
-    lm = make(mode=mode, block_size=8)
+    how: dict[str, Any] = {"mode": mode, "block_size": 8, "draft_source": "denoiser"}
+    lm = make(**how)
     found = texts(lm, [(context, GREEDY) for context in CONTEXTS])
     eos = shipped.config.eos_token_id
-    settings: dict[str, Any] = {"mode": mode, "block_size": 8, "max_tokens": 12, "stop": ["\n"]}
+    settings: dict[str, Any] = {**how, "max_tokens": 12, "stop": ["\n"]}
     results = shipped.generate(CONTEXTS, eos_token_id=eos, **settings)
     assert found == [result.text for result in results]
     assert lm.spent.completions == len(CONTEXTS)

@@ -46,7 +46,7 @@ def joined(chunks: list[dict[str, Any]], index: int) -> dict[str, Any]:
     [
         {},
         {"mode": "ar", "temperature": 0.9, "top_p": 0.8},
-        {"mode": "verified", "draft_steps": 2},
+        {"mode": "verified", "draft_steps": 2, "draft_source": "denoiser"},
         {"mode": "mock_ar"},
         {"temperature": 1.0, "confidence_threshold": 0.02, "steps_per_block": 5, "block_size": 8},
         {"mode": "ar", "frequency_penalty": 1.5, "presence_penalty": 0.5, "logit_bias": {"80": 9}},
@@ -88,6 +88,7 @@ async def test_a_stream_gives_what_an_answer_gives(front: FrontHere, mode: str) 
         "seed": 3,
         "temperature": 0.9,
         "mode": mode,
+        "draft_source": "denoiser",
         "max_tokens": 19,
         "logprobs": 2,
         "echo": True,

@@ -139,7 +139,7 @@ async def test_closing_a_stream_frees_its_row(pair: TowerPair, params: Generatio
 
 @pytest.mark.parametrize("params", [DIFFUSION, MODES[3]], ids=["mask_diffusion", "verified"])
 async def test_a_pair_hands_drafts_on(pair: TowerPair, params: GenerationParams) -> None:
-    params = replace(params, max_tokens=16, draft_steps=4)
+    params = replace(params, max_tokens=16, draft_steps=4, draft_source="denoiser")
     asked = replace(params, provisional=True)
     items = [item async for item in pair.generate(job(0, PROMPTS[0], asked))]
     blocks = [item for item in items if isinstance(item, Block)]
