@@ -7,15 +7,16 @@ from typing import Any
 
 # Of the denoiser that was trained on; see `twotower train --help` for what each figure sets.
 _TRAINED_ON = """
-Then the denoiser alone was **trained on for verified decoding** ({processor}; {threads} threads,
-{dtype}), at {rate:g} of the rates with a warm-up and decay of their own. {share:.0%} of its rows
-were {rows} texts of the context tower, {block_share:.0%} were corpus text with a block of the
-tower's own at each of {contexts} x {blocks} borders: near to a corpus its text does not yet repeat
-itself. In these rows {draft:.0%} of the blocks were masked as a draft is, whole or all but the
-first token, and where the masks were the end of a block, each position weighed {decay:g} of the one
-before, since a draft's token counts only if all before it were accepted.
+Then the denoiser alone was **trained on for verified decoding** (threads: {threads}, {dtype},
+{processor}), at {rate:g} of the rates with a warm-up and decay of their own. {share:.0%} of its
+rows were {rows} texts of the context tower; {block_share:.0%} were corpus text with a block written
+by the tower at each of {contexts} x {blocks} borders, since so near to a corpus its text does not
+yet repeat itself. In these rows {draft:.0%} of the blocks were masked as a draft is, whole or all
+but the first token; and where the masks were the end of a block, each position weighed {decay:g} of
+the one before, since a draft's token counts only if all before it were accepted.
 """
 
+BLOCK = 16
 Sample = tuple[str, str, str, str]
 
 _CARD = """\
@@ -165,7 +166,7 @@ def _trained_on(record: dict[str, Any]) -> str:
         rows=own["rows"],
         block_share=int(batch["rows"] * own["own_block_share"]) / batch["rows"],
         contexts=own["rows_with_own_blocks"],
-        blocks=batch["length"] // 16 - 1,
+        blocks=batch["length"] // BLOCK - 1,
         draft=record["draft_share"],
         decay=record["position_decay"],
     )

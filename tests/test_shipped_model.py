@@ -27,6 +27,17 @@ def test_it_fits_the_package_and_has_a_card() -> None:
     assert "tokens per denoiser call" in (SHIPPED_MODEL / "README.md").read_text()
 
 
+def test_its_card_lists_every_phase_of_its_training() -> None:
+    record = json.loads((SHIPPED_MODEL / "training.json").read_text(encoding="utf-8"))
+    lines = (SHIPPED_MODEL / "README.md").read_text(encoding="utf-8").splitlines()
+    runs = [record["start"]["phases"], record["phases"]]
+    phases = [phase for run in runs for phase in run.items()]
+    assert [name for name, _ in phases] == ["context", "denoiser", "denoiser"]
+    for name, phase in phases:
+        shown = f" | {phase['steps']} | {phase['tokens'] / 1e6:.1f} M | "
+        assert any(line.startswith(f"| {name}") and shown in line for line in lines), name
+
+
 def test_transformers_is_told_of_its_special_tokens(model: TwoTower) -> None:
     told = json.loads((SHIPPED_MODEL / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert told == tokenizer_config(model.config.max_position_embeddings)

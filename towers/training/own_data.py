@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from twotower.towers.training.options import TrainingOptions
 from twotower.towers.training.own_text import write_own_blocks, write_own_text
 from twotower.towers.training.parameters import Parameters
 
+# In turn over the rows of a batch. Of own blocks half are greedy: greedy drafts are the longest.
 OWN_TEXT_TEMPERATURES = (0.0, 0.5, 0.8)
+OWN_BLOCK_TEMPERATURES = (0.0, 0.0, 0.5, 0.8)
 # Rows whose own blocks are written at a time: each needs the states at all of its borders.
 _BLOCK_ROWS = 64
 
@@ -106,7 +108,7 @@ def _write_rows(
         prompts,
         shape.length,
         shape.block_size,
-        _temperatures(rows),
+        _in_turn(OWN_TEXT_TEMPERATURES, rows),
         generator,
     )
     return written.numpy().astype(np.uint16)
@@ -118,15 +120,16 @@ def _write_blocks(
     """A batch of contexts [M, T] from the stream, and the context tower's blocks [M, m, L]."""
     rows, shape = min(_BLOCK_ROWS, options.own_text_rows), options.shape
     contexts = draw_sequences(stream, rows, shape.length, generator)
+    temperatures = _in_turn(OWN_BLOCK_TEMPERATURES, rows)
     blocks = write_own_blocks(
-        frozen, options.config, contexts, shape.block_size, _temperatures(rows), generator
+        frozen, options.config, contexts, shape.block_size, temperatures, generator
     )
     return contexts.numpy().astype(np.uint16), blocks.numpy().astype(np.uint16)
 
 
-def _temperatures(rows: int) -> Tensor:
-    """Temperatures [rows] in turn, fp32."""
-    return torch.tensor(OWN_TEXT_TEMPERATURES).repeat(rows)[:rows]
+def _in_turn(temperatures: Sequence[float], rows: int) -> Tensor:
+    """The temperatures again and again, fp32 [rows]."""
+    return torch.tensor(temperatures).repeat(rows)[:rows]
 
 
 def draw_batch(
