@@ -123,7 +123,8 @@ def test_a_call_has_its_clients_name_and_trace(service: LocalService) -> None:
 def test_rows_of_all_modes_at_once_get_what_each_gets_alone(
     service: LocalService, tiny_text: Path
 ) -> None:
-    """Modes, lengths, seeds and temperatures mixed, with bits compared: floats too."""
+    """Modes, lengths, seeds and temperatures mixed, with bits compared: floats too. A policy's
+    rounds would follow the pace of the machine, and so would last bits."""
     asked: list[tuple[list[int], dict[str, object]]] = [
         (list(range(10, 10 + length)), {"mode": mode, "temperature": heat, "seed": seed})
         for seed, (mode, length, heat) in enumerate(
@@ -138,7 +139,7 @@ def test_rows_of_all_modes_at_once_get_what_each_gets_alone(
         )
     ]
     model = TwoTower.from_pretrained(tiny_text)
-    limits: dict[str, object] = {"max_tokens": 30, "block_size": 8}
+    limits: dict[str, object] = {"max_tokens": 30, "block_size": 8, "draft_source": "denoiser"}
 
     def ask(
         request: tuple[list[int], dict[str, object]],

@@ -49,7 +49,8 @@ def test_a_service_gives_the_figures_of_a_model_in_process(
     lm_eval: Any, service: LocalService, task_folder: Path, mode: str
 ) -> None:
     assert lm_eval is not None
-    settings = ("--mode", mode, "--param", "block_size=8", "--param", "temperature=0")
+    params = ("block_size=8", "temperature=0", "draft_source=denoiser")
+    settings = ("--mode", mode, *(part for one in params for part in ("--param", one)))
     here = results(task_folder, "here", *settings)
     there = results(task_folder, "there", "--target", service.address, *settings)
     for task in TASKS:
