@@ -218,8 +218,10 @@ class LearningPolicy:
         return _joined(self._own.rates[place], self._all.rates[place])
 
     def _drafted(self, asks: NextDraft) -> float:
-        """Tokens that a draft of the denoiser is expected to give."""
-        return 1.0 + _joined(self._own.accepted[asks], self._all.accepted[asks])
+        """Tokens that a draft of the denoiser is expected to give; rows with longer blocks may have
+        shown more than one of this row has."""
+        accepted = _joined(self._own.accepted[asks], self._all.accepted[asks])
+        return 1.0 + min(accepted, self._block - 1.0)
 
     def _draft_cost(self, asks: NextDraft, costs: DraftCosts) -> float:
         """Seconds of a draft and its check. Where no draft of the kind has been timed, a pass of

@@ -177,3 +177,18 @@ def test_where_tokens_depend_on_drafts_they_alone_choose() -> None:
     assert {chosen.count for chosen in drafts[3:]} == {7}
     alone = policy_with(times_of(1.0, 1.2), params, with_denoiser=False)
     assert alone.choose(0, 15, FREE) == STEP
+
+
+def test_a_short_block_is_not_taken_for_a_long_one() -> None:
+    times, experience = times_of(1.0, 1.2), DraftExperience()
+    long = policy_of(VERIFIED, times, experience, with_denoiser=True)
+    costs = DraftCosts(3.5)
+    for _ in range(300):
+        long.learn_draft("checked", 15, costs)
+        long.learn(0, 0, 0)
+    short = policy_of(replace(VERIFIED, block_size=2), times, experience, with_denoiser=True)
+    for _ in range(20):
+        short.learn(0, 0, 0)
+    experience.to_try = 0.0
+    # 2 tokens in 4.6 s, where a step gives 1 in 1 s.
+    assert short.choose(0, 1, costs) == STEP
