@@ -593,6 +593,58 @@ FRONTS = [
         "test_attempts",
     ),
 ]
+DRAFTS = [
+    Fault(
+        "drafts: a round's time costs nothing",
+        "towers/decoding",
+        "worth = 1.0 + _run(rate, count) - speed * cost(1 + count)",
+        "worth = 1.0 + _run(rate, count)",
+        "test_draft_policy",
+    ),
+    Fault(
+        "drafts: a mix is drafted by what was learned",
+        "towers/decoding",
+        "if params.mix and not params.traits.chooses:",
+        "if False:",
+        "test_draft_policy",
+    ),
+    Fault(
+        "drafts: passes with prefill tell what a pass costs",
+        "towers/decoding",
+        "if self.fixed or passed.prefill_tokens:",
+        "if self.fixed:",
+        "test_pass_times",
+    ),
+    Fault(
+        "drafts: one token more is accepted",
+        "towers/engine",
+        "return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))",
+        "return min(len(tokens) - 1, 1 + "
+        "len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))))",
+        "test_draft_rounds",
+    ),
+    Fault(
+        "drafts: the mix gives each tower the other's share",
+        "towers/decoding",
+        "target = draft.mix * theirs + (1 - draft.mix) * own",
+        "target = draft.mix * own + (1 - draft.mix) * theirs",
+        "test_acceptance",
+    ),
+    Fault(
+        "drafts: an updated mirror is thought to stand at the row's begin",
+        "towers/engine",
+        "row.mirrored = state.position",
+        "row.mirrored = 0",
+        "test_lazy_mirrors",
+    ),
+    Fault(
+        "commit rules: the rightmost where nothing is above the threshold",
+        "towers",
+        "return _above(confidences, threshold) or [0]",
+        "return _above(confidences, threshold) or [len(confidences) - 1]",
+        "test_unmasking",
+    ),
+]
 FAULTS = (
     *SCHEDULER,
     *UNMASKING,
@@ -607,4 +659,5 @@ FAULTS = (
     *ROUTER,
     *GENERATION,
     *FRONTS,
+    *DRAFTS,
 )

@@ -53,7 +53,8 @@ def test_passes_of_as_many_rows_count() -> None:
 def test_noise_and_prefill_change_nothing() -> None:
     times = times_of((1.0, 1, 1), (2.0, 16, 1))
     times.note(PassTime(50.0, 1, 1))
-    times.note(PassTime(50.0, 80, 1, prefill_tokens=64))
+    for _ in range(40):
+        times.note(PassTime(50.0, 16, 1, prefill_tokens=15))
     assert times.cost(1) == pytest.approx(1.0)
     assert times.cost(16) == pytest.approx(2.0)
 
