@@ -170,8 +170,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
     ) -> Block:
         """Reads a draft and keeps the tokens that are accepted: those that the tower draws as well,
         or with `scores` and acceptance `mix` those that the mix draws, which at 1 is all without
-        scores. Publishes the state if the
-        row is mirrored at once."""
+        scores. Publishes the state if the row is mirrored at once."""
         row = self._row(row_id)
         return await self._owned(row, self._verify(row, draft, params, output, scores))
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from twotower.towers.decoding.acceptance import MixedDraft
-from twotower.towers.decoding.sampling import Draw, Sampler
+from twotower.towers.decoding.sampling import Sampler
 from twotower.towers.decoding.services import Block, DraftScores, Token
 from twotower.towers.engine.context_row import ContextRow, block_of, token_of
 from twotower.towers.engine.context_work import ContextWork
-from twotower.towers.engine.draft_rounds import Submit
+from twotower.towers.engine.draft_rounds import Submit, draw_along
 from twotower.towers.engine.engine import state_of
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.request.params import GenerationParams
@@ -63,13 +62,8 @@ class DraftChecks:
         where the state stood, and how many of the draft are the same."""
         state = state_of(row.state)
         assert row.token is not None, "prefill comes first"
-        start, known = state.position, int(row.committed)
-        positions = range(start + 1, start + 1 + len(draft))
-        draw = Draw(Sampler.from_params(params), positions)
-        if draw.sampler.penalizes:
-            # The draft's head, where it is committed already, is the last of the output.
-            drafted = [draft[known : index + 1] for index in range(len(draft))]
-            draw = replace(draw, output=output, drafted=drafted)
+        sampler, known = Sampler.from_params(params), int(row.committed)
+        draw = draw_along(sampler, state.position, draft, known, output)
         right = draft[0] == row.token.token_id
         work = ContextWork(state, draft, advance=False, draw=draw, accepts=right)
         result = await self._submit(work)
@@ -93,11 +87,8 @@ class DraftChecks:
         assert row.token is not None, "prefill comes first"
         known, before = int(row.committed), row.hidden
         assert known or before is not None, "a token that was drawn has its hidden state"
-        positions = range(state.position + known, state.position + 1 + len(draft))
-        draw = Draw(Sampler.from_params(params), positions)
-        if draw.sampler.penalizes:
-            drafted = [draft[known:end] for end in range(known, len(draft) + 1)]
-            draw = replace(draw, output=output, drafted=drafted)
+        sampler = Sampler.from_params(params)
+        draw = draw_along(sampler, state.position, draft, known, output, first=known)
         work = ContextWork(
             state, draft, advance=False, draw=draw, mixed=mixed, before=None if known else before
         )

@@ -66,7 +66,7 @@ class DraftRounds:
         costs: DraftCosts,
     ) -> Block:
         """At least `count` tokens, unless the output ends or a draft of the denoiser pays."""
-        state, gained = state_of(row.state), _Gained()
+        state, gained, sampler = state_of(row.state), _Gained(), Sampler.from_params(params)
         assert row.token is not None, "prefill comes first"
         start = state.position + row.committed
         if not row.committed:
@@ -86,7 +86,7 @@ class DraftRounds:
             draft: list[int] = []
             if match is not None and chosen.count:
                 draft = drafts.index.draft(match, chosen.count)
-            fresh = await self._round(row, draft, params, [*output, *gained.ids])
+            fresh = await self._round(row, draft, sampler, [*output, *gained.ids])
             drafts.index.extend([token.token_id for token in fresh])
             drafts.policy.learn(length, len(draft), len(fresh) - 1)
             gained.add(fresh)
@@ -99,7 +99,7 @@ class DraftRounds:
         self,
         row: ContextRow,
         draft: Sequence[int],
-        params: GenerationParams,
+        sampler: Sampler,
         output: Sequence[int],
     ) -> list[Token]:
         """Reads the last token and a draft of those after it; returns what the tower has drawn:
@@ -107,11 +107,7 @@ class DraftRounds:
         state = state_of(row.state)
         assert row.token is not None
         read = [row.token.token_id, *draft]
-        positions = range(state.position + 1, state.position + 1 + len(read))
-        draw = Draw(Sampler.from_params(params), positions)
-        if draw.sampler.penalizes:
-            drafted = [draft[:index] for index in range(len(read))]
-            draw = replace(draw, output=output, drafted=drafted)
+        draw = draw_along(sampler, state.position, read, 1, output)
         work = ContextWork(state, read, advance=not draft, draw=draw, accepts=bool(draft))
         result = await self._submit(work)
         drawn = result.drawn
@@ -119,6 +115,24 @@ class DraftRounds:
         fresh = [token_of(drawn, index) for index in range(result.accepted + 1)]
         row.token = fresh[-1]
         return fresh
+
+
+def draw_along(
+    sampler: Sampler,
+    start: int,
+    draft: Sequence[int],
+    known: int,
+    output: Sequence[int],
+    first: int = 1,
+) -> Draw:
+    """The tower's own draws along a draft that begins at position `start`: after its first `first`
+    tokens, and after each more. The first `known` are committed already, as the last of `output`;
+    penalties count the others too."""
+    ends = range(first, len(draft) + 1)
+    draw = Draw(sampler, range(start + first, start + len(draft) + 1))
+    if sampler.penalizes:
+        draw = replace(draw, output=output, drafted=[draft[known:end] for end in ends])
+    return draw
 
 
 def _block(start: int, gained: _Gained, asked: NextDraft) -> Block:
