@@ -22,7 +22,7 @@ from torch import Tensor
 
 from twotower.bench.timing import measure_ceilings, synchronize
 from twotower.kernels import dispatch
-from twotower.kernels.moe import RouterRule, narrow_parts
+from twotower.kernels.moe import RouterRule, Routing, narrow_parts
 from twotower.planner.floors import Ceilings
 from twotower.planner.shapes import PRESETS
 from twotower.towers.config.model_config import TwoTowerConfig
@@ -118,8 +118,9 @@ class _Products:
         parts = narrow_parts(gate) if self.device.type == "cuda" else None
         rule = RouterRule(self.config.num_experts_per_tok, 1, 1, True, 2.5)
 
-        def route() -> tuple[Tensor, Tensor]:
-            return dispatch.route(x, gate, bias, rule, None, parts)
+        def route() -> Tensor:
+            ids: Tensor = dispatch.route(x, gate, bias, rule, None, parts).ids
+            return ids
 
         yield self._entry("route", tokens, route, moved / 4, 0.0)
 
@@ -139,9 +140,9 @@ class _Products:
             moved += 2 * tokens * (hidden + picks * (hidden + 2 * width)) * self.dtype.itemsize
             flops = 4.0 * tokens * hidden * (picks * width + shared) / self.ceilings.matmul_flops
 
-            def work(ids: Tensor = ids) -> Tensor:
-                out: Tensor = dispatch.experts(x, ids, scores, up, down, shared_up, shared_down)
-                return out
+            def work(ids: Tensor = ids) -> object:
+                routing = Routing(ids, scores)
+                return dispatch.slot_outputs(x, routing, up, down, shared_up, shared_down)
 
             yield {**self._entry("experts", tokens, work, moved, flops), "unique": used}
 

@@ -25,7 +25,7 @@ WITH_KERNEL = [
     "attention",
     "store_kv",
     "route",
-    "experts",
+    "slot_outputs",
     "predict",
     "commit",
     "select_masked",
