@@ -19,11 +19,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import KernelInterface
 
 from twotower.bench.filled import FilledPool, pages_of_rows
 from twotower.bench.random_towers import TowerMaker
+from twotower.kernels import dispatch, linear
 from twotower.kernels.dispatch import force
 from twotower.planner.shapes import PRESETS
 from twotower.towers.config.model_config import TwoTowerConfig
@@ -48,8 +50,11 @@ _TRANSFERS = 2
 _CONTEXT = 64
 _BLOCK = 16
 _CHUNK = 256
-# Operators that make no launch although they return no view.
-_NO_LAUNCH = ("empty", "_unsafe_view", "lift_fresh", "detach", "_local_scalar_dense", "is_same")
+# Operators that only allocate, or read on the host.
+_ALLOCATES = ("empty", "empty_like", "new_empty", "empty_strided")
+_NO_LAUNCH = (*_ALLOCATES, "lift_fresh", "_local_scalar_dense")
+# A product is one launch, whatever torch makes of it on a CPU.
+_PRODUCT = "product"
 
 
 class _Recorder(TorchDispatchMode):
@@ -70,10 +75,9 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name in ("empty", "empty_like", "new_empty", "empty_strided"):
+        if name in _ALLOCATES:
             return result.zero_()
-        views = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
-        if self.on and not views and not name.startswith(_NO_LAUNCH):
+        if self.on and name not in _NO_LAUNCH and not _is_view(func, args, result):
             self.found[name] += 1
         return result
 
@@ -81,6 +85,18 @@ class _Recorder(TorchDispatchMode):
         """Counts a kernel's launch."""
         if self.on:
             self.found[function.fn.__name__] += 1
+
+
+def _is_view(func: Any, args: Sequence[Any], result: Any) -> bool:
+    """True if an operator only looks at its first argument in another way."""
+    if func._schema.is_mutable or not args or not isinstance(args[0], Tensor):
+        return False
+    parts = result if isinstance(result, (tuple, list)) else (result,)
+    storage = args[0].untyped_storage().data_ptr()
+    return all(
+        not isinstance(part, Tensor) or part.untyped_storage().data_ptr() == storage
+        for part in parts
+    )
 
 
 @contextmanager
@@ -101,10 +117,20 @@ def recording(*, graphs_only: bool = True) -> Iterator[Counter[str]]:
         replay(graph)
         recorder.on = not graphs_only
 
+    multiply = linear.linear
+
+    def product(*args: Any, **kwargs: Any) -> Tensor:
+        on, recorder.on = recorder.on, False
+        recorder.found[_PRODUCT] += on
+        out = multiply(*args, **kwargs)
+        recorder.on = on
+        return out
+
     with (
         force("triton"),
         patch.object(KernelInterface, "__getitem__", launch),
         patch.object(CapturedGraph, "__call__", counted),
+        patch.object(dispatch.linear, "reference", product),
         recorder,
     ):
         yield recorder.found

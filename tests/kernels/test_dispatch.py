@@ -29,6 +29,13 @@ WITH_KERNEL = [
     "predict",
     "commit",
     "select_masked",
+    "read_blocks",
+    "read_lines",
+    "spread_lines",
+    "pack_drafts",
+    "unpack_rows",
+    "pack_drawn",
+    "right_counts",
 ]
 
 
