@@ -25,6 +25,7 @@ from torch import Tensor
 
 from twotower.kernels.elementwise import relu_squared
 from twotower.kernels.expert_tiles_triton import Tiles, sort_by_expert
+from twotower.kernels.launch_table import tuned
 from twotower.kernels.moe import ExpertWeights, Routing, SlotOutputs
 from twotower.kernels.quantized import QuantizedExperts
 
@@ -56,15 +57,13 @@ _TILING_OF_MORE = Tiling(128, 128, 64, num_warps=8, num_stages=4, resident=1)
 _TILING_OF_FP32 = Tiling(16, 32, 32, num_warps=4, num_stages=2, resident=4)
 
 
-def tiling_of(tokens: int, dtype: torch.dtype) -> Tiling:
-    """The tiling for a pass of `tokens` tokens in `dtype`. Passes of the same tiling give a row the
-    same bits."""
+def tiling_of(tokens: int, dtype: torch.dtype, device: torch.device | None = None) -> Tiling:
+    """The tiling for a pass of `tokens` tokens in `dtype`, on a device that of its card's table.
+    Passes of the same tiling give a row the same bits."""
     if dtype == torch.float32:
         return _TILING_OF_FP32
-    for most, tiling in _TILINGS:
-        if tokens <= most:
-            return tiling
-    return _TILING_OF_MORE
+    default = next((tiling for most, tiling in _TILINGS if tokens <= most), _TILING_OF_MORE)
+    return default if device is None else tuned("experts", tokens, default, device)
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def slot_outputs(
     count, width, _ = routed_up.shape
     parts = shared_up.shape[0] // width if shared_up.shape[0] % width == 0 else 0
     slots = routing.ids.shape[1]
-    tiling = tiling_of(tokens, x.dtype)
+    tiling = tiling_of(tokens, x.dtype, x.device)
     tiles: Tiles | None = routing.tiles
     if tiles is None or tiles.rows != tiling.rows:
         tiles = sort_by_expert(routing.ids, count, tiling.rows)

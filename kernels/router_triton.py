@@ -63,7 +63,7 @@ def route(
     tokens, count = x.shape[0], weight.shape[0]
     ids = torch.empty(tokens, rule.top_k, dtype=torch.int64, device=x.device)
     weights = torch.empty(tokens, rule.top_k, dtype=torch.float32, device=x.device)
-    tiles = Tiles.empty(ids.numel(), count, tiling_of(tokens, x.dtype).rows, x.device)
+    tiles = Tiles.empty(ids.numel(), count, tiling_of(tokens, x.dtype, x.device).rows, x.device)
     if tokens == 0:
         return Routing(ids, weights)
     blocks = triton.cdiv(tokens, BLOCK)

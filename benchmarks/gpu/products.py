@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -20,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.bench.timing import measure_ceilings, synchronize
+from twotower.bench.timing import launch_seconds, measure_ceilings
 from twotower.kernels import dispatch
 from twotower.kernels.moe import RouterRule, Routing, narrow_parts
 from twotower.planner.floors import Ceilings
@@ -31,7 +29,6 @@ Entry = dict[str, Any]
 # More than the last-level cache of any card.
 _BEYOND_CACHE = 256 << 20
 _PIECES = 21
-_CALLS = {"cuda": 20, "cpu": 1}
 
 
 def main() -> None:
@@ -180,31 +177,6 @@ class _Products:
 def _over(weights: Sequence[Tensor], product: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
     turn = cycle(weights)
     return lambda: product(next(turn))
-
-
-def launch_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call, from a graph of many, so that they include no launch by the host."""
-    calls = _CALLS[device.type]
-    for _ in range(3):
-        work()
-    if device.type != "cuda":
-        begun = time.perf_counter()
-        work()
-        return time.perf_counter() - begun
-    synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            work()
-    times = []
-    for _ in range(5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / calls)
-    return statistics.median(times)
 
 
 if __name__ == "__main__":
