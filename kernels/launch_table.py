@@ -18,12 +18,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 CARDS = Path(__file__).parent / "cards"
 VARIABLE = "TWOTOWER_LAUNCH_TABLE"
@@ -31,7 +28,7 @@ VARIABLE = "TWOTOWER_LAUNCH_TABLE"
 _UP_TO = "up_to"
 
 Entry = Mapping[str, Any]
-Shape = TypeVar("Shape", bound="DataclassInstance")
+Shape = TypeVar("Shape")
 
 
 @dataclass(frozen=True)
@@ -66,17 +63,18 @@ _used: ContextVar[LaunchTable | None] = ContextVar("twotower_launch_table", defa
 
 
 def tuned(kernel: str, size: int, default: Shape, device: torch.device) -> Shape:
-    """`default` with what the table of the device says of a kernel at this size: tokens of a pass,
+    """`default`, a dataclass, with what the table of the device says of a kernel at this size: tokens of a pass,
     or whatever the kernel counts. Raises ValueError for a field that the kernel does not have."""
     entry = table_of(device).entry(kernel, size)
     if not entry:
         return default
-    known = {field.name for field in fields(default)}
+    launch: Any = default
+    known = {field.name for field in fields(launch)}
     unknown = sorted(set(entry) - known)
     if unknown:
         names = ", ".join(sorted(known))
         raise ValueError(f"launch table, {kernel}: got {unknown[0]!r}, expected of {names}")
-    return replace(default, **entry)
+    return cast(Shape, replace(launch, **entry))
 
 
 @contextmanager

@@ -44,9 +44,7 @@ def test_an_entry_without_a_bound_holds_for_every_size() -> None:
 def test_a_field_that_the_kernel_lacks_is_named() -> None:
     with (
         using(LaunchTable("card", {"scan": [{"stages": 3}]})),
-        pytest.raises(
-            ValueError, match="launch table, scan: got 'stages', expected of rows"
-        ),
+        pytest.raises(ValueError, match="launch table, scan: got 'stages', expected of rows"),
     ):
         tuned("scan", 1, Shape(), CPU)
 
