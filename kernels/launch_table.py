@@ -3,15 +3,14 @@
     {"card": "NVIDIA H200", "made": {...}, "kernels": {"experts": [{"up_to": 8, "rows": 16, ...}]}}
 
 `twotower bench --tune FILE` measures and writes such a table. Those in kernels/cards/ are used by
-every process on a card of that name; the variable TWOTOWER_LAUNCH_TABLE names another file. Nothing
-is measured while a tower serves: the launch of a shape is the same in every process, and so are the
-bits of its results. A kernel asks with its default, which a table's entry changes in part.
+every process on a card of that name. Nothing is measured while a tower serves: the launch of a
+shape is the same in every process, and so are the bits of its results. A kernel asks with its
+default, which a table's entry changes in part.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,7 +22,6 @@ from typing import Any, TypeVar, cast
 import torch
 
 CARDS = Path(__file__).parent / "cards"
-VARIABLE = "TWOTOWER_LAUNCH_TABLE"
 # Bounds the size for which an entry is meant; the last of a kernel may have none.
 _UP_TO = "up_to"
 
@@ -63,8 +61,8 @@ _used: ContextVar[LaunchTable | None] = ContextVar("twotower_launch_table", defa
 
 
 def tuned(kernel: str, size: int, default: Shape, device: torch.device) -> Shape:
-    """`default`, a dataclass, with what the table of the device says of a kernel at this size: tokens of a pass,
-    or whatever the kernel counts. Raises ValueError for a field that the kernel does not have."""
+    """`default`, a dataclass, with what the device's table says of a kernel at this size: tokens of
+    a pass, or whatever the kernel counts. Raises ValueError for a field that the kernel lacks."""
     entry = table_of(device).entry(kernel, size)
     if not entry:
         return default
@@ -88,7 +86,7 @@ def using(table: LaunchTable) -> Iterator[None]:
 
 
 def table_of(device: torch.device) -> LaunchTable:
-    """The table of a device: the file that the variable names, or that of its card, or none."""
+    """The table of a device's card; an empty one where there is none."""
     used = _used.get()
     if used is not None:
         return used
@@ -100,9 +98,8 @@ def table_of(device: torch.device) -> LaunchTable:
 @cache
 def _table(index: int) -> LaunchTable:
     card = torch.cuda.get_device_name(index)
-    named = os.environ.get(VARIABLE)
-    path = Path(named) if named else CARDS / file_name(card)
-    if not named and not path.exists():
+    path = CARDS / file_name(card)
+    if not path.exists():
         return EMPTY
     table = LaunchTable.read(path)
     if table.card != card:

@@ -98,18 +98,6 @@ def test_a_card_gets_the_table_of_its_name_and_no_other(
         tuned("scan", 1, Shape(), card)
 
 
-def test_a_file_may_be_named(
-    card: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(tmp_path / "own.json", "NVIDIA Some 9")
-    monkeypatch.setenv(launch_table.VARIABLE, str(tmp_path / "own.json"))
-    assert tuned("scan", 1, Shape(), card) == Shape(99)
-    launch_table._table.cache_clear()
-    monkeypatch.setenv(launch_table.VARIABLE, str(tmp_path / "none.json"))
-    with pytest.raises(ValueError, match=r"none\.json: got no table"):
-        tuned("scan", 1, Shape(), card)
-
-
 @pytest.mark.parametrize("path", sorted(CARDS.glob("*.json")), ids=lambda path: path.stem)
 def test_tables_that_are_kept_here_fit_the_kernels(path: Path) -> None:
     """Every entry can be taken by its kernel, and the file has its card's name."""
