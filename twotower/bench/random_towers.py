@@ -14,7 +14,7 @@ from torch import Tensor
 
 from twotower.kernels.causal_conv1d import tap_major
 from twotower.kernels.moe import ExpertWeights, narrow_parts
-from twotower.kernels.quantized import quantize
+from twotower.kernels.quantized import ExpertProducts, quantize
 from twotower.towers.config.model_config import (
     ATTENTION,
     MAMBA,
@@ -45,7 +45,8 @@ _SMALL = 0.02
 class TowerMaker:
     """Draws the weights of towers of one shape from one generator.
 
-    `experts` is the format of routed experts: `full` for `dtype`, as all other weights, or `fp8`.
+    `experts` is the format of routed experts: `full` for `dtype`, as all other weights, or `fp8`,
+    which is multiplied as `expert_products` says.
     """
 
     config: TwoTowerConfig
@@ -53,6 +54,7 @@ class TowerMaker:
     dtype: torch.dtype
     generator: torch.Generator
     experts: str = "full"
+    expert_products: ExpertProducts = "widened"
 
     def context(self) -> ContextTower:
         """A context tower with its head."""
@@ -141,7 +143,7 @@ class TowerMaker:
     def _experts(self, outputs: int, inputs: int) -> ExpertWeights:
         scale = 1.0 / math.sqrt(inputs)
         stacked = self._normal(self.config.n_routed_experts, outputs, inputs, scale=scale)
-        return quantize(stacked) if self.experts == "fp8" else stacked
+        return quantize(stacked, self.expert_products) if self.experts == "fp8" else stacked
 
     def _mlp(self, width: int, *, biased: bool = False) -> MlpWeights:
         hidden = self.config.hidden_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.support.random_model import (
     write_checkpoint,
     write_shards,
 )
+from twotower.kernels import dispatch
 from twotower.kernels.dispatch import Backend, force
 from twotower.kernels.quantized import QuantizedExperts
 from twotower.towers.checkpoint.checkpoint import Checkpoint, tensor_shapes
@@ -33,7 +35,9 @@ from twotower.towers.checkpoint.weights import (
 )
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.config.quantization_config import FP8_EXPERTS
-from twotower.towers.errors import CheckpointError
+from twotower.towers.errors import CheckpointError, ConfigError
+from twotower.towers.model.context_tower import ContextTower
+from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.model.weights import MoeWeights
 
 EXPERT = re.compile(
@@ -383,3 +387,54 @@ def test_a_pass_over_the_8_bits_themselves(source: Path, target: Path, backend: 
         hidden = stacked.forward(block, [0.5], [stacked.new_state(8)])
         got = stacked.logits(hidden).cpu()
     assert_relative_rms(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_with_products_in_8_bits(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Experts stay in 8 bits on a CPU too, and their tokens are rounded to them."""
+    quantize_checkpoint(source, target)
+    widened = load_denoiser_tower(target, dtype=dtype)
+    narrow = load_denoiser_tower(target, dtype=dtype, expert_products="fp8")
+    mixer = narrow.weights.layers[2].mixer
+    assert isinstance(mixer, MoeWeights)
+    assert isinstance(mixer.up, QuantizedExperts)
+    assert mixer.up.products == "fp8"
+    block = [[5, 3, 3, 9, 3, 1, 3]]
+    got, want = (
+        tower.logits(tower.forward(block, [0.5], [tower.new_state(8)])).float()
+        for tower in (narrow, widened)
+    )
+    assert not torch.equal(got, want)
+    assert_relative_rms(got, want, 0.05)
+
+
+@pytest.mark.parametrize("load", [load_context_tower, load_denoiser_tower])
+def test_products_in_8_bits_are_the_kernels_as_well(
+    source: Path, target: Path, load: Callable[..., ContextTower | DenoiserTower]
+) -> None:
+    quantize_checkpoint(source, target)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tower = load(target, device, for_triton=True, expert_products="fp8")
+    mixer = tower.weights.layers[2].mixer
+    assert isinstance(mixer, MoeWeights)
+    x = torch.randn(6, 16, generator=torch.Generator().manual_seed(3)).to(device)
+    ids = torch.tensor([[0, 3], [1, 2], [3, 1], [2, 0], [-1, 1], [0, 1]], device=device)
+    given = x, ids, torch.rand(6, 2, generator=torch.Generator().manual_seed(4)).to(device)
+    shared = mixer.shared.up, mixer.shared.down
+    outs = []
+    for backend in ("reference", "triton"):
+        with force(backend):
+            outs.append(dispatch.experts(*given, mixer.up, mixer.down, *shared))
+    assert_relative_rms(outs[1], outs[0], 1e-3)
+
+
+@pytest.mark.parametrize("load", [load_context_tower, load_denoiser_tower])
+def test_products_in_8_bits_of_other_experts_are_refused(
+    source: Path, load: Callable[..., object]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(source, expert_products="fp8")
+    assert str(refused.value) == (
+        "expert_products: got 'fp8', expected 'widened': the routed experts of source are not in "
+        "8 bits (see twotower quantize)"
+    )
