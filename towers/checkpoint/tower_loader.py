@@ -32,6 +32,9 @@ from twotower.towers.model.weights import (
 )
 from twotower.towers.state.budget import free_bytes
 
+# Ada's and Hopper's tensor cores are the first that multiply e4m3 values.
+_FP8_CAPABILITY = (8, 9)
+
 
 def check_expert_products(checkpoint: Checkpoint, products: ExpertProducts) -> None:
     """Raises ConfigError for 8-bit products of experts that are not stored in 8 bits."""
@@ -39,6 +42,19 @@ def check_expert_products(checkpoint: Checkpoint, products: ExpertProducts) -> N
         raise ConfigError(
             f"expert_products: got 'fp8', expected 'widened': the routed experts of "
             f"{checkpoint.folder.name} are not in 8 bits (see twotower quantize)"
+        )
+
+
+def check_fp8_device(device: torch.device) -> None:
+    """Raises ConfigError for a GPU without products of 8-bit values; a CPU has them in fp32."""
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _FP8_CAPABILITY:
+        own, least = (".".join(map(str, each)) for each in (capability, _FP8_CAPABILITY))
+        raise ConfigError(
+            f"expert_products: got 'fp8', expected 'widened' on {device}: its compute capability "
+            f"is {own}, products in 8 bits need {least}"
         )
 
 
@@ -76,6 +92,8 @@ class TowerLoader:
         products: ExpertProducts = "widened",
     ) -> None:
         check_expert_products(checkpoint, products)
+        if products == "fp8":
+            check_fp8_device(device)
         self.config: TwoTowerConfig = checkpoint.config
         self._checkpoint = checkpoint
         self._shapes = tensor_shapes(checkpoint.config)

@@ -28,7 +28,7 @@ from twotower.kernels.quantized import QuantizedExperts
 from twotower.towers.checkpoint.checkpoint import Checkpoint, tensor_shapes
 from twotower.towers.checkpoint.quantization import quantize_checkpoint
 from twotower.towers.checkpoint.tensor_file import TensorFile
-from twotower.towers.checkpoint.tower_loader import read_quantized
+from twotower.towers.checkpoint.tower_loader import check_fp8_device, read_quantized
 from twotower.towers.checkpoint.weights import (
     load_context_tower,
     load_denoiser_tower,
@@ -437,4 +437,17 @@ def test_products_in_8_bits_of_other_experts_are_refused(
     assert str(refused.value) == (
         "expert_products: got 'fp8', expected 'widened': the routed experts of source are not in "
         "8 bits (see twotower quantize)"
+    )
+
+
+def test_a_gpu_without_products_in_8_bits_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"cuda:0": (8, 9), "cuda:1": (8, 0), "cuda:2": (9, 0)}
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: known[str(device)])
+    for name in ("cpu", "cuda:0", "cuda:2"):
+        check_fp8_device(torch.device(name))
+    with pytest.raises(ConfigError) as refused:
+        check_fp8_device(torch.device("cuda:1"))
+    assert str(refused.value) == (
+        "expert_products: got 'fp8', expected 'widened' on cuda:1: its compute capability is 8.0, "
+        "products in 8 bits need 8.9"
     )
