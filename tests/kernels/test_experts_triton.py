@@ -192,21 +192,23 @@ def test_8_bits_are_the_weights_that_they_stand_for(
 
 
 def assert_as_the_reference(x: Tensor, ids: Tensor, scores: Tensor, weights: Mixture) -> None:
-    """For products in 8 bits: near the reference, and farther from those of widened weights."""
+    """For products in 8 bits: near the reference, and farther from products of widened weights."""
     got = run(x, ids, scores, weights)
     assert_relative_rms(got, moe.experts(x, ids, scores, *weights.all), FP8_LIMITS[x.dtype])
+    assert isinstance(weights.up, QuantizedExperts)
+    assert isinstance(weights.down, QuantizedExperts)
+    wide = (replace(one, products="widened") for one in (weights.up, weights.down))
+    widened = moe.experts(x, ids, scores, *wide, weights.shared_up, weights.shared_down)
+    with pytest.raises(AssertionError, match="relative RMS"):
+        assert_relative_rms(got, widened, FP8_LIMITS[x.dtype])
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("shared", SHARED)
-@pytest.mark.parametrize("tokens", [1, 17])
+@pytest.mark.parametrize("tokens", [1, 9])
 def test_products_in_8_bits(tokens: int, shared: int, dtype: torch.dtype) -> None:
     x, (ids, scores) = normal(tokens, HIDDEN).to(dtype), choose(tokens)
-    weights = Mixture.make(shared, dtype)
-    assert_as_the_reference(x, ids, scores, weights.quantized("fp8"))
-    widened = run(x, ids, scores, weights.quantized())
-    with pytest.raises(AssertionError, match="relative RMS"):
-        assert_relative_rms(run(x, ids, scores, weights.quantized("fp8")), widened, 4e-3)
+    assert_as_the_reference(x, ids, scores, Mixture.make(shared, dtype).quantized("fp8"))
 
 
 @pytest.mark.parametrize("tokens", [8, 128, 512, 1024, 2048])
@@ -214,12 +216,12 @@ def test_every_tiling_of_products_in_8_bits(tokens: int, monkeypatch: pytest.Mon
     """The tiles of many tokens, filled by a few, over lengths that no tile divides."""
     tiling = fp8_tiling_of(tokens, torch.float16)
     monkeypatch.setattr(experts_triton, "fp8_tiling_of", lambda *_: tiling)
-    shapes = ((4, 140, 270), (4, 270, 140), (280, 270), (270, 280))
+    shapes = ((3, 70, 270), (3, 270, 70), (70, 270), (270, 70))
     weights = Mixture(*(normal(*s, seed=i, scale=0.1).half() for i, s in enumerate(shapes)))
-    ids = torch.full((24, 6), 3)
-    ids[::4] = torch.tensor([0, 1, 2, 3, -1, -1])
-    assert int((ids == 3).sum()) > min(tiling.rows, 100)
-    x, scores = normal(24, 270).half(), normal(24, 6, seed=6)
+    ids = torch.full((24, 3), 2)
+    ids[::4] = torch.tensor([0, 2, -1])
+    assert int((ids == 2).sum()) > min(tiling.rows, 50)
+    x, scores = normal(24, 270).half(), normal(24, 3, seed=6)
     assert_as_the_reference(x, ids, scores, weights.quantized("fp8"))
 
 
@@ -247,8 +249,9 @@ def test_a_token_keeps_its_bits_in_any_batch_of_products_in_8_bits(dtype: torch.
         own = numbers.long()
         return run(x[own].to(dtype), ids[own], scores[own], weights)
 
-    sizes = (1, 17) if dtype == torch.float32 else (9, 17)
-    assert_rows_are_independent(of_tokens, torch.arange(24.0), sizes)
+    # All of one tiling: in fp32 there is one, in fp16 the next begins at 9 tokens.
+    least = 1 if dtype == torch.float32 else 9
+    assert_rows_are_independent(of_tokens, torch.arange(18.0), sizes=(least,))
 
 
 @pytest.mark.parametrize("wrong", [NAN, float("inf")])
