@@ -92,7 +92,7 @@ def test_quantized_experts_take_the_place_of_the_same_full_ones() -> None:
 
 def test_quantized_experts_are_multiplied_as_asked() -> None:
     generator = torch.Generator().manual_seed(5)
-    tower = TowerMaker(TINY, CPU, torch.float32, generator, "fp8", "fp8").context()
+    tower = TowerMaker(TINY, CPU, torch.float32, generator, "fp8", expert_products="fp8").context()
     (mixer, *_) = (one.mixer for one in tower.weights.layers if isinstance(one.mixer, MoeWeights))
     assert isinstance(mixer.up, QuantizedExperts)
     assert isinstance(mixer.down, QuantizedExperts)

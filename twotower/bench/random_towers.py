@@ -46,7 +46,8 @@ class TowerMaker:
     """Draws the weights of towers of one shape from one generator.
 
     `experts` is the format of routed experts: `full` for `dtype`, as all other weights, or `fp8`,
-    which is multiplied as `expert_products` says.
+    which is multiplied as `expert_products` says. Routers get narrow parts on a GPU, and with
+    `narrow` anywhere.
     """
 
     config: TwoTowerConfig
@@ -54,6 +55,7 @@ class TowerMaker:
     dtype: torch.dtype
     generator: torch.Generator
     experts: str = "full"
+    narrow: bool = False
     expert_products: ExpertProducts = "widened"
 
     def context(self) -> ContextTower:
@@ -137,7 +139,7 @@ class TowerMaker:
             up=self._experts(config.moe_intermediate_size, hidden),
             down=self._experts(hidden, config.moe_intermediate_size),
             shared=self._mlp(config.moe_shared_expert_intermediate_size),
-            narrow_gate=narrow_parts(gate) if self.device.type == "cuda" else None,
+            narrow_gate=narrow_parts(gate) if self.narrow or self.device.type == "cuda" else None,
         )
 
     def _experts(self, outputs: int, inputs: int) -> ExpertWeights:

@@ -73,7 +73,7 @@ class Workbench:
             self.dtype,
             generator,
             options.experts,
-            parse_expert_products(options.expert_products),
+            expert_products=parse_expert_products(options.expert_products),
         )
         self.context: ContextTower = maker.context()
         self.denoiser: DenoiserTower = maker.denoiser()
