@@ -99,15 +99,22 @@ def _checks(shape: _Shape) -> Stage:
 
 
 def _products(shape: _Shape) -> Stage:
-    tokens = ("1", "16", "256", "1024") if shape.device == "cuda" else ("1", "8")
+    tokens = ("1", "16", "256", "1024", "2048") if shape.device == "cuda" else ("1", "8")
     program = shape.program("products", "--preset", shape.preset, "--tokens", *tokens)
-    return Stage("products", 90, (program,))
+    return Stage("products", 120, (program,))
 
 
 def _speed(shape: _Shape, rows: int, *more: object) -> Stage:
     """Passes and decoding of so many rows, and where a pass's time goes."""
     name = f"speed-{rows}" + ("-fp8" if "fp8" in more else "")
+    name += "-products" if "--expert-products" in more else ""
     return Stage(name, 120, (shape.bench("speed,operators", (rows,), *more),))
+
+
+def _fp8_products(shape: _Shape) -> list[Stage]:
+    """The same with experts in 8 bits whose products are in 8 bits too."""
+    fp8 = ("--experts", "fp8", "--expert-products", "fp8")
+    return [_speed(shape, rows, *fp8) for rows in (*shape.rows, shape.many)]
 
 
 def _profile(shape: _Shape, *more: object) -> Stage:
@@ -185,6 +192,7 @@ def _h200(shape: _Shape) -> list[Stage]:
         *speeds[1:],
         _draft_passes(shape),
         _default_service(shape),
+        *_fp8_products(shape),
         *_rest(shape),
     ]
 
@@ -196,6 +204,7 @@ def _h100(shape: _Shape) -> list[Stage]:
         _ceilings(shape),
         _checks(shape),
         *(_speed(shape, rows, *fp8) for rows in shape.rows[:2]),
+        *_fp8_products(shape),
         _profile(shape, *fp8),
         _draft_passes(shape, *fp8),
         _products(shape),
