@@ -29,7 +29,6 @@ TEST_FILES = (
 )
 DRY_TEST_FILES = (f"{_KERNELS}/test_rows.py", f"{_KERNELS}/test_philox.py")
 _GOLDEN = ("tiny_a", "tiny_b")
-_COMPILERS = 7
 
 
 @dataclass(frozen=True)
@@ -136,26 +135,12 @@ def _default_service(shape: _Shape, *more: object) -> Stage:
     return Stage("default-service", 120, (shape.program("default_service", *arguments),))
 
 
-def _tune(shape: _Shape) -> list[Stage]:
-    """Tilings of kernels by time; processes side by side have compiled them before."""
+def _tune(shape: _Shape) -> Stage:
+    """The card's launch table; it compiles in processes side by side before it measures."""
     rows = shape.rows if shape.device == "cuda" else shape.rows[:1]
-    many = _COMPILERS if shape.device == "cuda" else 1
-
-    def program(kernel: str, *more: object) -> tuple[str, ...]:
-        return shape.program(
-            "tune", "--preset", shape.preset, "--kernel", kernel, "--rows", *rows, *more
-        )
-
-    kernels = ("experts", "mixers")
-    parts = [
-        program(kernel, "--compile", "--part", part, many)
-        for part in range(many)
-        for kernel in kernels
-    ]
-    return [
-        Stage("tune-compile", 120, tuple(parts), workers=14),
-        Stage("tune", 120, tuple(program(kernel) for kernel in kernels)),
-    ]
+    words = ("--preset", shape.preset, "--device", shape.device, "--tune", "{out}")
+    batches = ("--batches", ",".join(map(str, rows)))
+    return Stage("tune", 200, ((sys.executable, "-m", "twotower.bench", *words, *batches),))
 
 
 def _continuous(shape: _Shape) -> list[Stage]:
@@ -177,7 +162,7 @@ def _rest(shape: _Shape) -> list[Stage]:
         Stage("scans", 90, (shape.bench("scans", shape.rows[:1], *scans),)),
         _speed(shape, shape.many),
         Stage("verified", 90, (shape.bench("verified", shape.rows[1:2]),)),
-        *_tune(shape),
+        _tune(shape),
     ]
 
 
