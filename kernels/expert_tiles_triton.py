@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower.kernels.overlap_triton import overlap, wait
+
 # Tokens of a block.
 BLOCK = 64
 # Pairs that are placed at a time by programs of one warp and of four.
@@ -68,6 +70,7 @@ def sort_by_expert(ids: Tensor, experts: int, rows: int) -> Tiles:
         block_pairs=BLOCK * top_k,
         pair_lanes=triton.next_power_of_2(BLOCK * top_k),
         num_warps=4,
+        **overlap(ids.device),
     )
     place(ids, counts, tiles)
     return tiles
@@ -94,6 +97,7 @@ def place(ids: Tensor, counts: Tensor, tiles: Tiles) -> None:
         at_once=_PAIRS_OF_FOUR,
         block_lanes=_BLOCKS_AT_ONCE,
         num_warps=4,
+        **overlap(ids.device),
     )
 
 
@@ -106,8 +110,10 @@ def _count_kernel(
     expert_lanes: tl.constexpr,
     block_pairs: tl.constexpr,
     pair_lanes: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per block of tokens."""
+    wait(waits)
     lane = tl.arange(0, pair_lanes)
     pair = tl.program_id(0) * block_pairs + lane
     inside = (lane < block_pairs) & (pair < count)
@@ -197,8 +203,10 @@ def _place_kernel(
     tile_rows: tl.constexpr,
     at_once: tl.constexpr,
     block_lanes: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per block of tokens."""
+    wait(waits)
     place_block(
         ids,
         counts,

@@ -33,6 +33,7 @@ from twotower.kernels.elementwise import relu_squared
 from twotower.kernels.expert_tiles_triton import Tiles, sort_by_expert
 from twotower.kernels.launch_table import tuned
 from twotower.kernels.moe import ExpertWeights, Routing, SlotOutputs
+from twotower.kernels.overlap_triton import overlap, wait
 from twotower.kernels.quantized import ExpertProducts, QuantizedExperts
 from twotower.kernels.quantized_triton import quantize_tokens
 
@@ -264,6 +265,7 @@ def _multiply(
         narrow_sum=_NARROW_SUM,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
+        **overlap(target.device),
     )
 
 
@@ -340,8 +342,10 @@ def _multiply_kernel(
     tile_inner: tl.constexpr,
     shared_inner: tl.constexpr,
     narrow_sum: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """Programs walk the tiles: those of the shared parts, then those of the table."""
+    wait(waits)
     column_tiles = tl.cdiv(channels, tile_channels)
     token_tiles = tl.cdiv(tokens, tile_rows)
     shared_tiles = parts * token_tiles

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -57,7 +56,7 @@ class LaunchTable:
 
 
 EMPTY = LaunchTable("", {})
-_used: ContextVar[LaunchTable | None] = ContextVar("twotower_launch_table", default=None)
+_used: LaunchTable | None = None
 
 
 def tuned(kernel: str, size: int, default: Shape, device: torch.device) -> Shape:
@@ -77,19 +76,19 @@ def tuned(kernel: str, size: int, default: Shape, device: torch.device) -> Shape
 
 @contextmanager
 def using(table: LaunchTable) -> Iterator[None]:
-    """Inside, every device has this table: for measurements and tests."""
-    token = _used.set(table)
+    """Inside, every device has this table, in all threads: for measurements and tests."""
+    global _used
+    before, _used = _used, table
     try:
         yield
     finally:
-        _used.reset(token)
+        _used = before
 
 
 def table_of(device: torch.device) -> LaunchTable:
     """The table of a device's card; an empty one where there is none."""
-    used = _used.get()
-    if used is not None:
-        return used
+    if _used is not None:
+        return _used
     if device.type != "cuda":
         return EMPTY
     return _table(device.index if device.index is not None else torch.cuda.current_device())

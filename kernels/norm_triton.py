@@ -17,6 +17,7 @@ from torch import Tensor
 from twotower.kernels.experts_triton import sum_of_slots
 from twotower.kernels.moe import SlotOutputs
 from twotower.kernels.norm import Modulation
+from twotower.kernels.overlap_triton import overlap, wait
 
 # Tiles of at least this width get eight warps: a thread holds at most 16 numbers of a tile of 4096.
 _WIDE = 2048
@@ -54,9 +55,11 @@ def _add_norm_kernel(
     has_modulation: tl.constexpr,
     modulate_first: tl.constexpr,
     block: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per token: the residual sum to `total`, its norm to `out`. With `slots` > 0 `delta`
     holds what the token's experts gave, which is added up here and rounded as a tensor would be."""
+    wait(waits)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     inside = columns < width
@@ -94,9 +97,20 @@ def _add_norm_kernel(
 
 @triton.jit
 def _group_norm_kernel(
-    y, z, weight, out, y_stride, z_stride, out_stride, width, eps, block: tl.constexpr
+    y,
+    z,
+    weight,
+    out,
+    y_stride,
+    z_stride,
+    out_stride,
+    width,
+    eps,
+    block: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per token and group of `width` channels."""
+    wait(waits)
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tl.arange(0, block)
     inside = columns < width
@@ -160,6 +174,7 @@ def add_norm(
             modulate_first,
             block,
             num_warps=8 if block >= _WIDE else 4,
+            **overlap(hidden.device),
         )
     return total, out
 
@@ -201,6 +216,7 @@ def gated_group_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: flo
         _group_norm_kernel[tokens, groups](
             *(y, z, weight, out, y.stride(0), z.stride(0), total, width, eps, block),
             num_warps=warps,
+            **overlap(y.device),
         )
     return out
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower.kernels.overlap_triton import overlap, wait
 from twotower.kernels.quantized import FP8, FP8_MAX, LEAST_LARGEST
 
 _VALUES_OF_A_WARP = 1024
@@ -39,6 +40,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
         least_largest=LEAST_LARGEST,
         block=block,
         num_warps=min(_MOST_WARPS, max(1, block // _VALUES_OF_A_WARP)),
+        **overlap(x.device),
     )
     return values, scale
 
@@ -53,7 +55,9 @@ def _quantize_kernel(
     most: tl.constexpr,
     least_largest: tl.constexpr,
     block: tl.constexpr,
+    waits: tl.constexpr,
 ):
+    wait(waits)
     token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, block)
     within = lane < width

@@ -31,6 +31,7 @@ from twotower.kernels.expert_tiles_triton import (
 )
 from twotower.kernels.experts_triton import tiling_of
 from twotower.kernels.moe import RouterRule, Routing
+from twotower.kernels.overlap_triton import overlap, wait
 
 PIECE = 128
 _EXPERTS_AT_ONCE = 64
@@ -112,6 +113,7 @@ def route(
         at_once=PAIRS_OF_ONE_WARP,
         sorts=tokens <= SORTED_AT_ONCE,
         num_warps=1,
+        **overlap(x.device),
     )
     if tokens > SORTED_AT_ONCE:
         place(ids, counts[:-1].view(blocks, count), tiles)
@@ -144,6 +146,7 @@ def _in_pieces(x: Tensor, narrow: Tensor, counts: Tensor) -> Tensor:
         tile_experts=_EXPERTS_AT_ONCE,
         tile_rows=rows,
         num_warps=4,
+        **overlap(x.device),
     )
     return out
 
@@ -165,9 +168,11 @@ def _pieces_kernel(
     piece: tl.constexpr,
     tile_experts: tl.constexpr,
     tile_rows: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per (piece of H, tile of experts, tile of tokens): its product, the smallest part
     of the weight first. The first program sets the counts to 0."""
+    wait(waits)
     if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
         start = 0
         while start < num_counts:
@@ -235,9 +240,11 @@ def _choose_kernel(
     tile_rows: tl.constexpr,
     at_once: tl.constexpr,
     sorts: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per token: `pieces` > 0 are summed here, else `logits` [T, E] are in fp64. Counts
     its choices and, if `sorts`, the last program places the pairs of all tokens, one block."""
+    wait(waits)
     token = tl.program_id(0).to(tl.int64)
     size: tl.constexpr = experts // groups
     group = tl.arange(0, group_lanes)

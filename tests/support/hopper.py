@@ -129,16 +129,20 @@ def _compile(launch: Launch) -> dict[str, Any]:
 
     module, _, name = launch.path.partition(":")
     function = getattr(importlib.import_module(module), name)
-    missing = set(function.arg_names) ^ ({*launch.signature} | {*launch.constants})
+    constants = dict(launch.constants)
+    if "waits" in function.arg_names:
+        # Launches wait for one another only where a card's table says so.
+        constants.setdefault("waits", False)
+    missing = set(function.arg_names) ^ ({*launch.signature} | {*constants})
     if missing:
         raise ValueError(f"arguments: {sorted(missing)} are on one side only")
     types, attributes = {}, {}
     for index, argument in enumerate(function.arg_names):
         kind, _, multiple = launch.signature.get(argument, "constexpr").partition(":")
-        types[argument] = "constexpr" if argument in launch.constants else kind
+        types[argument] = "constexpr" if argument in constants else kind
         if multiple == "16" or (kind.startswith("*") and not multiple):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, types, dict(launch.constants), attributes)
+    source = ASTSource(function, types, constants, attributes)
     options = {
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
