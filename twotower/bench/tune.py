@@ -4,7 +4,8 @@
 
 Every trial is launched once by several processes side by side, which fill Triton's cache, and then
 timed by this one alone. An entry is kept where it is faster than the present launch by more than
-runs differ; passes of sizes between two that were measured take the launch of the larger.
+runs differ, and gives the same numbers but for rounding, every time; passes of sizes between two
+that were measured take the launch of the larger.
 """
 
 from __future__ import annotations
@@ -20,17 +21,23 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from twotower.bench.timing import launch_seconds
-from twotower.bench.tune_trials import Experts, Mixers, Trial
+from twotower.bench.tune_trials import Experts, Mixers, Passes, Trial
 from twotower.kernels import attention_triton, experts_triton, mamba_scan_triton, replay_triton
 from twotower.kernels.launch_table import Entry, LaunchTable, table_of, using
+from twotower.kernels.overlap_triton import OVERLAP
 
 # By how much a launch must be faster than the present one.
 _GAIN = 0.03
 _COMPILERS = 7
 _COMPILE_SECONDS = 100.0
-_TRIALS = (Experts, Mixers)
+_TRIALS = (Passes, Experts, Mixers)
+# Relative error of a launch's result against the present launch's, in bf16, and how often it is
+# looked at: what is launched too early may be right most of the time.
+_ERROR = 2e-2
+_LOOKS = 20
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,9 @@ def defaults() -> dict[str, Any]:
     """The launch of each kernel where no table says anything, at its smallest size."""
     scan = mamba_scan_triton
     return {
+        "overlap": OVERLAP,
         "experts": experts_triton.tiling_of(1, torch.bfloat16),
+        "experts_fp8": experts_triton.fp8_tiling_of(1, torch.bfloat16),
         "scan_token": scan.TOKEN_TILE,
         "scan_block": scan.tile_of(2),
         "replay_token": replay_triton.SLICE,
@@ -77,7 +86,8 @@ def tune(
     before = table_of(device)
     found: list[Timed] = []
     for kernel, size, same in _by_size(trials(preset, device, rows)):
-        timed = [own for trial in same if (own := _timed(trial, device, before)) is not None]
+        want = _result(same[0], before) if device.type == "cuda" else None
+        timed = [own for trial in same if (own := _timed(trial, device, before, want)) is not None]
         if timed:
             best = min(timed, key=lambda own: own.us)
             say(f"{kernel} at {size}: {_first(timed).us:.1f} us now, best {best.us:.1f} us")
@@ -132,17 +142,37 @@ def _by_size(given: Iterator[Trial]) -> Iterator[tuple[str, int, list[Trial]]]:
         yield same[0].kernel, same[0].size, same
 
 
-def _timed(trial: Trial, device: torch.device, before: LaunchTable) -> Timed | None:
-    """The time of a trial, None where it does not fit the device, or on a CPU."""
+def _timed(
+    trial: Trial, device: torch.device, before: LaunchTable, want: Tensor | None
+) -> Timed | None:
+    """The time of a trial, None where it does not fit the device or gives another result than
+    `want`, and on a CPU."""
     if device.type != "cuda":
         return None
-    with using(_with(before, trial)):
-        try:
-            seconds = launch_seconds(trial.work, device)
-        except (RuntimeError, triton.OutOfResources):
+    try:
+        if not all(agree(_result(trial, before), want) for _ in range(_LOOKS)):
             return None
+        with using(_with(before, trial)):
+            seconds = launch_seconds(trial.work, device)
+    except (RuntimeError, triton.OutOfResources):
+        return None
     entry = trial.entry or before.entry(trial.kernel, trial.size)
     return Timed(trial.kernel, trial.size, entry, 1e6 * seconds)
+
+
+def _result(trial: Trial, before: LaunchTable) -> Tensor | None:
+    """A copy of what a trial's work gives; None of work that only changes a state."""
+    with using(_with(before, trial)):
+        made = trial.work()
+    return made.clone() if isinstance(made, Tensor) else None
+
+
+def agree(got: Tensor | None, want: Tensor | None) -> bool:
+    """True if two results differ by rounding at most, or there is nothing to compare."""
+    if got is None or want is None:
+        return True
+    error = (got.double() - want.double()).norm() / want.double().norm()
+    return bool(error < _ERROR)
 
 
 def _with(before: LaunchTable, trial: Trial) -> LaunchTable:

@@ -22,7 +22,7 @@ from twotower.kernels.rows import Rows
 from twotower.planner.floors import expected_unique
 from twotower.planner.schedules import BLOCK
 from twotower.planner.shapes import PRESETS
-from twotower.towers.model.backbone import scan_weights
+from twotower.towers.model.backbone import MixerInputs, scan_weights
 from twotower.towers.model.weights import MambaWeights
 from twotower.towers.state.context_state import rows_of
 from twotower.towers.state.pages import pages_for
@@ -55,6 +55,38 @@ class Trial:
     size: int
     entry: Entry
     work: Callable[[], object]
+
+
+class Passes:
+    """Steps of a few layers of all kinds, for what concerns how launches follow one another."""
+
+    def __init__(self, preset: str, device: torch.device) -> None:
+        config = replace(PRESETS[preset], layer_pattern="MEM*E", vocab_size=256)
+        self.config, self.device = config, device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        generator = torch.Generator(device).manual_seed(0)
+        self.tower = TowerMaker(config, device, self.dtype, generator).context()
+
+    def trials(self, rows: int) -> Iterator[Trial]:
+        """Kernels that are on their way before the last has ended, and not: one choice for passes
+        of all sizes, made at one row, where a pass is nothing but launches."""
+        if rows > 1:
+            return
+        pool = FilledPool(
+            self.config, rows, rows * pages_for(_CONTEXT + 1), self.device, self.dtype
+        )
+        pool.context = _CONTEXT
+        states = [pool.open(_CONTEXT + 1) for _ in range(rows)]
+        inputs = MixerInputs(rows_of(states, [1] * rows, [_CONTEXT] * rows), pool, causal=True)
+        log = self.tower.new_log(rows, whole=True)
+        tokens = torch.arange(rows, device=self.device) % self.config.vocab_size
+
+        @torch.inference_mode()
+        def work() -> Tensor:
+            return self.tower.run(tokens, inputs, log)
+
+        yield Trial("overlap", rows, {}, work)
+        yield Trial("overlap", rows, {"programmatic": True}, work)
 
 
 class Experts:
