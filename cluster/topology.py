@@ -9,6 +9,7 @@ from twotower.towers.config.model_config import ATTENTION, MAMBA, TwoTowerConfig
 from twotower.towers.engine.options import EngineOptions
 
 Transport = Literal["grpc", "gloo", "nccl"]
+GroupFault = Literal["corrupt", "hang", "absent"]
 Placement = Literal["separate", "colocated", "ar_only"]
 REPLICA_BUNDLE, CONTEXT_BUNDLE, DENOISER_BUNDLE = range(3)
 # The replica only passes messages on; its share keeps Ray from packing too many on a core.
@@ -23,10 +24,12 @@ _SLACK_BYTES = 1 << 20
 @dataclass(frozen=True)
 class LinkFaults:
     """Faults put into a link on purpose: `delay_s` before each update's end is sent; the link
-    breaks once, at the end of update number `cut_at` (None: never)."""
+    breaks once, at the end of update number `cut_at` (None: never). A process group flips a bit of
+    what it carries ("corrupt"), carries nothing ("hang"), or does not form ("absent")."""
 
     delay_s: float = 0.0
     cut_at: int | None = None
+    group: GroupFault | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import ray
 import torch
 
 from twotower.cluster.topology import PairTopology
@@ -25,6 +26,16 @@ def prepare_process(topology: PairTopology) -> None:
     # Here and not where the service is described: hosts differ, and so do their limits.
     torch.set_num_threads(topology.num_threads or max(1, usable_cpus() // 2))
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+
+
+def place_of(device: torch.device) -> str:
+    """Where a tower of this process is, in an operator's words: its node and its GPU, or the CPU.
+    A GPU's number is that of the node, whatever the process calls it."""
+    node = f"node {ray.util.get_node_ip_address()}"
+    if device.type != "cuda":
+        return f"{node}, CPU"
+    numbers = ",".join(map(str, ray.get_gpu_ids())) or str(device.index or 0)
+    return f"{node}, GPU {numbers}, {torch.cuda.get_device_name(device)}"
 
 
 async def loaded(load: Callable[[Path, str, torch.dtype], T], topology: PairTopology) -> T:
