@@ -46,7 +46,8 @@ class PairTopology:
     towers a process of its own, "colocated" holds both towers in one process and one copy of every
     state, "ar_only" has no denoiser. A pass that runs for longer than `stall_timeout_s` counts as
     hung; a denoiser tower that is lost has `repair_timeout_s` to be back. `faults` disturb the
-    first link to each denoiser tower, on purpose.
+    first link to each denoiser tower, on purpose. With `self_test` (None: on CUDA) a device is
+    tested before it holds a tower.
     """
 
     model_path: str
@@ -63,6 +64,7 @@ class PairTopology:
     repair_timeout_s: float = 120.0
     faults: LinkFaults | None = None
     channel_tls: bool = False
+    self_test: bool | None = None
 
     def __post_init__(self) -> None:
         denoisers, gpus, on_cuda = self.denoisers_per_context, self.gpus_per_tower, self.on_cuda

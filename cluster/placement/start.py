@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 async def start_towers(topology: PairTopology) -> PairServices:
     """Starts the actors of a pair and links them.
 
-    Raises CheckpointError if a tower does not load, ConfigError if it has no room.
+    Raises CheckpointError if a tower does not load, ConfigError if it has no room, DeviceError if
+    its device fails the self-test.
     """
     group = ray.util.get_current_placement_group()
     if topology.placement == "colocated":

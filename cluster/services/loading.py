@@ -14,6 +14,7 @@ import torch
 from twotower.cluster.topology import PairTopology
 from twotower.towers.checkpoint.weights import parse_dtype
 from twotower.towers.limits import usable_cpus
+from twotower.towers.verify import prove_device
 
 # A pass's thread and the event loop share the interpreter: calls and updates of other rows should
 # not wait for it as long as a small pass takes.
@@ -39,7 +40,10 @@ def place_of(device: torch.device) -> str:
 
 
 async def loaded(load: Callable[[Path, str, torch.dtype], T], topology: PairTopology) -> T:
-    """A tower by `load(folder, device, dtype)` in a thread. Raises CheckpointError, ConfigError."""
+    """`load(folder, device, dtype)` in a thread, on a device that has passed its self-test. Raises
+    CheckpointError, ConfigError, DeviceError."""
     prepare_process(topology)
-    dtype = parse_dtype(topology.dtype)
-    return await asyncio.to_thread(load, Path(topology.model_path), topology.device, dtype)
+    place = Path(topology.model_path), topology.device, parse_dtype(topology.dtype)
+    # Before the weights: a device that fails is not filled first.
+    await asyncio.to_thread(prove_device, *place, topology.self_test)
+    return await asyncio.to_thread(load, *place)

@@ -227,7 +227,7 @@ class _Remote(TowerService):
         self._ending: set[asyncio.Task[None]] = set()
 
     async def load(self) -> None:
-        """Loads the tower. Raises CheckpointError."""
+        """Loads the tower. Raises CheckpointError, DeviceError."""
         await plainly(self._actor.load.remote())
 
     async def release(self, row_id: str) -> None:
@@ -380,7 +380,8 @@ class ContextTowerActor(EngineService[ContextEngine], ContextTowerService):
         self._disturbed: set[int] = set()
 
     async def load(self) -> None:
-        """Loads the tower and starts its engine. Raises CheckpointError, ConfigError."""
+        """Loads the tower and starts its engine. Raises CheckpointError, ConfigError,
+        DeviceError."""
         tower = await loaded(load_context_tower, self._topology)
         options = self._topology.engine
         link = None if self._topology.placement == "ar_only" else self._links
@@ -469,7 +470,7 @@ class DenoiserTowerActor(EngineService[DenoiserEngine], DenoiserTowerService):
         self._receiver: StateReceiver | None = None
 
     async def load(self) -> None:
-        """Loads the tower. Raises CheckpointError."""
+        """Loads the tower. Raises CheckpointError, DeviceError."""
         self._tower = await loaded(load_denoiser_tower, self._topology)
 
     async def listen(self, token: str) -> LinkSpec:

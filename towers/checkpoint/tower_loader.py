@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,12 +13,7 @@ from twotower.kernels.causal_conv1d import tap_major
 from twotower.kernels.linear import pack
 from twotower.kernels.moe import ExpertWeights, narrow_parts
 from twotower.kernels.quantized import FP8, QuantizedExperts
-from twotower.towers.checkpoint.checkpoint import (
-    Checkpoint,
-    expert_matrices,
-    scale_name,
-    tensor_shapes,
-)
+from twotower.towers.checkpoint.checkpoint import expert_matrices, scale_name, tensor_shapes
 from twotower.towers.config.model_config import ATTENTION, MAMBA, MOE, TwoTowerConfig
 from twotower.towers.errors import CheckpointError, ConfigError
 from twotower.towers.model.weights import (
@@ -33,8 +29,19 @@ from twotower.towers.model.weights import (
 from twotower.towers.state.budget import free_bytes
 
 
+class Tensors(Protocol):
+    """A model's config and tensors by name: a checkpoint, or what stands in for one."""
+
+    @property
+    def config(self) -> TwoTowerConfig:
+        """Shapes of the towers."""
+
+    def read(self, name: str, target: Tensor) -> None:
+        """Copies a tensor into `target`, converted to its dtype. Raises CheckpointError."""
+
+
 def read_quantized(
-    checkpoint: Checkpoint, names: Sequence[str], device: torch.device
+    checkpoint: Tensors, names: Sequence[str], device: torch.device
 ) -> QuantizedExperts:
     """Reads E 8-bit matrices [N, K] of routed experts, and their scales, stacked on `device`."""
     rows, columns = tensor_shapes(checkpoint.config)[names[0]]
@@ -55,7 +62,7 @@ class TowerLoader:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Tensors,
         device: torch.device,
         dtype: torch.dtype,
         for_triton: bool | None,
