@@ -39,7 +39,7 @@ def test_the_references_pass(dtype: torch.dtype, quantized: bool) -> None:
     ("dtype", "quantized"),
     [
         pytest.param(torch.float32, False, marks=pytest.mark.slow),
-        pytest.param(torch.float32, True, marks=pytest.mark.slow),
+        (torch.float32, True),
         pytest.param(torch.bfloat16, True, marks=pytest.mark.slow),
         pytest.param(torch.bfloat16, False, marks=pytest.mark.slow),
     ],
