@@ -16,7 +16,7 @@ from torch import Tensor
 from tools import self_test as tool
 from twotower import TwoTower
 from twotower.kernels import dispatch
-from twotower.kernels.dispatch import Operator, force
+from twotower.kernels.dispatch import OPERATORS, force
 from twotower.towers.errors import DeviceError
 from twotower.towers.verify import on_device
 from twotower.towers.verify.formula_model import FORMULA_CONFIG, formula_towers
@@ -25,7 +25,6 @@ from twotower.towers.verify.on_device import RECORDING, prove_device, self_test
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
-OPERATORS = {name: each for name, each in vars(dispatch).items() if isinstance(each, Operator)}
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -213,9 +212,36 @@ def test_an_operator_that_raises_is_refused_with_its_reason(
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(dispatch.commit, "reference", broken)
-    said = "what follows denoise/plain failed with RuntimeError: an illegal memory access"
+    said = (
+        "checks miss: what follows denoise/plain failed with RuntimeError: an illegal memory access"
+    )
     with pytest.raises(DeviceError, match=said):
         self_test(CPU, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["attention", "commit", "experts"])
+def test_a_wrong_kernel_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """References stand in for all kernels but the one that is wrong."""
+    for other, operator in OPERATORS.items():
+        fault: Any = commits_another if name == "commit" else with_outputs(without_lanes)
+        kernel = fault(operator.reference) if other == name else operator.reference
+        monkeypatch.setitem(operator.__dict__, "triton", kernel)
+    said = f"with the reference of {name} in place of its kernel they hold"
+    with force("triton"), pytest.raises(DeviceError, match=said):
+        self_test(CPU, torch.float32, for_triton=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gpu_passes_and_its_memory_is_free_again(dtype: torch.dtype, quantized: bool) -> None:
+    self_test(DEVICE, dtype, quantized_experts=quantized)
+    before = torch.cuda.memory_allocated()
+    seconds = self_test(DEVICE, dtype, quantized_experts=quantized)
+    assert torch.cuda.memory_allocated() <= before
+    # Kernels are compiled by now.
+    assert seconds < 5
 
 
 def test_nothing_of_it_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
