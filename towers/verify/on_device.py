@@ -45,9 +45,9 @@ from twotower.towers.verify.report import CaseReport
 logger = logging.getLogger(__name__)
 
 RECORDING = Path(str(files("twotower"))) / "towers" / "verify" / "self_test.safetensors"
-# What rounding leaves, relative to the size of the numbers; the references in bf16 on a CPU and the
-# kernels under their interpreter are at most half of it off.
-LIMITS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+# What rounding leaves, relative to the size of the numbers. In bf16 the references on a CPU and the
+# kernels under their interpreter are off by half of it; in fp32 products may be those of TF32.
+LIMITS = {torch.float32: 5e-3, torch.bfloat16: 5e-2}
 BLOCK = 16
 # Longer than a chunk of the scan and a page of K/V, and shorter than a page.
 _PROMPTS = (70, 9)

@@ -13,7 +13,7 @@ from twotower.towers.errors import cut_off
 LOGIT_TOLERANCE = 2e-3
 STATE_TOLERANCE = 5e-4
 # How many times the usual error a single number may be off by.
-PEAK = 10
+PEAK = 15
 # An entry of manifest.json, and the recorded tensors of that case by name.
 Case = Mapping[str, Any]
 Recorded = Mapping[str, Tensor]
