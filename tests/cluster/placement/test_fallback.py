@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.services.test_tower_services import Actor
+from tests.support.actors import Actor
 from twotower import Request, TwoTower
 from twotower.cluster.channel.grpc import GrpcStateLink
 from twotower.cluster.placement import start

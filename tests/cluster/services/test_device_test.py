@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.services.test_tower_services import Actor
 from tests.cluster.test_topology import PAIR
+from tests.support.actors import Actor
 from twotower.cluster.placement import start
 from twotower.cluster.services import loading
 from twotower.cluster.topology import PairTopology
