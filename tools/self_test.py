@@ -20,7 +20,8 @@ from torch import Tensor
 
 from twotower.kernels import dispatch
 from twotower.towers.verify.formula_model import formula_towers
-from twotower.towers.verify.on_device import LIMITS, RECORDING, run_passes, sampled, self_test
+from twotower.towers.verify.on_device import LIMITS, RECORDING, sampled, self_test
+from twotower.towers.verify.recorded_passes import run_passes
 from twotower.towers.verify.report import CaseReport
 
 CPU = torch.device("cpu")

@@ -17,6 +17,7 @@ import pytest
 from tests.support.actors import Actor
 from twotower import Request, TwoTower
 from twotower.cluster.channel.grpc import GrpcStateLink
+from twotower.cluster.channel.receiver import StateReceiver
 from twotower.cluster.placement import start
 from twotower.cluster.services import tower_services
 from twotower.cluster.services.tower_services import PairServices
@@ -45,8 +46,12 @@ async def pair(
 
     monkeypatch.setattr(start, "_actor", actor)
     monkeypatch.setattr(start.ray.util, "get_current_placement_group", lambda: None)
-    impatient = partial(GrpcStateLink, receipt_timeout_s=1.0)
-    monkeypatch.setattr(tower_services, "GrpcStateLink", impatient)
+    sending, receiving = (
+        partial(GrpcStateLink, receipt_timeout_s=1.0),
+        partial(StateReceiver, timeout_s=1.0),
+    )
+    monkeypatch.setattr(tower_services, "GrpcStateLink", sending)
+    monkeypatch.setattr(tower_services, "StateReceiver", receiving)
     try:
         yield await start.start_towers(topology)
     finally:
