@@ -43,7 +43,7 @@ FORMULA_CONFIG = TwoTowerConfig(
     norm_topk_prob=True,
     routed_scaling_factor=2.5,
     layer_norm_epsilon=1e-5,
-    max_position_embeddings=512,
+    max_position_embeddings=1024,
 )
 _MOST = 15
 # Standard deviation of whole numbers from -15 to 15.
@@ -89,7 +89,7 @@ def _with_experts(quantized: bool) -> TwoTowerConfig:
 
 def _values(name: str, shape: tuple[int, ...]) -> Tensor:
     """A tensor in fp32: matrices with a spread of 1/sqrt(fan-in), others about as usual."""
-    whole = _whole_numbers(name, shape)
+    whole = whole_numbers(name, shape)
     if name.endswith("A_log"):
         return 1.5 + whole / 8
     if name.endswith("dt_bias"):
@@ -111,7 +111,7 @@ def _power_of_two(shape: tuple[int, ...]) -> float:
     return float(2.0 ** -round(math.log2(_SPREAD * math.sqrt(fan_in))))
 
 
-def _whole_numbers(name: str, shape: tuple[int, ...]) -> Tensor:
+def whole_numbers(name: str, shape: tuple[int, ...]) -> Tensor:
     """Whole numbers from -15 to 15 in fp32, by the name and each one's place."""
     word = torch.arange(math.prod(shape), dtype=torch.int64)
     word = (word * 0x9E3779B1 + zlib.crc32(name.encode())) & _WORD

@@ -28,12 +28,15 @@ from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.state.context_state import ContextState
 from twotower.towers.state.pages import pages_for
 from twotower.towers.state.pool import StatePool
-from twotower.towers.verify.formula_model import FORMULA_CONFIG
+from twotower.towers.state.update import StateUpdate, UpdatePlan
+from twotower.towers.verify.formula_model import FORMULA_CONFIG, whole_numbers
 
 BLOCK = 16
 # Longer than a chunk of the scan and a page of K/V, and shorter than a page.
 _PROMPTS = (70, 9)
 _CAPACITY = 192
+# Tokens of a row over whose pages attention is split.
+_LONG = 600
 # Without special tokens, and those of which rounding decides the experts in either tower.
 _NEAR_TIES = (7, 9, 18, 22, 26, 33, 36, 81, 85, 95)
 _USABLE = [token for token in range(4, FORMULA_CONFIG.vocab_size) if token not in _NEAR_TIES]
@@ -54,7 +57,11 @@ class Record(Protocol):
 def run_passes(context: ContextTower, denoiser: DenoiserTower, record: Record) -> None:
     """All passes of the self-test with the tiny model's towers, through the engines' programs."""
     pool = StatePool(
-        FORMULA_CONFIG, len(_PROMPTS) + 1, 3 * pages_for(_CAPACITY), context.device, context.dtype
+        FORMULA_CONFIG,
+        len(_PROMPTS) + 1,
+        len(_PROMPTS) * pages_for(_CAPACITY) + pages_for(_LONG + BLOCK),
+        context.device,
+        context.dtype,
     )
     states = [pool.open(_CAPACITY) for _ in _PROMPTS]
     memory, log = GraphMemory(context.device), BlockLog(context)
@@ -73,6 +80,7 @@ def run_passes(context: ContextTower, denoiser: DenoiserTower, record: Record) -
         _mirror(context, states, record)
         _denoise(denoiser, states, record)
         _fill(denoiser, states, record)
+        _read_long(programs, denoiser, pool, record)
 
 
 def _tokens(count: int, salt: int) -> list[int]:
@@ -180,6 +188,23 @@ def _denoise(denoiser: DenoiserTower, states: Sequence[ContextState], record: Re
     record.near("denoise/logits", denoiser.logits(hidden))
     plain = denoiser.forward([_tokens(1, 50), _tokens(1, 51)], [None, None], states)
     record.near("denoise/plain", plain)
+
+
+def _read_long(
+    programs: ContextPass, denoiser: DenoiserTower, pool: StatePool, record: Record
+) -> None:
+    """A step and a block behind many pages, whose state is a formula."""
+    state = pool.open(_LONG + BLOCK)
+    plan = UpdatePlan("snapshot", 0, _LONG)
+    tensors = {
+        name: (whole_numbers(name, tuple(layout.shape)) / 8).to(denoiser.device, layout.dtype)
+        for name, layout in plan.layout(FORMULA_CONFIG, denoiser.dtype).items()
+    }
+    state.apply(StateUpdate(plan, {name: list(tensor) for name, tensor in tensors.items()}))
+    _take(programs, [ContextWork(state, _tokens(1, 90), draw=_draw(state, 1))], record, "long step")
+    hidden = denoiser.forward([_tokens(BLOCK, 10)], [0.5], [state])
+    record.near("long block/hidden", hidden)
+    pool.close(state)
 
 
 def _fill(denoiser: DenoiserTower, states: Sequence[ContextState], record: Record) -> None:
