@@ -196,10 +196,11 @@ def _read_long(
     """A step and a block behind many pages, whose state is a formula."""
     state = pool.open(_LONG + BLOCK)
     plan = UpdatePlan("snapshot", 0, _LONG)
-    tensors = {
-        name: (whole_numbers(name, tuple(layout.shape)) / 8).to(denoiser.device, layout.dtype)
-        for name, layout in plan.layout(FORMULA_CONFIG, denoiser.dtype).items()
-    }
+    tensors = {}
+    for name, layout in plan.layout(FORMULA_CONFIG, denoiser.dtype).items():
+        # Large values: the mean of so many has to count beside what the layer is added to.
+        values = whole_numbers(name, tuple(layout.shape)) * (4 if name == "v" else 1 / 8)
+        tensors[name] = values.to(denoiser.device, layout.dtype)
     state.apply(StateUpdate(plan, {name: list(tensor) for name, tensor in tensors.items()}))
     _take(programs, [ContextWork(state, _tokens(1, 90), draw=_draw(state, 1))], record, "long step")
     hidden = denoiser.forward([_tokens(BLOCK, 10)], [0.5], [state])
