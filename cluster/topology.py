@@ -10,6 +10,7 @@ from twotower.towers.config.model_config import ATTENTION, MAMBA, TwoTowerConfig
 from twotower.towers.engine.options import EngineOptions
 
 Transport = Literal["grpc", "gloo", "nccl"]
+GroupFault = Literal["corrupt", "hang", "absent"]
 Placement = Literal["separate", "colocated", "ar_only"]
 REPLICA_BUNDLE, CONTEXT_BUNDLE, DENOISER_BUNDLE = range(3)
 # The replica only passes messages on; its share keeps Ray from packing too many on a core.
@@ -24,10 +25,12 @@ _SLACK_BYTES = 1 << 20
 @dataclass(frozen=True)
 class LinkFaults:
     """Faults put into a link on purpose: `delay_s` before each update's end is sent; the link
-    breaks once, at the end of update number `cut_at` (None: never)."""
+    breaks once, at the end of update number `cut_at` (None: never). A process group flips a bit of
+    what it carries ("corrupt"), carries nothing ("hang"), or does not form ("absent")."""
 
     delay_s: float = 0.0
     cut_at: int | None = None
+    group: GroupFault | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class PairTopology:
     towers a process of its own, "colocated" holds both towers in one process and one copy of every
     state, "ar_only" has no denoiser. A pass that runs for longer than `stall_timeout_s` counts as
     hung; a denoiser tower that is lost has `repair_timeout_s` to be back. `faults` disturb the
-    first link to each denoiser tower, on purpose.
+    first link to each denoiser tower, on purpose. With `self_test` (None: on CUDA) a device is
+    tested before it holds a tower.
     """
 
     model_path: str
@@ -63,6 +67,7 @@ class PairTopology:
     faults: LinkFaults | None = None
     channel_tls: bool = False
     expert_products: ExpertProducts = "widened"
+    self_test: bool | None = None
 
     def __post_init__(self) -> None:
         denoisers, gpus, on_cuda = self.denoisers_per_context, self.gpus_per_tower, self.on_cuda

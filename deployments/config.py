@@ -156,6 +156,11 @@ class ServiceConfig(BaseModel):
         PairTopology.channel_tls,
         description="encrypt states on their way, by TLS; with transport grpc only",
     )
+    self_test: bool | None = Field(
+        PairTopology.self_test,
+        description="run recorded passes of a tiny model on a tower's device before the tower "
+        "takes rows, and refuse to serve if they are off; none = on cuda",
+    )
     placement: Placement = Field(
         PairTopology.placement,
         description="separate = a process for each tower, colocated = one for both, "
@@ -371,6 +376,7 @@ class ServiceConfig(BaseModel):
             num_threads=self.num_threads,
             transport=self.transport,
             channel_tls=self.channel_tls,
+            self_test=self.self_test,
             placement=self.placement,
             denoisers_per_context=self.denoisers_per_context,
             stall_timeout_s=self.stall_timeout_s,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
-from typing import Generic, Literal, ParamSpec, TypeVar, cast
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ R = TypeVar("R")
 Backend = Literal["reference", "triton"]
 
 _forced: ContextVar[Backend | None] = ContextVar("twotower_backend", default=None)
+_by_reference: ContextVar[Operator[..., Any] | None] = ContextVar(
+    "twotower_by_reference", default=None
+)
 
 
 class Operator(Generic[P, R]):
@@ -45,6 +48,11 @@ class Operator(Generic[P, R]):
     def __init__(self, reference: Callable[P, R], triton: str | None = None) -> None:
         self.reference = reference
         self._triton_module = triton
+
+    @property
+    def has_kernel(self) -> bool:
+        """True if there is a Triton kernel."""
+        return self._triton_module is not None
 
     @cached_property
     def triton(self) -> Callable[P, R]:
@@ -61,7 +69,7 @@ class Operator(Generic[P, R]):
         on_gpu = first is not None and first.is_cuda
         if backend is None:
             backend = "triton" if on_gpu else "reference"
-        if backend == "reference" or self._triton_module is None:
+        if backend == "reference" or not self.has_kernel or _by_reference.get() is self:
             return self.reference(*args, **kwargs)
         if first is None or not on_gpu or first.get_device() == torch.cuda.current_device():
             return self.triton(*args, **kwargs)
@@ -78,6 +86,16 @@ def force(backend: Backend) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+@contextmanager
+def by_reference(operator: Operator[..., Any]) -> Iterator[None]:
+    """Inside, this one operator runs its reference, whatever the device and the backend."""
+    token = _by_reference.set(operator)
+    try:
+        yield
+    finally:
+        _by_reference.reset(token)
 
 
 linear = Operator(_linear.linear)
@@ -100,3 +118,8 @@ pack_drafts = Operator(_draft_lines.pack_drafts, "draft_lines_triton")
 unpack_rows = Operator(_pass_buffers.unpack_rows, "pass_buffers_triton")
 pack_drawn = Operator(_pass_buffers.pack_drawn, "pass_buffers_triton")
 right_counts = Operator(_pass_buffers.right_counts, "pass_buffers_triton")
+
+# All operators by name.
+OPERATORS: dict[str, Operator[..., Any]] = {
+    name: each for name, each in globals().items() if isinstance(each, Operator)
+}

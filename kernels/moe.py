@@ -52,7 +52,7 @@ class Routing(NamedTuple):
 class SlotOutputs:
     """What a token's k experts and the shared MLP give before they are added: `by_slot`
     [T, k + parts, H], the shared parts last, of which those without an expert are not written, and
-    the token's `ids` and `scores` [T, k]. Only kernels make and read them."""
+    the token's `ids` and `scores` [T, k]."""
 
     by_slot: Tensor
     ids: Tensor
@@ -62,6 +62,16 @@ class SlotOutputs:
     def shape(self) -> tuple[int, int]:
         """T and H of the sum."""
         return self.by_slot.shape[0], self.by_slot.shape[2]
+
+    def sum(self) -> Tensor:
+        """The sum [T, H], in fp32 in the order of the slots, rounded once."""
+        slots = self.ids.shape[1]
+        chosen = (self.ids >= 0).unsqueeze(-1)
+        written = torch.where(chosen, self.by_slot[:, :slots], 0.0)
+        total = _weighted_sum(written, torch.where(chosen[..., 0], self.scores, 0.0))
+        for part in range(slots, self.by_slot.shape[1]):
+            total = total + self.by_slot[:, part].float()
+        return total.to(self.by_slot.dtype)
 
 
 def narrow_parts(weight: Tensor) -> Tensor | None:

@@ -53,10 +53,11 @@ def add_norm(
 
     `gate` weighs `delta`; `modulation` shifts and scales before the norm if `modulate_first`
     (Mamba and attention layers), else after it (MoE and MLP layers). Without `delta` the stream is
-    `hidden` itself. Outputs of experts that are not added up are for the kernel alone.
+    `hidden` itself. Outputs of experts that are not added up yet are added up here.
     """
+    if isinstance(delta, SlotOutputs):
+        delta = delta.sum()
     if delta is not None:
-        assert isinstance(delta, Tensor)
         hidden = hidden + (delta if gate is None else gate.part(2) * delta)
     if modulation is None:
         return hidden, rms_norm(hidden, weight, eps)

@@ -50,7 +50,7 @@ WINGS = {
     "cluster/topology": "towers/engine",
     "cluster/channel": "towers/state protos cluster/topology",
     "cluster/services": "towers/model towers/decoding towers/checkpoint towers/engine "
-    "cluster/topology cluster/channel",
+    "towers/verify cluster/topology cluster/channel",
     "cluster/placement": "cluster/topology cluster/channel cluster/services",
     "deployments/settings_file": "",
     "deployments/access": "deployments/settings_file",
@@ -80,7 +80,8 @@ WINGS = {
     "call_loop": "",
     "streams": "towers/decoding call_loop",
     "results": "towers/decoding",
-    "api": "towers/text towers/decoding towers/checkpoint towers/engine call_loop streams results",
+    "api": "towers/text towers/decoding towers/checkpoint towers/engine towers/verify call_loop "
+    "streams results",
     "transformers": "towers/checkpoint streams api",
     "agreement": "api results",
     "sweep": "towers/text towers/model towers/checkpoint towers/engine bench api results",

@@ -105,6 +105,7 @@ def test_the_signatures() -> None:
         ("dtype", "float32"),
         ("progress", None),
         ("expert_products", "widened"),
+        ("self_test", None),
     ]
     assert defaults_of(TwoTower.score) == [("self", empty), ("token_ids", empty)]
     assert defaults_of(TwoTower.logits) == [("self", empty), ("prompts", empty)]

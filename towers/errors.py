@@ -5,6 +5,7 @@ TwoTowerError
 ├── CheckpointError          a checkpoint on disk cannot be served as it is
 │   └── ConfigError          its config.json has a key or value we do not compute
 ├── NumericalError           a row's logits are not finite; nothing of it is committed
+├── DeviceError              a device does not compute what it should
 ├── CapacityError            no room for the row now; trying again later may work
 │   └── QueueFullError       too many rows wait for room already
 └── UnavailableError         a tower, link or replica that the row needs is gone
@@ -42,6 +43,10 @@ class ConfigError(CheckpointError):
 
 class NumericalError(TwoTowerError):
     """A row produced non-finite logits."""
+
+
+class DeviceError(TwoTowerError):
+    """A device has failed its self-test: what it computes is not to be served."""
 
 
 class CapacityError(TwoTowerError):

@@ -48,6 +48,7 @@ from twotower.towers.request.token_ids import (
     prompt_rows,
 )
 from twotower.towers.text.tokenizer import Tokenizer, load_tokenizer, text_ids
+from twotower.towers.verify import prove_device
 
 Device = str | torch.device
 LogitBias = Mapping[int, float] | Sequence[tuple[int, float]]
@@ -89,20 +90,25 @@ class TwoTower:
         dtype: str = "float32",
         progress: ReadProgress | None = None,
         expert_products: str = "widened",
+        self_test: bool | None = None,
     ) -> TwoTower:
         """Loads a folder, a hub id, or (None) the shipped model.
 
         `device` is one device or a pair (context, denoiser); `dtype` is float32 or bfloat16.
         `progress` gets the bytes read so far and those of both towers, after each tensor. Routed
         experts in 8 bits are multiplied as `expert_products` says: "widened" to `dtype`, or as
-        "fp8" with tokens in 8 bits too. Raises CheckpointError or ConfigError, naming the tensor or
-        key; InvalidRequestError for another `dtype` or `expert_products`.
+        "fp8" with tokens in 8 bits too. With `self_test` (None: on CUDA) recorded passes of a tiny
+        model are run on each device first. Raises CheckpointError or ConfigError, naming the tensor
+        or key; InvalidRequestError for another `dtype` or `expert_products`; DeviceError if a
+        device fails the self-test.
         """
         context_device, denoiser_device = device if isinstance(device, tuple) else (device, device)
         places = _fixed(parse_device(context_device)), _fixed(parse_device(denoiser_device))
         working, products = parse_dtype(dtype), parse_expert_products(expert_products)
         folder = resolve_checkpoint(path)
         limit_threads()
+        for place in dict.fromkeys(places):
+            prove_device(folder, place, working, self_test, products)
         context, denoiser = load_engines(
             folder, *places, working, progress=progress, expert_products=products
         )

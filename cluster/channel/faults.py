@@ -3,20 +3,54 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from twotower.cluster.channel.carrier import Carrier
+from twotower.cluster.channel.framing import Memory
 from twotower.cluster.channel.link_fan import Link
-from twotower.cluster.topology import LinkFaults
+from twotower.cluster.topology import GroupFault, LinkFaults, Transport
 from twotower.towers.state.context_state import ContextState
 from twotower.towers.state.link import UpdateWriter
 from twotower.towers.state.update import UpdatePlan
+
+
+class FaultyCarrier:
+    """A sender's process group with a fault; fulfils `Carrier`."""
+
+    def __init__(self, carrier: Carrier, fault: GroupFault) -> None:
+        self.frame_bytes = carrier.frame_bytes
+        self.device = carrier.device
+        self._carrier = carrier
+        self._fault = fault
+
+    def payload(self, slices: Sequence[Tensor]) -> list[Memory]:
+        """What goes into the frame itself."""
+        return self._carrier.payload(slices)
+
+    async def send(self, slices: Sequence[Tensor]) -> None:
+        """Sends other bytes, or none."""
+        if self._fault == "corrupt" and slices:
+            last = slices[-1].view(-1).view(torch.uint8).clone()
+            last[-1] ^= 1
+            await self._carrier.send([*slices[:-1], last])
+
+    async def receive(self, size: int, payload: memoryview) -> Tensor:
+        """The bytes of a frame."""
+        return await self._carrier.receive(size, payload)
+
+    def close(self) -> None:
+        """Gives up what is on the way."""
+        self._carrier.close()
 
 
 class FaultyLink:
     """A link with faults; fulfils `Link`."""
 
     def __init__(self, link: Link, faults: LinkFaults) -> None:
+        self.transport: Transport = link.transport
         self._link = link
         self._faults = faults
         self._updates = 0

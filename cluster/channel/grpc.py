@@ -22,10 +22,17 @@ from torch import Tensor
 from twotower.cluster.channel import framing, process_group
 from twotower.cluster.channel.allocator import keep_freed_memory
 from twotower.cluster.channel.carrier import BesideFrame, Carrier, CarrierError, InFrame
+from twotower.cluster.channel.faults import FaultyCarrier
 from twotower.cluster.channel.outgoing import Outgoing, ShareQueue
+from twotower.cluster.channel.self_test import (
+    SELF_TEST_PLANS,
+    SELF_TEST_ROW,
+    SELF_TEST_TIMEOUT_S,
+    known_shares,
+)
 from twotower.cluster.channel.tls import TARGET_NAME, channel_credentials
 from twotower.cluster.channel.transfers import Transfers
-from twotower.cluster.topology import Transport
+from twotower.cluster.topology import GroupFault, Transport
 from twotower.protos.v1 import state_pb2
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.errors import UnavailableError
@@ -56,13 +63,15 @@ _Broken = (grpc.aio.AioRpcError, asyncio.InvalidStateError, CarrierError, Unavai
 class LinkSpec:
     """The peer of a link (`host:port`), the pair's secret, the link's epoch, and the transport of
     the bytes. The port of a process group's store comes with the receiver's admission.
-    `certificate` is the receiver's (PEM), for a stream over TLS; None: over plain TCP."""
+    `certificate` is the receiver's (PEM), for a stream over TLS; None: over plain TCP. `place` is
+    where the receiver's tower is, in an operator's words."""
 
     address: str
     token: str = field(repr=False)
     epoch: int
     transport: Transport = "grpc"
     certificate: bytes | None = field(default=None, repr=False)
+    place: str = ""
 
 
 class GrpcStateLink:
@@ -71,7 +80,7 @@ class GrpcStateLink:
     Updates leave from `device` (that of the tower for NCCL, otherwise the CPU) as `dtype`, the
     tower's; shares that are there already are read where they stand. `replay_tensors` are the
     context tower's, sent when the stream opens: with them the receiver replays deltas. What was
-    carried is counted in `transfers`.
+    carried is counted in `transfers`. A process group may have a `fault`, on purpose.
     """
 
     def __init__(
@@ -84,7 +93,10 @@ class GrpcStateLink:
         device: torch.device = CPU,
         receipt_timeout_s: float = RECEIPT_TIMEOUT_S,
         transfers: Transfers | None = None,
+        fault: GroupFault | None = None,
     ) -> None:
+        self.transport: Transport = spec.transport
+        self._fault = fault
         self._spec = spec
         self._config = config
         self._dtype = dtype
@@ -126,6 +138,35 @@ class GrpcStateLink:
 
         Raises ValueError if the update before has not finished, UnavailableError on a broken link.
         """
+        return self._begin(row_id, plan)
+
+    async def self_test(self, timeout_s: float = SELF_TEST_TIMEOUT_S) -> None:
+        """Sends known updates from the link's device, which the receiver compares bit for bit; no
+        row of them is left. Raises UnavailableError with what went wrong."""
+        self.open(SELF_TEST_ROW)
+        try:
+            async with asyncio.timeout(timeout_s):
+                for number in range(len(SELF_TEST_PLANS)):
+                    await self._send_known(number)
+        except TimeoutError:
+            raise UnavailableError(f"known updates took more than {timeout_s:g} s") from None
+        finally:
+            self.forget(SELF_TEST_ROW)
+
+    async def _send_known(self, number: int) -> None:
+        plan = SELF_TEST_PLANS[number]
+        writer = self._begin(SELF_TEST_ROW, plan)
+        for share in known_shares(self._config, number, self._dtype, self._device):
+            writer.put(*share)
+        try:
+            await writer.finish()
+        except UnavailableError:
+            self.check()
+            raise UnavailableError(
+                f"the known update {number} ({plan.kind}) arrived with other bytes"
+            ) from None
+
+    def _begin(self, row_id: str, plan: UpdatePlan) -> UpdateWriter:
         self.check()
         if row_id in self._on_the_way:
             raise ValueError(f"row {row_id!r}: got a new update before the last one has finished")
@@ -198,12 +239,11 @@ class GrpcStateLink:
             raise UnavailableError("the denoiser tower does not answer") from None
         finally:
             self._settled(update)
-        if outcome == state_pb2.StateReceipt.OUTCOME_APPLIED:
+        row_id = update.header.row_id
+        if outcome == state_pb2.StateReceipt.OUTCOME_APPLIED and row_id != SELF_TEST_ROW:
             self.transfers.took(update.num_bytes, time.monotonic_ns() - finished)
-        if outcome != state_pb2.StateReceipt.OUTCOME_REFUSED:
-            row_id = update.header.row_id
-            if row_id in self._next_index:
-                self._next_index[row_id] = update.header.block_index + 1
+        if outcome != state_pb2.StateReceipt.OUTCOME_REFUSED and row_id in self._next_index:
+            self._next_index[row_id] = update.header.block_index + 1
         return outcome
 
     def _settled(self, update: Outgoing) -> None:
@@ -324,8 +364,11 @@ class GrpcStateLink:
     async def _join(self, port: int) -> Carrier:
         host = self._spec.address.rpartition(":")[0]
         spec = self._spec
+        if self._fault == "absent":
+            raise UnavailableError("no process group: kept from forming, on purpose")
         end = await process_group.join(spec.transport, host, port, self._device, self._timeout)
-        return BesideFrame(end, self._break)
+        carrier = BesideFrame(end, self._break)
+        return carrier if self._fault is None else FaultyCarrier(carrier, self._fault)
 
     async def _read(self) -> None:
         try:

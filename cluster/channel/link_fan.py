@@ -7,10 +7,12 @@ moved to a link that works.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Protocol
 
 from torch import Tensor
 
+from twotower.cluster.topology import Transport
 from twotower.towers.errors import UnavailableError
 from twotower.towers.state.context_state import ContextState
 from twotower.towers.state.link import StateLink, UpdateWriter
@@ -18,7 +20,9 @@ from twotower.towers.state.update import UpdatePlan
 
 
 class Link(StateLink, Protocol):
-    """A link to one denoiser tower, which may break."""
+    """A link to one denoiser tower, which may break; `transport` carries its bytes."""
+
+    transport: Transport
 
     def check(self) -> None:
         """Raises UnavailableError once the link is broken."""
@@ -53,6 +57,10 @@ class LinkFan:
     def broken(self) -> list[int]:
         """Indices of the links that do not work any more."""
         return [index for index, link in self._links.items() if _is_broken(link)]
+
+    def transports(self) -> Counter[Transport]:
+        """How many links there are of each transport."""
+        return Counter(link.transport for link in self._links.values())
 
     def assign(self, row_id: str, index: int) -> None:
         """Sets the link of a row that is about to be opened."""

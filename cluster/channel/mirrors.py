@@ -69,6 +69,10 @@ class Mirrors:
             )
         return True
 
+    def is_latest(self, header: state_pb2.StateHeader) -> bool:
+        """True if no newer link has spoken since."""
+        return header.epoch >= self._epoch
+
     def hold(self, assembly: Assembly) -> None:
         """Remembers the unfinished update of a row."""
         mirror = self._rows.get(assembly.header.row_id)

@@ -27,6 +27,7 @@ from twotower.cluster.channel.grpc import (
 )
 from twotower.cluster.channel.mirrors import Mirrors
 from twotower.cluster.channel.process_group import Rendezvous
+from twotower.cluster.channel.self_test import SELF_TEST_ROW, has_known_values
 from twotower.cluster.channel.tls import Identity
 from twotower.cluster.topology import Transport
 from twotower.protos.v1 import state_pb2
@@ -41,9 +42,10 @@ class StateReceiver:
 
     `apply(row_id, update)` raises ValueError for an update that does not continue the row,
     `follow(tensors)` for replay weights of another model. Only rows that were opened are followed,
-    so a late update of a released row leaves nothing behind. `device` is where NCCL receives;
-    otherwise the CPU. A group's calls end within `timeout_s`. With an `identity` streams are taken
-    over TLS only.
+    so a late update of a released row leaves nothing behind. The updates of a link's self-test are
+    compared and dropped. A link has `transport`, or gRPC alone, to which a pair falls back.
+    `device` is where NCCL receives; otherwise the CPU. A group's calls end within `timeout_s`. With
+    an `identity` streams are taken over TLS only.
     """
 
     def __init__(
@@ -112,8 +114,8 @@ class StateReceiver:
         self, frames: AsyncIterator[bytes], context: Context
     ) -> AsyncIterator[state_pb2.StateReceipt]:
         """Serves one link until it ends or breaks a rule."""
-        await self._authenticate(context)
-        carrier = await self._admit(context)
+        transport = await self._authenticate(context)
+        carrier = await self._admit(transport, context)
         stream = _Stream(self._mirrors, self._follow, self._max_update_bytes, carrier)
         try:
             # Unfinished updates are dropped first: nothing is left when the sender sees the end.
@@ -132,21 +134,25 @@ class StateReceiver:
         except CarrierError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
 
-    async def _authenticate(self, context: Context) -> None:
+    async def _authenticate(self, context: Context) -> Transport:
+        """The link's transport, once it has shown the token."""
         metadata = dict(context.invocation_metadata() or ())
         given = metadata.get(TOKEN_KEY, "")
         given_bytes = given if isinstance(given, bytes) else given.encode()
         if not hmac.compare_digest(given_bytes, self._token):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong or missing link token")
         transport = metadata.get(TRANSPORT_KEY, "grpc")
+        if transport == "grpc":
+            return "grpc"
         if transport != self._transport:
             message = f"transport: got {transport!r}, expected {self._transport!r}"
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, message)
+        return self._transport
 
-    async def _admit(self, context: Context) -> Carrier:
+    async def _admit(self, transport: Transport, context: Context) -> Carrier:
         # The sender waits for this before its first write: a write that meets an ended stream
         # would hide why it has ended.
-        if self._transport == "grpc":
+        if transport == "grpc":
             await context.send_initial_metadata(((ADMITTED_KEY, "1"),))
             return InFrame()
         rendezvous = Rendezvous(self._host)
@@ -154,7 +160,7 @@ class StateReceiver:
             await context.send_initial_metadata(
                 ((ADMITTED_KEY, "1"), (STORE_PORT_KEY, str(rendezvous.port)))
             )
-            end = await rendezvous.accept(self._transport, self._device, self._timeout)
+            end = await rendezvous.accept(transport, self._device, self._timeout)
         except RuntimeError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"no process group: {error}")
         finally:
@@ -211,7 +217,7 @@ class _Stream:
             raise framing.FrameError(f"header: got more than {MAX_UNFINISHED} unfinished updates")
         framing.check_header(header, self._max_update_bytes)
         keep = self._mirrors.admit(header)
-        assembly = Assembly(header, keep=keep)
+        assembly = Assembly(header, keep=keep or header.row_id == SELF_TEST_ROW)
         self._assemblies[sequence] = assembly
         self._mirrors.hold(assembly)
 
@@ -220,12 +226,24 @@ class _Stream:
         if not assembly.complete:
             self._mirrors.drop(assembly)
             raise framing.FrameError(f"finished: got update {sequence} with bytes missing")
+        if assembly.header.row_id == SELF_TEST_ROW:
+            return state_pb2.StateReceipt(sequence=sequence, outcome=_tested(assembly))
         if assembly.header.row_id:
             outcome = self._mirrors.settle(assembly)
             return state_pb2.StateReceipt(sequence=sequence, outcome=outcome)
-        if assembly.keep:
+        # What comes late over a group that was given up may be anything.
+        if assembly.keep and self._mirrors.is_latest(assembly.header):
             try:
                 self._follow(assembly.weights())
             except ValueError as error:
                 raise framing.FrameError(str(error)) from None
         return None
+
+
+def _tested(assembly: Assembly) -> state_pb2.StateReceipt.Outcome:
+    """Whether an update of a link's self-test has arrived as it was sent."""
+    known = has_known_values(assembly.update(), assembly.header.block_index)
+    assembly.discard()
+    if known:
+        return state_pb2.StateReceipt.OUTCOME_APPLIED
+    return state_pb2.StateReceipt.OUTCOME_REFUSED

@@ -13,6 +13,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from twotower.cluster.channel.grpc import LinkSpec
+from twotower.cluster.channel.self_test import LinkTestError
 from twotower.cluster.services.colocated import ColocatedActor
 from twotower.cluster.services.pair_towers import PairTowers
 from twotower.cluster.services.tower_services import (
@@ -30,7 +31,8 @@ logger = logging.getLogger(__name__)
 async def start_towers(topology: PairTopology) -> PairServices:
     """Starts the actors of a pair and links them.
 
-    Raises CheckpointError if a tower does not load, ConfigError if it has no room.
+    Raises CheckpointError if a tower does not load, ConfigError if it has no room, DeviceError if
+    its device fails the self-test.
     """
     group = ray.util.get_current_placement_group()
     if topology.placement == "colocated":
@@ -67,7 +69,7 @@ class _Keeper:
 
     A denoiser has one token for its life, and with `channel_tls` one certificate, which it makes
     itself. Each of its links has an epoch: the receiver passes over what an older link may still
-    send.
+    send. Where the transport fails its self-test, the denoiser's links are gRPC for its life.
     """
 
     def __init__(
@@ -105,6 +107,14 @@ class _Keeper:
 
     async def relink(self, index: int) -> None:
         """A new link to the tower in place `index`, which is alive."""
+        try:
+            await self._connect(index)
+        except LinkTestError as error:
+            logger.warning("%s; its states go over gRPC", error)
+            self._links[index] = replace(self._links[index], transport="grpc")
+            await self._connect(index)
+
+    async def _connect(self, index: int) -> None:
         self._epoch += 1
         await self._context.connect(index, replace(self._links[index], epoch=self._epoch))
 

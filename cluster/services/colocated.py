@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from twotower.cluster.services.loading import prepare_process
+import torch
+
+from twotower.cluster.services.loading import loaded
 from twotower.cluster.services.tower_services import (
     Call,
     ContextTowerActor,
@@ -19,7 +20,7 @@ from twotower.cluster.services.tower_services import (
     bound,
 )
 from twotower.cluster.topology import PairTopology
-from twotower.towers.checkpoint.weights import parse_dtype
+from twotower.kernels.quantized import ExpertProducts
 from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
 from twotower.towers.engine.load import load_engines
@@ -38,9 +39,8 @@ class ColocatedActor:
         }
 
     async def load(self) -> None:
-        """Loads both towers. Raises CheckpointError, ConfigError."""
-        prepare_process(self._topology)
-        context, denoiser = await asyncio.to_thread(self._load_engines)
+        """Loads both towers. Raises CheckpointError, ConfigError, DeviceError."""
+        context, denoiser = await loaded(self._load_engines, self._topology)
         self._context.run(context)
         self._denoiser.run(denoiser)
 
@@ -57,16 +57,23 @@ class ColocatedActor:
             async for answer in answers:
                 yield answer
 
-    def _load_engines(self) -> tuple[ContextEngine, DenoiserEngine]:
-        topology = self._topology
+    def _load_engines(
+        self,
+        folder: Path,
+        device: str | torch.device,
+        dtype: torch.dtype,
+        *,
+        expert_products: ExpertProducts,
+    ) -> tuple[ContextEngine, DenoiserEngine]:
+        options = self._topology.engine
         context, denoiser = load_engines(
-            Path(topology.model_path),
-            topology.device,
-            topology.device,
-            parse_dtype(topology.dtype),
-            options=topology.engine,
+            folder,
+            device,
+            device,
+            dtype,
+            options=options,
             threaded=True,
-            expert_products=topology.expert_products,
+            expert_products=expert_products,
         )
         context.warm_up()
         denoiser.warm_up(pool=context.pool)

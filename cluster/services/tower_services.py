@@ -14,20 +14,21 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, get_args
 
 import ray
 
 from twotower.cluster.channel.faults import FaultyLink
 from twotower.cluster.channel.grpc import CPU, GrpcStateLink, LinkSpec
-from twotower.cluster.channel.link_fan import Link, LinkFan
+from twotower.cluster.channel.link_fan import LinkFan
 from twotower.cluster.channel.receiver import StateReceiver
+from twotower.cluster.channel.self_test import LinkTestError
 from twotower.cluster.channel.tls import new_identity
 from twotower.cluster.channel.transfers import Transfers
-from twotower.cluster.services.loading import loaded
+from twotower.cluster.services.loading import loaded, place_of
 from twotower.cluster.services.ray_errors import detached, plainly
 from twotower.cluster.services.watch import Watch
-from twotower.cluster.topology import PairTopology, max_update_bytes
+from twotower.cluster.topology import GroupFault, PairTopology, Transport, max_update_bytes
 from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
 from twotower.towers.decoding.provisional import Drafting
 from twotower.towers.decoding.services import (
@@ -226,7 +227,7 @@ class _Remote(TowerService):
         self._ending: set[asyncio.Task[None]] = set()
 
     async def load(self) -> None:
-        """Loads the tower. Raises CheckpointError."""
+        """Loads the tower. Raises CheckpointError, DeviceError."""
         await plainly(self._actor.load.remote())
 
     async def release(self, row_id: str) -> None:
@@ -286,7 +287,9 @@ class RemoteContext(_Remote, ContextTowerService):
         return await self._opened(row_id, super().open_for(row_id, capacity, denoiser))
 
     async def connect(self, denoiser: int, link: LinkSpec) -> None:
-        """Links the tower to a denoiser tower, in place of the link to it that was there."""
+        """Links the tower to a denoiser tower, in place of the link to it that was there.
+
+        Raises LinkTestError if the link's transport does not carry states."""
         await plainly(self._actor.connect.remote(denoiser, link))
 
     async def broken_links(self) -> list[int]:
@@ -377,7 +380,8 @@ class ContextTowerActor(EngineService[ContextEngine], ContextTowerService):
         self._disturbed: set[int] = set()
 
     async def load(self) -> None:
-        """Loads the tower and starts its engine. Raises CheckpointError, ConfigError."""
+        """Loads the tower and starts its engine. Raises CheckpointError, ConfigError,
+        DeviceError."""
         tower = await loaded(load_context_tower, self._topology)
         options = self._topology.engine
         link = None if self._topology.placement == "ar_only" else self._links
@@ -386,21 +390,40 @@ class ContextTowerActor(EngineService[ContextEngine], ContextTowerService):
         self.run(engine)
 
     async def connect(self, denoiser: int, link: LinkSpec) -> None:
-        """Links the tower to a denoiser tower; the link to it that was there ends."""
+        """Links the tower to a denoiser tower; the link to it that was there ends.
+
+        Raises LinkTestError if the link's transport is not gRPC and fails its self-test."""
+        faults = self._topology.faults if denoiser not in self._disturbed else None
+        self._disturbed.add(denoiser)
+        state_link = self._link(link, faults.group if faults is not None else None)
+        if link.transport != "grpc":
+            await self._prove(state_link, denoiser, link)
+        disturbed = FaultyLink(state_link, faults) if faults is not None else state_link
+        await self._links.connect(denoiser, disturbed)
+
+    def _link(self, spec: LinkSpec, fault: GroupFault | None) -> GrpcStateLink:
         tower = self.engine.tower
-        state_link: Link = GrpcStateLink(
-            link,
+        return GrpcStateLink(
+            spec,
             tower.config,
             tower.dtype,
             tower.replay_tensors(),
-            device=tower.device if link.transport == "nccl" else CPU,
+            device=tower.device if spec.transport == "nccl" else CPU,
             transfers=self._transfers,
+            fault=fault,
         )
-        faults = self._topology.faults
-        if faults is not None and denoiser not in self._disturbed:
-            self._disturbed.add(denoiser)
-            state_link = FaultyLink(state_link, faults)
-        await self._links.connect(denoiser, state_link)
+
+    async def _prove(self, link: GrpcStateLink, denoiser: int, spec: LinkSpec) -> None:
+        """Lets a link carry known updates; ends it and raises LinkTestError if it does not."""
+        try:
+            await link.self_test()
+        except UnavailableError as error:
+            await link.close()
+            place = place_of(self.engine.tower.device)
+            raise LinkTestError(
+                f"transport {spec.transport} does not carry states from the context tower "
+                f"({place}) to denoiser tower {denoiser} ({spec.place}): {error}"
+            ) from None
 
     async def open_for(self, row_id: str, capacity: int, denoiser: int) -> int:
         self._links.assign(row_id, denoiser)
@@ -417,12 +440,15 @@ class ContextTowerActor(EngineService[ContextEngine], ContextTowerService):
         return self._links.broken()
 
     async def stats(self) -> EngineStats:
-        """The engine's counters, and what the links have carried, if there are any."""
+        """The engine's counters, and links by transport with what they have carried, if there are
+        any."""
         stats, carried = await super().stats(), self._transfers
         if not self._links.connected:
             return stats
+        links = self._links.transports()
         return replace(
             stats,
+            **{f"{transport}_links": links[transport] for transport in get_args(Transport)},
             transfers=carried.updates,
             transfer_bytes=carried.num_bytes,
             transfer_seconds=carried.nanoseconds / 1e9,
@@ -444,7 +470,7 @@ class DenoiserTowerActor(EngineService[DenoiserEngine], DenoiserTowerService):
         self._receiver: StateReceiver | None = None
 
     async def load(self) -> None:
-        """Loads the tower. Raises CheckpointError."""
+        """Loads the tower. Raises CheckpointError, DeviceError."""
         self._tower = await loaded(load_denoiser_tower, self._topology)
 
     async def listen(self, token: str) -> LinkSpec:
@@ -472,7 +498,7 @@ class DenoiserTowerActor(EngineService[DenoiserEngine], DenoiserTowerService):
         self._receiver = receiver
         self.run(engine)
         certificate = None if identity is None else identity.certificate
-        return LinkSpec(address, token, 0, transport, certificate)
+        return LinkSpec(address, token, 0, transport, certificate, place_of(self._tower.device))
 
     async def open(self, row_id: str, capacity: int) -> None:
         await super().open(row_id, capacity)

@@ -21,6 +21,8 @@ GAUGES = {
     "prefix_cache_entries": "cache_entries",
     "prefix_cache_bytes": "cache_bytes",
 }
+# Gauges of the links by transport.
+LINKS = {name: f"{name}_links" for name in ("grpc", "gloo", "nccl")}
 COUNTERS = {
     "passes_total": "passes",
     "pass_rows_total": "pass_rows",
@@ -62,8 +64,12 @@ class PairMetrics:
         values["busy_share"] = now.busy_share_since(before)
         if now.pages and now.pages_used is not None:
             values["kv_cache_usage_perc"] = now.pages_used / now.pages
+        labels = {**self._labels, "tower": tower}
         for name, value in values.items():
-            self._to.set(name, value, {**self._labels, "tower": tower})
+            self._to.set(name, value, labels)
+        for transport, own in LINKS.items():
+            if own in known:
+                self._to.set("state_links", known[own], {**labels, "transport": transport})
 
     def _counters(self, tower: str, now: EngineStats, before: EngineStats | None) -> None:
         known, last = now.report(), {} if before is None else before.report()

@@ -116,6 +116,10 @@ PAIR: Table = {
     "pass_rows_total": _counter("Rows of all passes together.", _TOWER),
     "pass_tokens_total": _counter("Tokens of all passes together.", _TOWER),
     "pass_seconds_total": _counter("Seconds of all passes together.", _TOWER),
+    "state_links": _gauge(
+        "Links between towers, by the transport that carries their states: grpc, gloo or nccl.",
+        (*_TOWER, "transport"),
+    ),
     "state_transfers_total": _counter("Updates of states that denoisers have taken.", _TOWER),
     "state_transfer_bytes_total": _counter("Bytes of these updates.", _TOWER),
     "state_transfer_seconds_total": _counter(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from twotower.kernels import dispatch
-from twotower.kernels.dispatch import Backend, Operator, force
+from twotower.kernels.dispatch import Backend, Operator, by_reference, force
 
 ALONE = ["linear", "mlp"]
 WITH_KERNEL = [
@@ -161,6 +161,18 @@ def test_force_takes_either_and_ends_with_its_block(operator: Operator[[Tensor],
             assert operator(zero).tolist() == [1.0]
         assert operator(zero).tolist() == [2.0]
     assert operator(zero).tolist() == [1.0]
+
+
+def test_one_operator_by_its_reference_beside_kernels(
+    operator: Operator[[Tensor], Tensor],
+) -> None:
+    other, zero = Operator(plus, "plus_triton"), torch.zeros(1)
+    with force("triton"), by_reference(operator):
+        assert operator(zero).tolist() == [1.0]
+        assert other(zero).tolist() == [2.0]
+    with by_reference(operator):
+        assert operator(on_gpu(0.0)).tolist() == [1.0]
+    assert operator(on_gpu(0.0)).tolist() == [2.0]
 
 
 def test_force_ends_after_an_error_too() -> None:

@@ -165,6 +165,11 @@ class Checkpoint:
         self._check()
 
     @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    @property
     def names_by_file(self) -> dict[Path, list[str]]:
         """The names of the tensors in each file."""
         by_file: dict[Path, list[str]] = {}

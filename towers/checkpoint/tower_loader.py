@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from twotower.kernels.linear import pack
 from twotower.kernels.moe import ExpertWeights, narrow_parts
 from twotower.kernels.quantized import FP8, ExpertProducts, QuantizedExperts
 from twotower.towers.checkpoint.checkpoint import (
-    Checkpoint,
     expert_matrices,
     scale_name,
     tensor_shapes,
@@ -36,12 +36,27 @@ from twotower.towers.state.budget import free_bytes
 _FP8_CAPABILITY = (8, 9)
 
 
-def check_expert_products(checkpoint: Checkpoint, products: ExpertProducts) -> None:
+class Tensors(Protocol):
+    """A model's config and tensors by name: a checkpoint, or what stands in for one."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in errors."""
+
+    @property
+    def config(self) -> TwoTowerConfig:
+        """Shapes of the towers."""
+
+    def read(self, name: str, target: Tensor) -> None:
+        """Copies a tensor into `target`, converted to its dtype. Raises CheckpointError."""
+
+
+def check_expert_products(checkpoint: Tensors, products: ExpertProducts) -> None:
     """Raises ConfigError for 8-bit products of experts that are not stored in 8 bits."""
     if products == "fp8" and not checkpoint.config.quantized_experts:
         raise ConfigError(
             f"expert_products: got 'fp8', expected 'widened': the routed experts of "
-            f"{checkpoint.folder.name} are not in 8 bits (see twotower quantize)"
+            f"{checkpoint.name} are not in 8 bits (see twotower quantize)"
         )
 
 
@@ -59,7 +74,7 @@ def check_fp8_device(device: torch.device) -> None:
 
 
 def read_quantized(
-    checkpoint: Checkpoint,
+    checkpoint: Tensors,
     names: Sequence[str],
     device: torch.device,
     products: ExpertProducts = "widened",
@@ -85,7 +100,7 @@ class TowerLoader:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Tensors,
         device: torch.device,
         dtype: torch.dtype,
         for_triton: bool | None,

@@ -23,8 +23,8 @@ class EngineStats:
     Of an engine with a pool: its slots and pages, those in use, the bytes of those in use and of
     all. Of one with a prefix cache: its entries and their bytes, hits, misses, and tokens that hits
     saved. `mirrors` are rows that a denoiser tower's link follows. Of a context tower with links to
-    denoisers: updates of states that they have taken, the bytes of these, and the seconds from the
-    end of the pass that made each to its receipt.
+    denoisers: how many of these each transport carries, updates of states that they have taken, the
+    bytes of these, and the seconds from the end of the pass that made each to its receipt.
     """
 
     rows: int
@@ -49,6 +49,9 @@ class EngineStats:
     cache_misses: int | None = None
     cache_cached_tokens: int | None = None
     mirrors: int | None = None
+    grpc_links: int | None = None
+    gloo_links: int | None = None
+    nccl_links: int | None = None
     transfers: int | None = None
     transfer_bytes: int | None = None
     transfer_seconds: float | None = None

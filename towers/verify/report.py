@@ -12,6 +12,8 @@ from twotower.towers.errors import cut_off
 
 LOGIT_TOLERANCE = 2e-3
 STATE_TOLERANCE = 5e-4
+# How many times the usual error a single number may be off by.
+PEAK = 15
 # An entry of manifest.json, and the recorded tensors of that case by name.
 Case = Mapping[str, Any]
 Recorded = Mapping[str, Tensor]
@@ -38,6 +40,24 @@ class CaseReport:
         self.max_error = max(self.max_error, error)
         if not error <= tolerance:
             self.misses.append(f"{name}: off by {error:.2e}, limit {tolerance:.0e}")
+
+    def near(self, name: str, got: Tensor, want: Tensor, limit: float) -> None:
+        """Compares floats relative to their size; a miss if shapes differ, if the root of the mean
+        square error is above `limit` of that of `want`, or the largest above PEAK times that."""
+        self.checks += 1
+        got, want = got.detach().double().cpu(), want.double()
+        if got.shape != want.shape:
+            self.misses.append(f"{name}: shape {list(got.shape)}, expected {list(want.shape)}")
+            return
+        size = float(want.square().mean().sqrt())
+        error = float((got - want).square().mean().sqrt()) / size
+        peak = float((got - want).abs().max()) / size
+        self.max_error = max(self.max_error, error)
+        if not (error <= limit and peak <= PEAK * limit):
+            self.misses.append(
+                f"{name}: off by {error:.1e} of its size, at most {peak:.1e}, limits {limit:.0e} "
+                f"and {PEAK * limit:.0e}"
+            )
 
     def same(self, name: str, got: object, want: object) -> None:
         """Compares token ids and counts exactly."""

@@ -498,7 +498,7 @@ async def test_replay_weights_of_another_model_break_the_link(channel: Channel) 
 
 async def test_both_sides_must_use_one_transport(channel: Channel) -> None:
     remote_only(channel, "wire")
-    other = "gloo" if channel.transport == "grpc" else "grpc"
+    other = "nccl" if channel.transport == "gloo" else "gloo"
     spec = LinkSpec(channel.address, TOKEN, 1, other, channel.certificate)
     link = GrpcStateLink(spec, CONFIG, DTYPE, {})
     link.open("a")

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from twotower.deployments.pair.autoscaling import PairSignals
-from twotower.deployments.pair.metrics import COUNTERS, GAUGES, PairMetrics, signals
+from twotower.deployments.pair.metrics import COUNTERS, GAUGES, LINKS, PairMetrics, signals
 from twotower.deployments.telemetry.instruments import LocalInstruments
 from twotower.deployments.telemetry.names import PAIR
 from twotower.towers.engine.stats import EngineStats
@@ -45,6 +45,8 @@ def exported(instruments: LocalInstruments) -> dict[tuple[str, str], float]:
         for sample in family.samples:
             assert (sample.labels["model"], sample.labels["pair"]) == ("tiny", "p1")
             name = sample.name.removeprefix("twotower_")
+            if "transport" in sample.labels:
+                name += f" {sample.labels['transport']}"
             if not name.endswith("_created"):
                 found[name, sample.labels.get("tower", "")] = sample.value
     return found
@@ -63,6 +65,9 @@ def test_gauges_follow_the_stats_and_counters_what_is_added() -> None:
         pass_seconds=2.5,
         passes=14,
         pages_used=50,
+        grpc_links=1,
+        gloo_links=0,
+        nccl_links=2,
         transfers=3,
         transfer_bytes=3000,
         transfer_seconds=0.5,
@@ -82,6 +87,9 @@ def test_gauges_follow_the_stats_and_counters_what_is_added() -> None:
         "pass_rows_total": 50,
         "pass_tokens_total": 500,
         "pass_seconds_total": 2.5,
+        "state_links grpc": 1,
+        "state_links gloo": 0,
+        "state_links nccl": 2,
         "state_transfers_total": 3,
         "state_transfer_bytes_total": 3000,
         "state_transfer_seconds_total": 0.5,
@@ -103,8 +111,9 @@ def test_a_tower_that_was_started_anew_counts_on() -> None:
 
 def test_every_metric_of_a_pair_has_a_source() -> None:
     known = {field.name for field in fields(EngineStats)}
-    assert {*GAUGES.values(), *COUNTERS.values()} <= known
-    assert {*GAUGES, *COUNTERS, "kv_cache_usage_perc", "busy_share", "eased"} == set(PAIR)
+    assert {*GAUGES.values(), *COUNTERS.values(), *LINKS.values()} <= known
+    others = {"kv_cache_usage_perc", "busy_share", "eased", "state_links"}
+    assert {*GAUGES, *COUNTERS, *others} == set(PAIR)
 
 
 def test_signals_say_what_two_readings_show() -> None:
