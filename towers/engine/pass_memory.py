@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from twotower.kernels.attention import MAX_SPLITS, SHORT_TOKENS
+from twotower.kernels.mamba_scan import SCAN_SCRATCH_BYTES
 from twotower.kernels.replay import SCRATCH_BYTES
 from twotower.towers.config.model_config import ATTENTION, MAMBA, MLP, MOE, TwoTowerConfig
 from twotower.towers.engine.buckets import rows_at_once
@@ -92,6 +93,7 @@ def working_bytes(
         # projected: older ones stay with older graphs.
         gates = len(config.layers_of(MAMBA)) * config.d_inner * graph * dtype.itemsize
         peak += log_bytes(config, dtype, tokens) + SCRATCH_BYTES
+        peak += SCAN_SCRATCH_BYTES
         peak += 2 * (log_bytes(config, dtype, graph) + gates)
     else:
         # Shift, scale and gate of every number of masked positions, for a few block lengths.
