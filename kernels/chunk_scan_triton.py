@@ -55,18 +55,18 @@ TILE = ChunkTile(
     passed=1024,
     passing_warps=4,
 )
-# Tokens of the longest row from which its chunks are scanned side by side: below, three launches
-# more cost about what they save.
-_LEAST_TOKENS = 256
+# Tokens of the longest row from which its chunks are scanned side by side: those of all passes with
+# pieces of prompts, as one more kind of passes would be one more that a row's bits depend on.
+LEAST_TOKENS = 65
 # Rows among which a program looks for its own: kernels are compiled anew for more.
 _FEWEST_ROWS = 256
 
 
 def takes(max_seqlen: int, rows: int) -> bool:
     """True if a pass of so many rows, the longest of `max_seqlen` tokens, is scanned by chunks side
-    by side. Not by the number of rows: a row would have other bits in another batch."""
+    by side. The number of rows does not count: a row would have other bits in another batch."""
     del rows
-    return max_seqlen >= _LEAST_TOKENS
+    return max_seqlen >= LEAST_TOKENS
 
 
 @triton.jit
@@ -285,9 +285,9 @@ def scan_side_by_side(
     # As many as `_find` may number: one more for each row than its full chunks.
     chunks = len(conv) // TILE.tokens + rows.count
     at_once = max(1, min(heads, SCAN_SCRATCH_BYTES // (chunks * head_dim * state_dim * 4)))
-    made = {"dtype": torch.float32, "device": conv.device}
-    states = torch.empty((chunks, at_once, head_dim, state_dim), **made)
-    totals = torch.empty((chunks, at_once), **made)
+    size = chunks, at_once, head_dim, state_dim
+    states = torch.empty(size, dtype=torch.float32, device=conv.device)
+    totals = torch.empty(size[:2], dtype=torch.float32, device=conv.device)
     for first in range(0, heads, at_once):
         count = min(at_once, heads - first)
         _scan_heads(conv, steps, weights, ssm_state, rows, y, states, totals, first, count)

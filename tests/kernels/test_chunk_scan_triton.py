@@ -24,6 +24,7 @@ from tests.support.mamba_layer import (
 )
 from twotower.kernels import chunk_scan_triton as module
 from twotower.kernels import mamba_scan_triton, mamba_triton
+from twotower.kernels.mamba_scan_triton import LONGEST_BLOCK
 
 CHUNK = module.TILE.tokens
 
@@ -31,12 +32,6 @@ CHUNK = module.TILE.tokens
 @pytest.fixture(autouse=True)
 def _nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     fill_new_memory(monkeypatch)
-
-
-@pytest.fixture
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of any length above a chunk are scanned side by side."""
-    monkeypatch.setattr(module, "_LEAST_TOKENS", CHUNK + 1)
 
 
 def parts(case: Case, together: Tensor) -> list[tuple[Case, Tensor]]:
@@ -50,14 +45,12 @@ def parts(case: Case, together: Tensor) -> list[tuple[Case, Tensor]]:
     return alone
 
 
-@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("scale", [1.0, 1e3])
 @pytest.mark.parametrize("length", [65, 127, 128, 129, 200, 300])
 def test_values(length: int, scale: float) -> None:
     make((length,), scale=scale).check()
 
 
-@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize(
     ("lengths", "slots"),
     [
@@ -71,18 +64,15 @@ def test_packed_rows(lengths: tuple[int, ...], slots: tuple[int, ...]) -> None:
     make(lengths, slots).check()
 
 
-@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("shape", [Shape(4, 33, 20, 2), Shape(3, 3, 2, 3, 2)])
 def test_shapes(shape: Shape) -> None:
     make((66, 9), shape=shape).check()
 
 
-@pytest.mark.usefixtures("always")
 def test_fp16() -> None:
     make((70,), dtype=torch.float16, scale=1e5).check()
 
 
-@pytest.mark.usefixtures("always")
 def test_steps_of_all_sizes_lose_nothing_between_distant_tokens() -> None:
     """Closer to the truth than the walk, though its chunks are half as long: a difference of long
     sums has lost the digits of a small step behind large ones."""
@@ -90,13 +80,11 @@ def test_steps_of_all_sizes_lose_nothing_between_distant_tokens() -> None:
     make((130, 130), steps=steps).check(2e-7)
 
 
-@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("step", [1e-4, 50.0])
 def test_steps_of_one_size(step: float) -> None:
     make((150,), steps=torch.full((150, TINY.heads), step).double()).check(5e-7)
 
 
-@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("lengths", [(200, 300, 65), (70, 5, 130, 64, 66), (300, 1, 1, 128)])
 def test_a_row_has_the_same_bits_whatever_else_is_packed(lengths: Sequence[int]) -> None:
     case = make(lengths)
@@ -105,7 +93,6 @@ def test_a_row_has_the_same_bits_whatever_else_is_packed(lengths: Sequence[int])
             assert_same_bits(together, alone.run(), f"{alone.lengths} in {lengths}")
 
 
-@pytest.mark.usefixtures("always")
 def test_heads_take_turns_where_the_scratch_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make((130, 70), shape=Shape(5, 4, 8, 1))
     want, sizes = case.run(), []
@@ -133,22 +120,24 @@ def test_every_chunk_of_a_pass_has_a_number_of_its_own() -> None:
     assert max(numbers) < start // CHUNK + len(lengths)
 
 
-def test_long_rows_are_scanned_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_prompts_are_scanned_side_by_side_and_blocks_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Whatever the number of rows: it must not decide a row's bits."""
     for rows in (1, 2, 64):
         assert module.takes(1024, rows)
-        assert not module.takes(64, rows)
+        assert not module.takes(LONGEST_BLOCK, rows)
     asked: list[int] = []
     scan = module.scan_side_by_side
     monkeypatch.setattr(
         module, "scan_side_by_side", lambda *args: asked.append(args[4].max_seqlen) or scan(*args)
     )
-    make((module._LEAST_TOKENS - 1,), shape=Shape(1, 4, 4, 1)).check()
-    make((module._LEAST_TOKENS, 3), shape=Shape(1, 4, 4, 1)).check()
-    assert asked == [module._LEAST_TOKENS]
+    make((LONGEST_BLOCK,), shape=Shape(1, 4, 4, 1)).check()
+    make((LONGEST_BLOCK + 1, 3), shape=Shape(1, 4, 4, 1)).check()
+    assert asked == [LONGEST_BLOCK + 1]
 
 
-@pytest.mark.usefixtures("always", "products_of_bf16")
+@pytest.mark.usefixtures("products_of_bf16")
 def test_products_beside_bf16_are_as_exact_as_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers after the conv, once stored as bf16 and once as fp32."""
     case, prepare = make((130, 66)), mamba_triton.prepare
@@ -164,12 +153,15 @@ def test_products_beside_bf16_are_as_exact_as_fp32(monkeypatch: pytest.MonkeyPat
     assert_relative_rms(results[0], results[1], SLACK * 1e-6)
 
 
-@pytest.mark.usefixtures("always")
-def test_it_agrees_with_the_walk(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make((140, 66))
+@pytest.mark.parametrize("lengths", [(65, 1), (140, 66)])
+def test_it_agrees_with_the_walk(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make(lengths)
     got = case.run()
-    monkeypatch.setattr(module, "_LEAST_TOKENS", 1 << 20)
-    assert_relative_rms(got, case.run(), SLACK * LIMITS[torch.float32])
+    monkeypatch.setattr(module, "LEAST_TOKENS", 1 << 20)
+    walked = case.run()
+    case.check(got=walked)
+    assert not torch.equal(got, walked)
+    assert_relative_rms(got, walked, SLACK * LIMITS[torch.float32])
 
 
 STATE = {
@@ -234,6 +226,6 @@ def test_a_layer_of_the_large_model(lengths: tuple[int, ...]) -> None:
     case.check(got=first)
     assert_same_bits(case.run(), first)
     for alone, together in parts(case, first):
-        if alone.lengths[0] >= module._LEAST_TOKENS:
+        if alone.lengths[0] >= module.LEAST_TOKENS:
             assert_same_bits(together, alone.run(), f"{alone.lengths}")
     assert DEVICE.type == "cuda"
