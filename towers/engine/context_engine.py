@@ -84,6 +84,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         self._packed = ContextPacked(tower, memory, log) if wanted else None
         run = ContextPass(tower, self._steps, self._blocks, self._drafts, self._packed).run
         limits = options.pass_limits(device.type)
+        self._most_tokens = limits.max_num_batched_tokens + limits.max_prefill_tokens
         super().__init__("context", run, admission, limits, threaded, turn)
         self.tower = tower
         self.link = link
@@ -118,7 +119,7 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         `rows` rows (None: all). Those of prompts too, of a few rows."""
         rows = rows or self.pool.slots.num_slots
         if self._packed is not None:
-            self._packed.warm_up(self.pool, self.prefill_chunk)
+            self._packed.warm_up(self.pool, self.prefill_chunk, self._most_tokens)
         if self._steps is not None:
             self._steps.warm_up(self.pool, rows)
         if self._drafts is not None:

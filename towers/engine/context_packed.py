@@ -64,13 +64,12 @@ class ContextPacked:
             return self._tower.read(tokens, states, sinks)
         return self._program(states[0].pool, shape).run(tokens, states, sinks)
 
-    def warm_up(self, pool: StateTensors, chunk: int) -> None:
+    def warm_up(self, pool: StateTensors, chunk: int, most: int) -> None:
         """Captures the passes over a piece of up to `chunk` tokens of one prompt, and over pieces
-        of a few."""
-        largest = shape_for([chunk]) or (1, GRAPH_TOKENS, GRAPH_TOKENS)
-        alone = [shape_for([tokens]) for tokens in TOKEN_BUCKETS if tokens <= largest[1]]
-        long = [tokens for tokens in TOKEN_BUCKETS if tokens > MAX_LENGTH]
-        shapes = [(_USUAL_ROWS, tokens, tokens) for tokens in long] + [*filter(None, alone)]
+        of a few, of up to `most` tokens together."""
+        shapes = _shapes_of(chunk, 1)
+        if pool.slots.num_slots > 1:
+            shapes += _shapes_of(most, _USUAL_ROWS)
         # The largest first: the others' graphs then fit into the memory that it takes.
         for shape in sorted(shapes, key=lambda shape: (-shape[1], -shape[0])):
             self._program(pool, shape).capture()
@@ -89,6 +88,14 @@ class ContextPacked:
             self._hidden = torch.zeros(size, dtype=tower.dtype, device=tower.device)
         log = self._log.part(tokens, tokens)
         return _Program(tower, self._pool, log, self._hidden[:tokens], shape, self._memory)
+
+
+def _shapes_of(most: int, rows: int) -> list[Shape]:
+    """The programs that passes of up to `most` tokens of so many rows need, if one is long."""
+    least = MAX_LENGTH if rows > 1 else 0
+    sizes = [min(most, bucket) for bucket in TOKEN_BUCKETS if bucket > least]
+    shapes = (shape_for([size - rows + 1, *[1] * (rows - 1)]) for size in sizes if size > least)
+    return [shape for shape in dict.fromkeys(shapes) if shape is not None]
 
 
 def shape_for(lengths: Sequence[int]) -> Shape | None:
