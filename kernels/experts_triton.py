@@ -3,7 +3,7 @@
 
     sort      pairs (token, slot) by expert, cut into tiles of rows   expert_tiles_triton.py
     multiply  up with relu^2, then down                               programs walk the tiles
-    combine   a token's results in the order of its slots             a program per token
+    combine   a token's results in the order of its slots             the norm behind it
 
 A product is weight @ x^T: with 64 output channels as the first operand even 16 tokens use Hopper's
 widest instruction. A shared MLP of Fs = n * F channels is n more experts that every token takes
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from twotower.kernels.elementwise import relu_squared
 from twotower.kernels.expert_tiles_triton import Tiles, sort_by_expert
-from twotower.kernels.moe import ExpertWeights
+from twotower.kernels.launch_table import tuned
+from twotower.kernels.moe import ExpertWeights, Routing, SlotOutputs
 from twotower.kernels.quantized import QuantizedExperts
 
 _COMBINE_BLOCK = 1024
@@ -56,15 +57,13 @@ _TILING_OF_MORE = Tiling(128, 128, 64, num_warps=8, num_stages=4, resident=1)
 _TILING_OF_FP32 = Tiling(16, 32, 32, num_warps=4, num_stages=2, resident=4)
 
 
-def tiling_of(tokens: int, dtype: torch.dtype) -> Tiling:
-    """The tiling for a pass of `tokens` tokens in `dtype`. Passes of the same tiling give a row the
-    same bits."""
+def tiling_of(tokens: int, dtype: torch.dtype, device: torch.device | None = None) -> Tiling:
+    """The tiling for a pass of `tokens` tokens in `dtype`, on a device that of its card's table.
+    Passes of the same tiling give a row the same bits."""
     if dtype == torch.float32:
         return _TILING_OF_FP32
-    for most, tiling in _TILINGS:
-        if tokens <= most:
-            return tiling
-    return _TILING_OF_MORE
+    default = next((tiling for most, tiling in _TILINGS if tokens <= most), _TILING_OF_MORE)
+    return default if device is None else tuned("experts", tokens, default, device)
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,22 @@ def experts(
     shared_up: Tensor,
     shared_down: Tensor,
 ) -> Tensor:
-    """x [T, H], ids and scores [T, k], up [E, F, H], down [E, H, F], shared MLP [Fs, H] and
-    [H, Fs] -> [T, H] in x's dtype: the chosen experts, weighted by `scores`, plus the shared MLP.
+    """`slot_outputs`, added up in a launch of its own: [T, H] in x's dtype."""
+    out = slot_outputs(x, Routing(ids, scores), up, down, shared_up, shared_down)
+    return out if isinstance(out, Tensor) else _combine(out, None)
+
+
+def slot_outputs(
+    x: Tensor,
+    routing: Routing,
+    up: ExpertWeights,
+    down: ExpertWeights,
+    shared_up: Tensor,
+    shared_down: Tensor,
+) -> Tensor | SlotOutputs:
+    """x [T, H], `routing` of T tokens, up [E, F, H], down [E, H, F], shared MLP [Fs, H] and
+    [H, Fs] -> [T, H] in x's dtype: the chosen experts, weighted by their scores, plus the shared
+    MLP; before the sum where Fs is a multiple of F.
 
     `up` and `down` are stacked tensors of x's dtype, or in 8 bits; id -1 is no expert. Every
     product is rounded to x's dtype; a token's results are summed in fp32 in the order of its slots,
@@ -103,9 +116,11 @@ def experts(
     routed_down, down_scale = _values_and_scale("down", down, x.dtype)
     count, width, _ = routed_up.shape
     parts = shared_up.shape[0] // width if shared_up.shape[0] % width == 0 else 0
-    slots = ids.shape[1]
-    tiling = tiling_of(tokens, x.dtype)
-    tiles = sort_by_expert(ids, count, tiling.rows)
+    slots = routing.ids.shape[1]
+    tiling = tiling_of(tokens, x.dtype, x.device)
+    tiles: Tiles | None = routing.tiles
+    if tiles is None or tiles.rows != tiling.rows:
+        tiles = sort_by_expert(routing.ids, count, tiling.rows)
 
     inner = _empty(x, tokens * (slots + parts), width)
     first = _Matrices(routed_up, up_scale, shared_up, width * shared_up.stride(0))
@@ -113,10 +128,10 @@ def experts(
     by_slot = _empty(x, tokens, slots + parts, hidden)
     second = _Matrices(routed_down, down_scale, shared_down, width)
     _multiply(inner, by_slot, second, tiles, tiling, (tokens, slots, parts), first=False)
-    shared_out = None
-    if parts == 0:
-        shared_out = F.linear(relu_squared(F.linear(x, shared_up)), shared_down)
-    return _combine(by_slot, ids, scores, shared_out)
+    out = SlotOutputs(by_slot, routing.ids, routing.scores)
+    if parts:
+        return out
+    return _combine(out, F.linear(relu_squared(F.linear(x, shared_up)), shared_down))
 
 
 def _empty(x: Tensor, *shape: int) -> Tensor:
@@ -308,9 +323,10 @@ def _multiply_kernel(
         work += tl.num_programs(0)
 
 
-def _combine(by_slot: Tensor, ids: Tensor, scores: Tensor, shared_out: Tensor | None) -> Tensor:
-    """by_slot [T, k + parts, H], ids and scores [T, k], shared_out [T, H] -> their weighted sum
-    [T, H]; `shared_out` is the shared MLP where it has no parts."""
+def _combine(outputs: SlotOutputs, shared_out: Tensor | None) -> Tensor:
+    """The weighted sum of a token's slots and parts, [T, H]; `shared_out` [T, H] is the shared MLP
+    where it has no parts."""
+    by_slot, ids, scores = outputs.by_slot, outputs.ids, outputs.scores
     assert ids.stride(1) == scores.stride(1) == 1
     tokens, all_slots, width = by_slot.shape
     out = _empty(by_slot, tokens, width)
@@ -351,9 +367,32 @@ def _combine_kernel(
     """A program per (token, tile of channels)."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
+    total = sum_of_slots(
+        by_slot, ids, scores, token, column, width, ids_stride, scores_stride, slots, parts
+    )
+    within = column < width
+    if has_shared_out:
+        total += tl.load(shared_out + token * width + column, mask=within, other=0.0).to(tl.float32)
+    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=within)
+
+
+@triton.jit
+def sum_of_slots(
+    by_slot,
+    ids,
+    scores,
+    token,
+    column,
+    width,
+    ids_stride,
+    scores_stride,
+    slots: tl.constexpr,
+    parts: tl.constexpr,
+):
+    """The weighted sum of a token's slots and shared parts at these columns, fp32."""
     within = column < width
     token_rows = by_slot + token * (slots + parts) * width + column
-    total = tl.zeros([block], tl.float32)
+    total = tl.zeros([column.shape[0]], tl.float32)
     for slot in tl.static_range(slots):
         # A slot without an expert was never written.
         chosen = tl.load(ids + token * ids_stride + slot) >= 0
@@ -363,6 +402,4 @@ def _combine_kernel(
         total += score * value.to(tl.float32)
     for part in tl.static_range(parts):
         total += tl.load(token_rows + (slots + part) * width, mask=within, other=0.0).to(tl.float32)
-    if has_shared_out:
-        total += tl.load(shared_out + token * width + column, mask=within, other=0.0).to(tl.float32)
-    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=within)
+    return total

@@ -28,15 +28,13 @@ from torch import Tensor
 from twotower.kernels import chunk_scan_triton
 from twotower.kernels.exact_products_triton import operand, product
 from twotower.kernels.external_scan import Scan, load_verified
+from twotower.kernels.launch_table import tuned
 from twotower.kernels.mamba_scan import MambaScanWeights
 from twotower.kernels.mamba_triton import conv_tile, prepare, softplus
 from twotower.kernels.rows import Rows
 
 # Tokens of the longest block; longer rows are pieces of a prompt.
 LONGEST_BLOCK = 64
-# Channels of a head in a program of the kernel for single tokens, and its warps.
-TOKEN_CHANNELS = 16
-TOKEN_WARPS = 1
 
 
 @triton.jit
@@ -239,6 +237,9 @@ class Tile:
     num_stages: int
 
 
+TOKEN_TILE = Tile(1, 16, True, num_warps=1, num_stages=1)
+
+
 def tile_of(max_seqlen: int) -> Tile:
     """The tile for rows of 2 to `max_seqlen` tokens; no kernel spills registers at P = 64,
     N = 128."""
@@ -282,7 +283,8 @@ def _scan_tokens(
 ) -> None:
     """Launches the kernel for rows of one token; writes y [T, Di]."""
     heads, head_dim, state_dim = ssm_state.shape[1:]
-    block_p = min(TOKEN_CHANNELS, triton.next_power_of_2(head_dim))
+    tile = tuned("scan_token", rows.count, TOKEN_TILE, projected.device)
+    block_p = min(tile.channels, triton.next_power_of_2(head_dim))
     _token_kernel[(heads * triton.cdiv(head_dim, block_p), rows.count)](
         projected,
         projected.stride(0),
@@ -307,7 +309,7 @@ def _scan_tokens(
         taps=weights.conv_weight.shape[1],
         block_p=block_p,
         block_n=triton.next_power_of_2(state_dim),
-        num_warps=TOKEN_WARPS,
+        num_warps=tile.num_warps,
     )
 
 
@@ -352,6 +354,8 @@ def _scan_chunks(
         chunk_scan_triton.scan_side_by_side(conv[0], steps[0], weights, ssm_state, rows, y)
         return
     tile = tile_of(rows.max_seqlen)
+    if rows.max_seqlen <= tile.tokens:
+        tile = tuned("scan_block", rows.count, tile, projected.device)
     _chunks_kernel[(heads * triton.cdiv(head_dim, tile.channels), rows.count)](
         conv,
         steps,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,31 @@ class RouterRule:
     scaling: float
 
 
+class Routing(NamedTuple):
+    """The experts of T tokens: `ids` [T, k] int64, -1 for none, and `scores` [T, k] fp32. `tiles`
+    is the kernels' own: the same choices sorted for their products."""
+
+    ids: Tensor
+    scores: Tensor
+    tiles: Any = None
+
+
+@dataclass(frozen=True)
+class SlotOutputs:
+    """What a token's k experts and the shared MLP give before they are added: `by_slot`
+    [T, k + parts, H], the shared parts last, of which those without an expert are not written, and
+    the token's `ids` and `scores` [T, k]. Only kernels make and read them."""
+
+    by_slot: Tensor
+    ids: Tensor
+    scores: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """T and H of the sum."""
+        return self.by_slot.shape[0], self.by_slot.shape[2]
+
+
 def narrow_parts(weight: Tensor) -> Tensor | None:
     """weight [E, H] fp64 -> the fewest bf16 parts [P, E, H] that add up to it exactly, the largest
     first: P = 1 for a weight stored in bf16, 3 for fp32. None if three are not enough."""
@@ -57,7 +83,7 @@ def route(
     rule: RouterRule,
     real: Tensor | None = None,
     narrow: Tensor | None = None,  # noqa: ARG001
-) -> tuple[Tensor, Tensor]:
+) -> Routing:
     """x [T, H], weight [E, H] fp64, bias [E] -> expert ids [T, k] int64 and weights [T, k] fp32.
 
     All arithmetic is fp64; of equal choice scores the lower expert id wins. Tokens that are not
@@ -74,7 +100,19 @@ def route(
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     if real is not None:
         ids = ids.masked_fill(~real[:, None], -1)
-    return ids, (weights * rule.scaling).float()
+    return Routing(ids, (weights * rule.scaling).float())
+
+
+def slot_outputs(
+    x: Tensor,
+    routing: Routing,
+    up: ExpertWeights,
+    down: ExpertWeights,
+    shared_up: Tensor,
+    shared_down: Tensor,
+) -> Tensor | SlotOutputs:
+    """As `experts`, whose sum a kernel leaves to the norm that reads it."""
+    return experts(x, routing.ids, routing.scores, up, down, shared_up, shared_down)
 
 
 def experts(

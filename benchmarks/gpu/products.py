@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -20,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.bench.timing import measure_ceilings, synchronize
+from twotower.bench.timing import launch_seconds, measure_ceilings
 from twotower.kernels import dispatch
-from twotower.kernels.moe import RouterRule, narrow_parts
+from twotower.kernels.moe import RouterRule, Routing, narrow_parts
 from twotower.planner.floors import Ceilings
 from twotower.planner.shapes import PRESETS
 from twotower.towers.config.model_config import TwoTowerConfig
@@ -31,7 +29,6 @@ Entry = dict[str, Any]
 # More than the last-level cache of any card.
 _BEYOND_CACHE = 256 << 20
 _PIECES = 21
-_CALLS = {"cuda": 20, "cpu": 1}
 
 
 def main() -> None:
@@ -118,8 +115,9 @@ class _Products:
         parts = narrow_parts(gate) if self.device.type == "cuda" else None
         rule = RouterRule(self.config.num_experts_per_tok, 1, 1, True, 2.5)
 
-        def route() -> tuple[Tensor, Tensor]:
-            return dispatch.route(x, gate, bias, rule, None, parts)
+        def route() -> Tensor:
+            ids: Tensor = dispatch.route(x, gate, bias, rule, None, parts).ids
+            return ids
 
         yield self._entry("route", tokens, route, moved / 4, 0.0)
 
@@ -139,9 +137,9 @@ class _Products:
             moved += 2 * tokens * (hidden + picks * (hidden + 2 * width)) * self.dtype.itemsize
             flops = 4.0 * tokens * hidden * (picks * width + shared) / self.ceilings.matmul_flops
 
-            def work(ids: Tensor = ids) -> Tensor:
-                out: Tensor = dispatch.experts(x, ids, scores, up, down, shared_up, shared_down)
-                return out
+            def work(ids: Tensor = ids) -> object:
+                routing = Routing(ids, scores)
+                return dispatch.slot_outputs(x, routing, up, down, shared_up, shared_down)
 
             yield {**self._entry("experts", tokens, work, moved, flops), "unique": used}
 
@@ -179,31 +177,6 @@ class _Products:
 def _over(weights: Sequence[Tensor], product: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
     turn = cycle(weights)
     return lambda: product(next(turn))
-
-
-def launch_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call, from a graph of many, so that they include no launch by the host."""
-    calls = _CALLS[device.type]
-    for _ in range(3):
-        work()
-    if device.type != "cuda":
-        begun = time.perf_counter()
-        work()
-        return time.perf_counter() - begun
-    synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            work()
-    times = []
-    for _ in range(5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / calls)
-    return statistics.median(times)
 
 
 if __name__ == "__main__":

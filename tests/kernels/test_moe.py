@@ -66,7 +66,7 @@ RULES = [
 def test_the_choice_and_its_weights(how: RouterRule, bias_scale: float) -> None:
     x, weight = normal(30, HIDDEN), normal(EXPERTS, HIDDEN, seed=1).double()
     bias = normal(EXPERTS, seed=2, scale=bias_scale)
-    ids, weights = route(x, weight, bias, how)
+    ids, weights, _ = route(x, weight, bias, how)
     assert weights.dtype == torch.float32
     for token, want in enumerate(true_route(x, weight, bias, how)):
         assert ids[token].tolist() == list(want)
@@ -77,16 +77,16 @@ def test_the_bias_moves_the_choice_but_not_the_weights() -> None:
     x, weight = torch.zeros(1, HIDDEN), torch.zeros(EXPERTS, HIDDEN, dtype=torch.float64)
     bias = torch.zeros(EXPERTS)
     bias[[2, 7, 9]] = torch.tensor([0.5, 5.0, 1.0])
-    ids, weights = route(x, weight, bias, rule(normalize=False))
+    ids, weights, _ = route(x, weight, bias, rule(normalize=False))
     assert ids.tolist() == [[7, 9, 2]]
     assert weights.tolist() == [[0.5, 0.5, 0.5]]
 
 
 def test_ties_go_to_the_lower_expert_and_group() -> None:
     x, weight = normal(2, HIDDEN), torch.zeros(EXPERTS, HIDDEN, dtype=torch.float64)
-    ids, _ = route(x, weight, torch.zeros(EXPERTS), rule())
+    ids, *_ = route(x, weight, torch.zeros(EXPERTS), rule())
     assert ids.tolist() == [[0, 1, 2]] * 2
-    ids, _ = route(x, weight, torch.zeros(EXPERTS), rule(groups=3, top_groups=1))
+    ids, *_ = route(x, weight, torch.zeros(EXPERTS), rule(groups=3, top_groups=1))
     assert ids.tolist() == [[0, 1, 2]] * 2
 
 
@@ -94,14 +94,14 @@ def test_an_expert_of_a_lost_group_counts_as_zero_not_as_minus_infinity() -> Non
     """With negative choice scores in the best group, the zeros outside win."""
     weight = torch.zeros(4, HIDDEN, dtype=torch.float64)
     bias = torch.tensor([-0.6, -0.6, -3.0, -3.0])
-    ids, _ = route(normal(1, HIDDEN), weight, bias, rule(top_k=2, groups=2, top_groups=1))
+    ids, *_ = route(normal(1, HIDDEN), weight, bias, rule(top_k=2, groups=2, top_groups=1))
     assert ids.tolist() == [[2, 3]]
 
 
 def test_scores_that_only_fp64_tells_apart() -> None:
     weight = torch.zeros(4, HIDDEN, dtype=torch.float64)
     weight[2, 0], weight[1, 0] = 1.0 + 1e-12, 1.0
-    ids, _ = route(torch.ones(1, HIDDEN), weight, torch.zeros(4), rule(top_k=2))
+    ids, *_ = route(torch.ones(1, HIDDEN), weight, torch.zeros(4), rule(top_k=2))
     assert ids.tolist() == [[2, 1]]
 
 

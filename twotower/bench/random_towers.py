@@ -46,6 +46,7 @@ class TowerMaker:
     """Draws the weights of towers of one shape from one generator.
 
     `experts` is the format of routed experts: `full` for `dtype`, as all other weights, or `fp8`.
+    Routers get narrow parts on a GPU, and with `narrow` anywhere.
     """
 
     config: TwoTowerConfig
@@ -53,6 +54,7 @@ class TowerMaker:
     dtype: torch.dtype
     generator: torch.Generator
     experts: str = "full"
+    narrow: bool = False
 
     def context(self) -> ContextTower:
         """A context tower with its head."""
@@ -135,7 +137,7 @@ class TowerMaker:
             up=self._experts(config.moe_intermediate_size, hidden),
             down=self._experts(hidden, config.moe_intermediate_size),
             shared=self._mlp(config.moe_shared_expert_intermediate_size),
-            narrow_gate=narrow_parts(gate) if self.device.type == "cuda" else None,
+            narrow_gate=narrow_parts(gate) if self.narrow or self.device.type == "cuda" else None,
         )
 
     def _experts(self, outputs: int, inputs: int) -> ExpertWeights:

@@ -16,6 +16,7 @@ _COPY_BYTES = {"cuda": 4 << 30, "cpu": 64 << 20}
 _PRODUCT_SIDE = {"cuda": 8192, "cpu": 768}
 _REPEATS = {"cuda": 10, "cpu": 3}
 _WARM_UPS = 2
+_CALLS_OF_GRAPH = 20
 
 
 class Stopwatch:
@@ -92,3 +93,27 @@ def _product_flops(device: torch.device, dtype: torch.dtype, side: int) -> float
         return torch.mm(left, right, out=out)
 
     return 2.0 * side**3 / median_seconds(product, device, _REPEATS[device.type])
+
+
+def launch_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call, from a graph of many, so that they include no launch by the host."""
+    for _ in range(3):
+        work()
+    if device.type != "cuda":
+        begun = time.perf_counter()
+        work()
+        return time.perf_counter() - begun
+    synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_CALLS_OF_GRAPH):
+            work()
+    times = []
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(float(begin.elapsed_time(end)) / 1e3 / _CALLS_OF_GRAPH)
+    return statistics.median(times)
