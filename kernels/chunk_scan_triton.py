@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower.kernels.exact_products_triton import operand, product
+from twotower.kernels.launch_table import tuned
 from twotower.kernels.mamba_scan import SCAN_SCRATCH_BYTES, MambaScanWeights
 from twotower.kernels.rows import Rows
 
@@ -35,7 +36,8 @@ from twotower.kernels.rows import Rows
 @dataclass(frozen=True)
 class ChunkTile:
     """Tokens of a chunk, and for the launches of its states and its outputs the channels of a head
-    in a program and its warps. A program that passes states on has `passed` of their numbers."""
+    in a program and its warps. A program that passes states on has `passed` of their numbers.
+    `least_tokens` of the longest row are scanned so, fewer by a walk from chunk to chunk."""
 
     tokens: int
     state_channels: int
@@ -44,8 +46,11 @@ class ChunkTile:
     output_warps: int
     passed: int
     passing_warps: int
+    least_tokens: int
 
 
+# Side by side from the first token above a block: another bound in between would be one more thing
+# that a row's bits depend on.
 TILE = ChunkTile(
     tokens=64,
     state_channels=64,
@@ -54,19 +59,17 @@ TILE = ChunkTile(
     output_warps=4,
     passed=1024,
     passing_warps=4,
+    least_tokens=65,
 )
-# Tokens of the longest row from which its chunks are scanned side by side: those of all passes with
-# pieces of prompts, as one more kind of passes would be one more that a row's bits depend on.
-LEAST_TOKENS = 65
 # Rows among which a program looks for its own: kernels are compiled anew for more.
 _FEWEST_ROWS = 256
 
 
-def takes(max_seqlen: int, rows: int) -> bool:
-    """True if a pass of so many rows, the longest of `max_seqlen` tokens, is scanned by chunks side
-    by side. The number of rows does not count: a row would have other bits in another batch."""
-    del rows
-    return max_seqlen >= LEAST_TOKENS
+def tile_for(rows: Rows) -> ChunkTile | None:
+    """How the chunks of a pass's rows are scanned side by side; None if they are to be walked. By
+    the longest row and not by the number of rows: a row would have other bits in another batch."""
+    tile = tuned("scan_piece", rows.max_seqlen, TILE, rows.slots.device)
+    return tile if rows.max_seqlen >= tile.least_tokens else None
 
 
 @triton.jit
@@ -277,20 +280,21 @@ def scan_side_by_side(
     ssm_state: Tensor,
     rows: Rows,
     y: Tensor,
+    tile: ChunkTile = TILE,
 ) -> None:
     """conv [T, Cd] and steps [T, H] fp32 as `prepare` gives them, ssm_state [S, H, P, N] fp32; y
     [T, Di] fp32 is written where a row's tokens are."""
     heads, head_dim, state_dim = ssm_state.shape[1:]
     assert all(tensor.is_contiguous() for tensor in (conv, steps, y))
     # As many as `_find` may number: one more for each row than its full chunks.
-    chunks = len(conv) // TILE.tokens + rows.count
+    chunks = len(conv) // tile.tokens + rows.count
     at_once = max(1, min(heads, SCAN_SCRATCH_BYTES // (chunks * head_dim * state_dim * 4)))
     size = chunks, at_once, head_dim, state_dim
     states = torch.empty(size, dtype=torch.float32, device=conv.device)
     totals = torch.empty(size[:2], dtype=torch.float32, device=conv.device)
     for first in range(0, heads, at_once):
         count = min(at_once, heads - first)
-        _scan_heads(conv, steps, weights, ssm_state, rows, y, states, totals, first, count)
+        _scan_heads(conv, steps, weights, ssm_state, rows, y, tile, states, totals, first, count)
 
 
 def _scan_heads(
@@ -300,6 +304,7 @@ def _scan_heads(
     ssm_state: Tensor,
     rows: Rows,
     y: Tensor,
+    tile: ChunkTile,
     states: Tensor,
     totals: Tensor,
     first: int,
@@ -308,34 +313,34 @@ def _scan_heads(
     """The three launches for heads first..first+count-1, with room for their states."""
     heads, head_dim, state_dim = ssm_state.shape[1:]
     chunks, scratch_heads = totals.shape
-    sizes = {"head_dim": head_dim, "state_dim": state_dim, "block_l": TILE.tokens}
+    sizes = {"head_dim": head_dim, "state_dim": state_dim, "block_l": tile.tokens}
     wide = {"block_n": max(16, triton.next_power_of_2(state_dim))}
     wide["block_r"] = max(_FEWEST_ROWS, triton.next_power_of_2(rows.count))
     of_rows = rows.cu_seqlens, rows.slots
     of_heads = heads, scratch_heads, heads // weights.groups, weights.groups * state_dim
     given = ssm_state, *ssm_state.stride()[:3]
 
-    block_p = min(TILE.state_channels, max(16, triton.next_power_of_2(head_dim)))
+    block_p = min(tile.state_channels, max(16, triton.next_power_of_2(head_dim)))
     _states_kernel[(count * triton.cdiv(head_dim, block_p), chunks)](
         *(conv, steps, weights.a_log, states, totals, *of_rows, rows.count, first, *of_heads),
         **sizes,
         **wide,
         block_p=block_p,
-        num_warps=TILE.state_warps,
+        num_warps=tile.state_warps,
     )
-    block = min(TILE.passed, triton.next_power_of_2(head_dim * state_dim))
+    block = min(tile.passed, triton.next_power_of_2(head_dim * state_dim))
     _passing_kernel[(count * triton.cdiv(head_dim * state_dim, block), rows.count)](
         *(*given, states, totals, *of_rows, first, scratch_heads),
         **sizes,
         block=block,
-        num_warps=TILE.passing_warps,
+        num_warps=tile.passing_warps,
     )
-    block_p = min(TILE.output_channels, max(16, triton.next_power_of_2(head_dim)))
+    block_p = min(tile.output_channels, max(16, triton.next_power_of_2(head_dim)))
     _outputs_kernel[(count * triton.cdiv(head_dim, block_p), chunks)](
         *(conv, steps, *given, weights.a_log, weights.d, states, y),
         *(*of_rows, rows.count, first, *of_heads),
         **sizes,
         **wide,
         block_p=block_p,
-        num_warps=TILE.output_warps,
+        num_warps=tile.output_warps,
     )

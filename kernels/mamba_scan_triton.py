@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.kernels import chunk_scan_triton
+from twotower.kernels.chunk_scan_triton import scan_side_by_side, tile_for
 from twotower.kernels.exact_products_triton import operand, product
 from twotower.kernels.external_scan import Scan, load_verified
 from twotower.kernels.launch_table import tuned
@@ -350,8 +350,9 @@ def _scan_chunks(
         )
         y.copy_(scanned.flatten(2)[0])
         return
-    if chunk_scan_triton.takes(rows.max_seqlen, rows.count):
-        chunk_scan_triton.scan_side_by_side(conv[0], steps[0], weights, ssm_state, rows, y)
+    side_by_side = tile_for(rows)
+    if side_by_side is not None:
+        scan_side_by_side(conv[0], steps[0], weights, ssm_state, rows, y, side_by_side)
         return
     tile = tile_of(rows.max_seqlen)
     if rows.max_seqlen <= tile.tokens:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +21,12 @@ from tests.support.mamba_layer import (
     TINY,
     Shape,
     fill_new_memory,
+    rows_of,
     steps_of_all_sizes,
 )
 from twotower.kernels import chunk_scan_triton as module
 from twotower.kernels import mamba_scan_triton, mamba_triton
+from twotower.kernels.launch_table import LaunchTable, using
 from twotower.kernels.mamba_scan_triton import LONGEST_BLOCK
 
 CHUNK = module.TILE.tokens
@@ -32,6 +35,11 @@ CHUNK = module.TILE.tokens
 @pytest.fixture(autouse=True)
 def _nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     fill_new_memory(monkeypatch)
+
+
+def walking() -> AbstractContextManager[None]:
+    """Inside, long rows are walked from chunk to chunk."""
+    return using(LaunchTable("none", {"scan_piece": [{"least_tokens": 1 << 20}]}))
 
 
 def parts(case: Case, together: Tensor) -> list[tuple[Case, Tensor]]:
@@ -120,21 +128,25 @@ def test_every_chunk_of_a_pass_has_a_number_of_its_own() -> None:
     assert max(numbers) < start // CHUNK + len(lengths)
 
 
-def test_pieces_of_prompts_are_scanned_side_by_side_and_blocks_are_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_pieces_of_prompts_are_scanned_side_by_side_and_blocks_are_not() -> None:
     """Whatever the number of rows: it must not decide a row's bits."""
-    for rows in (1, 2, 64):
-        assert module.takes(1024, rows)
-        assert not module.takes(LONGEST_BLOCK, rows)
-    asked: list[int] = []
-    scan = module.scan_side_by_side
-    monkeypatch.setattr(
-        module, "scan_side_by_side", lambda *args: asked.append(args[4].max_seqlen) or scan(*args)
-    )
-    make((LONGEST_BLOCK,), shape=Shape(1, 4, 4, 1)).check()
-    make((LONGEST_BLOCK + 1, 3), shape=Shape(1, 4, 4, 1)).check()
-    assert asked == [LONGEST_BLOCK + 1]
+    for count in (1, 2, 64):
+        assert module.tile_for(rows_of((1024,) * count, range(count))) == module.TILE
+        assert module.tile_for(rows_of((LONGEST_BLOCK,) * count, range(count))) is None
+    for longest, asked in ((LONGEST_BLOCK, False), (LONGEST_BLOCK + 1, True)):
+        case = make((longest, 3), shape=Shape(1, 4, 4, 1))
+        got = case.run()
+        with walking():
+            assert torch.equal(got, case.run()) is not asked
+
+
+def test_a_cards_table_chooses_tiles_by_the_longest_row() -> None:
+    entries = [{"up_to": 100, "least_tokens": 101}, {"tokens": 32, "state_channels": 16}]
+    with using(LaunchTable("card", {"scan_piece": entries})):
+        assert module.tile_for(rows_of((100,), (0,))) is None
+        tile = module.tile_for(rows_of((101,), (0,)))
+        assert tile == replace(module.TILE, tokens=32, state_channels=16)
+        make((130, 40)).check()
 
 
 @pytest.mark.usefixtures("products_of_bf16")
@@ -154,13 +166,12 @@ def test_products_beside_bf16_are_as_exact_as_fp32(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("lengths", [(65, 1), (140, 66)])
-def test_it_agrees_with_the_walk(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_agrees_with_the_walk(lengths: tuple[int, ...]) -> None:
     case = make(lengths)
     got = case.run()
-    monkeypatch.setattr(module, "LEAST_TOKENS", 1 << 20)
-    walked = case.run()
+    with walking():
+        walked = case.run()
     case.check(got=walked)
-    assert not torch.equal(got, walked)
     assert_relative_rms(got, walked, SLACK * LIMITS[torch.float32])
 
 
@@ -226,6 +237,6 @@ def test_a_layer_of_the_large_model(lengths: tuple[int, ...]) -> None:
     case.check(got=first)
     assert_same_bits(case.run(), first)
     for alone, together in parts(case, first):
-        if alone.lengths[0] >= module.LEAST_TOKENS:
+        if alone.lengths[0] >= module.TILE.least_tokens:
             assert_same_bits(together, alone.run(), f"{alone.lengths}")
     assert DEVICE.type == "cuda"
