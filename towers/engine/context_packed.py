@@ -183,10 +183,11 @@ class _Program(RaggedProgram):
 def _shares(state: ContextState, log: PassLog | None) -> Iterator[tuple[str, int, Tensor]]:
     """A row's shares of the pass that it has just taken, as `ContextTower.read` gives them."""
     if log is not None:
-        # Copies: the next pass overwrites the log.
-        for layer in range(len(log.xbc)):
-            yield "xbc", layer, log.xbc[layer].clone()
-            yield "dt", layer, log.dt[layer].clone()
+        # The next pass overwrites the log.
+        own = log.copy()
+        for layer in range(len(own.xbc)):
+            yield "xbc", layer, own.xbc[layer]
+            yield "dt", layer, own.dt[layer]
     k, v = state.kv_layers(state.position, state.length)
     for layer in range(len(k)):
         yield "k", layer, k[layer]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from twotower.towers.engine.block_log import BlockLog
 from twotower.towers.engine.buckets import GRAPH_TOKENS, MAX_LENGTH
 from twotower.towers.engine.context_engine import ContextEngine
 from twotower.towers.engine.context_packed import TOKEN_BUCKETS, ContextPacked, shape_for
-from twotower.towers.engine.cuda_graph import GraphMemory
+from twotower.towers.engine.cuda_graph import GraphMemory, Staging
 from twotower.towers.engine.denoiser_engine import DenoiserEngine
 from twotower.towers.engine.local_link import LocalLink
 from twotower.towers.engine.options import EngineOptions
@@ -189,6 +190,64 @@ def test_results_outlive_the_buffers(towers: Towers) -> None:
         context.advance(state, 3)
     assert_same_bits(first.ssm, plain.ssm)
     assert_same_bits(first.conv, plain.conv)
+
+
+def test_numbers_are_sent_when_the_device_has_read_the_last(
+    towers: Towers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here an event stands for the device, which reads later than the host writes."""
+    context, _ = towers
+    packed = ContextPacked(context, GraphMemory(context.device), BlockLog(context))
+    states = context.new_states(1, 64)
+    packed.read([[5, 6]], states, [None])
+    states[0].truncate()
+    order: list[str] = []
+    (program,) = packed._programs._programs.values()
+    monkeypatch.setattr(program, "_sent", Mock(synchronize=lambda: order.append("has read")))
+    monkeypatch.setattr(Staging, "send", lambda *_, **__: order.append("sends"))
+    packed.read([[5, 6]], states, [None])
+    assert order == ["has read", "sends"]
+
+
+class Kept:
+    """A sink that keeps what it gets without a copy."""
+
+    takes_shares = True
+
+    def __init__(self) -> None:
+        self.got: dict[tuple[str, int], Tensor] = {}
+
+    def put(self, name: str, layer: int, tensor: Tensor) -> None:
+        assert (name, layer) not in self.got
+        self.got[name, layer] = tensor
+
+    async def finish(self) -> None:
+        raise AssertionError("not here")
+
+    def abort(self) -> None:
+        raise AssertionError("not here")
+
+
+def test_sinks_get_the_shares_of_a_pass_and_may_keep_them(towers: Towers) -> None:
+    """Every layer's, as from a pass that the host launches; also of a single token, whose share of
+    the buffers is in one piece. Rows without a sink stand between."""
+    context, _ = towers
+    packed = ContextPacked(context, GraphMemory(context.device), BlockLog(context))
+    rows = [[5, 6, 7], [4], [9] * 20, [8]]
+    got, want = ([Kept(), None, Kept(), Kept()] for _ in range(2))
+    for reader, sinks in ((packed, got), (context, want)):
+        states = context.new_states(4, 64)
+        passed = reader.read(rows, states, sinks)
+        context.advance_rows(passed, states, [3, 1, 20, 1], sinks)
+    packed.read([[10] * 3, [11], [12] * 20, [13]], context.new_states(4, 64), [None] * 4)
+    for own, other in zip(got, want, strict=True):
+        if own is None or other is None:
+            continue
+        assert own.got.keys() == other.got.keys()
+        for share, tensor in other.got.items():
+            assert_same_bits(own.got[share], tensor, f"{share}")
+    kinds = {name for sink in got if sink is not None for name, _ in sink.got}
+    assert kinds == {"xbc", "dt", "conv", "ssm", "k", "v"}
 
 
 def test_padding_takes_no_part(towers: Towers) -> None:
