@@ -23,6 +23,7 @@ from twotower.deployments.pair.autoscaling import PairAutoscaling
 from twotower.deployments.pair.overload import OverloadDial
 from twotower.deployments.settings_file import check_names, read_settings
 from twotower.deployments.telemetry.logs import LogFormat
+from twotower.kernels.quantized import ExpertProducts
 from twotower.protos.incoming import (
     MESSAGE_VARIABLE,
     MOST_MESSAGE_BYTES,
@@ -30,6 +31,7 @@ from twotower.protos.incoming import (
     longest_request,
 )
 from twotower.towers.checkpoint.checkpoint import Checkpoint
+from twotower.towers.checkpoint.tower_loader import check_expert_products
 from twotower.towers.checkpoint.weights import resolve_checkpoint
 from twotower.towers.engine.options import EngineOptions
 from twotower.towers.errors import ConfigError, shorten
@@ -60,6 +62,11 @@ class ServiceConfig(BaseModel):
     model_name: str | None = Field(None, description="name shown to clients; none = the folder's")
     device: str = Field("cpu", pattern=r"^(cpu|cuda)$")
     dtype: Literal["float32", "bfloat16"] = "float32"
+    expert_products: ExpertProducts = Field(
+        PairTopology.expert_products,
+        description="how routed experts that are stored in 8 bits are multiplied: widened = in "
+        "dtype, fp8 = with tokens in 8 bits too; fp8 is refused for other experts",
+    )
     grpc_port: int = Field(9000, ge=1, le=65535)
     http_port: int = Field(8000, ge=1, le=65535, description="port of the HTTP side")
     http_host: str = Field(
@@ -311,8 +318,11 @@ class ServiceConfig(BaseModel):
         return Access(self.api_keys, self.allow_anonymous, share=self.num_routers)
 
     def checkpoint(self) -> Checkpoint:
-        """The checkpoint, with names, shapes and files checked. Raises CheckpointError."""
-        return Checkpoint(resolve_checkpoint(self.model))
+        """The checkpoint, with names, shapes and files checked. Raises CheckpointError, and
+        ConfigError if its experts cannot be multiplied as `expert_products` says."""
+        checkpoint = Checkpoint(resolve_checkpoint(self.model))
+        check_expert_products(checkpoint, self.expert_products)
+        return checkpoint
 
     def message_bytes(self) -> int:
         """The longest message that is taken. Raises CheckpointError without a checkpoint."""
@@ -365,6 +375,7 @@ class ServiceConfig(BaseModel):
             denoisers_per_context=self.denoisers_per_context,
             stall_timeout_s=self.stall_timeout_s,
             repair_timeout_s=self.repair_timeout_s,
+            expert_products=self.expert_products,
         )
 
 

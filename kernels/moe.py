@@ -19,7 +19,7 @@ from torch import Tensor
 
 from twotower.kernels.elementwise import relu_squared, sigmoid
 from twotower.kernels.linear import linear, linear_tiled
-from twotower.kernels.quantized import QuantizedExperts
+from twotower.kernels.quantized import QuantizedExperts, quantize_tokens, widen
 
 # A matrix per expert: a list of (packed) matrices [N, K], a tensor [E, N, K], or 8-bit values.
 ExpertWeights = Sequence[Tensor] | Tensor | QuantizedExperts
@@ -129,6 +129,8 @@ def experts(
 
     Only experts that some token chose are read; id -1 is no expert. A token's k results are added
     in the order of its slots, in fp32, so that the sum does not depend on the other tokens.
+    Experts in 8 bits say themselves how they are multiplied (`QuantizedExperts.products`); the
+    shared MLP is always multiplied in x's dtype.
     """
     return _routed(x, ids, scores, up, down) + mlp(x, shared_up, shared_down)
 
@@ -158,9 +160,23 @@ def _routed(
 
 def _expert(x: Tensor, up: ExpertWeights, down: ExpertWeights, expert: int) -> Tensor:
     """The product of x [n, H] with one expert, [n, H]; 8-bit weights multiply in fp32."""
-    if isinstance(up, QuantizedExperts):
+    if isinstance(up, QuantizedExperts) and isinstance(down, QuantizedExperts):
+        if up.products == "fp8":
+            inner = relu_squared(_fp8_product(x, up, expert)).to(x.dtype)
+            return _fp8_product(inner, down, expert).to(x.dtype)
         return mlp(x.float(), up[expert], down[expert]).to(x.dtype)
     return mlp(x, up[expert], down[expert])
+
+
+def _fp8_product(x: Tensor, weights: QuantizedExperts, expert: int) -> Tensor:
+    """x [n, K], quantized by token, times one expert's matrix [N, K] -> [n, N] fp32.
+
+    fp32 holds the product of two 8-bit values exactly, so that widened ones give what 8-bit
+    products with sums in fp32 give, but for the order of the sum.
+    """
+    values, scale = quantize_tokens(x)
+    total = linear(widen(values), widen(weights.values[expert]))
+    return total * weights.scale[expert] * scale.unsqueeze(1)
 
 
 def mlp(

@@ -1,8 +1,9 @@
 """Single launches at the 30B model's shapes: `python -m benchmarks.gpu.products --out FILE`.
 
 Dense products by the library, the router's product in fp64 and in other forms, and the experts'
-kernels at several numbers of unique experts, each beside the least time of its bytes and
-operations. Weights go round several copies, so that none is found in the cache.
+kernels at several numbers of unique experts, with experts in 8 bits multiplied in both ways, each
+beside the least time of its bytes and operations. Weights go round several copies, so that none is
+found in the cache.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from twotower.bench.timing import launch_seconds, measure_ceilings
 from twotower.kernels import dispatch
-from twotower.kernels.moe import RouterRule, Routing, narrow_parts
+from twotower.kernels.moe import ExpertWeights, RouterRule, Routing, narrow_parts
+from twotower.kernels.quantized import EXPERT_PRODUCTS, ExpertProducts, quantize
 from twotower.planner.floors import Ceilings
 from twotower.planner.shapes import PRESETS
 from twotower.towers.config.model_config import TwoTowerConfig
@@ -61,7 +63,7 @@ class _Products:
         for count in tokens:
             yield from self._router(count)
         for count in tokens:
-            yield from self._experts(count)
+            yield from self._all_experts(count)
         for count in tokens:
             yield from self._dense(count)
 
@@ -121,11 +123,28 @@ class _Products:
 
         yield self._entry("route", tokens, route, moved / 4, 0.0)
 
-    def _experts(self, tokens: int) -> Iterator[Entry]:
+    def _all_experts(self, tokens: int) -> Iterator[Entry]:
+        """Experts in the model's dtype, then in 8 bits."""
+        count, hidden = self.config.n_routed_experts, self.config.hidden_size
+        width = self.config.moe_intermediate_size
+        up, down = self._normal(count, width, hidden), self._normal(count, hidden, width)
+        yield from self._experts("experts", tokens, up, down)
+        for products in EXPERT_PRODUCTS:
+            narrow = quantize(up, products), quantize(down, products)
+            yield from self._experts(f"experts in 8 bits, {products}", tokens, *narrow, products)
+
+    def _experts(
+        self,
+        name: str,
+        tokens: int,
+        up: ExpertWeights,
+        down: ExpertWeights,
+        products: ExpertProducts | None = None,
+    ) -> Iterator[Entry]:
+        """One way of multiplying, `products` None for experts that are not in 8 bits."""
         config, hidden = self.config, self.config.hidden_size
         count, picks = config.n_routed_experts, config.num_experts_per_tok
         width, shared = config.moe_intermediate_size, config.moe_shared_expert_intermediate_size
-        up, down = self._normal(count, width, hidden), self._normal(count, hidden, width)
         shared_up, shared_down = self._normal(shared, hidden), self._normal(hidden, shared)
         x = self._normal(tokens, hidden)
         scores = torch.full((tokens, picks), 1.0 / picks, device=self.device)
@@ -133,15 +152,19 @@ class _Products:
         for wanted in sorted({min(count, most) for count in (6, 34, 69, 127, 128)}):
             ids = self._ids(tokens, picks, wanted)
             used = int(ids.unique().numel())
-            moved = 2 * hidden * (used * width + shared) * self.dtype.itemsize
+            moved = 2 * hidden * shared * self.dtype.itemsize
+            moved += 2 * hidden * used * width * (1 if products else self.dtype.itemsize)
             moved += 2 * tokens * (hidden + picks * (hidden + 2 * width)) * self.dtype.itemsize
-            flops = 4.0 * tokens * hidden * (picks * width + shared) / self.ceilings.matmul_flops
+            rates = self.ceilings
+            rate = rates.narrow_flops if products == "fp8" else rates.matmul_flops
+            seconds = 4.0 * tokens * hidden * picks * width / rate
+            seconds += 4.0 * tokens * hidden * shared / rates.matmul_flops
 
             def work(ids: Tensor = ids) -> object:
                 routing = Routing(ids, scores)
                 return dispatch.slot_outputs(x, routing, up, down, shared_up, shared_down)
 
-            yield {**self._entry("experts", tokens, work, moved, flops), "unique": used}
+            yield {**self._entry(name, tokens, work, moved, seconds), "unique": used}
 
     def _ids(self, tokens: int, picks: int, wanted: int) -> Tensor:
         """Different experts for each token, `wanted` of them in all, spread over all experts."""

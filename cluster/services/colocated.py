@@ -66,6 +66,7 @@ class ColocatedActor:
             parse_dtype(topology.dtype),
             options=topology.engine,
             threaded=True,
+            expert_products=topology.expert_products,
         )
         context.warm_up()
         denoiser.warm_up(pool=context.pool)

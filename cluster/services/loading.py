@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 from twotower.cluster.topology import PairTopology
+from twotower.kernels.quantized import ExpertProducts
 from twotower.towers.checkpoint.weights import parse_dtype
 from twotower.towers.limits import usable_cpus
 
 # A pass's thread and the event loop share the interpreter: calls and updates of other rows should
 # not wait for it as long as a small pass takes.
 SWITCH_INTERVAL_S = 0.0005
-T = TypeVar("T")
+T = TypeVar("T", covariant=True)
+
+
+class TowerLoad(Protocol[T]):
+    """Loads one of the towers, as `load_context_tower` does."""
+
+    def __call__(
+        self,
+        folder: Path,
+        device: str | torch.device,
+        dtype: torch.dtype,
+        *,
+        expert_products: ExpertProducts,
+    ) -> T: ...
 
 
 def prepare_process(topology: PairTopology) -> None:
@@ -27,8 +40,13 @@ def prepare_process(topology: PairTopology) -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
 
-async def loaded(load: Callable[[Path, str, torch.dtype], T], topology: PairTopology) -> T:
-    """A tower by `load(folder, device, dtype)` in a thread. Raises CheckpointError, ConfigError."""
+async def loaded(load: TowerLoad[T], topology: PairTopology) -> T:
+    """A tower by `load` in a thread. Raises CheckpointError, ConfigError."""
     prepare_process(topology)
-    dtype = parse_dtype(topology.dtype)
-    return await asyncio.to_thread(load, Path(topology.model_path), topology.device, dtype)
+    return await asyncio.to_thread(
+        load,
+        Path(topology.model_path),
+        topology.device,
+        parse_dtype(topology.dtype),
+        expert_products=topology.expert_products,
+    )

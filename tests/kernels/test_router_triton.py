@@ -256,7 +256,7 @@ def test_choices_come_sorted_for_their_products(tokens: int, pieces: bool) -> No
     last=st.integers(-52, -6),
     top_k=st.integers(1, EXPERTS),
     in_fp32=st.booleans(),
-    outlier=st.sampled_from([1.0, 30.0, 1000.0]),
+    outlier=st.sampled_from([1.0, 10.0, 100.0]),
 )
 def test_near_ties_of_any_distance_are_decided_as_in_fp64(
     seed: int, hidden: int, last: int, top_k: int, in_fp32: bool, outlier: float

@@ -19,6 +19,7 @@ from twotower.bench.plot import NO_MATPLOTLIB, can_plot, plot
 from twotower.bench.random_towers import EXPERT_FORMATS
 from twotower.bench.suite import run_suite
 from twotower.bench.tune import tune
+from twotower.kernels.quantized import EXPERT_PRODUCTS
 from twotower.planner.schedules import PROFILES
 from twotower.planner.shapes import PRESETS
 from twotower.towers.checkpoint.weights import DTYPES, parse_device
@@ -119,6 +120,7 @@ def _parser(program: str) -> _Parser:
     add(
         "--experts", choices=EXPERT_FORMATS, help="format of routed experts; full: that of the rest"
     )
+    add("--expert-products", choices=EXPERT_PRODUCTS, help="how experts in fp8 are multiplied")
     add("--unique", type=float, help="experts a layer that one row's block reads; 0: as it comes")
     add("--batches", type=_numbers, help="rows decoded together, the most important first")
     add("--context", type=int, help="tokens that each row has read")

@@ -29,7 +29,7 @@ from twotower.kernels.launch_table import Entry, LaunchTable, table_of, using
 # By how much a launch must be faster than the present one.
 _GAIN = 0.03
 _COMPILERS = 7
-_COMPILE_SECONDS = 240.0
+_COMPILE_SECONDS = 100.0
 _TRIALS = (Experts, Mixers)
 
 

@@ -24,7 +24,7 @@ from twotower.planner.floors import (
 )
 from twotower.planner.schedules import PROFILES
 from twotower.planner.shapes import PRESETS
-from twotower.towers.checkpoint.weights import parse_dtype
+from twotower.towers.checkpoint.weights import parse_dtype, parse_expert_products
 from twotower.towers.model.backbone import Tower
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower
@@ -67,7 +67,14 @@ class Workbench:
         # States are drawn from the default generator.
         torch.manual_seed(options.seed)
         generator = torch.Generator(self.device).manual_seed(options.seed)
-        maker = TowerMaker(self.config, self.device, self.dtype, generator, options.experts)
+        maker = TowerMaker(
+            self.config,
+            self.device,
+            self.dtype,
+            generator,
+            options.experts,
+            expert_products=parse_expert_products(options.expert_products),
+        )
         self.context: ContextTower = maker.context()
         self.denoiser: DenoiserTower = maker.denoiser()
         self.pool = self._pool()
@@ -128,6 +135,7 @@ class Workbench:
             masked=masked,
             value_bytes=size,
             expert_bytes=1 if self.options.experts == "fp8" else size,
+            fp8_products=self.options.expert_products == "fp8",
         )
         works = pass_works(self.config, shape)
         return PassFloor(

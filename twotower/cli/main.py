@@ -63,6 +63,13 @@ def serve(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu (default) or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 (default) or bfloat16.")] = None,
+    expert_products: Annotated[
+        str | None,
+        typer.Option(
+            help="How routed experts in 8 bits are multiplied: widened (default, in the number "
+            "format), or fp8 (with tokens in 8 bits too)."
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of each tower; half of the CPUs it may use.")
     ] = None,
@@ -96,6 +103,7 @@ def serve(
         "allow_anonymous": allow_anonymous,
         "device": device,
         "dtype": dtype,
+        "expert_products": expert_products,
         "num_threads": threads,
         "max_context": max_context,
         "max_num_seqs": max_num_seqs,

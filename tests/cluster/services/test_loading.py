@@ -1,15 +1,19 @@
-"""Threads of a tower's process: what was asked for, or half of the CPUs that it may use."""
+"""Threads of a tower's process: what was asked for, or half of the CPUs that it may use; and how
+its tower is loaded."""
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cluster.test_topology import PAIR
 from twotower.cluster.services import loading
-from twotower.cluster.services.loading import prepare_process
+from twotower.cluster.services.loading import loaded, prepare_process
 
 
 @pytest.mark.parametrize(
@@ -27,3 +31,16 @@ def test_threads_of_a_tower(
     finally:
         sys.setswitchinterval(before)
     assert taken == [threads]
+
+
+def test_a_tower_is_loaded_as_the_pair_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "prepare_process", lambda _: None)
+
+    def load(
+        folder: Path, device: str | torch.device, dtype: torch.dtype, *, expert_products: str
+    ) -> tuple[object, ...]:
+        return folder, device, dtype, expert_products
+
+    pair = replace(PAIR, dtype="bfloat16", expert_products="fp8")
+    got = asyncio.run(loaded(load, pair))
+    assert got == (Path(PAIR.model_path), "cpu", torch.bfloat16, "fp8")
