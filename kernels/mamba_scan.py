@@ -18,6 +18,10 @@ from twotower.kernels.chunk_scan import chunk_scan
 from twotower.kernels.elementwise import softplus
 from twotower.kernels.rows import Rows, Run
 
+# Limit on the GPU kernels' buffer for the states between chunks of long rows, which a GPU's L2
+# cache holds about as many of; heads take turns where there are more.
+SCAN_SCRATCH_BYTES = 40 << 20
+
 
 @dataclass(frozen=True)
 class MambaScanWeights:

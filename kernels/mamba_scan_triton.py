@@ -7,11 +7,13 @@ In the chunked (SSD) form, with cum_i the sum of step_j A over the chunk's j <= 
 
 Two launches: `prepare` for conv and steps, then a program per row and slice of a head, which
 carries that slice of the state in registers from chunk to chunk. Rows of single tokens take one
-launch, which computes the conv too. All products have fp32's precision: fp32 and fp16 inputs by
-fp32 products, bf16 inputs by tensor cores (see `_product`).
+launch, which computes the conv too; long rows are scanned by `chunk_scan_triton`. All products have
+fp32's precision: fp32 and fp16 inputs by fp32 products, bf16 inputs by tensor cores (see
+`product`).
 
-Tiles follow from `rows.max_seqlen` alone: among passes whose longest rows have 1, 2 to 16, 17 to 64
-or more tokens, a row has the same bits in any batch. Source: Dao and Gu 2024 (Mamba-2), section 6.
+Kernels and tiles follow from `rows.max_seqlen` alone: among passes whose longest rows have 1, 2 to
+16, 17 to 64 or more tokens, a row has the same bits in any batch.
+Source: Dao and Gu 2024 (Mamba-2), section 6.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower.kernels.chunk_scan_triton import scan_side_by_side, tile_for
+from twotower.kernels.exact_products_triton import operand, product
 from twotower.kernels.external_scan import Scan, load_verified
 from twotower.kernels.launch_table import tuned
 from twotower.kernels.mamba_scan import MambaScanWeights
@@ -31,37 +35,6 @@ from twotower.kernels.rows import Rows
 
 # Tokens of the longest block; longer rows are pieces of a prompt.
 LONGEST_BLOCK = 64
-
-
-@triton.jit
-def _operand(loaded):
-    """A loaded tile as an operand of `_product`: bf16 as it is, else fp32 (fp16 too, as the state
-    cannot be fp16)."""
-    return loaded if loaded.dtype == tl.bfloat16 else loaded.to(tl.float32)
-
-
-@triton.jit
-def _parts(wide):
-    """Three bf16 tiles that add up to the fp32 tile `wide`, the smallest first."""
-    high = wide.to(tl.bfloat16)
-    rest = wide - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    return (rest - middle.to(tl.float32)).to(tl.bfloat16), middle, high
-
-
-@triton.jit
-def _product(a, b):
-    """a @ b to fp32's precision. If only one operand is bf16, the fp32 operand is split into three
-    bf16 parts that add up to it, so that tensor cores multiply it exactly."""
-    if a.dtype == b.dtype:
-        out = tl.dot(a, b, input_precision="ieee")
-    elif a.dtype == tl.float32:
-        low, middle, high = _parts(a)
-        out = tl.dot(high, b, tl.dot(middle, b, tl.dot(low, b)))
-    else:
-        low, middle, high = _parts(b)
-        out = tl.dot(a, high, tl.dot(a, middle, tl.dot(a, low)))
-    return out
 
 
 @triton.jit
@@ -124,23 +97,23 @@ def _chunks_kernel(
         offsets = tokens.to(tl.int64)[:, None]
         inside = live[:, None] & (p < head_dim)[None, :]
         shared = live[:, None] & (column < state_dim)[None, :]
-        x = _operand(tl.load(x_at + offsets * channels, mask=inside, other=0.0))
-        keys = _operand(tl.load(key_at + offsets * channels, mask=shared, other=0.0))
-        queries = _operand(tl.load(query_at + offsets * channels, mask=shared, other=0.0))
+        x = operand(tl.load(x_at + offsets * channels, mask=inside, other=0.0))
+        keys = operand(tl.load(key_at + offsets * channels, mask=shared, other=0.0))
+        queries = operand(tl.load(query_at + offsets * channels, mask=shared, other=0.0))
         step = tl.load(step_at + tokens * heads, mask=live, other=0.0)
         cum = tl.cumsum(step * rate, 0)
 
         # The exponent is masked, not its result: above the diagonal it could overflow.
         decay = tl.exp(tl.where(past, cum[:, None] - cum[None, :], float("-inf")))
-        weights = _product(queries, tl.trans(keys)) * decay * step[None, :]
-        out = _product(queries, tl.trans(state)) * tl.exp(cum)[:, None]
-        out += _product(weights, x) + skip * x.to(tl.float32)
+        weights = product(queries, tl.trans(keys)) * decay * step[None, :]
+        out = product(queries, tl.trans(state)) * tl.exp(cum)[:, None]
+        out += product(weights, x) + skip * x.to(tl.float32)
         tl.store(y_at + offsets * inner, out, mask=inside)
 
         if not single_chunk:
             total = tl.sum(tl.where(i == block_l - 1, cum, 0.0), 0)
             added = x.to(tl.float32) * (step * tl.exp(total - cum))[:, None]
-            state = state * tl.exp(total) + _product(tl.trans(added), keys)
+            state = state * tl.exp(total) + product(tl.trans(added), keys)
 
 
 @triton.jit
@@ -376,6 +349,10 @@ def _scan_chunks(
             ssm_state.index_select(0, rows.slots.long()),
         )
         y.copy_(scanned.flatten(2)[0])
+        return
+    side_by_side = tile_for(rows)
+    if side_by_side is not None:
+        scan_side_by_side(conv[0], steps[0], weights, ssm_state, rows, y, side_by_side)
         return
     tile = tile_of(rows.max_seqlen)
     if rows.max_seqlen <= tile.tokens:

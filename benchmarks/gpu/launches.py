@@ -3,7 +3,7 @@
 Runs the engines' own programs at the 30B pattern with narrow layers on a CPU. Triton's kernels are
 counted and not run, of torch's operators each that makes or changes a tensor counts as a launch.
 What a graph holds is counted, and with it the two transfers of a call; of a pass that is no graph,
-all that it does.
+or has work beside it, all that it does.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from twotower.towers.decoding.unmasking import ThresholdRule
 from twotower.towers.engine.block_log import BlockLog
 from twotower.towers.engine.context_blocks import ContextBlocks
 from twotower.towers.engine.context_drafts import ContextDrafts
+from twotower.towers.engine.context_packed import ContextPacked
 from twotower.towers.engine.context_pass import ContextPass
 from twotower.towers.engine.context_steps import ContextSteps
 from twotower.towers.engine.context_work import ContextWork
@@ -192,8 +193,12 @@ class Bench:
 
     def _prefill(self, states: list[ContextState]) -> Counter[str]:
         works = [ContextWork(state, [1] * _CHUNK, prefill=True) for state in states]
+        packed = ContextPacked(
+            self.context, GraphMemory(self.context.device), BlockLog(self.context)
+        )
+        packed.warm_up(states[0].pool, _CHUNK, _CHUNK * len(states))
         with recording(graphs_only=False) as found:
-            ContextPass(self.context).run(works)
+            ContextPass(self.context, packed=packed).run(works)
         return found
 
 

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from twotower.kernels import dispatch
-from twotower.kernels.rows import Rows
 from twotower.towers.engine.block_log import BlockLog
 from twotower.towers.engine.buckets import (
     GRAPH_TOKENS,
@@ -38,7 +37,8 @@ from twotower.towers.engine.context_work import (
     accepted_of,
     result_of,
 )
-from twotower.towers.engine.cuda_graph import GraphMemory, Program, Programs, Results
+from twotower.towers.engine.cuda_graph import GraphMemory, Programs, Results
+from twotower.towers.engine.ragged_program import RaggedProgram
 from twotower.towers.engine.staged_draws import (
     DRAW_INPUTS,
     DRAW_PADDING,
@@ -145,7 +145,7 @@ def _fits(rows: int, tokens: int) -> bool:
     return bucket * mean <= GRAPH_TOKENS
 
 
-class _Program(Program):
+class _Program(RaggedProgram):
     """The drafts of up to B rows, T tokens in all and at most `longest` each, over fixed
     buffers."""
 
@@ -159,13 +159,10 @@ class _Program(Program):
         longest: int,
         memory: GraphMemory,
     ) -> None:
-        inputs = ("token", "length", *DRAW_INPUTS)
-        # The last row is the padding behind the others' tokens.
-        super().__init__(pool, rows + 1, longest, memory, inputs, tokens, DRAW_PADDING)
+        inputs = ("token", *DRAW_INPUTS)
+        super().__init__(pool, rows, tokens, longest, memory, inputs, DRAW_PADDING)
         self._tower = tower
         self._log = log
-        self._starts[-1] = tokens
-        self._places = torch.arange(tokens, device=tower.device)
         shape = (rows, tower.config.hidden_size)
         self._ends = torch.zeros(shape, dtype=tower.dtype, device=tower.device)
         self._results = Results((4, tokens), tower.device)
@@ -213,14 +210,6 @@ class _Program(Program):
             counts = dispatch.right_counts(drawn[0], *given)
             log.replay(self._pool, tower.replay_weights, rows, counts)
         self._results.fill(partial(dispatch.pack_drawn, drawn))
-
-    def _read_rows(self) -> Rows:
-        lengths = self._staging["length"][: len(self._slots) - 1]
-        self._starts[1:-1].copy_(lengths.cumsum(0))
-        return super()._read_rows()
-
-    def _real(self, whole: Tensor) -> Tensor:  # noqa: ARG002
-        return self._places < self._starts[-2]
 
     def _last_places(self) -> Tensor:
         """The place of each row's last token among those of the pass, [B] int64; of rows without

@@ -24,6 +24,7 @@ from twotower.towers.engine.admission import Admission
 from twotower.towers.engine.block_log import BlockLog
 from twotower.towers.engine.context_blocks import ContextBlocks
 from twotower.towers.engine.context_drafts import ContextDrafts
+from twotower.towers.engine.context_packed import ContextPacked
 from twotower.towers.engine.context_pass import ContextPass
 from twotower.towers.engine.context_row import ContextRow, block_of, in_turn, token_of
 from twotower.towers.engine.context_steps import ContextSteps
@@ -80,8 +81,10 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
         self._steps = ContextSteps(tower, memory) if wanted else None
         self._blocks = ContextBlocks(tower, memory, log) if wanted else None
         self._drafts = ContextDrafts(tower, memory, log) if wanted else None
-        run = ContextPass(tower, self._steps, self._blocks, self._drafts).run
+        self._packed = ContextPacked(tower, memory, log) if wanted else None
+        run = ContextPass(tower, self._steps, self._blocks, self._drafts, self._packed).run
         limits = options.pass_limits(device.type)
+        self._most_tokens = limits.max_num_batched_tokens + limits.max_prefill_tokens
         super().__init__("context", run, admission, limits, threaded, turn)
         self.tower = tower
         self.link = link
@@ -113,8 +116,10 @@ class ContextEngine(Engine[ContextRow, ContextWork, ContextResult]):
     def warm_up(self, block_size: int = 16, rows: int | None = None) -> None:
         """Captures the graphs of decode steps, of drafts of up to 16 tokens, and of extensions by
         blocks of a length, before the first row would have to wait for it: for passes of up to
-        `rows` rows (None: all)."""
+        `rows` rows (None: all). Those of prompts too, of a few rows."""
         rows = rows or self.pool.slots.num_slots
+        if self._packed is not None:
+            self._packed.warm_up(self.pool, self.prefill_chunk, self._most_tokens)
         if self._steps is not None:
             self._steps.warm_up(self.pool, rows)
         if self._drafts is not None:

@@ -14,6 +14,7 @@ from twotower.towers.decoding.sampling import Drawn, draw_tokens
 from twotower.towers.decoding.services import TopLogProbs
 from twotower.towers.engine.context_blocks import ContextBlocks
 from twotower.towers.engine.context_drafts import ContextDrafts
+from twotower.towers.engine.context_packed import ContextPacked
 from twotower.towers.engine.context_steps import ContextSteps
 from twotower.towers.engine.context_work import ContextResult, ContextWork, accepted_of
 from twotower.towers.errors import NumericalError
@@ -24,7 +25,7 @@ _SCORED_LINES = 128
 
 class ContextPass:
     """Runs works of several rows: decode steps as `steps`, committed blocks as `blocks`, drafts as
-    `drafts`, the rest as one packed pass of the tower.
+    `drafts`, the rest as one packed pass, of `packed` or of the tower itself.
 
     Blocks and drafts join the packed pass where there is one: it reads the weights in any case.
     Otherwise steps join drafts.
@@ -36,11 +37,13 @@ class ContextPass:
         steps: ContextSteps | None = None,
         blocks: ContextBlocks | None = None,
         drafts: ContextDrafts | None = None,
+        packed: ContextPacked | None = None,
     ) -> None:
         self._tower = tower
         self._steps = steps
         self._blocks = blocks
         self._drafts = drafts
+        self._packed = packed
 
     def run(self, works: Sequence[ContextWork]) -> list[ContextResult | BaseException]:
         """One result per work; an error there concerns its row alone."""
@@ -75,7 +78,8 @@ class ContextPass:
 
     def _pass(self, works: Sequence[ContextWork]) -> list[ContextResult | BaseException]:
         states, sinks = [work.state for work in works], [work.sink for work in works]
-        passed = self._tower.read([work.tokens for work in works], states, sinks)
+        reader = self._packed or self._tower
+        passed = reader.read([work.tokens for work in works], states, sinks)
         results = self._read_heads(works, passed.hidden)
         counts = [_moved(work, result) for work, result in zip(works, results, strict=True)]
         self._tower.advance_rows(passed, states, counts, sinks)

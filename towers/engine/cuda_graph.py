@@ -146,8 +146,9 @@ class Staging:
     """Numbers on their way to and from the device: one transfer each way a call.
 
     `inputs` [n, B] int64 on the device; `send` fills it. The host's side is pinned where the device
-    is CUDA, and is written again only after the device has read it: every call ends with
-    `Results.receive`, and a capture waits for the device before it records.
+    is CUDA, and is written again only after the device has read it: a call ends with
+    `Results.receive` or the next waits for that, and a capture waits for the device before it
+    records.
     """
 
     def __init__(self, names: Sequence[str], rows: int, device: torch.device) -> None:

@@ -9,9 +9,15 @@ from __future__ import annotations
 import torch
 
 from twotower.kernels.attention import MAX_SPLITS, SHORT_TOKENS
+from twotower.kernels.mamba_scan import SCAN_SCRATCH_BYTES
 from twotower.kernels.replay import SCRATCH_BYTES
 from twotower.towers.config.model_config import ATTENTION, MAMBA, MLP, MOE, TwoTowerConfig
-from twotower.towers.engine.buckets import rows_at_once
+from twotower.towers.engine.buckets import (
+    GRAPH_TOKENS,
+    ROW_BUCKETS,
+    bucket_for,
+    rows_at_once,
+)
 from twotower.towers.state.update import most_delta_tokens
 
 # Workspaces of libraries, 32 MiB a stream, and small tensors of a step.
@@ -81,21 +87,26 @@ def working_bytes(
 ) -> int:
     """Bytes of a tower's largest pass: `tokens` tokens of up to `rows` rows with blocks of `block`.
 
-    Graphs keep what such a pass of blocks takes beside what passes without one take. A tower that
-    reads prompts keeps the pass's log and replays it; its pass may have as many logits as a
-    verified draft of every row, a denoiser's those of all blocks.
+    Graphs keep what a pass of blocks takes beside what passes without one take, and in a tower that
+    reads prompts what a packed pass of up to GRAPH_TOKENS takes. Such a tower keeps the pass's log,
+    replays it and scans long rows by their chunks; its pass may have as many logits as a verified
+    draft of every row, a denoiser's those of all blocks.
     """
-    graph_rows = min(rows, rows_at_once(block))
+    graph_rows = min(bucket_for(min(rows, ROW_BUCKETS[-1])), rows_at_once(block))
     graph = graph_rows * block
-    peak = layer_bytes(config, dtype, tokens) + layer_bytes(config, dtype, graph)
-    peak += partial_bytes(config, rows, block) + partial_bytes(config, graph_rows, block)
+    kept = max(graph, min(GRAPH_TOKENS, tokens)) if reads_prompts else graph
+    peak = layer_bytes(config, dtype, tokens) + layer_bytes(config, dtype, kept)
+    # A packed pass has a row of padding behind the others.
+    padding = 1 if reads_prompts else 0
+    peak += partial_bytes(config, rows, block)
+    peak += partial_bytes(config, graph_rows + padding, block)
     peak += (min(tokens, rows * block) + graph) * config.vocab_size * dtype.itemsize
     if reads_prompts:
-        # The log of a pass, and twice that of blocks, which their graphs keep with all that is
-        # projected: older ones stay with older graphs.
-        gates = len(config.layers_of(MAMBA)) * config.d_inner * graph * dtype.itemsize
-        peak += log_bytes(config, dtype, tokens) + SCRATCH_BYTES
-        peak += 2 * (log_bytes(config, dtype, graph) + gates)
+        # The log of a pass, and twice that of graphs, which keep it with all that is projected:
+        # older ones stay with older graphs.
+        gates = len(config.layers_of(MAMBA)) * config.d_inner * kept * dtype.itemsize
+        peak += log_bytes(config, dtype, tokens) + SCRATCH_BYTES + SCAN_SCRATCH_BYTES
+        peak += 2 * (log_bytes(config, dtype, kept) + gates)
     else:
         # Shift, scale and gate of every number of masked positions, for a few block lengths.
         table = (block + 1) * config.num_layers * 3 * config.hidden_size * dtype.itemsize

@@ -140,7 +140,9 @@ class ContextTower(Tower):
         takes every layer's new `conv` and `ssm` before the next layer is replayed."""
         pool, weights, log = states[0].pool, self.replay_weights, passed.log
         if log is not None and weights is not None and any(counts):
-            moved = torch.tensor(counts, dtype=torch.int32, device=self.device)
+            # Rows behind those of the states are padding.
+            padded = [*counts, *[0] * (passed.rows.count - len(counts))]
+            moved = torch.tensor(padded, dtype=torch.int32, device=self.device)
             listening = _listening(sinks)
             # All layers in one go where no sink waits for a layer.
             each = [slice(layer, layer + 1) for layer in range(len(weights))]

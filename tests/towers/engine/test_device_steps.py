@@ -190,25 +190,6 @@ def test_a_row_alone_is_the_row_among_others(towers: Towers) -> None:
         assert decode(towers, [request], True) == [want]
 
 
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("mode", ["mask_diffusion", "verified"])
-def test_only_prompts_are_read_without_graphs(
-    towers: Towers, mode: str, shared: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A pass launched by the host takes as long for one row as for sixty-four."""
-    read, packed = ContextTower.read, []
-
-    def counted(tower: ContextTower, tokens: Any, *args: Any) -> Any:
-        packed.append([len(row) for row in tokens])
-        return read(tower, tokens, *args)
-
-    monkeypatch.setattr(ContextTower, "read", counted)
-    request = ([5, 9, 4], params_of(mode, max_tokens=40, block_size=8))
-    (blocks,) = decode(towers, [request], True, shared=shared)
-    assert len(blocks) > 2
-    assert packed == [[3]]
-
-
 def test_more_rows_than_the_largest_bucket(towers: Towers) -> None:
     count = ROW_BUCKETS[-1] + 7
     requests = [
@@ -413,6 +394,8 @@ def test_warming_up_prepares_every_bucket_and_changes_no_row(towers: Towers) -> 
     assert [asyncio.run(row())] == decode(towers, [request], False)
 
 
+# Padding's tokens hold whatever stood in memory; numpy, here the interpreter's, warns of that.
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 @pytest.mark.parametrize("mode", ["ar", "mask_diffusion"])
 def test_with_the_kernels_instead_of_the_references(tmp_path: Path, mode: str) -> None:
     """The whole step through Triton, under its interpreter where there is no GPU."""

@@ -41,11 +41,13 @@ def towers(request: pytest.FixtureRequest) -> dict[str, Towers]:
     }
 
 
-def engines(towers: Towers, *, shared: bool = True) -> tuple[ContextEngine, DenoiserEngine]:
+def engines(
+    towers: Towers, *, shared: bool = True, options: EngineOptions = OPTIONS
+) -> tuple[ContextEngine, DenoiserEngine]:
     context, denoiser = towers
-    filling = DenoiserEngine(denoiser, pool=None if shared else OPTIONS.pool_for(denoiser))
+    filling = DenoiserEngine(denoiser, pool=None if shared else options.pool_for(denoiser))
     link = LocalLink(context, filling, shared)
-    return ContextEngine(context, link, OPTIONS), filling
+    return ContextEngine(context, link, options), filling
 
 
 def request_of(row: int, mode: Any = "mask_diffusion", **changes: Any) -> Request:
@@ -100,6 +102,25 @@ def test_many_rows_of_every_kind_get_the_tokens_of_the_cpu(
     got = tokens(towers["cuda"], MIXED, warm=warm)
     wrong = [index for index, own in enumerate(want) if own != got[index]]
     assert not wrong, f"rows {wrong}"
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_pieces_of_a_prompt_do_not_overtake_each_other(
+    towers: dict[str, Towers], shared: bool
+) -> None:
+    """Nothing waits for the device between them: what is sent for one must not be overwritten by
+    the next."""
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(4, 200, (230,), generator=generator).tolist() for _ in range(3)]
+    requests: list[Request] = [
+        (prompt, GenerationParams(mode="ar", max_tokens=12)) for prompt in prompts
+    ]
+    options = replace(OPTIONS, prefill_chunk=16, max_prefill_tokens=16, prefix_cache_mib=0)
+    want = asyncio.run(_all(engines(towers["cpu"], options=options), requests))
+    pair = engines(towers["cuda"], shared=shared, options=options)
+    pair[0].warm_up()
+    pair[1].warm_up(pool=pair[0].pool if shared else None)
+    assert asyncio.run(_all(pair, requests)) == want
 
 
 def test_mirrors_follow_deltas(towers: dict[str, Towers]) -> None:

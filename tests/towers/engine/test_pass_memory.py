@@ -53,6 +53,18 @@ def test_what_a_pair_reserves_for_the_released_model() -> None:
     assert affordable_pages(LARGE, 64, 8192, left, BF16) == 64 * 8192 // 64
 
 
+def test_graphs_of_prompts_and_chunk_states_are_counted_at_any_number_of_rows() -> None:
+    """A service of one row reads the same prompts: 2,048 tokens in a graph, whose log holds all
+    that is projected, and 40 MiB of states between chunks."""
+    one = working_bytes(LARGE, BF16, 5120, 1, reads_prompts=True)
+    whole = 23 * 10304 * 2048 * 2
+    parts = log_bytes(LARGE, BF16, 5120) + layer_bytes(LARGE, BF16, 5120 + 2048)
+    assert one > parts + 2 * whole + (40 << 20)
+    # Half of the tokens: half of the graph's log and layers, and of the pass's.
+    less = working_bytes(LARGE, BF16, 1024, 1, reads_prompts=True)
+    assert one - less > whole + log_bytes(LARGE, BF16, 4096)
+
+
 def test_reserved_memory_is_not_given_to_states(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[int, int]] = []
     monkeypatch.setattr(StatePool, "__init__", lambda _, *own: made.append((own[1], own[2])))
