@@ -14,7 +14,7 @@ as the page table's width allows, and programs without work return at once.
 Besides the row, the last bits of its result depend on two things: whether `rows.max_seqlen` times
 the query heads of a KV head is at most FEW_ROWS (a pass of single tokens), at most BLOCK_ROWS or
 above, and the number of rows, as splits are longer where rows alone fill the device
-(`longer_splits`).
+(`longer_splits`). Inside `deterministic` it depends on neither.
 Source: Dao et al. 2022 (FlashAttention), section 3.1; Dao et al. 2023 (Flash-Decoding).
 """
 
@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower.kernels.attention import MAX_SPLITS, SHORT_TOKENS, PagedKeyValues
+from twotower.kernels.determinism import is_deterministic
 from twotower.kernels.rows import Rows
 
 # Most folded query rows of a pass of single tokens, and of blocks (64 tokens of 16 heads). A pass
@@ -86,9 +87,12 @@ def attention(
     if tokens == 0:
         return out
     folded = rows.max_seqlen * per_kv
-    tiling = tiling_for(q.dtype, folded)
-    longer = longer_splits(rows.count * kv_heads * triton.cdiv(folded, tiling.rows))
-    tiling = replace(tiling, split_tokens=tiling.split_tokens * longer)
+    if is_deterministic():
+        tiling = tiling_for(q.dtype, BLOCK_ROWS)
+    else:
+        tiling = tiling_for(q.dtype, folded)
+        longer = longer_splits(rows.count * kv_heads * triton.cdiv(folded, tiling.rows))
+        tiling = replace(tiling, split_tokens=tiling.split_tokens * longer)
     splits = tiling.splits(rows.pages.shape[1] * rows.page_tokens)
     short = min(rows.max_seqlen, SHORT_TOKENS)
     partials = _partials(

@@ -23,8 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower.kernels.determinism import is_deterministic
 from twotower.kernels.elementwise import relu_squared
 from twotower.kernels.expert_tiles_triton import Tiles, sort_by_expert
+from twotower.kernels.linear_triton import linear
 from twotower.kernels.moe import ExpertWeights
 from twotower.kernels.quantized import QuantizedExperts
 
@@ -54,13 +56,17 @@ _TILINGS = (
 _TILING_OF_MORE = Tiling(128, 128, 64, num_warps=8, num_stages=4, resident=1)
 # Exact fp32 products run on ordinary arithmetic units, whose operands fill the registers.
 _TILING_OF_FP32 = Tiling(16, 32, 32, num_warps=4, num_stages=2, resident=4)
+# For any number: reading a weight takes longer than multiplying it with 64 rows, few or many.
+_STEADY_TILING = Tiling(64, 128, 64, num_warps=8, num_stages=4, resident=2)
 
 
-def tiling_of(tokens: int, dtype: torch.dtype) -> Tiling:
-    """The tiling for a pass of `tokens` tokens in `dtype`. Passes of the same tiling give a row the
-    same bits."""
+def tiling_of(tokens: int, dtype: torch.dtype, deterministic: bool = False) -> Tiling:
+    """The tiling for a pass of `tokens` tokens in `dtype`; if `deterministic`, the same for every
+    number of tokens. Passes of the same tiling give a row the same bits."""
     if dtype == torch.float32:
         return _TILING_OF_FP32
+    if deterministic:
+        return _STEADY_TILING
     for most, tiling in _TILINGS:
         if tokens <= most:
             return tiling
@@ -94,7 +100,8 @@ def experts(
     product is rounded to x's dtype; a token's results are summed in fp32 in the order of its slots,
     the shared MLP's last. Tiles are chosen by T (`tiling_of`): within one tiling a token gets the
     same bits in any batch, except where Fs is no multiple of F and torch multiplies the shared
-    MLP. Raises ValueError for weights of another form.
+    MLP. Inside `deterministic` there is one tiling, and our own product. Raises ValueError for
+    weights of another form.
     """
     tokens, hidden = x.shape
     if tokens == 0:
@@ -104,7 +111,7 @@ def experts(
     count, width, _ = routed_up.shape
     parts = shared_up.shape[0] // width if shared_up.shape[0] % width == 0 else 0
     slots = ids.shape[1]
-    tiling = tiling_of(tokens, x.dtype)
+    tiling = tiling_of(tokens, x.dtype, is_deterministic())
     tiles = sort_by_expert(ids, count, tiling.rows)
 
     inner = _empty(x, tokens * (slots + parts), width)
@@ -115,7 +122,8 @@ def experts(
     _multiply(inner, by_slot, second, tiles, tiling, (tokens, slots, parts), first=False)
     shared_out = None
     if parts == 0:
-        shared_out = F.linear(relu_squared(F.linear(x, shared_up)), shared_down)
+        product = linear if is_deterministic() else F.linear
+        shared_out = product(relu_squared(product(x, shared_up)), shared_down)
     return _combine(by_slot, ids, scores, shared_out)
 
 
@@ -226,7 +234,7 @@ def _product(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _multiply_kernel(
     source,
     target,

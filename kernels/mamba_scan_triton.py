@@ -11,7 +11,8 @@ launch, which computes the conv too. All products have fp32's precision: fp32 an
 fp32 products, bf16 inputs by tensor cores (see `_product`).
 
 Tiles follow from `rows.max_seqlen` alone: among passes whose longest rows have 1, 2 to 16, 17 to 64
-or more tokens, a row has the same bits in any batch. Source: Dao and Gu 2024 (Mamba-2), section 6.
+or more tokens, a row has the same bits in any batch. Inside `deterministic` all take one kernel and
+tile. Source: Dao and Gu 2024 (Mamba-2), section 6.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower.kernels.determinism import is_deterministic
 from twotower.kernels.external_scan import Scan, load_verified
 from twotower.kernels.mamba_scan import MambaScanWeights
 from twotower.kernels.mamba_triton import conv_tile, prepare, softplus
@@ -266,6 +268,10 @@ class Tile:
     num_stages: int
 
 
+# The tile for rows of any number of tokens.
+STEADY_TILE = Tile(16, 32, False, num_warps=4, num_stages=1)
+
+
 def tile_of(max_seqlen: int) -> Tile:
     """The tile for rows of 2 to `max_seqlen` tokens; no kernel spills registers at P = 64,
     N = 128."""
@@ -294,7 +300,8 @@ def mamba_scan(
     y = torch.empty((projected.shape[0], inner), dtype=torch.float32, device=projected.device)
     if not rows.count or not rows.max_seqlen:
         return y
-    scan = _scan_tokens if rows.max_seqlen == 1 else _scan_chunks
+    single = rows.max_seqlen == 1 and not is_deterministic()
+    scan = _scan_tokens if single else _scan_chunks
     scan(projected, weights, conv_state, ssm_state, rows, y)
     return y
 
@@ -375,7 +382,7 @@ def _scan_chunks(
         )
         y.copy_(scanned.flatten(2)[0])
         return
-    tile = tile_of(rows.max_seqlen)
+    tile = STEADY_TILE if is_deterministic() else tile_of(rows.max_seqlen)
     _chunks_kernel[(heads * triton.cdiv(head_dim, tile.channels), rows.count)](
         conv,
         steps,
@@ -406,6 +413,7 @@ def _foreign_scan(
     """mamba-ssm's scan for a long piece of a single prompt, where it is installed and right; it
     computes chunks side by side. Only for bf16, whose rounding hides that of its TF32."""
     alone = rows.count == 1 and projected.shape[0] == rows.max_seqlen > LONGEST_BLOCK
+    alone = alone and not is_deterministic()
     if not (alone and projected.is_cuda and projected.dtype == torch.bfloat16):
         return None
     heads, head_dim, state_dim = ssm_state.shape[1:]
