@@ -60,6 +60,11 @@ class ServiceConfig(BaseModel):
     model_name: str | None = Field(None, description="name shown to clients; none = the folder's")
     device: str = Field("cpu", pattern=r"^(cpu|cuda)$")
     dtype: Literal["float32", "bfloat16"] = "float32"
+    deterministic: bool = Field(
+        PairTopology.deterministic,
+        description="on cuda, give a row the same bits in any batch, at some cost of speed; on cpu "
+        "it always has them",
+    )
     grpc_port: int = Field(9000, ge=1, le=65535)
     http_port: int = Field(8000, ge=1, le=65535, description="port of the HTTP side")
     http_host: str = Field(
@@ -346,6 +351,7 @@ class ServiceConfig(BaseModel):
             model_path=model_path,
             device=self.device,
             dtype=self.dtype,
+            deterministic=self.deterministic,
             engine=EngineOptions(
                 max_num_seqs=self.max_num_seqs,
                 max_context=self.max_context,

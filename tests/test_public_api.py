@@ -103,6 +103,7 @@ def test_the_signatures() -> None:
         ("device", "cpu"),
         ("dtype", "float32"),
         ("progress", None),
+        ("deterministic", False),
     ]
     assert defaults_of(TwoTower.score) == [("self", empty), ("token_ids", empty)]
     assert defaults_of(TwoTower.logits) == [("self", empty), ("prompts", empty)]

@@ -83,20 +83,25 @@ class TwoTower:
         device: Device | tuple[Device, Device] = "cpu",
         dtype: str = "float32",
         progress: ReadProgress | None = None,
+        *,
+        deterministic: bool = False,
     ) -> TwoTower:
         """Loads a folder, a hub id, or (None) the shipped model.
 
         `device` is one device or a pair (context, denoiser); `dtype` is float32 or bfloat16.
-        `progress` gets the bytes read so far and those of both towers, after each tensor. Raises
-        CheckpointError or ConfigError, naming the tensor or key; InvalidRequestError for another
-        `dtype`.
+        `progress` gets the bytes read so far and those of both towers, after each tensor. With
+        `deterministic` a row has the same bits beside any others on a GPU too, at some cost of
+        speed; on a CPU it always has. Raises CheckpointError or ConfigError, naming the tensor or
+        key; InvalidRequestError for another `dtype`.
         """
         context_device, denoiser_device = device if isinstance(device, tuple) else (device, device)
         places = _fixed(parse_device(context_device)), _fixed(parse_device(denoiser_device))
         working = parse_dtype(dtype)
         folder = resolve_checkpoint(path)
         limit_threads()
-        context, denoiser = load_engines(folder, *places, working, progress=progress)
+        context, denoiser = load_engines(
+            folder, *places, working, deterministic=deterministic, progress=progress
+        )
         return cls(context, denoiser, load_tokenizer(folder))
 
     def generate(

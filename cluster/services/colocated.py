@@ -65,6 +65,7 @@ class ColocatedActor:
             topology.device,
             parse_dtype(topology.dtype),
             options=topology.engine,
+            deterministic=topology.deterministic,
             threaded=True,
         )
         context.warm_up()

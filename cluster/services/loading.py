@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -17,7 +16,7 @@ from twotower.towers.limits import usable_cpus
 # A pass's thread and the event loop share the interpreter: calls and updates of other rows should
 # not wait for it as long as a small pass takes.
 SWITCH_INTERVAL_S = 0.0005
-T = TypeVar("T")
+T = TypeVar("T", covariant=True)
 
 
 def prepare_process(topology: PairTopology) -> None:
@@ -27,8 +26,22 @@ def prepare_process(topology: PairTopology) -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
 
-async def loaded(load: Callable[[Path, str, torch.dtype], T], topology: PairTopology) -> T:
-    """A tower by `load(folder, device, dtype)` in a thread. Raises CheckpointError, ConfigError."""
+class Load(Protocol[T]):
+    """Loads a tower of the checkpoint in a folder."""
+
+    def __call__(
+        self, folder: Path, device: str, dtype: torch.dtype, *, deterministic: bool
+    ) -> T: ...
+
+
+async def loaded(load: Load[T], topology: PairTopology) -> T:
+    """The topology's tower by `load`, in a thread. Raises CheckpointError, ConfigError."""
     prepare_process(topology)
     dtype = parse_dtype(topology.dtype)
-    return await asyncio.to_thread(load, Path(topology.model_path), topology.device, dtype)
+    return await asyncio.to_thread(
+        load,
+        Path(topology.model_path),
+        topology.device,
+        dtype,
+        deterministic=topology.deterministic,
+    )

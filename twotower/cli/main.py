@@ -63,6 +63,10 @@ def serve(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu (default) or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 (default) or bfloat16.")] = None,
+    deterministic: Annotated[
+        bool | None,
+        typer.Option("--deterministic", help="On cuda, the same bits for a row in any batch."),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of each tower; half of the CPUs it may use.")
     ] = None,
@@ -96,6 +100,7 @@ def serve(
         "allow_anonymous": allow_anonymous,
         "device": device,
         "dtype": dtype,
+        "deterministic": deterministic,
         "num_threads": threads,
         "max_context": max_context,
         "max_num_seqs": max_num_seqs,
