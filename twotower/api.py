@@ -83,7 +83,6 @@ class TwoTower:
         device: Device | tuple[Device, Device] = "cpu",
         dtype: str = "float32",
         progress: ReadProgress | None = None,
-        *,
         deterministic: bool = False,
     ) -> TwoTower:
         """Loads a folder, a hub id, or (None) the shipped model.

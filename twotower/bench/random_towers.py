@@ -46,6 +46,7 @@ class TowerMaker:
     """Draws the weights of towers of one shape from one generator.
 
     `experts` is the format of routed experts: `full` for `dtype`, as all other weights, or `fp8`.
+    `deterministic` is the towers'.
     """
 
     config: TwoTowerConfig
@@ -53,10 +54,11 @@ class TowerMaker:
     dtype: torch.dtype
     generator: torch.Generator
     experts: str = "full"
+    deterministic: bool = False
 
     def context(self) -> ContextTower:
         """A context tower with its head."""
-        return ContextTower(self.config, self._tower())
+        return ContextTower(self.config, self._tower(), deterministic=self.deterministic)
 
     def denoiser(self) -> DenoiserTower:
         """A denoiser tower with its head and timestep conditioning."""
@@ -72,7 +74,8 @@ class TowerMaker:
             projection_bias=self._normal(3 * hidden, scale=_SMALL),
             table=table,
         )
-        return DenoiserTower(self.config, self._tower(), timestep)
+        weights = self._tower()
+        return DenoiserTower(self.config, weights, timestep, deterministic=self.deterministic)
 
     def _tower(self) -> TowerWeights:
         config = self.config

@@ -67,7 +67,14 @@ class Workbench:
         # States are drawn from the default generator.
         torch.manual_seed(options.seed)
         generator = torch.Generator(self.device).manual_seed(options.seed)
-        maker = TowerMaker(self.config, self.device, self.dtype, generator, options.experts)
+        maker = TowerMaker(
+            self.config,
+            self.device,
+            self.dtype,
+            generator,
+            options.experts,
+            options.deterministic,
+        )
         self.context: ContextTower = maker.context()
         self.denoiser: DenoiserTower = maker.denoiser()
         self.pool = self._pool()
