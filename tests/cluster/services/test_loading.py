@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tests.cluster.test_topology import PAIR
-from twotower.cluster.services import loading
-from twotower.cluster.services.loading import prepare_process
+from twotower.cluster.services import colocated, loading
+from twotower.cluster.services.colocated import ColocatedActor
+from twotower.cluster.services.loading import loaded, prepare_process
+from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
+
+TINY = Path(__file__).parents[2] / "golden" / "tiny_b"
 
 
 @pytest.mark.parametrize(
@@ -27,3 +32,16 @@ def test_threads_of_a_tower(
     finally:
         sys.setswitchinterval(before)
     assert taken == [threads]
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+async def test_towers_are_loaded_in_the_mode_of_their_pair(
+    wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Apart and in one process."""
+    for module in (loading, colocated):
+        monkeypatch.setattr(module, "prepare_process", lambda _: None)
+    pair = replace(PAIR, model_path=str(TINY), deterministic=wanted)
+    apart = await loaded(load_context_tower, pair), await loaded(load_denoiser_tower, pair)
+    together = [engine.tower for engine in ColocatedActor(pair)._load_engines()]
+    assert {tower.deterministic for tower in (*apart, *together)} == {wanted}

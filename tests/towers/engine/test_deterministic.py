@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,11 +32,12 @@ Request = tuple[list[int], GenerationParams]
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
 
-def towers_of(folder: Path, deterministic: bool) -> Towers:
+def towers_of(folder: Path, deterministic: bool, dtype: torch.dtype = torch.float32) -> Towers:
+    how: dict[str, Any] = {"for_triton": True, "deterministic": deterministic}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return (
-        load_context_tower(folder, device, for_triton=True, deterministic=deterministic),
-        load_denoiser_tower(folder, device, for_triton=True, deterministic=deterministic),
+        load_context_tower(folder, device, dtype, **how),
+        load_denoiser_tower(folder, device, dtype, **how),
     )
 
 
@@ -77,9 +79,12 @@ REQUESTS: dict[str, Request] = {
 }
 
 
-def test_rows_together_have_the_bits_that_they_have_alone(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+)
+def test_rows_together_have_the_bits_that_they_have_alone(folder: Path, dtype: torch.dtype) -> None:
     """Prompts, steps, blocks and drafts of all lengths share passes, and passes their kernels."""
-    towers = towers_of(folder, deterministic=True)
+    towers = towers_of(folder, True, dtype)
     requests = list(REQUESTS.values())
     together = decode(towers, requests)
     for name, request, joint in zip(REQUESTS, requests, together, strict=True):
