@@ -27,10 +27,8 @@ from twotower.kernels import moe as _moe
 from twotower.kernels import norm as _norm
 from twotower.kernels import replay as _replay
 from twotower.kernels import unmask as _unmask
-from twotower.kernels.determinism import deterministic, is_deterministic
+from twotower.kernels.determinism import is_deterministic
 from twotower.kernels.linear_choice import own_mlp, own_product
-
-__all__ = ["Backend", "Operator", "deterministic", "force", "is_deterministic"]
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from twotower.bench.timing import measure_ceilings, synchronize
 from twotower.kernels import dispatch, linear_choice
+from twotower.kernels.determinism import deterministic
 from twotower.kernels.moe import RouterRule, narrow_parts
 from twotower.planner.floors import Ceilings
 from twotower.planner.shapes import PRESETS
@@ -191,7 +192,7 @@ def _own(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _steady(x: Tensor, weight: Tensor) -> Tensor:
-    with dispatch.deterministic():
+    with deterministic():
         out: Tensor = dispatch.linear(x, weight)
     return out
 

@@ -158,6 +158,15 @@ def test_a_launch_does_not_see_the_number_of_tokens(name: str, launches: Launche
     assert kinds(launches, OPERATORS[name], on=True) == 1
 
 
+def test_the_shapes_for_any_number_are_among_those_that_are_compiled() -> None:
+    """Those of test_experts_triton.py and test_mamba_scan_triton.py."""
+    for tokens in TOKENS:
+        assert experts_triton.tiling_of(tokens, torch.bfloat16, True) == experts_triton.tiling_of(
+            1024, torch.bfloat16
+        )
+    assert mamba_scan_triton.tile_of(64) == mamba_scan_triton.STEADY_TILE
+
+
 @pytest.mark.parametrize("name", ["experts", "mamba_scan", "attention"])
 def test_otherwise_launches_suit_it(name: str, launches: Launches) -> None:
     """What the test above would find."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from twotower.kernels import dispatch
 from twotower.kernels.attention import PagedKeyValues
+from twotower.kernels.determinism import deterministic
 from twotower.kernels.mamba_scan import MambaScanWeights
 from twotower.kernels.moe import RouterRule
 from twotower.kernels.rows import Rows
@@ -40,14 +41,14 @@ AnyTower = TypeVar("AnyTower", bound="Tower")
 def in_its_mode(
     method: Callable[Concatenate[AnyTower, P], R],
 ) -> Callable[Concatenate[AnyTower, P], R]:
-    """The method of a tower, inside `dispatch.deterministic` if the tower is. A graph that is
+    """The method of a tower, inside `deterministic` if the tower is. A graph that is
     captured around it keeps the kernels that were chosen."""
 
     @wraps(method)
     def run(tower: AnyTower, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if not tower.deterministic:
             return method(tower, *args, **kwargs)
-        with dispatch.deterministic():
+        with deterministic():
             return method(tower, *args, **kwargs)
 
     return run
