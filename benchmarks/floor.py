@@ -16,6 +16,7 @@ from torch import Tensor
 
 from twotower.kernels import dispatch
 from twotower.kernels.linear import linear, pack
+from twotower.kernels.moe import Routing
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.model.weights import AttentionWeights, MambaWeights, MlpWeights, MoeWeights
@@ -30,11 +31,11 @@ def counted_experts() -> Iterator[list[dict[int, int]]]:
     layers: list[dict[int, int]] = []
     reference = dispatch.route.reference
 
-    def counted(*args: object) -> tuple[Tensor, Tensor]:
-        ids, weights = reference(*args)  # type: ignore[arg-type]
-        unique, counts = ids.unique(return_counts=True)
+    def counted(*args: object) -> Routing:
+        routing = reference(*args)  # type: ignore[arg-type]
+        unique, counts = routing.ids.unique(return_counts=True)
         layers.append(dict(zip(unique.tolist(), counts.tolist(), strict=True)))
-        return ids, weights
+        return routing
 
     dispatch.route.reference = counted  # type: ignore[assignment]
     try:

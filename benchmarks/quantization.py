@@ -2,11 +2,13 @@
 
     python -m benchmarks.quantization [--model DIR] [--prompts 100] [--tokens 64]
 
-Quantizes a checkpoint into a scratch folder, then decodes held-out prompts with both, greedy:
-tokens per denoiser call, equal outputs, the context tower's loss on held-out text. Per layer: the
-relative RMS error of the weights, and that of the denoiser's MoE outputs (shared expert included),
-each on the input that the unquantized tower's layer gets, over blocks half masked. Prints one JSON
-object.
+Quantizes a checkpoint into a scratch folder, then decodes held-out prompts, greedy, with three
+models: as it was, with 8-bit experts that are widened, and with products in 8 bits (a CPU computes
+these with widened values, which differs by the order of a sum alone). Of each: tokens per denoiser
+call, outputs equal to those of the model as it was, the context tower's loss on held-out text and
+the denoiser's at masked positions of its last blocks. Per layer: the relative RMS error of the
+weights, and that of the denoiser's MoE outputs (shared expert included), each on the input that the
+unquantized tower's layer gets, over blocks half masked. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from torch import Tensor
 
 from benchmarks.machine import machine
 from benchmarks.prompts import held_out_prompts
-from twotower.agreement import compare
+from twotower.agreement import comparison, outputs
+from twotower.kernels.quantized import EXPERT_PRODUCTS, ExpertProducts
 from twotower.kernels.rows import Rows
 from twotower.towers.checkpoint.quantization import quantize_checkpoint
 from twotower.towers.checkpoint.weights import (
@@ -44,6 +47,7 @@ SCORED_TOKENS = 256
 BLOCK = 16
 # Masks at every second position, as in the middle of a block's denoising.
 MASKED = range(0, BLOCK, 2)
+OTHERS = range(1, BLOCK, 2)
 
 
 def main() -> None:
@@ -72,6 +76,15 @@ def measure(before: Path, after: Path, args: argparse.Namespace) -> dict[str, An
         confidence_threshold=args.threshold,
         eos_token_id=config.eos_token_id,
     )
+    exact = outputs(before, prompts, texts, params)
+    products: dict[str, Any] = {}
+    for name in EXPERT_PRODUCTS:
+        own = outputs(after, prompts, texts, params, expert_products=name)
+        products[name] = {
+            "denoiser_moe_outputs": output_errors(before, after, texts, name),
+            "outputs": asdict(comparison(exact, own)),
+            "denoiser_loss": denoiser_loss(after, texts, name),
+        }
     return {
         "machine": machine(args.threads),
         "shape": {
@@ -84,8 +97,8 @@ def measure(before: Path, after: Path, args: argparse.Namespace) -> dict[str, An
             "confidence_threshold": args.threshold,
         },
         "weights": asdict(report),
-        "denoiser_moe_outputs": output_errors(before, after, texts),
-        "outputs": asdict(compare(before, after, prompts, texts, params)),
+        "denoiser_loss_before": denoiser_loss(before, texts),
+        **products,
     }
 
 
@@ -100,9 +113,15 @@ def token_ids(folder: Path, count: int) -> tuple[list[list[int]], list[list[int]
     return prompts, texts
 
 
-def output_errors(before: Path, after: Path, texts: Sequence[list[int]]) -> dict[str, float]:
+def output_errors(
+    before: Path,
+    after: Path,
+    texts: Sequence[list[int]],
+    expert_products: ExpertProducts = "widened",
+) -> dict[str, float]:
     """Relative RMS error of each of the denoiser's MoE layers, over all texts."""
-    plain, quantized = load_denoiser_tower(before), load_denoiser_tower(after)
+    plain = load_denoiser_tower(before)
+    quantized = load_denoiser_tower(after, expert_products=expert_products)
     error = dict.fromkeys(plain.config.layers_of(MOE), 0.0)
     size = dict(error)
     for layer, x in moe_inputs(before, plain, texts):
@@ -116,17 +135,49 @@ def moe_inputs(
     folder: Path, denoiser: DenoiserTower, texts: Sequence[list[int]]
 ) -> Iterator[tuple[int, Tensor]]:
     """Layer and its normed input [16, H]: the last block of each text, half masked, in context."""
-    context, seen = load_context_tower(folder), dict[str, Tensor]()
+    seen = dict[str, Tensor]()
+    for _ in hidden_states(folder, denoiser, texts, [MASKED], seen):
+        for layer in denoiser.config.layers_of(MOE):
+            yield layer, seen[f"mixer_in.{layer}"]
+
+
+def denoiser_loss(
+    folder: Path, texts: Sequence[list[int]], expert_products: ExpertProducts = "widened"
+) -> float:
+    """Mean loss in nats of the masked tokens in the last block of each text, each half of it masked
+    once, after the context as the same checkpoint reads it."""
+    denoiser = load_denoiser_tower(folder, expert_products=expert_products)
+    losses: list[Tensor] = []
+    walk = hidden_states(folder, denoiser, texts, [MASKED, OTHERS], expert_products=expert_products)
+    for hidden, wanted, masked in walk:
+        scores = denoiser.logits(hidden[list(masked)]).double().log_softmax(-1)
+        losses.append(-scores.gather(1, torch.tensor(wanted)[list(masked), None]).flatten())
+    return float(torch.cat(losses).mean())
+
+
+@torch.inference_mode()
+def hidden_states(
+    folder: Path,
+    denoiser: DenoiserTower,
+    texts: Sequence[list[int]],
+    patterns: Sequence[range],
+    seen: dict[str, Tensor] | None = None,
+    expert_products: ExpertProducts = "widened",
+) -> Iterator[tuple[Tensor, list[int], range]]:
+    """For the last block of each text and each pattern of masks: the denoiser's hidden states
+    [16, H] after the context, the block's tokens, the pattern. `seen` gets what layers saw."""
+    context = load_context_tower(folder, expert_products=expert_products)
     for text in (text for text in texts if len(text) > BLOCK):
         known, block = text[:-BLOCK], list(text[-BLOCK:])
         state = context.new_state(len(text))
         context.forward([known], [state])
         context.advance(state, len(known))
-        for position in MASKED:
-            block[position] = denoiser.config.mask_token_id
-        denoiser.forward([block], [len(MASKED) / BLOCK], [state], seen.__setitem__)
-        for layer in denoiser.config.layers_of(MOE):
-            yield layer, seen[f"mixer_in.{layer}"]
+        for masked in patterns:
+            draft = list(block)
+            for position in masked:
+                draft[position] = denoiser.config.mask_token_id
+            note = None if seen is None else seen.__setitem__
+            yield denoiser.forward([draft], [len(masked) / BLOCK], [state], note), block, masked
 
 
 @torch.inference_mode()

@@ -23,6 +23,7 @@ from twotower.deployments.pair.autoscaling import PairAutoscaling
 from twotower.deployments.pair.overload import OverloadDial
 from twotower.deployments.settings_file import check_names, read_settings
 from twotower.deployments.telemetry.logs import LogFormat
+from twotower.kernels.quantized import ExpertProducts
 from twotower.protos.incoming import (
     MESSAGE_VARIABLE,
     MOST_MESSAGE_BYTES,
@@ -30,6 +31,7 @@ from twotower.protos.incoming import (
     longest_request,
 )
 from twotower.towers.checkpoint.checkpoint import Checkpoint
+from twotower.towers.checkpoint.tower_loader import check_expert_products
 from twotower.towers.checkpoint.weights import resolve_checkpoint
 from twotower.towers.engine.options import EngineOptions
 from twotower.towers.errors import ConfigError, shorten
@@ -64,6 +66,11 @@ class ServiceConfig(BaseModel):
         PairTopology.deterministic,
         description="on cuda, give a row the same bits in any batch, at some cost of speed; on cpu "
         "it always has them",
+    )
+    expert_products: ExpertProducts = Field(
+        PairTopology.expert_products,
+        description="how routed experts that are stored in 8 bits are multiplied: widened = in "
+        "dtype, fp8 = with tokens in 8 bits too; fp8 is refused for other experts",
     )
     grpc_port: int = Field(9000, ge=1, le=65535)
     http_port: int = Field(8000, ge=1, le=65535, description="port of the HTTP side")
@@ -316,8 +323,11 @@ class ServiceConfig(BaseModel):
         return Access(self.api_keys, self.allow_anonymous, share=self.num_routers)
 
     def checkpoint(self) -> Checkpoint:
-        """The checkpoint, with names, shapes and files checked. Raises CheckpointError."""
-        return Checkpoint(resolve_checkpoint(self.model))
+        """The checkpoint, with names, shapes and files checked. Raises CheckpointError, and
+        ConfigError if its experts cannot be multiplied as `expert_products` says."""
+        checkpoint = Checkpoint(resolve_checkpoint(self.model))
+        check_expert_products(checkpoint, self.expert_products)
+        return checkpoint
 
     def message_bytes(self) -> int:
         """The longest message that is taken. Raises CheckpointError without a checkpoint."""
@@ -371,6 +381,7 @@ class ServiceConfig(BaseModel):
             denoisers_per_context=self.denoisers_per_context,
             stall_timeout_s=self.stall_timeout_s,
             repair_timeout_s=self.repair_timeout_s,
+            expert_products=self.expert_products,
         )
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from twotower.kernels.attention import MAX_SPLITS, SHORT_TOKENS, PagedKeyValues
 from twotower.kernels.determinism import is_deterministic
+from twotower.kernels.launch_table import tuned
 from twotower.kernels.rows import Rows
 
 # Most folded query rows of a pass of single tokens, and of blocks (64 tokens of 16 heads). A pass
@@ -87,12 +88,7 @@ def attention(
     if tokens == 0:
         return out
     folded = rows.max_seqlen * per_kv
-    if is_deterministic():
-        tiling = tiling_for(q.dtype, BLOCK_ROWS)
-    else:
-        tiling = tiling_for(q.dtype, folded)
-        longer = longer_splits(rows.count * kv_heads * triton.cdiv(folded, tiling.rows))
-        tiling = replace(tiling, split_tokens=tiling.split_tokens * longer)
+    tiling = _tuned_tiling(q, folded, rows.count, kv_heads)
     splits = tiling.splits(rows.pages.shape[1] * rows.page_tokens)
     short = min(rows.max_seqlen, SHORT_TOKENS)
     partials = _partials(
@@ -177,6 +173,22 @@ def tiling_for(dtype: torch.dtype, folded_rows: int) -> Tiling:
     if folded_rows <= FEW_ROWS:
         return _SINGLE
     return _BLOCK if folded_rows <= BLOCK_ROWS else _PIECE
+
+
+def _tuned_tiling(q: Tensor, folded_rows: int, rows: int, kv_heads: int) -> Tiling:
+    """The tiling of a pass over so many rows, splits longer where it has many programs, or what a
+    table of the card says: those are measured with narrow numbers. Inside `deterministic` one for
+    all passes."""
+    if is_deterministic():
+        return tiling_for(q.dtype, BLOCK_ROWS)
+    tiling = tiling_for(q.dtype, folded_rows)
+    longer = longer_splits(rows * kv_heads * triton.cdiv(folded_rows, tiling.rows))
+    tiling = replace(tiling, split_tokens=tiling.split_tokens * longer)
+    if q.dtype.itemsize > 2:
+        return tiling
+    kind = "token" if folded_rows <= FEW_ROWS else "block"
+    kind = kind if folded_rows <= BLOCK_ROWS else "piece"
+    return tuned(f"attention_{kind}", rows, tiling, q.device)
 
 
 def longer_splits(programs: int) -> int:

@@ -9,8 +9,7 @@ dtype and a device:
     mamba_scan    the kernel over chunks with one tile, for single tokens, blocks and prompts alike;
                   never a foreign scan, which runs only for a prompt that is alone
     attention     one tiling; splits by a row's own context, however many rows there are
-    route         without narrow parts the reference, fp64 in tiles of exactly 16 tokens; with them
-                  the kernel, whose tile of tokens still goes by their number, 16 or 64
+    route         one tile of tokens; without narrow parts the reference, in fp64 tiles of 16 tokens
 
 The others are a program per token, per line of logits or per row in any case: norms, replay, K/V
 that are stored, draws, commits, and the sum of an expert's results, in the order of its slots.

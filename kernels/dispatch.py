@@ -21,10 +21,12 @@ from torch import Tensor
 
 from twotower.kernels import attention as _attention
 from twotower.kernels import commit as _commit
+from twotower.kernels import draft_lines as _draft_lines
 from twotower.kernels import linear as _linear
 from twotower.kernels import mamba_scan as _mamba_scan
 from twotower.kernels import moe as _moe
 from twotower.kernels import norm as _norm
+from twotower.kernels import pass_buffers as _pass_buffers
 from twotower.kernels import replay as _replay
 from twotower.kernels import unmask as _unmask
 from twotower.kernels.determinism import is_deterministic
@@ -114,8 +116,15 @@ replay = Operator(_replay.replay, "replay_triton")
 attention = Operator(_attention.attention, "attention_triton")
 store_kv = Operator(_attention.store_kv, "attention_triton")
 route = Operator(_moe.route, "router_triton", _routed_by_kernel)
-experts = Operator(_moe.experts, "experts_triton")
+slot_outputs = Operator(_moe.slot_outputs, "experts_triton")
 mlp = Operator(_moe.mlp, "linear_triton", own_mlp)
 predict = Operator(_unmask.predict, "unmask_triton")
 commit = Operator(_commit.commit, "commit_triton")
 select_masked = Operator(_commit.select_masked, "commit_triton")
+read_blocks = Operator(_draft_lines.read_blocks, "draft_lines_triton")
+read_lines = Operator(_draft_lines.read_lines, "draft_lines_triton")
+spread_lines = Operator(_draft_lines.spread_lines, "draft_lines_triton")
+pack_drafts = Operator(_draft_lines.pack_drafts, "draft_lines_triton")
+unpack_rows = Operator(_pass_buffers.unpack_rows, "pass_buffers_triton")
+pack_drawn = Operator(_pass_buffers.pack_drawn, "pass_buffers_triton")
+right_counts = Operator(_pass_buffers.right_counts, "pass_buffers_triton")

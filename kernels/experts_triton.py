@@ -2,14 +2,20 @@
 """The experts of moe.py on a GPU: two products over all experts, a launch each, and a sum.
 
     sort      pairs (token, slot) by expert, cut into tiles of rows   expert_tiles_triton.py
+    quantize  rows of a product in 8 bits, before each product        quantized_triton.py
     multiply  up with relu^2, then down                               programs walk the tiles
-    combine   a token's results in the order of its slots             a program per token
+    combine   a token's results in the order of its slots             the norm behind it
 
 A product is weight @ x^T: with 64 output channels as the first operand even 16 tokens use Hopper's
 widest instruction. A shared MLP of Fs = n * F channels is n more experts that every token takes
 with weight 1: as relu^2 is pointwise, its channels can be cut anywhere.
 
-Source: Gale et al. 2022 (MegaBlocks), section 5, for products over groups of rows in one launch.
+Products in 8 bits (`QuantizedExperts.products`) are those of the routed experts alone; tiles of the
+shared MLP multiply in x's dtype in the same launch. Hopper's tensor cores add 8-bit products with
+about 14 bits, so after every 128 of them the sum goes into an fp32 one.
+
+Sources: Gale et al. 2022 (MegaBlocks), section 5, for products over groups of rows in one launch;
+Liu et al. 2024 (DeepSeek-V3), section 3.3.2, for the sums of 8-bit products.
 """
 
 from __future__ import annotations
@@ -26,11 +32,15 @@ from torch import Tensor
 from twotower.kernels.determinism import is_deterministic
 from twotower.kernels.elementwise import relu_squared
 from twotower.kernels.expert_tiles_triton import Tiles, sort_by_expert
+from twotower.kernels.launch_table import tuned
 from twotower.kernels.linear_triton import linear
-from twotower.kernels.moe import ExpertWeights
-from twotower.kernels.quantized import QuantizedExperts
+from twotower.kernels.moe import ExpertWeights, Routing, SlotOutputs
+from twotower.kernels.quantized import ExpertProducts, QuantizedExperts
+from twotower.kernels.quantized_triton import quantize_tokens
 
 _COMBINE_BLOCK = 1024
+# 8-bit products that a tensor core adds up before their sum goes into an fp32 one.
+_NARROW_SUM = 128
 
 
 @dataclass(frozen=True)
@@ -60,17 +70,54 @@ _TILING_OF_FP32 = Tiling(16, 32, 32, num_warps=4, num_stages=2, resident=4)
 _STEADY_TILING = Tiling(64, 128, 64, num_warps=8, num_stages=4, resident=2)
 
 
-def tiling_of(tokens: int, dtype: torch.dtype, deterministic: bool = False) -> Tiling:
-    """The tiling for a pass of `tokens` tokens in `dtype`; if `deterministic`, the same for every
-    number of tokens. Passes of the same tiling give a row the same bits."""
+def tiling_of(tokens: int, dtype: torch.dtype, device: torch.device | None = None) -> Tiling:
+    """The tiling for a pass of `tokens` tokens in `dtype`, on a device that of its card's table;
+    inside `deterministic` one for all. Passes of the same tiling give a row the same bits."""
     if dtype == torch.float32:
         return _TILING_OF_FP32
-    if deterministic:
+    if is_deterministic():
         return _STEADY_TILING
-    for most, tiling in _TILINGS:
-        if tokens <= most:
-            return tiling
-    return _TILING_OF_MORE
+    default = next((tiling for most, tiling in _TILINGS if tokens <= most), _TILING_OF_MORE)
+    return default if device is None else tuned("experts", tokens, default, device)
+
+
+# Products in 8 bits: `inner` counts 8-bit values. Tiles of the shared MLP have as many bytes, so
+# fewer values, of the inner length.
+_FP8_TILINGS = (
+    (8, Tiling(16, 128, 128, num_warps=4, num_stages=5, resident=2)),
+    (128, Tiling(16, 64, 256, num_warps=4, num_stages=3, resident=3)),
+    (512, Tiling(32, 64, 256, num_warps=4, num_stages=3, resident=3)),
+    (1024, Tiling(64, 64, 256, num_warps=4, num_stages=3, resident=2)),
+)
+_FP8_TILING_OF_MORE = Tiling(128, 128, 128, num_warps=8, num_stages=4, resident=1)
+_FP8_TILING_BESIDE_FP32 = Tiling(16, 32, 128, num_warps=4, num_stages=2, resident=4)
+_STEADY_FP8_TILING = Tiling(64, 64, 256, num_warps=4, num_stages=3, resident=2)
+
+
+def fp8_tiling_of(tokens: int, dtype: torch.dtype, device: torch.device | None = None) -> Tiling:
+    """`tiling_of` for products in 8 bits, beside a shared MLP in `dtype`."""
+    if dtype == torch.float32:
+        return _FP8_TILING_BESIDE_FP32
+    if is_deterministic():
+        return _STEADY_FP8_TILING
+    default = next((own for most, own in _FP8_TILINGS if tokens <= most), _FP8_TILING_OF_MORE)
+    return default if device is None else tuned("experts_fp8", tokens, default, device)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Rows [R, K] that a product reads, in x's dtype, and for products in 8 bits those that the
+    routed experts read quantized as well: `values` [n, K] and `scale` [n] of the first n rows."""
+
+    wide: Tensor
+    values: Tensor | None = None
+    scale: Tensor | None = None
+
+    @staticmethod
+    def quantized(wide: Tensor, routed: int) -> _Source:
+        """`wide` with its first `routed` rows in 8 bits too. Rows that no product wrote may hold
+        anything, and become anything that none reads."""
+        return _Source(wide, *quantize_tokens(wide[:routed]))
 
 
 @dataclass(frozen=True)
@@ -93,15 +140,29 @@ def experts(
     shared_up: Tensor,
     shared_down: Tensor,
 ) -> Tensor:
-    """x [T, H], ids and scores [T, k], up [E, F, H], down [E, H, F], shared MLP [Fs, H] and
-    [H, Fs] -> [T, H] in x's dtype: the chosen experts, weighted by `scores`, plus the shared MLP.
+    """`slot_outputs`, added up in a launch of its own: [T, H] in x's dtype."""
+    out = slot_outputs(x, Routing(ids, scores), up, down, shared_up, shared_down)
+    return out if isinstance(out, Tensor) else _combine(out, None)
+
+
+def slot_outputs(
+    x: Tensor,
+    routing: Routing,
+    up: ExpertWeights,
+    down: ExpertWeights,
+    shared_up: Tensor,
+    shared_down: Tensor,
+) -> Tensor | SlotOutputs:
+    """x [T, H], `routing` of T tokens, up [E, F, H], down [E, H, F], shared MLP [Fs, H] and
+    [H, Fs] -> [T, H] in x's dtype: the chosen experts, weighted by their scores, plus the shared
+    MLP; before the sum where Fs is a multiple of F.
 
     `up` and `down` are stacked tensors of x's dtype, or in 8 bits; id -1 is no expert. Every
     product is rounded to x's dtype; a token's results are summed in fp32 in the order of its slots,
-    the shared MLP's last. Tiles are chosen by T (`tiling_of`): within one tiling a token gets the
-    same bits in any batch, except where Fs is no multiple of F and torch multiplies the shared
-    MLP. Inside `deterministic` there is one tiling, and our own product. Raises ValueError for
-    weights of another form.
+    the shared MLP's last. Tiles are chosen by T (`tiling_of`, `fp8_tiling_of`): within one tiling a
+    token gets the same bits in any batch, except where Fs is no multiple of F and torch multiplies
+    the shared MLP. Inside `deterministic` there is one tiling, and our own product. Raises
+    ValueError for weights of another form.
     """
     tokens, hidden = x.shape
     if tokens == 0:
@@ -110,21 +171,26 @@ def experts(
     routed_down, down_scale = _values_and_scale("down", down, x.dtype)
     count, width, _ = routed_up.shape
     parts = shared_up.shape[0] // width if shared_up.shape[0] % width == 0 else 0
-    slots = ids.shape[1]
-    tiling = tiling_of(tokens, x.dtype, is_deterministic())
-    tiles = sort_by_expert(ids, count, tiling.rows)
+    slots = routing.ids.shape[1]
+    in_fp8 = _products_of(up, down) == "fp8"
+    tiling = (fp8_tiling_of if in_fp8 else tiling_of)(tokens, x.dtype, x.device)
+    tiles: Tiles | None = routing.tiles
+    if tiles is None or tiles.rows != tiling.rows:
+        tiles = sort_by_expert(routing.ids, count, tiling.rows)
 
     inner = _empty(x, tokens * (slots + parts), width)
     first = _Matrices(routed_up, up_scale, shared_up, width * shared_up.stride(0))
-    _multiply(x, inner, first, tiles, tiling, (tokens, slots, parts), first=True)
+    source = _Source.quantized(x, tokens) if in_fp8 else _Source(x)
+    _multiply(source, inner, first, tiles, tiling, (tokens, slots, parts), first=True)
     by_slot = _empty(x, tokens, slots + parts, hidden)
     second = _Matrices(routed_down, down_scale, shared_down, width)
-    _multiply(inner, by_slot, second, tiles, tiling, (tokens, slots, parts), first=False)
-    shared_out = None
-    if parts == 0:
-        product = linear if is_deterministic() else F.linear
-        shared_out = product(relu_squared(product(x, shared_up)), shared_down)
-    return _combine(by_slot, ids, scores, shared_out)
+    source = _Source.quantized(inner, tokens * slots) if in_fp8 else _Source(inner)
+    _multiply(source, by_slot, second, tiles, tiling, (tokens, slots, parts), first=False)
+    out = SlotOutputs(by_slot, routing.ids, routing.scores)
+    if parts:
+        return out
+    product = linear if is_deterministic() else F.linear
+    return _combine(out, product(relu_squared(product(x, shared_up)), shared_down))
 
 
 def _empty(x: Tensor, *shape: int) -> Tensor:
@@ -144,8 +210,18 @@ def _values_and_scale(
     return weights, None
 
 
+def _products_of(up: ExpertWeights, down: ExpertWeights) -> ExpertProducts:
+    """How the experts are multiplied; raises ValueError if `up` and `down` say different things."""
+    first, second = (
+        one.products if isinstance(one, QuantizedExperts) else "widened" for one in (up, down)
+    )
+    if first != second:
+        raise ValueError(f"products: got {first!r} of up and {second!r} of down, expected the same")
+    return first
+
+
 def _multiply(
-    source: Tensor,
+    source: _Source,
     target: Tensor,
     matrices: _Matrices,
     tiles: Tiles,
@@ -160,14 +236,18 @@ def _multiply(
     writes its rows by token and slot.
     """
     routed, scale, shared = matrices.routed, matrices.scale, matrices.shared
-    assert source.stride(-1) == routed.stride(-1) == shared.stride(-1) == 1
+    wide, values, row_scale = source.wide, source.values, source.scale
+    assert wide.stride(-1) == routed.stride(-1) == shared.stride(-1) == 1
     assert scale is None or scale.stride(-1) == 1
+    assert values is None or (scale is not None and values.is_contiguous())
     tokens, slots, parts = size
     _, channels, length = routed.shape
     most = tiles.most + parts * triton.cdiv(tokens, tiling.rows)
     most *= triton.cdiv(channels, tiling.channels)
-    _multiply_kernel[(min(most, _processors(source.device) * tiling.resident),)](
-        source,
+    _multiply_kernel[(min(most, _processors(wide.device) * tiling.resident),)](
+        wide,
+        wide if values is None else values,
+        wide if row_scale is None else row_scale,
         target,
         routed,
         routed if scale is None else scale,
@@ -176,7 +256,7 @@ def _multiply(
         tiles.table,
         tokens,
         channels,
-        source.stride(0),
+        wide.stride(0),
         routed.stride(0),
         routed.stride(1),
         0 if scale is None else scale.stride(0),
@@ -185,11 +265,14 @@ def _multiply(
         length=length,
         first=first,
         quantized=scale is not None,
+        in_fp8=values is not None,
         slots=slots,
         parts=parts,
         tile_rows=tiling.rows,
         tile_channels=tiling.channels,
         tile_inner=tiling.inner,
+        shared_inner=tiling.inner if values is None else tiling.inner // wide.element_size(),
+        narrow_sum=_NARROW_SUM,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
     )
@@ -211,10 +294,12 @@ def _product(
     tile_channels: tl.constexpr,
     tile_rows: tl.constexpr,
     tile_inner: tl.constexpr,
+    narrow_sum: tl.constexpr,
 ):
     """weight [channels] and source [rows], pointers to the rows' starts -> [channels, rows] fp32.
 
-    The sum runs along `length` in order; weights are converted to the source's dtype.
+    The sum runs along `length` in order; weights are converted to the source's dtype. Sums of 8-bit
+    products are added up in fp32 every `narrow_sum` of them, 0 for products of other dtypes.
     """
     lanes = tl.arange(0, tile_inner)
     left = weight[:, None] + lanes[None, :]
@@ -228,7 +313,9 @@ def _product(
             within = lanes < length - start
             w = tl.load(left, mask=within[None, :], other=0.0)
             x = tl.load(right, mask=within[:, None], other=0.0)
-        total = tl.dot(w.to(x.dtype), x, total, input_precision="ieee")
+        total = tl.dot(
+            w.to(x.dtype), x, total, input_precision="ieee", max_num_imprecise_acc=narrow_sum
+        )
         left += tile_inner
         right += tile_inner
     return total
@@ -237,6 +324,8 @@ def _product(
 @triton.jit(do_not_specialize=["tokens"])
 def _multiply_kernel(
     source,
+    values,
+    row_scale,
     target,
     routed,
     scale,
@@ -254,11 +343,14 @@ def _multiply_kernel(
     length: tl.constexpr,
     first: tl.constexpr,
     quantized: tl.constexpr,
+    in_fp8: tl.constexpr,
     slots: tl.constexpr,
     parts: tl.constexpr,
     tile_rows: tl.constexpr,
     tile_channels: tl.constexpr,
     tile_inner: tl.constexpr,
+    shared_inner: tl.constexpr,
+    narrow_sum: tl.constexpr,
 ):
     """Programs walk the tiles: those of the shared parts, then those of the table."""
     column_tiles = tl.cdiv(channels, tile_channels)
@@ -298,11 +390,20 @@ def _multiply_kernel(
         if not quantized:
             if is_shared:
                 routed_weight = shared_weight
-            total = _product(routed_weight, start, length, tile_channels, tile_rows, tile_inner)
+            total = _product(routed_weight, start, length, tile_channels, tile_rows, tile_inner, 0)
         elif is_shared:
-            total = _product(shared_weight, start, length, tile_channels, tile_rows, tile_inner)
+            total = _product(
+                shared_weight, start, length, tile_channels, tile_rows, shared_inner, 0
+            )
+        elif in_fp8:
+            narrow = values + read.to(tl.int64) * length
+            total = _product(
+                routed_weight, narrow, length, tile_channels, tile_rows, tile_inner, narrow_sum
+            )
+            total *= tl.load(scale + index * scale_stride + channel_index)[:, None]
+            total *= tl.load(row_scale + read)[None, :]
         else:
-            total = _product(routed_weight, start, length, tile_channels, tile_rows, tile_inner)
+            total = _product(routed_weight, start, length, tile_channels, tile_rows, tile_inner, 0)
             total *= tl.load(scale + index * scale_stride + channel_index)[:, None]
         if first:
             # maximum() would turn NaN into 0.
@@ -316,9 +417,10 @@ def _multiply_kernel(
         work += tl.num_programs(0)
 
 
-def _combine(by_slot: Tensor, ids: Tensor, scores: Tensor, shared_out: Tensor | None) -> Tensor:
-    """by_slot [T, k + parts, H], ids and scores [T, k], shared_out [T, H] -> their weighted sum
-    [T, H]; `shared_out` is the shared MLP where it has no parts."""
+def _combine(outputs: SlotOutputs, shared_out: Tensor | None) -> Tensor:
+    """The weighted sum of a token's slots and parts, [T, H]; `shared_out` [T, H] is the shared MLP
+    where it has no parts."""
+    by_slot, ids, scores = outputs.by_slot, outputs.ids, outputs.scores
     assert ids.stride(1) == scores.stride(1) == 1
     tokens, all_slots, width = by_slot.shape
     out = _empty(by_slot, tokens, width)
@@ -359,9 +461,32 @@ def _combine_kernel(
     """A program per (token, tile of channels)."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
+    total = sum_of_slots(
+        by_slot, ids, scores, token, column, width, ids_stride, scores_stride, slots, parts
+    )
+    within = column < width
+    if has_shared_out:
+        total += tl.load(shared_out + token * width + column, mask=within, other=0.0).to(tl.float32)
+    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=within)
+
+
+@triton.jit
+def sum_of_slots(
+    by_slot,
+    ids,
+    scores,
+    token,
+    column,
+    width,
+    ids_stride,
+    scores_stride,
+    slots: tl.constexpr,
+    parts: tl.constexpr,
+):
+    """The weighted sum of a token's slots and shared parts at these columns, fp32."""
     within = column < width
     token_rows = by_slot + token * (slots + parts) * width + column
-    total = tl.zeros([block], tl.float32)
+    total = tl.zeros([column.shape[0]], tl.float32)
     for slot in tl.static_range(slots):
         # A slot without an expert was never written.
         chosen = tl.load(ids + token * ids_stride + slot) >= 0
@@ -371,6 +496,4 @@ def _combine_kernel(
         total += score * value.to(tl.float32)
     for part in tl.static_range(parts):
         total += tl.load(token_rows + (slots + part) * width, mask=within, other=0.0).to(tl.float32)
-    if has_shared_out:
-        total += tl.load(shared_out + token * width + column, mask=within, other=0.0).to(tl.float32)
-    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=within)
+    return total

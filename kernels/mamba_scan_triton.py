@@ -26,15 +26,13 @@ from torch import Tensor
 
 from twotower.kernels.determinism import is_deterministic
 from twotower.kernels.external_scan import Scan, load_verified
+from twotower.kernels.launch_table import tuned
 from twotower.kernels.mamba_scan import MambaScanWeights
 from twotower.kernels.mamba_triton import conv_tile, prepare, softplus
 from twotower.kernels.rows import Rows
 
 # Tokens of the longest block; longer rows are pieces of a prompt.
 LONGEST_BLOCK = 64
-# Channels of a head in a program of the kernel for single tokens, and its warps.
-TOKEN_CHANNELS = 16
-TOKEN_WARPS = 1
 
 
 @triton.jit
@@ -268,7 +266,8 @@ class Tile:
     num_stages: int
 
 
-# The tile for rows of any number of tokens.
+TOKEN_TILE = Tile(1, 16, True, num_warps=1, num_stages=1)
+# Inside `deterministic`, for rows of any number of tokens.
 STEADY_TILE = Tile(16, 32, False, num_warps=4, num_stages=1)
 
 
@@ -316,7 +315,8 @@ def _scan_tokens(
 ) -> None:
     """Launches the kernel for rows of one token; writes y [T, Di]."""
     heads, head_dim, state_dim = ssm_state.shape[1:]
-    block_p = min(TOKEN_CHANNELS, triton.next_power_of_2(head_dim))
+    tile = tuned("scan_token", rows.count, TOKEN_TILE, projected.device)
+    block_p = min(tile.channels, triton.next_power_of_2(head_dim))
     _token_kernel[(heads * triton.cdiv(head_dim, block_p), rows.count)](
         projected,
         projected.stride(0),
@@ -341,7 +341,7 @@ def _scan_tokens(
         taps=weights.conv_weight.shape[1],
         block_p=block_p,
         block_n=triton.next_power_of_2(state_dim),
-        num_warps=TOKEN_WARPS,
+        num_warps=tile.num_warps,
     )
 
 
@@ -383,6 +383,8 @@ def _scan_chunks(
         y.copy_(scanned.flatten(2)[0])
         return
     tile = STEADY_TILE if is_deterministic() else tile_of(rows.max_seqlen)
+    if tile.single_chunk and rows.max_seqlen <= tile.tokens:
+        tile = tuned("scan_block", rows.count, tile, projected.device)
     _chunks_kernel[(heads * triton.cdiv(head_dim, tile.channels), rows.count)](
         conv,
         steps,

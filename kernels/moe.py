@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from twotower.kernels.elementwise import relu_squared, sigmoid
 from twotower.kernels.linear import linear, linear_tiled
-from twotower.kernels.quantized import QuantizedExperts
+from twotower.kernels.quantized import QuantizedExperts, quantize_tokens, widen
 
 # A matrix per expert: a list of (packed) matrices [N, K], a tensor [E, N, K], or 8-bit values.
 ExpertWeights = Sequence[Tensor] | Tensor | QuantizedExperts
@@ -36,6 +37,31 @@ class RouterRule:
     top_groups: int
     normalize: bool
     scaling: float
+
+
+class Routing(NamedTuple):
+    """The experts of T tokens: `ids` [T, k] int64, -1 for none, and `scores` [T, k] fp32. `tiles`
+    is the kernels' own: the same choices sorted for their products."""
+
+    ids: Tensor
+    scores: Tensor
+    tiles: Any = None
+
+
+@dataclass(frozen=True)
+class SlotOutputs:
+    """What a token's k experts and the shared MLP give before they are added: `by_slot`
+    [T, k + parts, H], the shared parts last, of which those without an expert are not written, and
+    the token's `ids` and `scores` [T, k]. Only kernels make and read them."""
+
+    by_slot: Tensor
+    ids: Tensor
+    scores: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """T and H of the sum."""
+        return self.by_slot.shape[0], self.by_slot.shape[2]
 
 
 def narrow_parts(weight: Tensor) -> Tensor | None:
@@ -57,7 +83,7 @@ def route(
     rule: RouterRule,
     real: Tensor | None = None,
     narrow: Tensor | None = None,  # noqa: ARG001
-) -> tuple[Tensor, Tensor]:
+) -> Routing:
     """x [T, H], weight [E, H] fp64, bias [E] -> expert ids [T, k] int64 and weights [T, k] fp32.
 
     All arithmetic is fp64; of equal choice scores the lower expert id wins. Tokens that are not
@@ -74,7 +100,19 @@ def route(
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     if real is not None:
         ids = ids.masked_fill(~real[:, None], -1)
-    return ids, (weights * rule.scaling).float()
+    return Routing(ids, (weights * rule.scaling).float())
+
+
+def slot_outputs(
+    x: Tensor,
+    routing: Routing,
+    up: ExpertWeights,
+    down: ExpertWeights,
+    shared_up: Tensor,
+    shared_down: Tensor,
+) -> Tensor | SlotOutputs:
+    """As `experts`, whose sum a kernel leaves to the norm that reads it."""
+    return experts(x, routing.ids, routing.scores, up, down, shared_up, shared_down)
 
 
 def experts(
@@ -91,6 +129,8 @@ def experts(
 
     Only experts that some token chose are read; id -1 is no expert. A token's k results are added
     in the order of its slots, in fp32, so that the sum does not depend on the other tokens.
+    Experts in 8 bits say themselves how they are multiplied (`QuantizedExperts.products`); the
+    shared MLP is always multiplied in x's dtype.
     """
     return _routed(x, ids, scores, up, down) + mlp(x, shared_up, shared_down)
 
@@ -120,9 +160,23 @@ def _routed(
 
 def _expert(x: Tensor, up: ExpertWeights, down: ExpertWeights, expert: int) -> Tensor:
     """The product of x [n, H] with one expert, [n, H]; 8-bit weights multiply in fp32."""
-    if isinstance(up, QuantizedExperts):
+    if isinstance(up, QuantizedExperts) and isinstance(down, QuantizedExperts):
+        if up.products == "fp8":
+            inner = relu_squared(_fp8_product(x, up, expert)).to(x.dtype)
+            return _fp8_product(inner, down, expert).to(x.dtype)
         return mlp(x.float(), up[expert], down[expert]).to(x.dtype)
     return mlp(x, up[expert], down[expert])
+
+
+def _fp8_product(x: Tensor, weights: QuantizedExperts, expert: int) -> Tensor:
+    """x [n, K], quantized by token, times one expert's matrix [N, K] -> [n, N] fp32.
+
+    fp32 holds the product of two 8-bit values exactly, so that widened ones give what 8-bit
+    products with sums in fp32 give, but for the order of the sum.
+    """
+    values, scale = quantize_tokens(x)
+    total = linear(widen(values), widen(weights.values[expert]))
+    return total * weights.scale[expert] * scale.unsqueeze(1)
 
 
 def mlp(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from twotower.kernels.elementwise import silu
+from twotower.kernels.moe import SlotOutputs
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -40,7 +41,7 @@ class Modulation:
 
 def add_norm(
     hidden: Tensor,
-    delta: Tensor | None,
+    delta: Tensor | SlotOutputs | None,
     gate: Modulation | None,
     weight: Tensor,
     eps: float,
@@ -52,9 +53,10 @@ def add_norm(
 
     `gate` weighs `delta`; `modulation` shifts and scales before the norm if `modulate_first`
     (Mamba and attention layers), else after it (MoE and MLP layers). Without `delta` the stream is
-    `hidden` itself.
+    `hidden` itself. Outputs of experts that are not added up are for the kernel alone.
     """
     if delta is not None:
+        assert isinstance(delta, Tensor)
         hidden = hidden + (delta if gate is None else gate.part(2) * delta)
     if modulation is None:
         return hidden, rms_norm(hidden, weight, eps)

@@ -7,11 +7,15 @@ as wide as the norm, so that a token's bits depend on that token alone. Sources 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower.kernels.experts_triton import sum_of_slots
+from twotower.kernels.moe import SlotOutputs
 from twotower.kernels.norm import Modulation
 
 # Tiles of at least this width get eight warps: a thread holds at most 16 numbers of a tile of 4096.
@@ -24,6 +28,8 @@ _PER_WARP = 256
 def _add_norm_kernel(
     hidden,
     delta,
+    ids,
+    scores,
     gate,
     gate_index,
     weight,
@@ -33,6 +39,8 @@ def _add_norm_kernel(
     out,
     hidden_stride,
     delta_stride,
+    ids_stride,
+    scores_stride,
     gate_stride,
     gate_part_stride,
     modulation_stride,
@@ -40,19 +48,28 @@ def _add_norm_kernel(
     width,
     eps,
     has_delta: tl.constexpr,
+    slots: tl.constexpr,
+    parts: tl.constexpr,
     has_gate: tl.constexpr,
     has_modulation: tl.constexpr,
     modulate_first: tl.constexpr,
     block: tl.constexpr,
 ):
-    """A program per token: the residual sum to `total`, its norm to `out`."""
+    """A program per token: the residual sum to `total`, its norm to `out`. With `slots` > 0 `delta`
+    holds what the token's experts gave, which is added up here and rounded as a tensor would be."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     inside = columns < width
     x = tl.load(hidden + token * hidden_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if has_delta:
-        added = tl.load(delta + token * delta_stride + columns, mask=inside, other=0.0)
-        added = added.to(tl.float32)
+        if slots > 0:
+            added = sum_of_slots(
+                delta, ids, scores, token, columns, width, ids_stride, scores_stride, slots, parts
+            )
+            added = added.to(total.dtype.element_ty).to(tl.float32)
+        else:
+            added = tl.load(delta + token * delta_stride + columns, mask=inside, other=0.0)
+            added = added.to(tl.float32)
         if has_gate:
             entry = gate + tl.load(gate_index + token) * gate_stride
             part = tl.load(entry + 2 * gate_part_stride + columns, mask=inside, other=0.0)
@@ -96,7 +113,7 @@ def _group_norm_kernel(
 
 def add_norm(
     hidden: Tensor,
-    delta: Tensor | None,
+    delta: Tensor | SlotOutputs | None,
     gate: Modulation | None,
     weight: Tensor,
     eps: float,
@@ -104,12 +121,13 @@ def add_norm(
     modulate_first: bool,
 ) -> tuple[Tensor, Tensor]:
     """Residual stream and normed input [T, H] each, as `norm.add_norm`; rounds at its two outputs
-    only."""
+    only. Outputs of experts that are not added up yet are added up here."""
     tokens, width = hidden.shape
     assert weight.shape == (width,)
     assert gate is None or delta is not None
     assert delta is None or delta.shape == hidden.shape
-    for tensor in (hidden, weight, hidden if delta is None else delta):
+    added = _Delta.of(delta, hidden)
+    for tensor in (hidden, weight, added.values):
         assert tensor.stride(-1) == 1
     out = torch.empty((tokens, width), dtype=hidden.dtype, device=hidden.device)
     total = hidden if delta is None else torch.empty_like(out)
@@ -118,19 +136,25 @@ def add_norm(
         # A tensor that a flag turns off is not read: `hidden` is passed in its stead.
         _add_norm_kernel[tokens,](
             hidden,
-            hidden if delta is None else delta,
+            added.values,
+            added.ids,
+            added.scores,
             *_pointers(gate, hidden),
             weight,
             *_pointers(modulation, hidden),
             total,
             out,
             hidden.stride(0),
-            0 if delta is None else delta.stride(0),
+            added.values.stride(0),
+            added.ids.stride(0),
+            added.scores.stride(0),
             *_strides(gate, hidden),
             *_strides(modulation, hidden),
             width,
             eps,
             delta is not None,
+            added.slots,
+            added.parts,
             gate is not None,
             modulation is not None,
             modulate_first,
@@ -138,6 +162,28 @@ def add_norm(
             num_warps=8 if block >= _WIDE else 4,
         )
     return total, out
+
+
+@dataclass(frozen=True)
+class _Delta:
+    """A delta's tensors, `hidden` for what it has not, and the slots and parts of experts' outputs
+    (0 and 0 of a tensor)."""
+
+    values: Tensor
+    ids: Tensor
+    scores: Tensor
+    slots: int = 0
+    parts: int = 0
+
+    @classmethod
+    def of(cls, delta: Tensor | SlotOutputs | None, hidden: Tensor) -> _Delta:
+        if not isinstance(delta, SlotOutputs):
+            return cls(hidden if delta is None else delta, hidden, hidden)
+        assert delta.by_slot.is_contiguous()
+        assert delta.ids.stride(1) == delta.scores.stride(1) == 1
+        slots = delta.ids.shape[1]
+        parts = delta.by_slot.shape[1] - slots
+        return cls(delta.by_slot, delta.ids, delta.scores, slots, parts)
 
 
 def gated_group_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:

@@ -13,17 +13,27 @@ hold. Source: Dao and Gu 2024 (Mamba-2), section 7.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower.kernels.launch_table import tuned
 from twotower.kernels.mamba_triton import prepare
 from twotower.kernels.replay import SCRATCH_BYTES, ReplayWeights
 from twotower.kernels.rows import Rows
 
-# Channels of a head's state that a program holds, and its warps.
-SLICE = 16
-WARPS = 1
+
+@dataclass(frozen=True)
+class Slice:
+    """Channels of a head's state that a program holds, and its warps."""
+
+    channels: int
+    num_warps: int
+
+
+SLICE = Slice(channels=16, num_warps=1)
 
 
 @triton.jit
@@ -173,7 +183,9 @@ def _replay_layers(
         channels,
         counts,
     )
-    block_p = min(SLICE, triton.next_power_of_2(head_dim))
+    kind = "token" if rows.max_seqlen == 1 else "block"
+    shape = tuned(f"replay_{kind}", rows.count, SLICE, xbc.device)
+    block_p = min(shape.channels, triton.next_power_of_2(head_dim))
     parts = heads * triton.cdiv(head_dim, block_p)
     moved = triton.cdiv(all_channels, parts)
     _replay_kernel[(parts, rows.count, layers)](
@@ -203,5 +215,5 @@ def _replay_layers(
         block_n=triton.next_power_of_2(state_dim),
         block_k=max(1, triton.next_power_of_2(kept)),
         block_c=triton.next_power_of_2(moved),
-        num_warps=WARPS,
+        num_warps=shape.num_warps,
     )

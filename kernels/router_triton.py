@@ -3,6 +3,10 @@
 
     s = sigmoid(W x);  choice by s + bias, weights from s alone
 
+The second launch also sorts what it chose for the products: of few tokens whole, by the program
+that ends last, of more by counting into which block of tokens each choice falls, and a third launch
+places the pairs.
+
 The choice is that of fp64. With a narrow weight tensor cores make the product, in pieces of the
 inner dimension that are added in fp64: products of two bf16 are exact in fp32, so only the sum
 within a piece is rounded. Experts so close to the border of the choice that this rounding could
@@ -18,7 +22,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.kernels.moe import RouterRule
+from twotower.kernels.determinism import is_deterministic
+from twotower.kernels.expert_tiles_triton import (
+    BLOCK,
+    PAIRS_OF_ONE_WARP,
+    Tiles,
+    place,
+    place_block,
+)
+from twotower.kernels.experts_triton import tiling_of
+from twotower.kernels.moe import RouterRule, Routing
 
 PIECE = 128
 _EXPERTS_AT_ONCE = 64
@@ -28,6 +41,8 @@ _EXPERTS_AT_ONCE = 64
 _MARGIN = 1e-5
 # Elements of a row that the second computation loads at a time.
 _EXACT_PIECE = 1024
+# Up to so many tokens one warp sorts all pairs in about the time of a launch; at most BLOCK.
+SORTED_AT_ONCE = 32
 
 
 def route(
@@ -37,8 +52,9 @@ def route(
     rule: RouterRule,
     real: Tensor | None = None,
     narrow: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """x [T, H], weight [E, H] fp64, bias [E] -> expert ids [T, k] int64 and weights [T, k] fp32.
+) -> Routing:
+    """x [T, H], weight [E, H] fp64, bias [E] -> expert ids [T, k] int64, weights [T, k] fp32 and
+    their tiles, cut as `experts_triton.tiling_of` says.
 
     Of equal choice scores the lower expert id wins; tokens that are not `real` [T] bool get no
     expert, id -1. `narrow` [P, E, H] bf16 are parts that add up to `weight` (`moe.narrow_parts`),
@@ -48,13 +64,19 @@ def route(
     tokens, count = x.shape[0], weight.shape[0]
     ids = torch.empty(tokens, rule.top_k, dtype=torch.int64, device=x.device)
     weights = torch.empty(tokens, rule.top_k, dtype=torch.float32, device=x.device)
+    tiles = Tiles.empty(ids.numel(), count, tiling_of(tokens, x.dtype, x.device).rows, x.device)
     if tokens == 0:
-        return ids, weights
+        return Routing(ids, weights)
+    blocks = triton.cdiv(tokens, BLOCK)
     pieces = 0
+    # Choices of each block and expert, and how many tokens have been chosen for.
+    shape = (blocks * count + 1,)
     if narrow is not None and x.dtype == torch.bfloat16 and rule.groups == 1:
-        logits = _in_pieces(x, narrow)
+        counts = torch.empty(shape, dtype=torch.int32, device=x.device)
+        logits = _in_pieces(x, narrow, counts)
         pieces = logits.shape[0]
     else:
+        counts = torch.zeros(shape, dtype=torch.int32, device=x.device)
         logits = torch.mm(x.double(), weight.T)
     assert weight.stride(1) == x.stride(1) == 1
     _choose_kernel[(tokens,)](
@@ -65,6 +87,9 @@ def route(
         logits if real is None else real,
         ids,
         weights,
+        counts,
+        tiles.pairs,
+        tiles.table,
         tokens,
         x.stride(0),
         weight.stride(0),
@@ -82,24 +107,33 @@ def route(
         group_lanes=triton.next_power_of_2(rule.groups),
         member_lanes=triton.next_power_of_2(count // rule.groups),
         slot_lanes=triton.next_power_of_2(rule.top_k),
+        expert_lanes=triton.next_power_of_2(count),
+        block=BLOCK,
+        tile_rows=tiles.rows,
+        at_once=PAIRS_OF_ONE_WARP,
+        sorts=tokens <= SORTED_AT_ONCE,
         num_warps=1,
     )
-    return ids, weights
+    if tokens > SORTED_AT_ONCE:
+        place(ids, counts[:-1].view(blocks, count), tiles)
+    return Routing(ids, weights, tiles)
 
 
-def _in_pieces(x: Tensor, narrow: Tensor) -> Tensor:
-    """x [T, H] and parts [P, E, H] bf16 -> W x over each PIECE of H, [ceil(H / PIECE), T, E]
-    fp32."""
+def _in_pieces(x: Tensor, narrow: Tensor, counts: Tensor) -> Tensor:
+    """x [T, H] and parts [P, E, H] bf16 -> W x over each PIECE of H, [ceil(H / PIECE), T, E] fp32.
+    Sets `counts` [n] int32 to 0 for the launch behind it."""
     assert x.stride(1) == narrow.stride(2) == 1
     parts, experts, hidden = narrow.shape
     tokens = x.shape[0]
     pieces = triton.cdiv(hidden, PIECE)
     out = torch.empty((pieces, tokens, experts), dtype=torch.float32, device=x.device)
-    rows = 16 if tokens <= 64 else 64
+    rows = 16 if tokens <= 64 and not is_deterministic() else 64
     _pieces_kernel[(pieces, triton.cdiv(experts, _EXPERTS_AT_ONCE), triton.cdiv(tokens, rows))](
         x,
         narrow,
         out,
+        counts,
+        counts.numel(),
         tokens,
         experts,
         x.stride(0),
@@ -120,6 +154,8 @@ def _pieces_kernel(
     x,
     narrow,
     out,
+    counts,
+    num_counts,
     tokens,
     experts,
     x_stride,
@@ -132,7 +168,13 @@ def _pieces_kernel(
     tile_rows: tl.constexpr,
 ):
     """A program per (piece of H, tile of experts, tile of tokens): its product, the smallest part
-    of the weight first."""
+    of the weight first. The first program sets the counts to 0."""
+    if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
+        start = 0
+        while start < num_counts:
+            at = start + tl.arange(0, 128)
+            tl.store(counts + at, tl.zeros([128], tl.int32), mask=at < num_counts)
+            start += 128
     lane = tl.program_id(0) * piece + tl.arange(0, piece)
     expert = tl.program_id(1) * tile_experts + tl.arange(0, tile_experts)
     token = tl.program_id(2) * tile_rows + tl.arange(0, tile_rows)
@@ -169,6 +211,9 @@ def _choose_kernel(
     real_tokens,
     ids,
     weights,
+    counts,
+    pairs,
+    table,
     tokens,
     x_stride,
     router_stride,
@@ -186,8 +231,14 @@ def _choose_kernel(
     group_lanes: tl.constexpr,
     member_lanes: tl.constexpr,
     slot_lanes: tl.constexpr,
+    expert_lanes: tl.constexpr,
+    block: tl.constexpr,
+    tile_rows: tl.constexpr,
+    at_once: tl.constexpr,
+    sorts: tl.constexpr,
 ):
-    """A program per token: `pieces` > 0 are summed here, else `logits` [T, E] are in fp64."""
+    """A program per token: `pieces` > 0 are summed here, else `logits` [T, E] are in fp64. Counts
+    its choices and, if `sorts`, the last program places the pairs of all tokens, one block."""
     token = tl.program_id(0).to(tl.int64)
     size: tl.constexpr = experts // groups
     group = tl.arange(0, group_lanes)
@@ -260,3 +311,28 @@ def _choose_kernel(
     offset = token * top_k + slots
     tl.store(ids + offset, chosen, mask=slots < top_k)
     tl.store(weights + offset, (weight * scaling).to(tl.float32), mask=slots < top_k)
+    # Sums of whole numbers are the same in any order.
+    counted = (slots < top_k) & (chosen >= 0)
+    own = counts + (token // block) * experts
+    tl.atomic_add(own + chosen, tl.full([slot_lanes], 1, tl.int32), mask=counted, sem="relaxed")
+    if sorts:
+        # Every thread's writes come before the mark of this program, which the last one reads.
+        tl.debug_barrier()
+        ended = counts + tl.cdiv(tokens, block) * experts
+        if tl.atomic_add(ended, 1, sem="acq_rel") == tokens - 1:
+            tl.debug_barrier()
+            place_block(
+                ids,
+                counts,
+                pairs,
+                table,
+                0,
+                tokens * top_k,
+                1,
+                experts,
+                expert_lanes,
+                block * top_k,
+                tile_rows,
+                at_once,
+                1,
+            )

@@ -20,6 +20,7 @@ import twotower
 from tests.conftest import Engines
 from tests.support.tokenizer_families import llama, saved, word_level
 from twotower import GenerationParams, GenerationResult, Request, TwoTower
+from twotower.towers.checkpoint.quantization import quantize_checkpoint
 from twotower.towers.errors import CheckpointError, ConfigError, InvalidRequestError
 from twotower.towers.text.tokenizer import load_tokenizer
 
@@ -103,6 +104,7 @@ def test_the_signatures() -> None:
         ("device", "cpu"),
         ("dtype", "float32"),
         ("progress", None),
+        ("expert_products", "widened"),
         ("deterministic", False),
     ]
     assert defaults_of(TwoTower.score) == [("self", empty), ("token_ids", empty)]
@@ -438,6 +440,21 @@ def test_a_dtype_that_is_not_computed_is_refused_before_the_model_is_read(dtype:
     with pytest.raises(InvalidRequestError) as refused:
         TwoTower.from_pretrained("no-such-folder", dtype=dtype)
     assert str(refused.value) == f"dtype: got {dtype!r}, expected one of float32, bfloat16"
+
+
+def test_experts_are_multiplied_as_they_are_stored(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="expert_products: got 'int8', expected one of"):
+        TwoTower.from_pretrained("no-such-folder", expert_products="int8")
+    with pytest.raises(ConfigError, match="expert_products: got 'fp8', expected 'widened': the"):
+        TwoTower.from_pretrained(folder, expert_products="fp8")
+    quantize_checkpoint(folder, tmp_path / "8_bits")
+    models = [
+        TwoTower.from_pretrained(tmp_path / "8_bits", expert_products=products)
+        for products in ("widened", "fp8")
+    ]
+    scores = [model.score([5, 9, 11, 7, 30]) for model in models]
+    assert scores[1] == pytest.approx(scores[0], abs=0.5)
+    assert scores[1] != scores[0]
 
 
 def test_a_checkpoint_in_fp16_is_converted(folder: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from twotower.api import Request, TwoTower
+from twotower.kernels.quantized import ExpertProducts
 from twotower.results import GenerationResult
 from twotower.towers.request.modes import Mode
 from twotower.towers.request.params import GenerationParams
@@ -61,6 +62,14 @@ class Comparison:
     loss_after: float
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """Results of a checkpoint in each of MODES, and its context tower's loss in nats a token."""
+
+    results: tuple[list[GenerationResult], ...]
+    loss: float
+
+
 def compare(
     before: Path,
     after: Path,
@@ -69,20 +78,26 @@ def compare(
     params: GenerationParams | None = None,
     device: str = "cpu",
     dtype: str = "float32",
+    expert_products: ExpertProducts = "widened",
 ) -> Comparison:
     """Decodes `prompts` with both checkpoints in every mode and scores `texts` (None: the
     prompts). One checkpoint is in memory at a time.
 
     `params` are those of mask_diffusion; None means greedy with the defaults, up to the model's
-    end-of-text token. Raises CheckpointError, InvalidRequestError.
+    end-of-text token. Experts of `after` are multiplied as `expert_products` says. Raises
+    CheckpointError, ConfigError, InvalidRequestError.
     """
     scored = prompts if texts is None else texts
-    first, loss_before = _measure(before, prompts, scored, params, device, dtype)
-    second, loss_after = _measure(after, prompts, scored, params, device, dtype)
-    agreements = [
-        agreement(mode, old, new) for mode, old, new in zip(MODES, first, second, strict=True)
-    ]
-    return Comparison(tuple(agreements), loss_before, loss_after)
+    first = outputs(before, prompts, scored, params, device, dtype)
+    second = outputs(after, prompts, scored, params, device, dtype, expert_products)
+    return comparison(first, second)
+
+
+def comparison(before: Outputs, after: Outputs) -> Comparison:
+    """Compares the outputs of two checkpoints for the same prompts and texts."""
+    pairs = zip(MODES, before.results, after.results, strict=True)
+    agreements = tuple(agreement(mode, old, new) for mode, old, new in pairs)
+    return Comparison(agreements, before.loss, after.loss)
 
 
 def agreement(
@@ -104,22 +119,24 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _measure(
+def outputs(
     folder: Path,
     prompts: Sequence[Prompt],
     texts: Sequence[Prompt],
-    params: GenerationParams | None,
-    device: str,
-    dtype: str,
-) -> tuple[list[list[GenerationResult]], float]:
-    model = TwoTower.from_pretrained(folder, device, dtype)
+    params: GenerationParams | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    expert_products: ExpertProducts = "widened",
+) -> Outputs:
+    """What `compare` compares, of one checkpoint; arguments and errors as there."""
+    model = TwoTower.from_pretrained(folder, device, dtype, expert_products=expert_products)
     chosen = params or GenerationParams(eos_token_id=model.config.eos_token_id)
-    results = [
+    results = tuple(
         model.generate_requests([Request(prompt, replace(chosen, mode=mode)) for prompt in prompts])
         for mode in MODES
-    ]
+    )
     scores = [score for text in texts for score in model.score(model.encode(text))]
-    return results, -sum(scores) / max(1, len(scores))
+    return Outputs(results, -sum(scores) / max(1, len(scores)))
 
 
 def _cost(results: Sequence[GenerationResult]) -> Cost:

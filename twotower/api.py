@@ -14,7 +14,12 @@ from twotower.call_loop import CallLoop
 from twotower.results import GenerationResult, results_of, together
 from twotower.streams import AsyncGenerationStream, GenerationStream
 from twotower.towers.checkpoint.checkpoint import ReadProgress
-from twotower.towers.checkpoint.weights import parse_device, parse_dtype, resolve_checkpoint
+from twotower.towers.checkpoint.weights import (
+    parse_device,
+    parse_dtype,
+    parse_expert_products,
+    resolve_checkpoint,
+)
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.decoding.draft_times import DraftTimes
 from twotower.towers.decoding.generation import generate_blocks
@@ -83,23 +88,31 @@ class TwoTower:
         device: Device | tuple[Device, Device] = "cpu",
         dtype: str = "float32",
         progress: ReadProgress | None = None,
+        expert_products: str = "widened",
         deterministic: bool = False,
     ) -> TwoTower:
         """Loads a folder, a hub id, or (None) the shipped model.
 
         `device` is one device or a pair (context, denoiser); `dtype` is float32 or bfloat16.
-        `progress` gets the bytes read so far and those of both towers, after each tensor. With
-        `deterministic` a row has the same bits beside any others on a GPU too, at some cost of
-        speed; on a CPU it always has. Raises CheckpointError or ConfigError, naming the tensor or
-        key; InvalidRequestError for another `dtype`.
+        `progress` gets the bytes read so far and those of both towers, after each tensor. Routed
+        experts in 8 bits are multiplied as `expert_products` says: "widened" to `dtype`, or as
+        "fp8" with tokens in 8 bits too. With `deterministic` a row has the same bits beside any
+        others on a GPU too, at some cost of speed; on a CPU it always has. Raises CheckpointError
+        or ConfigError, naming the tensor or key; InvalidRequestError for another `dtype` or
+        `expert_products`.
         """
         context_device, denoiser_device = device if isinstance(device, tuple) else (device, device)
         places = _fixed(parse_device(context_device)), _fixed(parse_device(denoiser_device))
-        working = parse_dtype(dtype)
+        working, products = parse_dtype(dtype), parse_expert_products(expert_products)
         folder = resolve_checkpoint(path)
         limit_threads()
         context, denoiser = load_engines(
-            folder, *places, working, deterministic=deterministic, progress=progress
+            folder,
+            *places,
+            working,
+            deterministic=deterministic,
+            progress=progress,
+            expert_products=products,
         )
         return cls(context, denoiser, load_tokenizer(folder))
 

@@ -32,7 +32,6 @@ TEST_FILES = (
 )
 DRY_TEST_FILES = (f"{_KERNELS}/test_rows.py", f"{_KERNELS}/test_philox.py")
 _GOLDEN = ("tiny_a", "tiny_b")
-_COMPILERS = 7
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def _checks(shape: _Shape) -> Stage:
 
 
 def _products(shape: _Shape) -> Stage:
-    tokens = ("1", "16", "64", "256", "1024") if shape.device == "cuda" else ("1", "8")
+    tokens = ("1", "16", "64", "256", "1024", "2048") if shape.device == "cuda" else ("1", "8")
     program = shape.program("products", "--preset", shape.preset, "--tokens", *tokens)
     return Stage("products", 120, (program,))
 
@@ -110,7 +109,14 @@ def _products(shape: _Shape) -> Stage:
 def _speed(shape: _Shape, rows: int, *more: object) -> Stage:
     """Passes and decoding of so many rows, and where a pass's time goes."""
     name = f"speed-{rows}" + ("-fp8" if "fp8" in more else "")
+    name += "-products" if "--expert-products" in more else ""
     return Stage(name, 120, (shape.bench("speed,operators", (rows,), *more),))
+
+
+def _fp8_products(shape: _Shape) -> list[Stage]:
+    """The same with experts in 8 bits whose products are in 8 bits too."""
+    fp8 = ("--experts", "fp8", "--expert-products", "fp8")
+    return [_speed(shape, rows, *fp8) for rows in (*shape.rows, shape.many)]
 
 
 def _deterministic(shape: _Shape, *more: object) -> Stage:
@@ -139,26 +145,12 @@ def _default_service(shape: _Shape, *more: object) -> Stage:
     return Stage("default-service", 120, (shape.program("default_service", *arguments),))
 
 
-def _tune(shape: _Shape) -> list[Stage]:
-    """Tilings of kernels by time; processes side by side have compiled them before."""
+def _tune(shape: _Shape) -> Stage:
+    """The card's launch table; it compiles in processes side by side before it measures."""
     rows = shape.rows if shape.device == "cuda" else shape.rows[:1]
-    many = _COMPILERS if shape.device == "cuda" else 1
-
-    def program(kernel: str, *more: object) -> tuple[str, ...]:
-        return shape.program(
-            "tune", "--preset", shape.preset, "--kernel", kernel, "--rows", *rows, *more
-        )
-
-    kernels = ("experts", "mixers")
-    parts = [
-        program(kernel, "--compile", "--part", part, many)
-        for part in range(many)
-        for kernel in kernels
-    ]
-    return [
-        Stage("tune-compile", 120, tuple(parts), workers=14),
-        Stage("tune", 120, tuple(program(kernel) for kernel in kernels)),
-    ]
+    words = ("--preset", shape.preset, "--device", shape.device, "--tune", "{out}")
+    batches = ("--batches", ",".join(map(str, rows)))
+    return Stage("tune", 200, ((sys.executable, "-m", "twotower.bench", *words, *batches),))
 
 
 def _continuous(shape: _Shape) -> list[Stage]:
@@ -180,7 +172,7 @@ def _rest(shape: _Shape) -> list[Stage]:
         Stage("scans", 90, (shape.bench("scans", shape.rows[:1], *scans),)),
         _speed(shape, shape.many),
         Stage("verified", 90, (shape.bench("verified", shape.rows[1:2]),)),
-        *_tune(shape),
+        _tune(shape),
     ]
 
 
@@ -196,6 +188,7 @@ def _h200(shape: _Shape) -> list[Stage]:
         _deterministic(shape),
         _draft_passes(shape),
         _default_service(shape),
+        *_fp8_products(shape),
         *_rest(shape),
     ]
 
@@ -207,6 +200,7 @@ def _h100(shape: _Shape) -> list[Stage]:
         _ceilings(shape),
         _checks(shape),
         *(_speed(shape, rows, *fp8) for rows in shape.rows[:2]),
+        *_fp8_products(shape),
         _profile(shape, *fp8),
         _deterministic(shape, *fp8),
         _draft_passes(shape, *fp8),

@@ -2,17 +2,16 @@
 
 Dense products by the library, by our own kernel as few or many rows would have it, and by that in
 deterministic mode; the router's product in fp64 and in other forms, and the experts' kernels at
-several numbers of unique experts, each beside the least time of its bytes and operations. Weights
-go round several copies, so that none is found in the cache. `row_alone` says of a dense product
-whether its first row has the bits that it has alone. On a CPU one product stands for all.
+several numbers of unique experts, with experts in 8 bits multiplied in both ways, each beside the
+least time of its bytes and operations. Weights go round several copies, so that none is found in
+the cache. `row_alone` says of a dense product whether its first row has the bits that it has alone.
+On a CPU one product stands for all.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -22,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.bench.timing import measure_ceilings, synchronize
+from twotower.bench.timing import launch_seconds, measure_ceilings
 from twotower.kernels import dispatch, linear_choice
 from twotower.kernels.determinism import deterministic
-from twotower.kernels.moe import RouterRule, narrow_parts
+from twotower.kernels.moe import ExpertWeights, RouterRule, Routing, narrow_parts
+from twotower.kernels.quantized import EXPERT_PRODUCTS, ExpertProducts, quantize
 from twotower.planner.floors import Ceilings
 from twotower.planner.shapes import PRESETS
 from twotower.towers.config.model_config import TwoTowerConfig
@@ -34,7 +34,6 @@ Entry = dict[str, Any]
 # More than the last-level cache of any card.
 _BEYOND_CACHE = 256 << 20
 _PIECES = 21
-_CALLS = {"cuda": 20, "cpu": 1}
 
 
 def main() -> None:
@@ -67,7 +66,7 @@ class _Products:
         for count in tokens:
             yield from self._router(count)
         for count in tokens:
-            yield from self._experts(count)
+            yield from self._all_experts(count)
         for count in tokens:
             yield from self._dense(count)
 
@@ -125,16 +124,34 @@ class _Products:
         parts = narrow_parts(gate) if self.device.type == "cuda" else None
         rule = RouterRule(self.config.num_experts_per_tok, 1, 1, True, 2.5)
 
-        def route() -> tuple[Tensor, Tensor]:
-            return dispatch.route(x, gate, bias, rule, None, parts)
+        def route() -> Tensor:
+            ids: Tensor = dispatch.route(x, gate, bias, rule, None, parts).ids
+            return ids
 
         yield self._entry("route", tokens, route, moved / 4, 0.0)
 
-    def _experts(self, tokens: int) -> Iterator[Entry]:
+    def _all_experts(self, tokens: int) -> Iterator[Entry]:
+        """Experts in the model's dtype, then in 8 bits."""
+        count, hidden = self.config.n_routed_experts, self.config.hidden_size
+        width = self.config.moe_intermediate_size
+        up, down = self._normal(count, width, hidden), self._normal(count, hidden, width)
+        yield from self._experts("experts", tokens, up, down)
+        for products in EXPERT_PRODUCTS:
+            narrow = quantize(up, products), quantize(down, products)
+            yield from self._experts(f"experts in 8 bits, {products}", tokens, *narrow, products)
+
+    def _experts(
+        self,
+        name: str,
+        tokens: int,
+        up: ExpertWeights,
+        down: ExpertWeights,
+        products: ExpertProducts | None = None,
+    ) -> Iterator[Entry]:
+        """One way of multiplying, `products` None for experts that are not in 8 bits."""
         config, hidden = self.config, self.config.hidden_size
         count, picks = config.n_routed_experts, config.num_experts_per_tok
         width, shared = config.moe_intermediate_size, config.moe_shared_expert_intermediate_size
-        up, down = self._normal(count, width, hidden), self._normal(count, hidden, width)
         shared_up, shared_down = self._normal(shared, hidden), self._normal(hidden, shared)
         x = self._normal(tokens, hidden)
         scores = torch.full((tokens, picks), 1.0 / picks, device=self.device)
@@ -142,15 +159,19 @@ class _Products:
         for wanted in sorted({min(count, most) for count in (6, 34, 69, 127, 128)}):
             ids = self._ids(tokens, picks, wanted)
             used = int(ids.unique().numel())
-            moved = 2 * hidden * (used * width + shared) * self.dtype.itemsize
+            moved = 2 * hidden * shared * self.dtype.itemsize
+            moved += 2 * hidden * used * width * (1 if products else self.dtype.itemsize)
             moved += 2 * tokens * (hidden + picks * (hidden + 2 * width)) * self.dtype.itemsize
-            flops = 4.0 * tokens * hidden * (picks * width + shared) / self.ceilings.matmul_flops
+            rates = self.ceilings
+            rate = rates.narrow_flops if products == "fp8" else rates.matmul_flops
+            seconds = 4.0 * tokens * hidden * picks * width / rate
+            seconds += 4.0 * tokens * hidden * shared / rates.matmul_flops
 
-            def work(ids: Tensor = ids) -> Tensor:
-                out: Tensor = dispatch.experts(x, ids, scores, up, down, shared_up, shared_down)
-                return out
+            def work(ids: Tensor = ids) -> object:
+                routing = Routing(ids, scores)
+                return dispatch.slot_outputs(x, routing, up, down, shared_up, shared_down)
 
-            yield {**self._entry("experts", tokens, work, moved, flops), "unique": used}
+            yield {**self._entry(name, tokens, work, moved, seconds), "unique": used}
 
     def _ids(self, tokens: int, picks: int, wanted: int) -> Tensor:
         """Different experts for each token, `wanted` of them in all, spread over all experts."""
@@ -208,31 +229,6 @@ _PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def _over(weights: Sequence[Tensor], product: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
     turn = cycle(weights)
     return lambda: product(next(turn))
-
-
-def launch_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call, from a graph of many, so that they include no launch by the host."""
-    calls = _CALLS[device.type]
-    for _ in range(3):
-        work()
-    if device.type != "cuda":
-        begun = time.perf_counter()
-        work()
-        return time.perf_counter() - begun
-    synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            work()
-    times = []
-    for _ in range(5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / calls)
-    return statistics.median(times)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--context", type=int)
     parser.add_argument("--experts", default="full")
+    parser.add_argument("--expert-products", default="widened")
     parser.add_argument("--trace", type=Path, help="folder for whole traces (Chrome's format)")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -56,6 +57,7 @@ def main() -> None:
         batches=tuple(args.rows),
         long_rows=1,
         experts=args.experts,
+        expert_products=args.expert_products,
         context=args.context or options.context,
     )
     bench = Workbench(options)

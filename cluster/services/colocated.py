@@ -67,6 +67,7 @@ class ColocatedActor:
             options=topology.engine,
             deterministic=topology.deterministic,
             threaded=True,
+            expert_products=topology.expert_products,
         )
         context.warm_up()
         denoiser.warm_up(pool=context.pool)

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from twotower.cluster.topology import PairTopology
+from twotower.kernels.quantized import ExpertProducts
 from twotower.towers.checkpoint.weights import parse_dtype
 from twotower.towers.limits import usable_cpus
 
@@ -19,6 +20,20 @@ SWITCH_INTERVAL_S = 0.0005
 T = TypeVar("T", covariant=True)
 
 
+class TowerLoad(Protocol[T]):
+    """Loads one of the towers, as `load_context_tower` does."""
+
+    def __call__(
+        self,
+        folder: Path,
+        device: str | torch.device,
+        dtype: torch.dtype,
+        *,
+        deterministic: bool,
+        expert_products: ExpertProducts,
+    ) -> T: ...
+
+
 def prepare_process(topology: PairTopology) -> None:
     """Sets torch's threads and Python's switch interval."""
     # Here and not where the service is described: hosts differ, and so do their limits.
@@ -26,22 +41,14 @@ def prepare_process(topology: PairTopology) -> None:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
 
-class Load(Protocol[T]):
-    """Loads a tower of the checkpoint in a folder."""
-
-    def __call__(
-        self, folder: Path, device: str, dtype: torch.dtype, *, deterministic: bool
-    ) -> T: ...
-
-
-async def loaded(load: Load[T], topology: PairTopology) -> T:
-    """The topology's tower by `load`, in a thread. Raises CheckpointError, ConfigError."""
+async def loaded(load: TowerLoad[T], topology: PairTopology) -> T:
+    """A tower by `load` in a thread. Raises CheckpointError, ConfigError."""
     prepare_process(topology)
-    dtype = parse_dtype(topology.dtype)
     return await asyncio.to_thread(
         load,
         Path(topology.model_path),
         topology.device,
-        dtype,
+        parse_dtype(topology.dtype),
         deterministic=topology.deterministic,
+        expert_products=topology.expert_products,
     )

@@ -90,6 +90,15 @@ def test_quantized_experts_take_the_place_of_the_same_full_ones() -> None:
         assert 0.0 < float(error) < 0.05
 
 
+def test_quantized_experts_are_multiplied_as_asked() -> None:
+    generator = torch.Generator().manual_seed(5)
+    tower = TowerMaker(TINY, CPU, torch.float32, generator, "fp8", expert_products="fp8").context()
+    (mixer, *_) = (one.mixer for one in tower.weights.layers if isinstance(one.mixer, MoeWeights))
+    assert isinstance(mixer.up, QuantizedExperts)
+    assert isinstance(mixer.down, QuantizedExperts)
+    assert mixer.up.products == mixer.down.products == "fp8"
+
+
 def test_both_kinds_are_what_they_say(maker: TowerMaker) -> None:
     assert type(maker.context()) is ContextTower
     assert type(maker.denoiser()) is DenoiserTower

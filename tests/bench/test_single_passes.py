@@ -61,6 +61,15 @@ def test_attention_is_a_part_of_a_pass(bench: Workbench) -> None:
 def test_a_breakdown_has_a_floor_for_what_it_names(bench: Workbench) -> None:
     entry = measure_breakdown(bench, "denoise", 2)
     by_name = {own["name"]: own for own in entry["operators"]}
-    for name in ("in_proj", "out_proj", "attention", "route", "experts", "qkv", "o_proj", "head"):
+    for name in (
+        "in_proj",
+        "out_proj",
+        "attention",
+        "route",
+        "slot_outputs",
+        "qkv",
+        "o_proj",
+        "head",
+    ):
         own = by_name[name]
         assert own["share_of_floor"] == pytest.approx(own["floor_us"] / own["us"])

@@ -124,6 +124,8 @@ def test_towers_that_do_not_fit_cost_no_ceilings(
     [
         ({"preset": "7b"}, "preset: got '7b', expected one of 30b, tiny"),
         ({"experts": "int4"}, "experts: got 'int4', expected one of full, fp8"),
+        ({"expert_products": "int8"}, "expert_products: got 'int8', expected one of widened, fp8"),
+        ({"expert_products": "fp8"}, "expert_products: got 'fp8', expected 'widened' for experts"),
         ({"batches": (4, 0)}, "batches: got 0, expected 1 to"),
         ({"batches": ()}, "batches: got 0, expected 1 to"),
         ({"context": 1}, "context: got 1, expected 2 to"),

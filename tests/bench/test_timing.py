@@ -8,7 +8,12 @@ import torch
 
 from tests.bench.conftest import CPU
 from twotower.bench.hardware import hardware
-from twotower.bench.timing import Stopwatch, measure_ceilings, median_seconds
+from twotower.bench.timing import (
+    Stopwatch,
+    fp8_product_flops,
+    measure_ceilings,
+    median_seconds,
+)
 from twotower.kernels.products import force_products, products
 
 
@@ -50,3 +55,9 @@ def test_the_hardware_is_named() -> None:
     assert own["products"] == products()
     with force_products("plain"):
         assert hardware(CPU)["products"] == "plain"
+
+
+def test_products_in_8_bits_are_measured_on_a_gpu_alone() -> None:
+    """Here the product itself is tried, so that a GPU's run does not meet a wrong call first."""
+    assert measure_ceilings(CPU, torch.float32).fp8_flops is None
+    assert fp8_product_flops(CPU, 64) > 0

@@ -101,6 +101,16 @@ def test_plans_name_what_there_is(plan: str, dry: bool) -> None:
                     assert (ROOT / word).is_file(), word
 
 
+@pytest.mark.parametrize("plan", ["h200", "h100"])
+def test_products_in_8_bits_are_measured_at_all_numbers_of_rows(plan: str) -> None:
+    own = {stage.name: stage for stage in stages(plan)}
+    for rows in (1, 16, 64, 128):
+        (command,) = own[f"speed-{rows}-fp8-products"].commands
+        words = " ".join(command)
+        assert f"--batches {rows}" in words
+        assert "--experts fp8 --expert-products fp8" in words
+
+
 def test_an_unknown_plan_is_refused() -> None:
     with pytest.raises(ValueError, match="plan: got 'tpu', expected one of h200, h100, two"):
         stages("tpu")

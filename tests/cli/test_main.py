@@ -92,6 +92,12 @@ def test_each_command_explains_itself(command: str) -> None:
             ["generate", "x", "--model", "no-such-folder", "--dtype", "float16"],
             "dtype: got 'float16', expected one of float32, bfloat16",
         ),
+        (
+            ["generate", "x", "--model", "no-such-folder", "--expert-products", "int8"],
+            "expert_products: got 'int8', expected one of widened, fp8",
+        ),
+        (["generate", "x", "--expert-products", "fp8"], "expert_products: got 'fp8', expected"),
+        (["serve", "--expert-products", "int8"], "expert_products: Input should be 'widened' or"),
         (["verify", str(GOLDEN / "tiny_a"), "--dtype", "float16"], "dtype: got 'float16'"),
         (["train", "out", "--dtype", "float16"], "dtype: got 'float16', expected one of"),
         (["serve", "--dtype", "float16"], "dtype: Input should be 'float32' or 'bfloat16'"),

@@ -16,6 +16,7 @@ from twotower.deployments.config import ServiceConfig
 from twotower.deployments.pair.autoscaling import PairAutoscaling
 from twotower.deployments.pair.overload import OverloadDial
 from twotower.protos.v1 import generation_pb2 as pb
+from twotower.towers.checkpoint.quantization import quantize_checkpoint
 from twotower.towers.engine.options import EngineOptions
 from twotower.towers.errors import CheckpointError, ConfigError
 
@@ -38,6 +39,7 @@ def test_file_and_options(tmp_path: Path) -> None:
         ({"device": "tpu"}, "device"),
         ({"grpc_port": 70000}, "grpc_port"),
         ({"dtype": "float16"}, "dtype: Input should be 'float32' or 'bfloat16', got 'float16'"),
+        ({"expert_products": "int8"}, "expert_products: Input should be 'widened' or 'fp8'"),
         ({"memory_fraction": 1.5}, "memory_fraction"),
         ({"transport": "carrier pigeon"}, "transport"),
         ({"prefix_cache_mib": -1}, "prefix_cache_mib"),
@@ -264,3 +266,15 @@ def test_the_longest_request_is_no_longer_than_that() -> None:
 def test_a_message_has_a_sensible_limit(value: int) -> None:
     with pytest.raises(ConfigError, match=f"max_message_bytes: .*, got {value}"):
         ServiceConfig.from_settings({"max_message_bytes": value})
+
+
+def test_experts_that_are_not_in_8_bits_refuse_products_in_8_bits(tmp_path: Path) -> None:
+    """Before any process is started."""
+    assert ServiceConfig(model=str(TINY)).topology().expert_products == "widened"
+    config = ServiceConfig(model=str(TINY), expert_products="fp8")
+    with pytest.raises(ConfigError, match="expert_products: got 'fp8', expected 'widened': the"):
+        config.checkpoint()
+    quantize_checkpoint(TINY, tmp_path / "8_bits")
+    config = ServiceConfig(model=str(tmp_path / "8_bits"), expert_products="fp8")
+    assert config.checkpoint().config.quantized_experts
+    assert config.topology().expert_products == "fp8"

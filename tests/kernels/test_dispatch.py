@@ -27,10 +27,17 @@ WITH_KERNEL = [
     "attention",
     "store_kv",
     "route",
-    "experts",
+    "slot_outputs",
     "predict",
     "commit",
     "select_masked",
+    "read_blocks",
+    "read_lines",
+    "spread_lines",
+    "pack_drafts",
+    "unpack_rows",
+    "pack_drawn",
+    "right_counts",
 ]
 
 

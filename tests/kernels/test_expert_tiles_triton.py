@@ -69,13 +69,22 @@ def test_ids_may_be_columns_of_a_wider_tensor() -> None:
     assert_sorted(wide[:, :3], 5, 16)
 
 
+SIZES = {"experts": 128, "expert_lanes": 128, "block_pairs": 64 * 6}
 LAUNCHES = [
     Launch(
-        "twotower.kernels.expert_tiles_triton:_sort_kernel",
-        {"ids": "*i64", "pairs": "*i32", "table": "*i32", "count": "i32", "ids_stride": "i32"},
-        {"experts": 128, "expert_lanes": 128, "top_k": 6, "tile_rows": rows, "chunk": chunk},
-    )
-    for rows, chunk in [(16, 32), (16, 1024), (128, 1024)]
+        "twotower.kernels.expert_tiles_triton:_count_kernel",
+        {"ids": "*i64", "counts": "*i32", "count": "i32"},
+        {**SIZES, "pair_lanes": 512},
+    ),
+    Launch(
+        "twotower.kernels.expert_tiles_triton:_place_kernel",
+        {
+            "ids": "*i64",
+            **dict.fromkeys(["counts", "pairs", "table"], "*i32"),
+            **dict.fromkeys(["count", "blocks"], "i32"),
+        },
+        {**SIZES, "tile_rows": 128, "at_once": 64, "block_lanes": 16},
+    ),
 ]
 
 

@@ -331,7 +331,7 @@ TOKEN_LAUNCH = Launch(
         "head_dim": NEMOTRON.width,
         "state_dim": NEMOTRON.n,
         "taps": NEMOTRON.taps,
-        "block_p": module.TOKEN_CHANNELS,
+        "block_p": module.TOKEN_TILE.channels,
         "block_n": NEMOTRON.n,
     },
 )

@@ -16,7 +16,7 @@ from tests.support.comparing import (
 )
 from twotower.kernels.linear import pack
 from twotower.kernels.moe import ExpertWeights, RouterRule, experts, mlp, route
-from twotower.kernels.quantized import quantize
+from twotower.kernels.quantized import QuantizedExperts, quantize, quantize_tokens
 
 HIDDEN, WIDTH, EXPERTS = 16, 12, 12
 # An MLP that gives exact zeros: what is left is the sum of the routed experts.
@@ -66,7 +66,7 @@ RULES = [
 def test_the_choice_and_its_weights(how: RouterRule, bias_scale: float) -> None:
     x, weight = normal(30, HIDDEN), normal(EXPERTS, HIDDEN, seed=1).double()
     bias = normal(EXPERTS, seed=2, scale=bias_scale)
-    ids, weights = route(x, weight, bias, how)
+    ids, weights, _ = route(x, weight, bias, how)
     assert weights.dtype == torch.float32
     for token, want in enumerate(true_route(x, weight, bias, how)):
         assert ids[token].tolist() == list(want)
@@ -77,16 +77,16 @@ def test_the_bias_moves_the_choice_but_not_the_weights() -> None:
     x, weight = torch.zeros(1, HIDDEN), torch.zeros(EXPERTS, HIDDEN, dtype=torch.float64)
     bias = torch.zeros(EXPERTS)
     bias[[2, 7, 9]] = torch.tensor([0.5, 5.0, 1.0])
-    ids, weights = route(x, weight, bias, rule(normalize=False))
+    ids, weights, _ = route(x, weight, bias, rule(normalize=False))
     assert ids.tolist() == [[7, 9, 2]]
     assert weights.tolist() == [[0.5, 0.5, 0.5]]
 
 
 def test_ties_go_to_the_lower_expert_and_group() -> None:
     x, weight = normal(2, HIDDEN), torch.zeros(EXPERTS, HIDDEN, dtype=torch.float64)
-    ids, _ = route(x, weight, torch.zeros(EXPERTS), rule())
+    ids, *_ = route(x, weight, torch.zeros(EXPERTS), rule())
     assert ids.tolist() == [[0, 1, 2]] * 2
-    ids, _ = route(x, weight, torch.zeros(EXPERTS), rule(groups=3, top_groups=1))
+    ids, *_ = route(x, weight, torch.zeros(EXPERTS), rule(groups=3, top_groups=1))
     assert ids.tolist() == [[0, 1, 2]] * 2
 
 
@@ -94,14 +94,14 @@ def test_an_expert_of_a_lost_group_counts_as_zero_not_as_minus_infinity() -> Non
     """With negative choice scores in the best group, the zeros outside win."""
     weight = torch.zeros(4, HIDDEN, dtype=torch.float64)
     bias = torch.tensor([-0.6, -0.6, -3.0, -3.0])
-    ids, _ = route(normal(1, HIDDEN), weight, bias, rule(top_k=2, groups=2, top_groups=1))
+    ids, *_ = route(normal(1, HIDDEN), weight, bias, rule(top_k=2, groups=2, top_groups=1))
     assert ids.tolist() == [[2, 3]]
 
 
 def test_scores_that_only_fp64_tells_apart() -> None:
     weight = torch.zeros(4, HIDDEN, dtype=torch.float64)
     weight[2, 0], weight[1, 0] = 1.0 + 1e-12, 1.0
-    ids, _ = route(torch.ones(1, HIDDEN), weight, torch.zeros(4), rule(top_k=2))
+    ids, *_ = route(torch.ones(1, HIDDEN), weight, torch.zeros(4), rule(top_k=2))
     assert ids.tolist() == [[2, 1]]
 
 
@@ -215,12 +215,79 @@ def test_experts_in_8_bits_give_what_their_widened_matrices_give(tokens: int) ->
     assert_relative_rms(half, got, 2e-2)
 
 
-@pytest.mark.parametrize("kind", ["fp32", "8 bits"])
+def make_fp8() -> tuple[QuantizedExperts, QuantizedExperts]:
+    up, down = (quantize(one, "fp8") for one in make_experts())
+    return up, down
+
+
+def true_fp8(
+    x: Tensor, ids: Tensor, weights: Tensor, up: QuantizedExperts, down: QuantizedExperts
+) -> Tensor:
+    """Products in 8 bits, value by value in fp64, without a shared MLP."""
+
+    def product(row: Tensor, own: QuantizedExperts, expert: int) -> Tensor:
+        values, scale = quantize_tokens(row[None].float())
+        total = own.values[expert].double() @ values[0].double()
+        return total * own.scale[expert].double() * scale[0].double()
+
+    want = torch.zeros(x.shape, dtype=torch.float64)
+    for token, (own, scores) in enumerate(zip(ids.tolist(), weights.tolist(), strict=True)):
+        for expert, score in zip(own, scores, strict=True):
+            if expert >= 0:
+                inner = product(x[token], up, expert).clamp_min(0.0) ** 2
+                want[token] += score * product(inner, down, expert)
+    return want
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 17])
+def test_products_in_8_bits_against_a_loop(tokens: int) -> None:
+    x, (up, down), (ids, weights) = normal(tokens, HIDDEN), make_fp8(), choose(tokens)
+    if tokens > 1:
+        ids[1, 2] = -1
+    got = experts(x, ids, weights, up, down, *NO_SHARED)
+    # A sum that rounds to another 8-bit value moves it by a sixteenth.
+    assert_relative_rms(got, true_fp8(x, ids, weights, up, down), 1e-2)
+    exact = true_experts(x, ids, weights, up, down, *NO_SHARED)
+    assert_relative_rms(got, exact, 0.1)
+    with pytest.raises(AssertionError, match="relative RMS"):
+        assert_relative_rms(got, exact, 1e-2)
+    half = experts(x.bfloat16(), ids, weights, up, down, *(one.bfloat16() for one in NO_SHARED))
+    assert half.dtype == torch.bfloat16
+    assert_relative_rms(half, got, 0.1)
+
+
+def test_the_shared_mlp_is_multiplied_in_the_inputs_dtype() -> None:
+    x, (ids, weights) = normal(5, HIDDEN), choose(5)
+    nobody = torch.full_like(ids, -1)
+    got = experts(x, nobody, weights, *make_fp8(), *make_shared())
+    assert_same_bits(got, mlp(x, *make_shared()))
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_token_that_is_not_finite_is_seen_after_products_in_8_bits(wrong: float) -> None:
+    x, (ids, weights) = normal(6, HIDDEN), choose(6)
+    x[4, 3] = wrong
+    got = experts(x, ids, weights, *make_fp8(), *NO_SHARED)
+    assert bool(got[4].isnan().all())
+    assert bool(got[torch.arange(6) != 4].isfinite().all())
+
+
+def test_a_square_too_large_for_the_dtype_is_seen_after_products_in_8_bits() -> None:
+    x, (ids, weights) = normal(3, HIDDEN), choose(3)
+    x[1] *= 1e25
+    got = experts(x, ids, weights, *make_fp8(), *NO_SHARED)
+    assert bool(got[1].isnan().all())
+    assert bool(got[[0, 2]].isfinite().all())
+
+
+@pytest.mark.parametrize("kind", ["fp32", "8 bits", "products in 8 bits"])
 def test_rows_of_the_experts_are_independent(kind: str) -> None:
     (up, down), (ids, weights) = make_experts(), choose(40)
     own: tuple[ExpertWeights, ExpertWeights] = up, down
     if kind == "8 bits":
         own = quantize(up), quantize(down)
+    if kind == "products in 8 bits":
+        own = make_fp8()
     x = normal(40, HIDDEN)
     ids[::3, 1] = -1
 

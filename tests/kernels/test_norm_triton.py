@@ -16,6 +16,7 @@ from tests.support.comparing import (
 )
 from tests.support.hopper import Launch, compile_all
 from twotower.kernels import norm
+from twotower.kernels.moe import SlotOutputs
 from twotower.kernels.norm import Modulation
 from twotower.kernels.norm_triton import add_norm, gated_group_norm
 
@@ -208,18 +209,54 @@ def test_tokens_of_the_group_norm_are_independent() -> None:
     )
 
 
-def _add_norm_launch(delta: bool, gate: bool, modulation: bool, first: bool) -> Launch:
+@pytest.mark.parametrize(("gated", "where"), [(False, None), (True, "after"), (True, "first")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_outputs_of_experts_are_added_up_as_before_the_norm(
+    gated: bool, where: str | None, dtype: torch.dtype
+) -> None:
+    """The sum is rounded as if a launch of its own had written it, and slots without an expert,
+    which nobody writes, are not read."""
+    tokens, slots, parts, width = 5, 3, 2, 24
+    by_slot = normal(tokens, slots + parts, width, seed=1).to(dtype)
+    ids = torch.arange(tokens * slots).view(tokens, slots) % 7
+    ids[1, 2] = ids[3, 0] = -1
+    scores = normal(tokens, slots, seed=2).abs()
+    summed = torch.zeros(tokens, width)
+    for slot in range(slots):
+        used = (ids[:, slot] >= 0).unsqueeze(1)
+        summed += torch.where(used, scores[:, slot : slot + 1] * by_slot[:, slot].float(), 0.0)
+    for part in range(parts):
+        summed += by_slot[:, slots + part].float()
+    by_slot[1, 2] = by_slot[3, 0] = NAN
+    table = normal(4, 3, width, seed=3, scale=0.3).to(dtype).to(DEVICE)
+    modulation = Modulation(table, torch.arange(tokens, device=DEVICE) % 4)
+    hidden = normal(tokens, width).to(dtype).to(DEVICE)
+    weight = normal(width, seed=4).to(dtype).to(DEVICE)
+    rest = (modulation if gated else None, weight, 1e-5, modulation if where else None)
+    outputs = SlotOutputs(*(own.to(DEVICE) for own in (by_slot, ids, scores)))
+    got = add_norm(hidden, outputs, *rest, where == "first")
+    want = add_norm(hidden, summed.to(dtype).to(DEVICE), *rest, where == "first")
+    for own, other in zip(got, want, strict=True):
+        torch.testing.assert_close(own, other, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def _add_norm_launch(
+    delta: bool, gate: bool, modulation: bool, first: bool, slots: int = 0
+) -> Launch:
     pointers = ("hidden", "delta", "gate", "weight", "modulation", "total", "out")
     strides = ("hidden", "delta", "gate", "gate_part", "modulation", "modulation_part")
     signature = {
         **dict.fromkeys(pointers, "*bf16"),
-        **dict.fromkeys(("gate_index", "modulation_index"), "*i64"),
+        **dict.fromkeys(("gate_index", "modulation_index", "ids"), "*i64"),
+        "scores": "*fp32",
+        **dict.fromkeys(("ids_stride", "scores_stride"), "i32"),
         **{f"{name}_stride": "i32:16" for name in strides},
         "width": "i32:16",
         "eps": "fp32",
     }
     flags = {"has_delta": delta, "has_gate": gate, "has_modulation": modulation}
-    constants = {**flags, "modulate_first": first, "block": 4096}
+    experts = {"slots": slots, "parts": 2 if slots else 0}
+    constants = {**flags, **experts, "modulate_first": first, "block": 4096}
     return Launch("twotower.kernels.norm_triton:_add_norm_kernel", signature, constants, 8)
 
 
@@ -228,6 +265,8 @@ LAUNCHES = [
     _add_norm_launch(True, True, True, False),
     _add_norm_launch(True, False, False, False),
     _add_norm_launch(False, False, False, False),
+    _add_norm_launch(True, True, True, True, slots=6),
+    _add_norm_launch(True, False, False, False, slots=6),
     Launch(
         "twotower.kernels.norm_triton:_group_norm_kernel",
         {
@@ -245,7 +284,7 @@ LAUNCHES = [
 def test_the_real_shapes_compile_without_spills() -> None:
     for launch, compiled in zip(LAUNCHES, compile_all(LAUNCHES), strict=True):
         assert compiled.spills == 0, launch
-        assert compiled.registers <= 64, launch
+        assert compiled.registers <= (80 if launch.constants.get("slots") else 64), launch
 
 
 @pytest.mark.gpu

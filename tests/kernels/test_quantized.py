@@ -7,8 +7,20 @@ import math
 import pytest
 import torch
 
-from tests.support.comparing import assert_relative_rms, assert_same_bits, normal
-from twotower.kernels.quantized import FP8, FP8_MAX, QuantizedExperts, quantize
+from tests.support.comparing import (
+    assert_relative_rms,
+    assert_rows_are_independent,
+    assert_same_bits,
+    normal,
+)
+from twotower.kernels.quantized import (
+    FP8,
+    FP8_MAX,
+    QuantizedExperts,
+    quantize,
+    quantize_tokens,
+    widen,
+)
 
 EXPERTS, ROWS, COLUMNS = 3, 5, 40
 
@@ -127,3 +139,62 @@ def test_a_channel_too_small_for_a_scale_becomes_zeros(largest: float) -> None:
     assert bool(torch.isfinite(quantized.scale).all())
     assert bool((quantized.scale > 0).all())
     assert bool(((widened(quantized) - weight)[0, 1].abs() <= largest).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tokens_largest_value_stands_at_the_limit(dtype: torch.dtype) -> None:
+    x = normal(6, COLUMNS).to(dtype)
+    x[2] *= 1e6
+    values, scale = quantize_tokens(x)
+    assert (values.dtype, scale.dtype) == (FP8, torch.float32)
+    assert values.float().abs().amax(-1).tolist() == [FP8_MAX] * 6
+    again = values.double() * scale.double().unsqueeze(1)
+    least = scale.double().unsqueeze(1) * 2.0**-10
+    limit = torch.maximum(x.double().abs() / 16, least) * (1 + 1e-6)
+    assert bool(((again - x.double()).abs() <= limit).all())
+    assert_relative_rms(again, x, 0.04)
+
+
+def test_tokens_of_zeros_and_of_subnormal_numbers_have_scale_1() -> None:
+    x = normal(3, COLUMNS)
+    x[0], x[2] = 0.0, 1e-41
+    values, scale = quantize_tokens(x)
+    assert scale[[0, 2]].tolist() == [1.0, 1.0]
+    assert not bool(values[[0, 2]].float().any())
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 17, COLUMNS - 1])
+def test_a_token_that_is_not_finite_has_a_scale_that_says_so(wrong: float, place: int) -> None:
+    """In 8 bits infinity would become the largest number, and the token would look right."""
+    x = normal(4, COLUMNS)
+    plain = quantize_tokens(x)
+    x[2, place] = wrong
+    values, scale = quantize_tokens(x)
+    assert bool(scale[2].isnan())
+    assert not bool(values[2].float().any())
+    others = [0, 1, 3]
+    assert_same_bits(scale[others], plain[1][others])
+    assert_same_bits(values[others].float(), plain[0][others].float())
+
+
+def test_a_token_does_not_depend_on_those_beside_it() -> None:
+    def dequantized(x: torch.Tensor) -> torch.Tensor:
+        values, scale = quantize_tokens(x)
+        return values.float() * scale.unsqueeze(1)
+
+    assert_rows_are_independent(dequantized, normal(20, COLUMNS), sizes=(1, 3, 17))
+
+
+def test_widening_is_that_of_torch_for_every_value() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8)
+    assert_same_bits(widen(codes), codes.float())
+    assert widen(codes.view(2, 4, 32)).shape == (2, 4, 32)
+
+
+def test_products_are_widened_unless_said_otherwise() -> None:
+    weight = normal(EXPERTS, ROWS, COLUMNS)
+    assert quantize(weight).products == "widened"
+    narrow = quantize(weight, "fp8")
+    assert narrow.products == "fp8"
+    assert_same_bits(widened(narrow), widened(quantize(weight)))

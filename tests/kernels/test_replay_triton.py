@@ -332,7 +332,7 @@ LAUNCH = Launch(
         "head_dim": NEMOTRON.width,
         "state_dim": NEMOTRON.n,
         "kept": NEMOTRON.taps - 1,
-        "block_p": module.SLICE,
+        "block_p": module.SLICE.channels,
         "block_n": NEMOTRON.n,
         "block_k": 4,
         "block_c": 64,

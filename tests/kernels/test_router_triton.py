@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.support.comparing import assert_rows_are_independent, assert_same_bits, normal
 from tests.support.hopper import Launch, compile_all
 from twotower.kernels import moe, router_triton
-from twotower.kernels.moe import RouterRule, narrow_parts
-from twotower.kernels.router_triton import route
+from twotower.kernels.expert_tiles_triton import BLOCK, PAIRS_OF_ONE_WARP, Tiles, sort_by_expert
+from twotower.kernels.experts_triton import tiling_of
+from twotower.kernels.moe import RouterRule, Routing, narrow_parts
+from twotower.kernels.router_triton import SORTED_AT_ONCE, route
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HIDDEN, EXPERTS = 16, 12
@@ -27,7 +31,7 @@ def rule(
 
 
 def run(x: Tensor, weight: Tensor, bias: Tensor, how: RouterRule) -> tuple[Tensor, Tensor]:
-    ids, scores = route(x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), how)
+    ids, scores, _ = route(x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), how)
     assert ids.dtype == torch.int64
     assert scores.dtype == torch.float32
     return ids.cpu(), scores.cpu()
@@ -67,7 +71,7 @@ def test_it_chooses_as_the_reference(how: RouterRule, bias_scale: float) -> None
     x, weight = normal(6, HIDDEN), normal(EXPERTS, HIDDEN, seed=1).double()
     bias = normal(EXPERTS, seed=2, scale=bias_scale)
     ids, scores = run(x, weight, bias, how)
-    want_ids, want_scores = moe.route(x, weight, bias, how)
+    want_ids, want_scores, _ = moe.route(x, weight, bias, how)
     assert_same_bits(ids, want_ids)
     torch.testing.assert_close(scores, want_scores, rtol=2e-7, atol=0.0)
 
@@ -78,7 +82,7 @@ def test_real_numbers_of_experts(dtype: torch.dtype, groups: int) -> None:
     x, weight = normal(5, 64).to(dtype), normal(128, 64, seed=1, scale=0.2).double()
     bias, how = normal(128, seed=2, scale=0.1), rule(6, groups, max(1, groups // 2), True, 2.5)
     ids, scores = run(x, weight, bias, how)
-    want_ids, want_scores = moe.route(x, weight, bias, how)
+    want_ids, want_scores, _ = moe.route(x, weight, bias, how)
     assert_same_bits(ids, want_ids)
     torch.testing.assert_close(scores, want_scores, rtol=2e-7, atol=0.0)
 
@@ -166,7 +170,7 @@ def near_ties(tokens: int, hidden: int, in_fp32: bool) -> tuple[Tensor, Tensor, 
     return x, weight.double(), normal(EXPERTS, seed=2, scale=0.2).repeat_interleave(2)[:EXPERTS]
 
 
-def by_expert(choice: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def by_expert(choice: Routing) -> tuple[Tensor, Tensor]:
     """Ids in ascending order and their weights: experts on one side of the border may change
     places where their scores all but agree."""
     ids, order = choice[0].cpu().sort(dim=1)
@@ -219,11 +223,71 @@ def test_groups_and_other_dtypes_take_the_product_in_fp64() -> None:
     for x, how in ((normal(6, HIDDEN), rule()), (normal(6, HIDDEN).bfloat16(), RULES[4])):
         args = (x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), how)
         got = route(*args, None, narrow.to(DEVICE))
-        for own, want in zip(got, route(*args), strict=True):
+        for own, want in zip(got[:2], route(*args)[:2], strict=True):
             assert_same_bits(own, want)
 
 
+@pytest.mark.usefixtures("products_of_bf16")
+@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize("tokens", [1, 5, SORTED_AT_ONCE, SORTED_AT_ONCE + 1, BLOCK + 1, 200])
+def test_choices_come_sorted_for_their_products(tokens: int, pieces: bool) -> None:
+    x = normal(tokens, HIDDEN).bfloat16()
+    weight = normal(EXPERTS, HIDDEN, seed=1).bfloat16().double()
+    real = torch.arange(tokens) % 3 != 1
+    narrow = narrow_parts(weight) if pieces else None
+    for marks in (None, real.to(DEVICE)):
+        args = (x.to(DEVICE), weight.to(DEVICE), torch.zeros(EXPERTS, device=DEVICE))
+        ids, _, tiles = route(*args, rule(), marks, None if narrow is None else narrow.to(DEVICE))
+        assert isinstance(tiles, Tiles)
+        assert tiles.rows == tiling_of(tokens, x.dtype).rows
+        want = sort_by_expert(ids, EXPERTS, tiles.rows)
+        count, used = int(want.table[0]), int((ids >= 0).sum())
+        assert tiles.table[: 1 + 3 * count].tolist() == want.table[: 1 + 3 * count].tolist()
+        assert tiles.pairs[:used].tolist() == want.pairs[:used].tolist()
+        order = sorted(range(ids.numel()), key=lambda pair: (int(ids.flatten()[pair]), pair))
+        assert tiles.pairs[:used].tolist() == order[ids.numel() - used :]
+
+
+@pytest.mark.usefixtures("products_of_bf16")
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    hidden=st.sampled_from([16, 130, 200]),
+    last=st.integers(-52, -6),
+    top_k=st.integers(1, EXPERTS),
+    in_fp32=st.booleans(),
+    outlier=st.sampled_from([1.0, 10.0, 100.0]),
+)
+def test_near_ties_of_any_distance_are_decided_as_in_fp64(
+    seed: int, hidden: int, last: int, top_k: int, in_fp32: bool, outlier: float
+) -> None:
+    """Every expert has a twin whose score differs by a factor of 1 + 2^last in one channel (or by
+    the least that its dtype allows), with one channel of the tokens far larger than the others."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, hidden, generator=generator)
+    x[:, seed % hidden] *= outlier
+    weight = torch.randn(EXPERTS, hidden, generator=generator) * hidden**-0.5
+    weight = weight if in_fp32 else weight.bfloat16().float()
+    for expert in range(0, EXPERTS, 2):
+        column = int(torch.randint(hidden, (), generator=generator))
+        weight[expert + 1] = weight[expert]
+        weight[expert + 1, column] *= 1.0 + 2.0 ** max(last, -20 if in_fp32 else -7)
+    weight = weight if in_fp32 else weight.bfloat16().float()
+    bias = torch.randn(EXPERTS, generator=generator).mul(0.2)
+    bias[1::2] = bias[::2]
+    narrow, x = narrow_parts(weight.double()), x.bfloat16()
+    assert narrow is not None
+    args = [own.to(DEVICE) for own in (x, weight.double(), bias)]
+    got = by_expert(route(*args, rule(top_k), None, narrow.to(DEVICE)))
+    want = by_expert(moe.route(x, weight.double(), bias, rule(top_k)))
+    assert_same_bits(got[0], want[0])
+
+
 CHOICE = {
+    "expert_lanes": 128,
+    "block": BLOCK,
+    "tile_rows": 16,
+    "at_once": PAIRS_OF_ONE_WARP,
     "with_padding": True,
     "experts": 128,
     "top_k": 6,
@@ -246,6 +310,7 @@ LAUNCHES = [
                 "real_tokens": "*i1",
                 "ids": "*i64",
                 "weights": "*fp32",
+                **dict.fromkeys(["counts", "pairs", "table"], "*i32"),
                 "tokens": "i32",
                 "x_stride": "i32:16",
                 "router_stride": "i32:16",
@@ -253,6 +318,7 @@ LAUNCHES = [
             {
                 **CHOICE,
                 "pieces": pieces,
+                "sorts": sorts,
                 "groups": groups,
                 "top_groups": max(1, groups // 2),
                 "group_lanes": groups,
@@ -260,7 +326,12 @@ LAUNCHES = [
             },
             num_warps=1,
         )
-        for groups, pieces in ((1, 0), (8, 0), (1, 21))
+        for groups, pieces, sorts in (
+            (1, 0, False),
+            (8, 0, True),
+            (1, 21, False),
+            (1, 21, True),
+        )
     ),
     *(
         Launch(
@@ -268,7 +339,8 @@ LAUNCHES = [
             {
                 **dict.fromkeys(["x", "narrow"], "*bf16"),
                 "out": "*fp32",
-                **dict.fromkeys(["tokens", "experts"], "i32"),
+                "counts": "*i32",
+                **dict.fromkeys(["num_counts", "tokens", "experts"], "i32"),
                 **dict.fromkeys(["x_stride", "part_stride", "expert_stride"], "i32:16"),
             },
             {"hidden": 2688, "parts": parts, "piece": 128, "tile_experts": 64, "tile_rows": rows},
@@ -293,8 +365,8 @@ def test_real_shapes(tokens: int, pieces: bool) -> None:
     bias, how = normal(128, seed=2, scale=0.05), rule(6, scaling=2.5)
     narrow = narrow_parts(weight) if pieces else None
     args = (x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), how)
-    ids, scores = route(*args, None, None if narrow is None else narrow.to(DEVICE))
-    want_ids, want_scores = moe.route(x, weight, bias, how)
+    ids, scores, _ = route(*args, None, None if narrow is None else narrow.to(DEVICE))
+    want_ids, want_scores, _ = moe.route(x, weight, bias, how)
     assert_same_bits(ids.cpu(), want_ids)
     # A score's relative error is that of its product: about 1e-6 in pieces of fp32.
     rtol = 5e-6 if pieces else 2e-7

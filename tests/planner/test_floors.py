@@ -37,6 +37,7 @@ def floor_ms(kind: PassKind, rows: int, context: int = 4096, **more: float) -> f
         unique=expected_unique(LARGE, draws * rows),
         masked=more.get("masked", 1.0),
         expert_bytes=int(more.get("expert_bytes", 2)),
+        fp8_products=bool(more.get("fp8_products", False)),
     )
     return 1e3 * floor_seconds(pass_works(LARGE, shape), H200)
 
@@ -77,6 +78,28 @@ def test_eight_bit_experts() -> None:
     assert floor_ms("denoise", 1, expert_bytes=1) == pytest.approx(2.73, rel=CLOSE)
     assert floor_ms("ar", 1, expert_bytes=1) == pytest.approx(1.21, rel=CLOSE)
     assert floor_ms("denoise", 64, expert_bytes=1) == pytest.approx(14.0, rel=CLOSE)
+
+
+def test_products_of_eight_bit_experts_run_at_twice_the_rate() -> None:
+    """Bytes bind at 64 rows and fewer; at 512 rows the products of routed experts do."""
+    for rows in (1, 64):
+        narrow = floor_ms("denoise", rows, expert_bytes=1, fp8_products=True)
+        assert narrow == pytest.approx(floor_ms("denoise", rows, expert_bytes=1), rel=0.01)
+    wide = floor_ms("denoise", 512, expert_bytes=1)
+    # 23 layers, up and down, 8192 tokens of 6 experts each.
+    products = 1e3 * 23 * 2 * 2 * 8192 * 6 * 1856 * 2688 / 790e12
+    saved = wide - floor_ms("denoise", 512, expert_bytes=1, fp8_products=True)
+    assert saved == pytest.approx(products / 2, rel=CLOSE)
+
+
+def test_a_measured_rate_of_eight_bit_products_takes_the_place_of_the_assumed_one() -> None:
+    assert H200.narrow_flops == 2 * 790e12
+    measured = dataclasses.replace(H200, fp8_flops=1.1e15)
+    assert measured.narrow_flops == 1.1e15
+    shape = shape_of("denoise", LARGE, 512, 4096, 16, expert_bytes=1, fp8_products=True)
+    works = [own for own in pass_works(LARGE, shape) if own.name.startswith("experts")]
+    ratio = floor_seconds(works, measured) / floor_seconds(works, H200)
+    assert ratio == pytest.approx(1580 / 1100, rel=0.01)
 
 
 @pytest.mark.parametrize(

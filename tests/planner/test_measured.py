@@ -43,6 +43,23 @@ def test_reports_of_one_gpu_are_merged_by_format() -> None:
     assert known["full"].cycles == [(16.0, 1.5)]
 
 
+def test_a_rate_that_only_some_reports_have_is_the_mean_of_these() -> None:
+    second = replace(H200, source="b.json: NVIDIA H200, today", ceilings=Ceilings(5e12, 8e14, 6e13))
+    narrow = replace(second, ceilings=Ceilings(6e12, 9e14, 7e13, 1.2e15))
+    assert by_format([H200, second, narrow])["full"].ceilings == Ceilings(5e12, 8e14, 6e13, 1.2e15)
+
+
+def test_passes_with_products_in_8_bits_are_not_planned_with(tmp_path: Path) -> None:
+    body = json.loads((REPORTS / "speed-1-fp8.json").read_text())
+    body["options"]["expert_products"] = "fp8"
+    (tmp_path / "speed.json").write_text(json.dumps(body))
+    with pytest.raises(ConfigError, match="measured: got expert_products 'fp8', expected 'widene"):
+        read_all([tmp_path], LARGE, Question("h200"))
+    body["options"]["expert_products"] = "widened"
+    (tmp_path / "speed.json").write_text(json.dumps(body))
+    assert read_all([tmp_path], LARGE, Question("h200"))[0].fp8
+
+
 @pytest.mark.parametrize(
     ("other", "named"),
     [

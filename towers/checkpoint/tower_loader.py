@@ -11,7 +11,7 @@ from torch import Tensor
 from twotower.kernels.causal_conv1d import tap_major
 from twotower.kernels.linear import pack
 from twotower.kernels.moe import ExpertWeights, narrow_parts
-from twotower.kernels.quantized import FP8, QuantizedExperts
+from twotower.kernels.quantized import FP8, ExpertProducts, QuantizedExperts
 from twotower.towers.checkpoint.checkpoint import (
     Checkpoint,
     expert_matrices,
@@ -32,25 +32,55 @@ from twotower.towers.model.weights import (
 )
 from twotower.towers.state.budget import free_bytes
 
+# Ada's and Hopper's tensor cores are the first that multiply e4m3 values.
+_FP8_CAPABILITY = (8, 9)
+
+
+def check_expert_products(checkpoint: Checkpoint, products: ExpertProducts) -> None:
+    """Raises ConfigError for 8-bit products of experts that are not stored in 8 bits."""
+    if products == "fp8" and not checkpoint.config.quantized_experts:
+        raise ConfigError(
+            f"expert_products: got 'fp8', expected 'widened': the routed experts of "
+            f"{checkpoint.folder.name} are not in 8 bits (see twotower quantize)"
+        )
+
+
+def check_fp8_device(device: torch.device) -> None:
+    """Raises ConfigError for a GPU without products of 8-bit values; a CPU has them in fp32."""
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _FP8_CAPABILITY:
+        own, least = (".".join(map(str, each)) for each in (capability, _FP8_CAPABILITY))
+        raise ConfigError(
+            f"expert_products: got 'fp8', expected 'widened' on {device}: its compute capability "
+            f"is {own}, products in 8 bits need {least}"
+        )
+
 
 def read_quantized(
-    checkpoint: Checkpoint, names: Sequence[str], device: torch.device
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    device: torch.device,
+    products: ExpertProducts = "widened",
 ) -> QuantizedExperts:
-    """Reads E 8-bit matrices [N, K] of routed experts, and their scales, stacked on `device`."""
+    """Reads E 8-bit matrices [N, K] of routed experts, and their scales, stacked on `device`, to be
+    multiplied as `products` says."""
     rows, columns = tensor_shapes(checkpoint.config)[names[0]]
     values = torch.empty((len(names), rows, columns), device=device, dtype=FP8)
     scale = torch.empty((len(names), rows), device=device)
     for expert, name in enumerate(names):
         checkpoint.read(name, values[expert])
         checkpoint.read(scale_name(name), scale[expert].unsqueeze(-1))
-    return QuantizedExperts(values, scale)
+    return QuantizedExperts(values, scale, products)
 
 
 class TowerLoader:
     """The weights of a checkpoint's towers on `device`, in `dtype`.
 
     With `for_triton` (None: on CUDA) matrices keep the layout that Triton's kernels read, experts
-    stacked; otherwise they are packed for a CPU's products.
+    stacked; otherwise they are packed for a CPU's products. `products` is how routed experts in 8
+    bits are multiplied; raises ConfigError for "fp8" if they are not in 8 bits.
     """
 
     def __init__(
@@ -59,13 +89,18 @@ class TowerLoader:
         device: torch.device,
         dtype: torch.dtype,
         for_triton: bool | None,
+        products: ExpertProducts = "widened",
     ) -> None:
+        check_expert_products(checkpoint, products)
+        if products == "fp8":
+            check_fp8_device(device)
         self.config: TwoTowerConfig = checkpoint.config
         self._checkpoint = checkpoint
         self._shapes = tensor_shapes(checkpoint.config)
         self._device = device
         self._dtype = dtype
         self._packs = not (device.type == "cuda" if for_triton is None else for_triton)
+        self._products: ExpertProducts = products
         self._buffer = self._empty((0,), None)
 
     def tower(self, tower: str, head: str) -> TowerWeights:
@@ -92,8 +127,7 @@ class TowerLoader:
         needed = 0
         for name, shape in self._shapes.items():
             if name.startswith(prefixes):
-                stacked = name in experts and not self._packs
-                width = 1 if stacked else self._dtype.itemsize
+                width = 1 if name in experts and self._narrow else self._dtype.itemsize
                 needed += math.prod(shape) * width
         free = free_bytes(self._device)
         if needed > free:
@@ -206,11 +240,16 @@ class TowerLoader:
 
     def _experts(self, names: Sequence[str]) -> ExpertWeights:
         quantized = self.config.quantized_experts
+        if quantized and self._narrow:
+            return read_quantized(self._checkpoint, names, self._device, self._products)
         if self._packs:
             return [self._widened(name) if quantized else self._matrix(name) for name in names]
-        if quantized:
-            return read_quantized(self._checkpoint, names, self._device)
         return self._stacked(names)
+
+    @property
+    def _narrow(self) -> bool:
+        """True if experts that are stored in 8 bits stay in them."""
+        return not self._packs or self._products == "fp8"
 
     def _widened(self, name: str) -> Tensor:
         """An 8-bit matrix converted to the working dtype: a CPU has no faster products of 8 bits.

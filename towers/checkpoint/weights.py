@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from twotower.kernels.quantized import EXPERT_PRODUCTS, ExpertProducts
 from twotower.towers.checkpoint.checkpoint import Checkpoint, ReadProgress, tensor_shapes
 from twotower.towers.checkpoint.tower_loader import TowerLoader
 from twotower.towers.errors import CheckpointError, ConfigError, InvalidRequestError, shorten
@@ -93,6 +94,14 @@ def parse_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def parse_expert_products(name: str) -> ExpertProducts:
+    """`widened` or `fp8`; raises InvalidRequestError, a ValueError, otherwise."""
+    for products in EXPERT_PRODUCTS:
+        if name == products:
+            return products
+    raise InvalidRequestError("expert_products", name, f"one of {', '.join(EXPERT_PRODUCTS)}")
+
+
 def load_context_tower(
     folder: Path,
     device: str | torch.device = "cpu",
@@ -101,6 +110,7 @@ def load_context_tower(
     for_triton: bool | None = None,
     deterministic: bool = False,
     progress: ReadProgress | None = None,
+    expert_products: ExpertProducts = "widened",
 ) -> ContextTower:
     """Reads the context tower and its head, and no tensor of the denoiser. Raises CheckpointError,
     and ConfigError if the weights are larger than the free memory of the device.
@@ -108,10 +118,12 @@ def load_context_tower(
     With `for_triton` (None: on CUDA) matrices keep the layout that Triton's kernels read, experts
     stacked; otherwise they are packed for a CPU's products. `deterministic` is the tower's.
     `progress` gets the bytes read so far, and those of this tower in its files, after each tensor.
+    Routed experts in 8 bits are multiplied as `expert_products` says; "fp8" raises ConfigError for
+    others.
     """
     checkpoint = Checkpoint(folder)
     checkpoint.watch(_names(checkpoint, context=True), progress)
-    loader = TowerLoader(checkpoint, torch.device(device), dtype, for_triton)
+    loader = TowerLoader(checkpoint, torch.device(device), dtype, for_triton, expert_products)
     weights = loader.tower("context_tower", "context_lm_head")
     return ContextTower(loader.config, weights, deterministic=deterministic)
 
@@ -124,12 +136,13 @@ def load_denoiser_tower(
     for_triton: bool | None = None,
     deterministic: bool = False,
     progress: ReadProgress | None = None,
+    expert_products: ExpertProducts = "widened",
 ) -> DenoiserTower:
     """Reads the denoiser tower, its head and its timestep conditioning; arguments and errors as in
     `load_context_tower`."""
     checkpoint = Checkpoint(folder)
     checkpoint.watch(_names(checkpoint, context=False), progress)
-    loader = TowerLoader(checkpoint, torch.device(device), dtype, for_triton)
+    loader = TowerLoader(checkpoint, torch.device(device), dtype, for_triton, expert_products)
     weights = loader.tower("denoiser_tower", "lm_head")
     timestep = loader.timestep()
     return DenoiserTower(loader.config, weights, timestep, deterministic=deterministic)

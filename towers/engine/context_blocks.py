@@ -8,6 +8,7 @@ any number of rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -97,6 +98,7 @@ class _Program(Program):
         self._log = log
         shape = (rows, tower.config.hidden_size)
         self._ends = torch.zeros(shape, dtype=tower.dtype, device=tower.device)
+        self._lengths = torch.full_like(self._slots, length)
         self._results = Results((4, rows), tower.device)
         # An extension draws one token a row: its draws are sent apart from the tokens that it
         # reads, and only where there are any.
@@ -168,10 +170,9 @@ class _Program(Program):
         self._ends.copy_(hidden[self._length - 1 :: self._length])
         weights = self._tower.replay_weights
         if log is not None and weights is not None:
-            counts = torch.full_like(self._slots, self._length)
-            log.replay(self._pool, weights, rows, counts)
+            log.replay(self._pool, weights, rows, self._lengths)
 
     def _draw_next(self) -> None:
         sampling = staged_sampling(self._draws)
         drawn = dispatch.predict(self._tower.logits(self._ends), sampling)
-        self._results.put(torch.stack([part.double() for part in drawn]))
+        self._results.fill(partial(dispatch.pack_drawn, drawn))

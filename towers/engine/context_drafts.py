@@ -17,6 +17,7 @@ single tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -208,30 +209,20 @@ class _Program(Program):
         self._ends.copy_(hidden[self._last_places()])
         drawn = dispatch.predict(tower.logits(hidden), staged_sampling(staging))
         if log is not None and tower.replay_weights is not None:
-            log.replay(self._pool, tower.replay_weights, rows, self._right(drawn[0]))
-        self._results.put(torch.stack([part.double() for part in drawn]))
+            given = (staging["token"], self._starts, self._slots)
+            counts = dispatch.right_counts(drawn[0], *given)
+            log.replay(self._pool, tower.replay_weights, rows, counts)
+        self._results.fill(partial(dispatch.pack_drawn, drawn))
 
     def _read_rows(self) -> Rows:
         lengths = self._staging["length"][: len(self._slots) - 1]
         self._starts[1:-1].copy_(lengths.cumsum(0))
         return super()._read_rows()
 
-    def _real(self) -> Tensor:
+    def _real(self, whole: Tensor) -> Tensor:  # noqa: ARG002
         return self._places < self._starts[-2]
 
     def _last_places(self) -> Tensor:
         """The place of each row's last token among those of the pass, [B] int64; of rows without
         tokens that of any other's last."""
         return (self._starts[1:-1].long() - 1).clamp_min(0)
-
-    def _right(self, drawn: Tensor) -> Tensor:
-        """How many of each row's tokens are right, [B + 1] int32, if `drawn` [T] are those that the
-        tower has drawn after each: the first, and those behind it up to the first that differs."""
-        tokens, total = self._staging["token"], len(drawn)
-        ends = (drawn != tokens.roll(-1)).index_fill(0, self._last_places(), True)
-        # The first end from each place on, by the least of all behind it.
-        ends_at = torch.where(ends, self._places, total - 1)
-        first_ends = ends_at.flip(0).cummin(0).values.flip(0)
-        starts = self._starts[:-1].long().clamp_max(total - 1)
-        counts = first_ends[starts] - starts + 1
-        return torch.where(self._slots >= 0, counts, 0).int()

@@ -7,6 +7,7 @@ for the tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -73,6 +74,7 @@ class _Program(Program):
         shape = (rows, tower.config.hidden_size)
         self._hidden = torch.zeros(shape, dtype=tower.dtype, device=tower.device)
         self._results = Results((4, rows), tower.device)
+        self._ones = torch.ones_like(self._slots)
         self._work = self._add(self._forward)
 
     def run(self, works: Sequence[ContextWork]) -> list[ContextResult | NumericalError]:
@@ -103,6 +105,5 @@ class _Program(Program):
         self._hidden.copy_(hidden)
         drawn = dispatch.predict(tower.logits(hidden), staged_sampling(staging))
         if self._log is not None and tower.replay_weights is not None:
-            counts = torch.ones_like(self._slots)
-            self._log.replay(pool, tower.replay_weights, rows, counts)
-        self._results.put(torch.stack([part.double() for part in drawn]))
+            self._log.replay(pool, tower.replay_weights, rows, self._ones)
+        self._results.fill(partial(dispatch.pack_drawn, drawn))

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from twotower.kernels import dispatch
 from twotower.kernels.rows import Rows
 from twotower.towers.engine.buckets import ROW_BUCKETS
 from twotower.towers.state.tensors import StateTensors
@@ -182,9 +183,9 @@ class Results:
         self._device = host.to(device)
         self._host = host.pin_memory() if device.type == "cuda" else host
 
-    def put(self, values: Tensor) -> None:
-        """Part of the work: stores the values of this call."""
-        self._device.copy_(values)
+    def fill(self, write: Callable[[Tensor], None]) -> None:
+        """Part of the work: `write` stores the values of this call in the tensor that it gets."""
+        write(self._device)
 
     def receive(self) -> Tensor:
         """Waits for the device, the only time in a call, and returns the values on the host."""
@@ -243,9 +244,8 @@ class Program:
 
     def _read_rows(self) -> Rows:
         """Part of the work: the rows that were sent, as operators take them."""
-        count = len(self._slots)
-        self._slots.copy_(self._staging["slot"][:count])
-        self._context_lens.copy_(self._staging["context_lens"][:count])
+        sent = self._staging["slot"], self._staging["context_lens"]
+        real = dispatch.unpack_rows(*sent, self._slots, self._context_lens, self._length)
         return Rows(
             self._starts,
             self._slots,
@@ -253,12 +253,13 @@ class Program:
             self._pool.page_table,
             self._pool.page_tokens,
             self._length,
-            real=self._real(),
+            real=self._real(real),
         )
 
-    def _real(self) -> Tensor:
-        """Part of the work: which tokens are not padding, [T] bool."""
-        return (self._slots >= 0).repeat_interleave(self._length)
+    def _real(self, whole: Tensor) -> Tensor:
+        """Part of the work: which tokens are not padding, [T] bool; `whole` where all rows have L
+        tokens."""
+        return whole
 
     def _begin(self, **values: Sequence[int]) -> None:
         """Sends a call's inputs; captures a shape that comes often."""

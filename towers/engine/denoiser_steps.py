@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from twotower.kernels import dispatch
-from twotower.kernels.unmask import SamplingBatch
 from twotower.towers.engine.buckets import bucket_for, buckets_up_to, run_in_parts
 from twotower.towers.engine.cuda_graph import GraphMemory, Program, Programs, Results
 from twotower.towers.engine.device_drafts import DeviceDraft, DraftTables, StepResult
@@ -93,9 +91,6 @@ class _Program(Program):
         shape = (total, tower.config.hidden_size)
         self._hidden = torch.zeros(shape, dtype=tower.dtype, device=device)
         self._lines = torch.full((total,), -1, dtype=torch.int32, device=device)
-        # Id, confidence, log-probability and whether all logits were finite, of every token; the
-        # last column takes the draws of padding lines.
-        self._drawn = torch.zeros(4, total + 1, dtype=torch.float64, device=device)
         self._results = Results((rows, 1 + 4 * length), device)
         self._body = self._add(self._forward)
         sizes = dict.fromkeys(-(-total // share) for share in _HEAD_SHARES)
@@ -125,53 +120,17 @@ class _Program(Program):
     def _forward(self) -> None:
         drafts, length = self._tables.drafts, self._length
         reads = MixerInputs(self._read_rows(), self._pool, causal=False)
-        slots = self._slots.clamp_min(0).long()
-        tokens = drafts.tokens[slots, :length].flatten()
-        # Padding reads slot 0, whose block may be of any length: without the bound its entry could
-        # lie behind this length's table. A failed row has -1.
-        masked = torch.where(self._slots >= 0, drafts.remaining[slots], 0).clamp(0, length)
-        index = masked.long().repeat_interleave(length)
+        tokens, index = dispatch.read_blocks(drafts, self._slots, length)
         self._hidden.copy_(self._tower.run(tokens, self._modulations, index, reads))
         self._lines.copy_(dispatch.select_masked(drafts, self._slots, length))
 
     def _predict_and_commit(self, count: int) -> None:
         """Draws the first `count` lines, which hold all masked positions, and commits."""
-        drafts, length = self._tables.drafts, self._length
-        lines = self._lines[:count].long()
-        total = self._drawn.shape[1] - 1
-        token = torch.where(lines >= 0, lines, total)
-        picked = self._hidden[token.clamp_max(total - 1)]
-        drawn = dispatch.predict(self._tower.logits(picked), self._lines_of(token, total))
-        self._drawn.index_copy_(1, token, torch.stack([part.double() for part in drawn]))
-        ids, confidences, log_probs, finite = self._drawn[:, :total].unflatten(1, (-1, length))
-        dispatch.commit(
-            drafts,
-            self._slots,
-            ids.long(),
-            confidences.float(),
-            log_probs.float(),
-            finite > 0,
+        tables, slots, length = self._tables, self._slots, self._length
+        drafts, lines = tables.drafts, self._lines[:count]
+        picked, batch = dispatch.read_lines(
+            self._hidden, lines, drafts, slots, tables.sampling, length
         )
-        slots = self._slots.clamp_min(0).long()
-        parts = (drafts.tokens, drafts.commit_steps, drafts.confidences, drafts.log_probs)
-        kept = [part[slots, :length].double() for part in parts]
-        self._results.put(torch.cat([drafts.remaining[slots, None].double(), *kept], dim=1))
-
-    def _lines_of(self, token: Tensor, total: int) -> SamplingBatch:
-        """Sampling parameters of the line of each token of the pass; `total` is no token."""
-        tables, length = self._tables, self._length
-        real = token.clamp_max(total - 1)
-        slots = self._slots.clamp_min(0).long()[real // length]
-        position = tables.word("start", slots) + real % length
-        step = torch.where(tables.word("fixed_step", slots) > 0, 0, tables.drafts.step[slots])
-        early = position < tables.word("eos_from", slots)
-        mask = self._tower.config.mask_token_id
-        return SamplingBatch(
-            tables.temperature[slots],
-            tables.word("key", slots),
-            position,
-            step.long(),
-            tables.word("domain", slots),
-            torch.full_like(position, mask),
-            torch.where(early, tables.word("eos", slots), -1),
-        )
+        drawn = dispatch.predict(self._tower.logits(picked), batch)
+        dispatch.commit(drafts, slots, *dispatch.spread_lines(drawn, lines, len(slots), length))
+        self._results.fill(lambda out: dispatch.pack_drafts(drafts, slots, out))

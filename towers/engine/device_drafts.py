@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from twotower.kernels.commit import RULES, Drafts, threshold_below
+from twotower.kernels.draft_lines import WORDS, DraftSampling
 from twotower.towers.decoding.sampling import Sampler, signed
 from twotower.towers.decoding.services import ProvisionalBlock
 from twotower.towers.decoding.unmasking import CommitName, CommitRule, ReplayRule, ThresholdRule
@@ -18,7 +19,6 @@ from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.state.tensors import StateTensors
 
 _MAX_QUOTA = 64
-_WORDS = ("key", "start", "domain", "fixed_step", "eos", "eos_from")
 
 
 @dataclass(eq=False)
@@ -90,8 +90,11 @@ class DraftTables:
         def table(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(slots, *shape, dtype=dtype, device=device)
 
-        self.words = table(len(_WORDS), dtype=torch.int64)
-        self.temperature = table(dtype=torch.float32)
+        self.sampling = DraftSampling(
+            table(len(WORDS), dtype=torch.int64),
+            table(dtype=torch.float32),
+            tower.config.mask_token_id,
+        )
         self.drafts = Drafts(
             table(MAX_LENGTH, dtype=torch.int64),
             table(MAX_LENGTH, dtype=torch.int32),
@@ -113,20 +116,17 @@ class DraftTables:
             known = self._modulations[length] = torch.stack(parts)
         return known
 
-    def word(self, name: str, slots: Tensor) -> Tensor:
-        """A named word of the drafts in `slots`, shaped as `slots`."""
-        return self.words[slots, _WORDS.index(name)]
-
     @torch.inference_mode()
     def begin(self, fresh: Sequence[tuple[int, DeviceDraft]]) -> None:
         """Enters blocks before their first step, with their slots."""
-        drafts, device = self.drafts, self.words.device
+        drafts, sampling = self.drafts, self.sampling
+        device = sampling.words.device
         slots = torch.tensor([slot for slot, _ in fresh]).to(device)
         mask = self._tower.config.mask_token_id
         rows = [_first_rows(draft, mask) for _, draft in fresh]
         whole = torch.tensor([row[0] for row in rows], dtype=torch.int64).to(device)
         real = torch.tensor([row[1] for row in rows], dtype=torch.float32).to(device)
-        wide = [MAX_LENGTH, MAX_LENGTH, _MAX_QUOTA, 3, len(_WORDS)]
+        wide = [MAX_LENGTH, MAX_LENGTH, _MAX_QUOTA, 3, len(WORDS)]
         tokens, commit_steps, quota, counts, words = whole.split(wide, dim=1)
         drafts.tokens[slots] = tokens
         drafts.commit_steps[slots] = commit_steps.int()
@@ -138,8 +138,8 @@ class DraftTables:
         drafts.rule[slots] = counts[:, 2].int()
         drafts.quota[slots] = quota.int()
         drafts.threshold[slots] = real[:, 0]
-        self.temperature[slots] = real[:, 1]
-        self.words[slots] = words
+        sampling.temperature[slots] = real[:, 1]
+        sampling.words[slots] = words
 
 
 def _first_rows(draft: DeviceDraft, mask_token_id: int) -> tuple[list[int], list[float]]:

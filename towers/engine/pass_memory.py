@@ -52,6 +52,9 @@ def layer_bytes(config: TwoTowerConfig, dtype: torch.dtype, tokens: int) -> int:
         slots = config.num_experts_per_tok + shared
         # The router's input and scores are in fp64.
         router = 2 * (hidden + config.n_routed_experts) * _FP32
+        # Where experts multiply 8-bit values: those of the tokens and of what is inside.
+        narrow = config.num_experts_per_tok * config.moe_intermediate_size + hidden
+        router += narrow if config.quantized_experts else 0
         widths.append(slots * (config.moe_intermediate_size + hidden) * size + router)
     if config.layers_of(MLP):
         widths.append(2 * config.intermediate_size * size)

@@ -12,8 +12,8 @@ from twotower.towers.decoding.sampling import Draw, Drawn, signed
 from twotower.towers.engine.cuda_graph import Staging
 from twotower.towers.errors import NumericalError
 
-DRAW_INPUTS = ("key", "position", "step", "domain", "barred", "temperature")
-DRAW_PADDING = {"barred": -1}
+DRAW_INPUTS = ("key", "position", "step", "domain", "excluded", "barred", "temperature")
+DRAW_PADDING = {"excluded": -1, "barred": -1}
 
 
 def draw_inputs(draws: Sequence[Draw]) -> dict[str, list[int]]:
@@ -27,6 +27,8 @@ def draw_inputs(draws: Sequence[Draw]) -> dict[str, list[int]]:
         "position": [position for draw in draws for position in draw.positions],
         "step": spread([draw.step for draw in draws]),
         "domain": spread([draw.domain for draw in draws]),
+        # Draws of the context tower exclude nothing.
+        "excluded": [-1 for draw in draws for _ in draw.positions],
         "barred": [token for draw in draws for token in draw.barred_tokens()],
         "temperature": spread(_as_bits([draw.sampler.temperature for draw in draws])),
     }
@@ -35,16 +37,7 @@ def draw_inputs(draws: Sequence[Draw]) -> dict[str, list[int]]:
 def staged_sampling(staging: Staging) -> SamplingBatch:
     """The same inputs on the device, for all lines of the staging."""
     given = {name: staging[name] for name in DRAW_INPUTS}
-    key = given["key"]
-    return SamplingBatch(
-        _from_bits(given["temperature"]),
-        key,
-        given["position"],
-        given["step"],
-        given["domain"],
-        torch.full_like(key, -1),
-        given["barred"],
-    )
+    return SamplingBatch(**{**given, "temperature": _from_bits(given["temperature"])})
 
 
 def drawn_of(lines: Sequence[Sequence[float]], span: slice, draw: Draw) -> Drawn | NumericalError:

@@ -18,7 +18,7 @@ from twotower.kernels import dispatch
 from twotower.kernels.attention import PagedKeyValues
 from twotower.kernels.determinism import deterministic
 from twotower.kernels.mamba_scan import MambaScanWeights
-from twotower.kernels.moe import RouterRule
+from twotower.kernels.moe import RouterRule, SlotOutputs
 from twotower.kernels.rows import Rows
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.model.weights import (
@@ -110,7 +110,7 @@ class Tower:
 
     def _mix(
         self, index: int, x: Tensor, inputs: MixerInputs, projected: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor | SlotOutputs, dict[str, Tensor]]:
         """Layer `index`'s mixer on its normed input x [T, H] -> its output [T, H], and views of
         what it would add to the rows' contexts by name: `xbc` [T, Cd] and `dt` [T, heads] of a
         Mamba layer, `k` and `v` [T, nkv, hd] of an attention layer. A Mamba layer's projection
@@ -176,8 +176,8 @@ def attention(
     return dispatch.linear(out, weights.o_proj, weights.o_proj_bias), k, v
 
 
-def moe(x: Tensor, weights: MoeWeights, config: TwoTowerConfig, rows: Rows) -> Tensor:
-    """Routed experts plus the shared MLP."""
+def moe(x: Tensor, weights: MoeWeights, config: TwoTowerConfig, rows: Rows) -> Tensor | SlotOutputs:
+    """Routed experts plus the shared MLP, [T, H] or what the next norm adds up."""
     rule = RouterRule(
         config.num_experts_per_tok,
         config.n_group,
@@ -185,11 +185,11 @@ def moe(x: Tensor, weights: MoeWeights, config: TwoTowerConfig, rows: Rows) -> T
         config.norm_topk_prob,
         config.routed_scaling_factor,
     )
-    ids, scores = dispatch.route(
+    routing = dispatch.route(
         x, weights.gate, weights.choice_bias, rule, rows.real, weights.narrow_gate
     )
     shared = weights.shared
-    return dispatch.experts(x, ids, scores, weights.up, weights.down, shared.up, shared.down)
+    return dispatch.slot_outputs(x, routing, weights.up, weights.down, shared.up, shared.down)
 
 
 def mlp(x: Tensor, weights: MlpWeights) -> Tensor:

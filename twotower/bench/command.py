@@ -18,6 +18,8 @@ from twotower.bench.options import SECTIONS, BenchOptions, defaults_for
 from twotower.bench.plot import NO_MATPLOTLIB, can_plot, plot
 from twotower.bench.random_towers import EXPERT_FORMATS
 from twotower.bench.suite import run_suite
+from twotower.bench.tune import tune
+from twotower.kernels.quantized import EXPERT_PRODUCTS
 from twotower.planner.schedules import PROFILES
 from twotower.planner.shapes import PRESETS
 from twotower.towers.checkpoint.weights import DTYPES, parse_device
@@ -39,11 +41,14 @@ def main(
     args = parser.parse_args(arguments)
     try:
         options = _options(args)
-        for path in (args.out, args.table, args.plot):
+        for path in (args.out, args.table, args.plot, args.tune):
             _check_writable(path)
     except (ValueError, ConfigError) as error:
         parser.error(str(error))
     limit_threads()
+    if args.tune is not None:
+        tune(options.preset, torch.device(options.device), options.batches, args.tune, _say)
+        return 0
     wants_plot = args.plot is not None
     if wants_plot and not can_plot():
         # Said before the measurements, which take long.
@@ -115,6 +120,7 @@ def _parser(program: str) -> _Parser:
     add(
         "--experts", choices=EXPERT_FORMATS, help="format of routed experts; full: that of the rest"
     )
+    add("--expert-products", choices=EXPERT_PRODUCTS, help="how experts in fp8 are multiplied")
     add("--unique", type=float, help="experts a layer that one row's block reads; 0: as it comes")
     add("--batches", type=_numbers, help="rows decoded together, the most important first")
     add("--context", type=int, help="tokens that each row has read")
@@ -137,6 +143,7 @@ def _parser(program: str) -> _Parser:
     add("--seed", type=int, help="of weights, tokens and orders of blocks")
     add("--out", type=Path, default=Path("bench.json"), help="the report, written step by step")
     add("--plot", type=Path, help="a picture (PNG); needs the extra `bench`")
+    add("--tune", type=Path, help="measure nothing but how kernels are launched, into this table")
     add("--table", type=Path, help="the tables as markdown")
     return parser
 

@@ -81,16 +81,21 @@ def _head(report: Entry) -> str:
     device = hardware["device"] if hardware["device"] == "CPU" else f"one {hardware['device']}"
     unique = options["unique"]
     routing = f"narrowed to {unique:g} experts for one row" if unique else "as the weights have it"
+    experts = options["experts"]
+    if options.get("expert_products", "widened") != "widened":
+        experts += f" and products in {options['expert_products']}"
+    narrow = ceilings.get("fp8_flops")
+    in_8_bits = f", 8-bit products {narrow / 1e12:.3g} TFLOP/s" if narrow else ""
     return (
         f"Measured on {report['date']} on {device} (host {hardware['cpu']}), torch "
         f"{hardware['torch']}, Triton {hardware['triton']}: random weights at preset "
         f"{options['preset']}, "
-        f"{options['dtype']}, experts {options['experts']}, "
+        f"{options['dtype']}, experts {experts}, "
         f"{'deterministic, ' if options.get('deterministic') else ''}"
         f"the denoiser's routing {routing}. "
         f"Ceilings of the same run: copy {ceilings['bytes_per_s'] / 1e12:.3g} TB/s, products "
         f"{ceilings['matmul_flops'] / 1e12:.3g} TFLOP/s, fp32 products "
-        f"{ceilings['wide_flops'] / 1e12:.3g} TFLOP/s."
+        f"{ceilings['wide_flops'] / 1e12:.3g} TFLOP/s{in_8_bits}."
     )
 
 

@@ -24,14 +24,14 @@ from twotower.towers.model.weights import TowerWeights
 
 _SCAN_AND_REPLAY = "mamba_scan and replay"
 # The operators of the floor that each measured operator computes. The shared expert belongs to
-# `experts` where it is computed with the routed experts, otherwise to `mlp`.
+# `slot_outputs` where it is computed with the routed experts, otherwise to `mlp`.
 _FLOOR_OF: dict[str, tuple[str, ...]] = {
     "add_norm": ("norm",),
     "mamba_scan": ("scan",),
     _SCAN_AND_REPLAY: ("scan",),
     "attention": ("attention",),
     "route": ("router",),
-    "experts": ("experts_up", "experts_down"),
+    "slot_outputs": ("experts_up", "experts_down"),
     "mlp": ("mlp_up", "mlp_down"),
     "in_proj": ("in_proj",),
     "out_proj": ("out_proj",),
@@ -147,8 +147,8 @@ def _floors_by_operator(
     dense = works["mlp_up"].launches if "mlp_up" in works else 0
     if measured.get("mlp", (0, 0.0))[0] > dense:
         parts["mlp"] += _SHARED
-    elif "experts" in parts:
-        parts["experts"] += _SHARED
+    elif "slot_outputs" in parts:
+        parts["slot_outputs"] += _SHARED
     return {
         name: sum(works[part].seconds(ceilings) for part in names if part in works)
         for name, names in parts.items()

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from twotower.bench.random_towers import EXPERT_FORMATS
+from twotower.kernels.quantized import EXPERT_PRODUCTS
 from twotower.planner.schedules import BLOCK, PROFILES
 from twotower.planner.shapes import PRESETS
 from twotower.towers.checkpoint.weights import DTYPES
@@ -30,6 +31,7 @@ _MOST = 2**31 - 1
 class BenchOptions:
     """Measurements and their sizes. Raises ValueError for values out of range.
 
+    `expert_products` is how experts in the format "fp8" are multiplied.
     `batches` are numbers of rows, `context` and `long_context` tokens of each row. `unique` is the
     number of experts per layer that the block of one row should read, 0 for the routing as the
     weights give it. Towers that are `deterministic` give a row the same bits in any batch. A run
@@ -40,6 +42,7 @@ class BenchOptions:
     device: str = "cpu"
     dtype: str = "float32"
     experts: str = "full"
+    expert_products: str = "widened"
     unique: float = 0.0
     batches: tuple[int, ...] = (1, 4)
     context: int = 128
@@ -60,6 +63,11 @@ class BenchOptions:
         _one_of("preset", self.preset, PRESETS)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("experts", self.experts, EXPERT_FORMATS)
+        _one_of("expert_products", self.expert_products, EXPERT_PRODUCTS)
+        if self.expert_products == "fp8" and self.experts != "fp8":
+            raise ValueError(
+                f"expert_products: got 'fp8', expected 'widened' for experts {self.experts!r}"
+            )
         for profile in self.profiles:
             _one_of("profiles", profile, PROFILES)
         for section in self.sections:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from twotower.kernels.causal_conv1d import tap_major
 from twotower.kernels.moe import ExpertWeights, narrow_parts
-from twotower.kernels.quantized import quantize
+from twotower.kernels.quantized import ExpertProducts, quantize
 from twotower.towers.config.model_config import (
     ATTENTION,
     MAMBA,
@@ -45,8 +45,9 @@ _SMALL = 0.02
 class TowerMaker:
     """Draws the weights of towers of one shape from one generator.
 
-    `experts` is the format of routed experts: `full` for `dtype`, as all other weights, or `fp8`.
-    `deterministic` is the towers'.
+    `experts` is the format of routed experts: `full` for `dtype`, as all other weights, or `fp8`,
+    which is multiplied as `expert_products` says. Routers get narrow parts on a GPU, and with
+    `narrow` anywhere. `deterministic` is the towers'.
     """
 
     config: TwoTowerConfig
@@ -54,6 +55,8 @@ class TowerMaker:
     dtype: torch.dtype
     generator: torch.Generator
     experts: str = "full"
+    narrow: bool = False
+    expert_products: ExpertProducts = "widened"
     deterministic: bool = False
 
     def context(self) -> ContextTower:
@@ -138,13 +141,13 @@ class TowerMaker:
             up=self._experts(config.moe_intermediate_size, hidden),
             down=self._experts(hidden, config.moe_intermediate_size),
             shared=self._mlp(config.moe_shared_expert_intermediate_size),
-            narrow_gate=narrow_parts(gate) if self.device.type == "cuda" else None,
+            narrow_gate=narrow_parts(gate) if self.narrow or self.device.type == "cuda" else None,
         )
 
     def _experts(self, outputs: int, inputs: int) -> ExpertWeights:
         scale = 1.0 / math.sqrt(inputs)
         stacked = self._normal(self.config.n_routed_experts, outputs, inputs, scale=scale)
-        return quantize(stacked) if self.experts == "fp8" else stacked
+        return quantize(stacked, self.expert_products) if self.experts == "fp8" else stacked
 
     def _mlp(self, width: int, *, biased: bool = False) -> MlpWeights:
         hidden = self.config.hidden_size

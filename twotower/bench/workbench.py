@@ -24,7 +24,7 @@ from twotower.planner.floors import (
 )
 from twotower.planner.schedules import PROFILES
 from twotower.planner.shapes import PRESETS
-from twotower.towers.checkpoint.weights import parse_dtype
+from twotower.towers.checkpoint.weights import parse_dtype, parse_expert_products
 from twotower.towers.model.backbone import Tower
 from twotower.towers.model.context_tower import ContextTower
 from twotower.towers.model.denoiser_tower import DenoiserTower
@@ -73,7 +73,8 @@ class Workbench:
             self.dtype,
             generator,
             options.experts,
-            options.deterministic,
+            expert_products=parse_expert_products(options.expert_products),
+            deterministic=options.deterministic,
         )
         self.context: ContextTower = maker.context()
         self.denoiser: DenoiserTower = maker.denoiser()
@@ -135,6 +136,7 @@ class Workbench:
             masked=masked,
             value_bytes=size,
             expert_bytes=1 if self.options.experts == "fp8" else size,
+            fp8_products=self.options.expert_products == "fp8",
         )
         works = pass_works(self.config, shape)
         return PassFloor(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from twotower.cli.options import ApiKey, Device, Dtype, Model
+from twotower.cli.options import ApiKey, Device, Dtype, ExpertProducts, Model
 from twotower.cli.progress import hub_bars, is_live, working
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def generate(
     model: Model = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    expert_products: ExpertProducts = "widened",
     mode: Annotated[
         str,
         typer.Option(
@@ -168,7 +169,8 @@ def generate(
     if target is not None:
         generate_remotely(target, api_key, text, sampling, ignore_eos, logprobs, plain)
     else:
-        generate_here(model, device, dtype, text, sampling, ignore_eos, logprobs, plain)
+        options = sampling, ignore_eos, logprobs, plain
+        generate_here(model, device, dtype, text, *options, expert_products)
 
 
 def generate_remotely(
@@ -228,6 +230,7 @@ def generate_here(
     ignore_eos: bool,
     logprobs: bool,
     plain: bool,
+    expert_products: str,
 ) -> None:
     """Streams a completion of a model in this process to stdout."""
     from twotower.towers.errors import InvalidRequestError
@@ -235,7 +238,7 @@ def generate_here(
 
     # Before a checkpoint is fetched for nothing.
     GenerationParams(**sampling)
-    loaded = _loaded(model, device, dtype, plain)
+    loaded = _loaded(model, device, dtype, expert_products, plain)
     if loaded.tokenizer is None:
         raise InvalidRequestError("prompt", prompt, "a model that has a tokenizer")
     here: dict[str, Any] = {name: one for name, one in sampling.items() if name not in FLOORS}
@@ -268,18 +271,27 @@ def biases(given: Sequence[str]) -> list[tuple[int, float]]:
     return pairs
 
 
-def _loaded(model: str | None, device: str, dtype: str, plain: bool) -> TwoTower:
+def _loaded(
+    model: str | None, device: str, dtype: str, expert_products: str, plain: bool
+) -> TwoTower:
     """The model, with a bar of what is read of it."""
     with working("starting", wanted=not plain):
         from twotower.api import TwoTower
-        from twotower.towers.checkpoint.weights import parse_dtype, resolve_checkpoint
+        from twotower.towers.checkpoint.weights import (
+            parse_dtype,
+            parse_expert_products,
+            resolve_checkpoint,
+        )
 
         # Before a checkpoint is fetched for nothing.
         parse_dtype(dtype)
+        parse_expert_products(expert_products)
     with hub_bars():
         folder = resolve_checkpoint(model)
     with working("loading", "bytes", wanted=not plain) as bar:
-        return TwoTower.from_pretrained(folder, device, dtype, progress=bar)
+        return TwoTower.from_pretrained(
+            folder, device, dtype, progress=bar, expert_products=expert_products
+        )
 
 
 def _is_shown(plain: bool) -> bool:

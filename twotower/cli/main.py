@@ -67,6 +67,13 @@ def serve(
         bool | None,
         typer.Option("--deterministic", help="On cuda, the same bits for a row in any batch."),
     ] = None,
+    expert_products: Annotated[
+        str | None,
+        typer.Option(
+            help="How routed experts in 8 bits are multiplied: widened (default, in the number "
+            "format), or fp8 (with tokens in 8 bits too)."
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of each tower; half of the CPUs it may use.")
     ] = None,
@@ -101,6 +108,7 @@ def serve(
         "device": device,
         "dtype": dtype,
         "deterministic": deterministic,
+        "expert_products": expert_products,
         "num_threads": threads,
         "max_context": max_context,
         "max_num_seqs": max_num_seqs,

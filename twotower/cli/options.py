@@ -12,6 +12,13 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="Number format: float32 or bfloat16.")]
+ExpertProducts = Annotated[
+    str,
+    typer.Option(
+        help="How routed experts in 8 bits are multiplied: widened (in the number format), or fp8 "
+        "(with tokens in 8 bits too)."
+    ),
+]
 ApiKey = Annotated[
     str | None,
     typer.Option(

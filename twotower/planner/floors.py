@@ -18,17 +18,26 @@ from twotower.towers.config.model_config import ATTENTION, MAMBA, MLP, MOE, TwoT
 PassKind = Literal["denoise", "ar", "extend", "verify"]
 # The share of a block's positions that is masked, averaged over all passes of recorded blocks.
 MASKED = 0.6
+# Products in 8 bits over those in bf16, by the datasheets of Hopper and Blackwell.
+FP8_GAIN = 2.0
 _FP32, _SCORE = 4, 8
 
 
 @dataclass(frozen=True)
 class Ceilings:
     """Measured rates of a device: bytes/s of a copy (read and written), FLOP/s of a large matrix
-    product in the model's dtype, and FLOP/s of such a product in fp32."""
+    product in the model's dtype, in fp32 and in 8 bits. What was not measured in 8 bits (None) is
+    taken for twice the rate in the model's dtype."""
 
     bytes_per_s: float
     matmul_flops: float
     wide_flops: float
+    fp8_flops: float | None = None
+
+    @property
+    def narrow_flops(self) -> float:
+        """FLOP/s of products in 8 bits, measured or assumed."""
+        return FP8_GAIN * self.matmul_flops if self.fp8_flops is None else self.fp8_flops
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,8 @@ class PassShape:
     """A pass over `rows` rows of `length` tokens after `context` tokens each, in which the tokens
     of a layer chose `unique` different experts. `head_tokens` go through the head; `moves_state`
     means that the Mamba states are written back. `value_bytes` are those of a value of weights and
-    activations, `expert_bytes` those of a routed expert's."""
+    activations, `expert_bytes` those of a routed expert's; with `fp8_products` routed experts
+    multiply 8-bit values."""
 
     rows: int
     length: int
@@ -46,6 +56,7 @@ class PassShape:
     moves_state: bool
     value_bytes: int = 2
     expert_bytes: int = 2
+    fp8_products: bool = False
 
     @property
     def tokens(self) -> int:
@@ -61,6 +72,7 @@ class Work:
     num_bytes: float
     flops: float = 0.0
     wide_flops: float = 0.0
+    fp8_flops: float = 0.0
 
     def seconds(self, ceilings: Ceilings) -> float:
         """The least time of all its launches."""
@@ -68,6 +80,7 @@ class Work:
             self.num_bytes / ceilings.bytes_per_s,
             self.flops / ceilings.matmul_flops,
             self.wide_flops / ceilings.wide_flops,
+            self.fp8_flops / ceilings.narrow_flops,
         )
         return self.launches * each
 
@@ -83,6 +96,7 @@ def shape_of(
     masked: float = 1.0,
     value_bytes: int = 2,
     expert_bytes: int = 2,
+    fp8_products: bool = False,
 ) -> PassShape:
     """The shape of a pass of a kind. `unique` None means that all tokens choose independently;
     `masked` is the share of a denoiser's positions that goes through the head."""
@@ -100,6 +114,7 @@ def shape_of(
         kind != "denoise",
         value_bytes,
         expert_bytes,
+        fp8_products,
     )
 
 
@@ -170,7 +185,8 @@ def _moe(config: TwoTowerConfig, shape: PassShape) -> list[Work]:
     width, picks = config.moe_intermediate_size, config.num_experts_per_tok
     scales = _FP32 if shape.expert_bytes < shape.value_bytes else 0
     matrix = width * hidden * shape.expert_bytes
-    flops = 2 * tokens * picks * width * hidden
+    flops = 2.0 * tokens * picks * width * hidden
+    wide, narrow = (0.0, flops) if shape.fp8_products else (flops, 0.0)
     router = Work(
         "router",
         layers,
@@ -183,13 +199,18 @@ def _moe(config: TwoTowerConfig, shape: PassShape) -> list[Work]:
     return [
         router,
         Work(
-            "experts_up", layers, up + tokens * (hidden + picks * width) * shape.value_bytes, flops
+            "experts_up",
+            layers,
+            up + tokens * (hidden + picks * width) * shape.value_bytes,
+            wide,
+            fp8_flops=narrow,
         ),
         Work(
             "experts_down",
             layers,
             down + tokens * picks * (width + hidden) * shape.value_bytes,
-            flops,
+            wide,
+            fp8_flops=narrow,
         ),
         *_mlp("shared", layers, shared, config, shape),
     ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from twotower.planner.devices import Device, device_named
@@ -124,7 +125,7 @@ def _merged(reports: Sequence[MeasuredPasses]) -> MeasuredPasses:
     for each in reports:
         name, _, rest = each.source.partition(": ")
         names.setdefault(rest, []).append(name)
-    rates = [astuple(each.ceilings) for each in reports if each.ceilings is not None]
+    rates = [each.ceilings for each in reports if each.ceilings is not None]
     return MeasuredPasses(
         "; ".join(f"{', '.join(own)}: {rest}" for rest, own in names.items()),
         reports[0].context,
@@ -132,10 +133,21 @@ def _merged(reports: Sequence[MeasuredPasses]) -> MeasuredPasses:
             kind: _means(at for each in reports for at in each.seconds.get(kind, ()))
             for kind in kinds
         },
-        Ceilings(*(sum(own) / len(own) for own in zip(*rates, strict=True))),
+        _mean_ceilings(rates),
         reports[0].fp8,
         reports[0].device,
         _means(at for each in reports for at in each.cycles),
+    )
+
+
+def _mean_ceilings(rates: Sequence[Ceilings]) -> Ceilings:
+    """The mean of each rate; that of products in 8 bits over the runs that measured it."""
+    narrow = [each.fp8_flops for each in rates if each.fp8_flops is not None]
+    return Ceilings(
+        fmean(each.bytes_per_s for each in rates),
+        fmean(each.matmul_flops for each in rates),
+        fmean(each.wide_flops for each in rates),
+        fmean(narrow) if narrow else None,
     )
 
 
@@ -149,6 +161,9 @@ def _of_report(
         raise ConfigError(f"measured: got {hardware['device']!r}, expected a {device.title}")
     if options["dtype"] != "bfloat16":
         raise ConfigError(f"measured: got {options['dtype']!r}, expected 'bfloat16'")
+    products = options.get("expert_products", "widened")
+    if products != "widened":
+        raise ConfigError(f"measured: got expert_products {products!r}, expected 'widened'")
     seconds = {kind: _mean_seconds(body["decode"], kind) for kind in _KINDS}
     seconds = {kind: points for kind, points in seconds.items() if points}
     if not seconds:

@@ -51,6 +51,7 @@ class Reached:
             self.bandwidth * ceilings.bytes_per_s,
             self.flops * ceilings.matmul_flops,
             self.flops * ceilings.wide_flops,
+            self.flops * ceilings.narrow_flops,
         )
 
 

@@ -1,12 +1,15 @@
-"""Threads of a tower's process: what was asked for, or half of the CPUs that it may use."""
+"""Threads of a tower's process: what was asked for, or half of the CPUs that it may use; and how
+its tower is loaded."""
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cluster.test_topology import PAIR
 from twotower.cluster.services import colocated, loading
@@ -32,6 +35,20 @@ def test_threads_of_a_tower(
     finally:
         sys.setswitchinterval(before)
     assert taken == [threads]
+
+
+def test_a_tower_is_loaded_as_the_pair_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "prepare_process", lambda _: None)
+
+    def load(
+        folder: Path, device: str | torch.device, dtype: torch.dtype, **others: object
+    ) -> tuple[object, ...]:
+        return folder, device, dtype, others
+
+    pair = replace(PAIR, dtype="bfloat16", expert_products="fp8")
+    got = asyncio.run(loaded(load, pair))
+    others = {"expert_products": "fp8", "deterministic": False}
+    assert got == (Path(PAIR.model_path), "cpu", torch.bfloat16, others)
 
 
 @pytest.mark.parametrize("wanted", [False, True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,22 @@ from tests.support.random_model import (
     write_checkpoint,
     write_shards,
 )
+from twotower.kernels import experts_triton, moe
 from twotower.kernels.dispatch import Backend, force
 from twotower.kernels.quantized import QuantizedExperts
 from twotower.towers.checkpoint.checkpoint import Checkpoint, tensor_shapes
 from twotower.towers.checkpoint.quantization import quantize_checkpoint
 from twotower.towers.checkpoint.tensor_file import TensorFile
-from twotower.towers.checkpoint.tower_loader import read_quantized
+from twotower.towers.checkpoint.tower_loader import check_fp8_device, read_quantized
 from twotower.towers.checkpoint.weights import (
     load_context_tower,
     load_denoiser_tower,
 )
 from twotower.towers.config.model_config import TwoTowerConfig
 from twotower.towers.config.quantization_config import FP8_EXPERTS
-from twotower.towers.errors import CheckpointError
+from twotower.towers.errors import CheckpointError, ConfigError
+from twotower.towers.model.context_tower import ContextTower
+from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.model.weights import MoeWeights
 
 EXPERT = re.compile(
@@ -383,3 +387,67 @@ def test_a_pass_over_the_8_bits_themselves(source: Path, target: Path, backend: 
         hidden = stacked.forward(block, [0.5], [stacked.new_state(8)])
         got = stacked.logits(hidden).cpu()
     assert_relative_rms(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_with_products_in_8_bits(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Experts stay in 8 bits on a CPU too, and their tokens are rounded to them."""
+    quantize_checkpoint(source, target)
+    widened = load_denoiser_tower(target, dtype=dtype)
+    narrow = load_denoiser_tower(target, dtype=dtype, expert_products="fp8")
+    mixer = narrow.weights.layers[2].mixer
+    assert isinstance(mixer, MoeWeights)
+    assert isinstance(mixer.up, QuantizedExperts)
+    assert mixer.up.products == "fp8"
+    block = [[5, 3, 3, 9, 3, 1, 3]]
+    got, want = (
+        tower.logits(tower.forward(block, [0.5], [tower.new_state(8)])).float()
+        for tower in (narrow, widened)
+    )
+    assert not torch.equal(got, want)
+    assert_relative_rms(got, want, 0.05)
+
+
+@pytest.mark.parametrize("load", [load_context_tower, load_denoiser_tower])
+def test_products_in_8_bits_are_the_kernels_as_well(
+    source: Path, target: Path, load: Callable[..., ContextTower | DenoiserTower]
+) -> None:
+    quantize_checkpoint(source, target)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tower = load(target, device, for_triton=True, expert_products="fp8")
+    mixer = tower.weights.layers[2].mixer
+    assert isinstance(mixer, MoeWeights)
+    x = torch.randn(6, 16, generator=torch.Generator().manual_seed(3)).to(device)
+    ids = torch.tensor([[0, 3], [1, 2], [3, 1], [2, 0], [-1, 1], [0, 1]], device=device)
+    given = x, ids, torch.rand(6, 2, generator=torch.Generator().manual_seed(4)).to(device)
+    shared = mixer.shared.up, mixer.shared.down
+    got, want = (
+        experts(*given, mixer.up, mixer.down, *shared)
+        for experts in (experts_triton.experts, moe.experts)
+    )
+    assert_relative_rms(got, want, 1e-3)
+
+
+@pytest.mark.parametrize("load", [load_context_tower, load_denoiser_tower])
+def test_products_in_8_bits_of_other_experts_are_refused(
+    source: Path, load: Callable[..., object]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(source, expert_products="fp8")
+    assert str(refused.value) == (
+        "expert_products: got 'fp8', expected 'widened': the routed experts of source are not in "
+        "8 bits (see twotower quantize)"
+    )
+
+
+def test_a_gpu_without_products_in_8_bits_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"cuda:0": (8, 9), "cuda:1": (8, 0), "cuda:2": (9, 0)}
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: known[str(device)])
+    for name in ("cpu", "cuda:0", "cuda:2"):
+        check_fp8_device(torch.device(name))
+    with pytest.raises(ConfigError) as refused:
+        check_fp8_device(torch.device("cuda:1"))
+    assert str(refused.value) == (
+        "expert_products: got 'fp8', expected 'widened' on cuda:1: its compute capability is 8.0, "
+        "products in 8 bits need 8.9"
+    )

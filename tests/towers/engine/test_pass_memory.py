@@ -26,6 +26,9 @@ def test_experts_are_the_widest_layer() -> None:
     """Eight slots a token, up and down, and the router's fp64, beside four of the residual's."""
     per_token = 8 * (1856 + 2688) * 2 + 8 * (2688 + 128) + 4 * 2688 * 2
     assert layer_bytes(LARGE, BF16, 1024) == 1024 * per_token
+    # In 8 bits beside them the tokens and what six experts have inside.
+    in_8_bits = layer_bytes(replace(LARGE, quantized_experts=True), BF16, 1024)
+    assert in_8_bits == 1024 * (per_token + 6 * 1856 + 2688)
     narrow = layer_bytes(replace(LARGE, layer_pattern="M"), BF16, 1)
     assert narrow == (10304 + 6144 + 4096) * 2 + 4096 * 4 + 64 * 4 + 4 * 2688 * 2
 

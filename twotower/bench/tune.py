@@ -1,0 +1,214 @@
+"""Measures how a card's kernels are launched best, and writes the table that processes there use.
+
+    twotower bench --tune nvidia_some_card.json --preset 30b
+
+Every trial is launched once by several processes side by side, which fill Triton's cache, and then
+timed by this one alone. An entry is kept where it is faster than the present launch by more than
+runs differ; passes of sizes between two that were measured take the launch of the larger.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from twotower.bench.timing import launch_seconds
+from twotower.bench.tune_trials import Experts, Mixers, Trial
+from twotower.kernels import attention_triton, experts_triton, mamba_scan_triton, replay_triton
+from twotower.kernels.launch_table import Entry, LaunchTable, table_of, using
+
+# By how much a launch must be faster than the present one.
+_GAIN = 0.03
+_COMPILERS = 7
+_COMPILE_SECONDS = 100.0
+_TRIALS = (Experts, Mixers)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A trial's kernel, size and entry, and the microseconds of a launch."""
+
+    kernel: str
+    size: int
+    entry: Entry
+    us: float
+
+
+def defaults() -> dict[str, Any]:
+    """The launch of each kernel where no table says anything, at its smallest size."""
+    scan = mamba_scan_triton
+    return {
+        "experts": experts_triton.tiling_of(1, torch.bfloat16),
+        "scan_token": scan.TOKEN_TILE,
+        "scan_block": scan.tile_of(2),
+        "replay_token": replay_triton.SLICE,
+        "replay_block": replay_triton.SLICE,
+        "attention_token": attention_triton.tiling_for(torch.bfloat16, 1),
+        "attention_block": attention_triton.tiling_for(torch.bfloat16, attention_triton.BLOCK_ROWS),
+        "attention_piece": attention_triton.tiling_for(
+            torch.bfloat16, attention_triton.BLOCK_ROWS + 1
+        ),
+    }
+
+
+def tune(
+    preset: str,
+    device: torch.device,
+    rows: Sequence[int],
+    out: Path,
+    say: Callable[[str], None],
+) -> LaunchTable:
+    """Times all trials for so many rows and writes the table to `out`, after each kernel and size.
+
+    On a CPU, where nothing can be timed, every trial is named and the table stays empty.
+    """
+    if device.type == "cuda":
+        say(f"compiling in {_COMPILERS} processes")
+        _compile_beside(preset, device, rows)
+    before = table_of(device)
+    found: list[Timed] = []
+    for kernel, size, same in _by_size(trials(preset, device, rows)):
+        timed = [own for trial in same if (own := _timed(trial, device, before)) is not None]
+        if timed:
+            best = min(timed, key=lambda own: own.us)
+            say(f"{kernel} at {size}: {_first(timed).us:.1f} us now, best {best.us:.1f} us")
+        else:
+            say(f"{kernel} at {size}: {len(same)} launches to try")
+        found += timed
+        _write(out, device, preset, entries_of(found))
+    return LaunchTable(_card(device), entries_of(found))
+
+
+def trials(preset: str, device: torch.device, rows: Sequence[int]) -> Iterator[Trial]:
+    """All trials, those of one kernel and size one after another."""
+    for make in _TRIALS:
+        maker = make(preset, device)
+        for count in sorted(rows):
+            yield from maker.trials(count)
+
+
+def entries_of(found: Sequence[Timed]) -> dict[str, list[Entry]]:
+    """The best entry of each kernel and size, with the size up to which it holds. A size at which
+    nothing is enough faster than the present launch keeps that, as an entry without fields."""
+    entries: dict[str, list[Entry]] = {}
+    for kernel in dict.fromkeys(own.kernel for own in found):
+        chosen: list[dict[str, Any]] = []
+        for size in sorted({own.size for own in found if own.kernel == kernel}):
+            same = [own for own in found if (own.kernel, own.size) == (kernel, size)]
+            best, now = min(same, key=lambda own: own.us), _first(same)
+            entry = best.entry if best.us < (1 - _GAIN) * now.us else now.entry
+            if chosen and {**chosen[-1], "up_to": size} == {**entry, "up_to": size}:
+                chosen[-1]["up_to"] = size
+            else:
+                chosen.append({"up_to": size, **entry})
+        if any(len(entry) > 1 for entry in chosen):
+            entries[kernel] = [dict(entry) for entry in chosen]
+    return entries
+
+
+def _first(timed: Sequence[Timed]) -> Timed:
+    """The present launch, which is tried first."""
+    return timed[0]
+
+
+def _by_size(given: Iterator[Trial]) -> Iterator[tuple[str, int, list[Trial]]]:
+    """Trials of one kernel and size together, in their order."""
+    same: list[Trial] = []
+    for trial in given:
+        if same and (same[0].kernel, same[0].size) != (trial.kernel, trial.size):
+            yield same[0].kernel, same[0].size, same
+            same = []
+        same.append(trial)
+    if same:
+        yield same[0].kernel, same[0].size, same
+
+
+def _timed(trial: Trial, device: torch.device, before: LaunchTable) -> Timed | None:
+    """The time of a trial, None where it does not fit the device, or on a CPU."""
+    if device.type != "cuda":
+        return None
+    with using(_with(before, trial)):
+        try:
+            seconds = launch_seconds(trial.work, device)
+        except (RuntimeError, triton.OutOfResources):
+            return None
+    entry = trial.entry or before.entry(trial.kernel, trial.size)
+    return Timed(trial.kernel, trial.size, entry, 1e6 * seconds)
+
+
+def _with(before: LaunchTable, trial: Trial) -> LaunchTable:
+    """The table with a trial's entry for every size of its kernel."""
+    if not trial.entry:
+        return before
+    return LaunchTable(before.card, {**before.kernels, trial.kernel: [trial.entry]})
+
+
+def _compile_beside(preset: str, device: torch.device, rows: Sequence[int]) -> None:
+    """Launches every trial once, in processes side by side, for at most so many seconds."""
+    words = (preset, str(device), ",".join(map(str, rows)), str(_COMPILERS))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "twotower.bench.tune", *words, str(part)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for part in range(_COMPILERS)
+    ]
+    for process in processes:
+        try:
+            process.wait(_COMPILE_SECONDS)
+        except subprocess.TimeoutExpired:
+            # What it has not compiled is compiled when it is timed.
+            process.kill()
+            process.wait()
+
+
+def compile_part(
+    preset: str, device: torch.device, rows: Sequence[int], parts: int, part: int
+) -> None:
+    """Launches every `parts`-th trial once, from `part` on."""
+    before = table_of(device)
+    for index, trial in enumerate(trials(preset, device, rows)):
+        if index % parts == part:
+            with using(_with(before, trial)):
+                try:
+                    trial.work()
+                except (RuntimeError, triton.OutOfResources):
+                    continue
+
+
+def _write(
+    out: Path, device: torch.device, preset: str, entries: Mapping[str, Sequence[Entry]]
+) -> None:
+    made = {
+        "date": date.today().isoformat(),
+        "preset": preset,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+    table = {"card": _card(device), "made": made, "kernels": entries}
+    out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+def _card(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Compiles a part of the trials: preset, device, rows, number of parts, part."""
+    preset, device, rows, parts, part = arguments
+    numbers = [int(count) for count in rows.split(",")]
+    compile_part(preset, torch.device(device), numbers, int(parts), int(part))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
