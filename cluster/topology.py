@@ -38,11 +38,11 @@ class PairTopology:
     """A pair: where its towers come from, where they run, and what they may take.
 
     Both towers load `model_path` as `dtype` on `device`, and their engines have the options
-    `engine`; routed experts in 8 bits are multiplied as `expert_products` says. Each tower reserves
+    `engine`; routed experts in 8 bits are multiplied as `expert_products` says. With
+    `deterministic` a row has the same bits in any batch on a GPU too. Each tower reserves
     `cpus_per_tower` and `gpus_per_tower`, which may be fractions, and computes with `num_threads`
-    threads (None: half of the CPUs that its process may use).
-    `transport` carries states from tower to tower; NCCL needs a GPU for each. With
-    `channel_tls` they are encrypted on the way.
+    threads (None: half of the CPUs that its process may use). `transport` carries states from tower
+    to tower; NCCL needs a GPU for each. With `channel_tls` they are encrypted on the way.
 
     `placement` "separate" gives the context tower and each of `denoisers_per_context` denoiser
     towers a process of its own, "colocated" holds both towers in one process and one copy of every
@@ -66,6 +66,7 @@ class PairTopology:
     repair_timeout_s: float = 120.0
     faults: LinkFaults | None = None
     channel_tls: bool = False
+    deterministic: bool = False
     expert_products: ExpertProducts = "widened"
     self_test: bool | None = None
 

@@ -62,6 +62,11 @@ class ServiceConfig(BaseModel):
     model_name: str | None = Field(None, description="name shown to clients; none = the folder's")
     device: str = Field("cpu", pattern=r"^(cpu|cuda)$")
     dtype: Literal["float32", "bfloat16"] = "float32"
+    deterministic: bool = Field(
+        PairTopology.deterministic,
+        description="on cuda, give a row the same bits in any batch, at some cost of speed; on cpu "
+        "it always has them",
+    )
     expert_products: ExpertProducts = Field(
         PairTopology.expert_products,
         description="how routed experts that are stored in 8 bits are multiplied: widened = in "
@@ -361,6 +366,7 @@ class ServiceConfig(BaseModel):
             model_path=model_path,
             device=self.device,
             dtype=self.dtype,
+            deterministic=self.deterministic,
             engine=EngineOptions(
                 max_num_seqs=self.max_num_seqs,
                 max_context=self.max_context,

@@ -14,7 +14,7 @@ as the page table's width allows, and programs without work return at once.
 Besides the row, the last bits of its result depend on two things: whether `rows.max_seqlen` times
 the query heads of a KV head is at most FEW_ROWS (a pass of single tokens), at most BLOCK_ROWS or
 above, and the number of rows, as splits are longer where rows alone fill the device
-(`longer_splits`).
+(`longer_splits`). Inside `deterministic` it depends on neither.
 Source: Dao et al. 2022 (FlashAttention), section 3.1; Dao et al. 2023 (Flash-Decoding).
 """
 
@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower.kernels.attention import MAX_SPLITS, SHORT_TOKENS, PagedKeyValues
+from twotower.kernels.determinism import is_deterministic
 from twotower.kernels.launch_table import tuned
 from twotower.kernels.rows import Rows
 
@@ -176,7 +177,10 @@ def tiling_for(dtype: torch.dtype, folded_rows: int) -> Tiling:
 
 def _tuned_tiling(q: Tensor, folded_rows: int, rows: int, kv_heads: int) -> Tiling:
     """The tiling of a pass over so many rows, splits longer where it has many programs, or what a
-    table of the card says: those are measured with narrow numbers."""
+    table of the card says: those are measured with narrow numbers. Inside `deterministic` one for
+    all passes."""
+    if is_deterministic():
+        return tiling_for(q.dtype, BLOCK_ROWS)
     tiling = tiling_for(q.dtype, folded_rows)
     longer = longer_splits(rows * kv_heads * triton.cdiv(folded_rows, tiling.rows))
     tiling = replace(tiling, split_tokens=tiling.split_tokens * longer)

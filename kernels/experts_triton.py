@@ -29,9 +29,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower.kernels.determinism import is_deterministic
 from twotower.kernels.elementwise import relu_squared
 from twotower.kernels.expert_tiles_triton import Tiles, sort_by_expert
 from twotower.kernels.launch_table import tuned
+from twotower.kernels.linear_triton import linear
 from twotower.kernels.moe import ExpertWeights, Routing, SlotOutputs
 from twotower.kernels.overlap_triton import overlap, wait
 from twotower.kernels.quantized import ExpertProducts, QuantizedExperts
@@ -65,13 +67,17 @@ _TILINGS = (
 _TILING_OF_MORE = Tiling(128, 128, 64, num_warps=8, num_stages=4, resident=1)
 # Exact fp32 products run on ordinary arithmetic units, whose operands fill the registers.
 _TILING_OF_FP32 = Tiling(16, 32, 32, num_warps=4, num_stages=2, resident=4)
+# For any number: reading a weight takes longer than multiplying it with 64 rows, few or many.
+_STEADY_TILING = Tiling(64, 128, 64, num_warps=8, num_stages=4, resident=2)
 
 
 def tiling_of(tokens: int, dtype: torch.dtype, device: torch.device | None = None) -> Tiling:
-    """The tiling for a pass of `tokens` tokens in `dtype`, on a device that of its card's table.
-    Passes of the same tiling give a row the same bits."""
+    """The tiling for a pass of `tokens` tokens in `dtype`, on a device that of its card's table;
+    inside `deterministic` one for all. Passes of the same tiling give a row the same bits."""
     if dtype == torch.float32:
         return _TILING_OF_FP32
+    if is_deterministic():
+        return _STEADY_TILING
     default = next((tiling for most, tiling in _TILINGS if tokens <= most), _TILING_OF_MORE)
     return default if device is None else tuned("experts", tokens, default, device)
 
@@ -86,12 +92,15 @@ _FP8_TILINGS = (
 )
 _FP8_TILING_OF_MORE = Tiling(128, 128, 128, num_warps=8, num_stages=4, resident=1)
 _FP8_TILING_BESIDE_FP32 = Tiling(16, 32, 128, num_warps=4, num_stages=2, resident=4)
+_STEADY_FP8_TILING = Tiling(64, 64, 256, num_warps=4, num_stages=3, resident=2)
 
 
 def fp8_tiling_of(tokens: int, dtype: torch.dtype, device: torch.device | None = None) -> Tiling:
     """`tiling_of` for products in 8 bits, beside a shared MLP in `dtype`."""
     if dtype == torch.float32:
         return _FP8_TILING_BESIDE_FP32
+    if is_deterministic():
+        return _STEADY_FP8_TILING
     default = next((own for most, own in _FP8_TILINGS if tokens <= most), _FP8_TILING_OF_MORE)
     return default if device is None else tuned("experts_fp8", tokens, default, device)
 
@@ -153,7 +162,8 @@ def slot_outputs(
     product is rounded to x's dtype; a token's results are summed in fp32 in the order of its slots,
     the shared MLP's last. Tiles are chosen by T (`tiling_of`, `fp8_tiling_of`): within one tiling a
     token gets the same bits in any batch, except where Fs is no multiple of F and torch multiplies
-    the shared MLP. Raises ValueError for weights of another form.
+    the shared MLP. Inside `deterministic` there is one tiling, and our own product. Raises
+    ValueError for weights of another form.
     """
     tokens, hidden = x.shape
     if tokens == 0:
@@ -180,7 +190,8 @@ def slot_outputs(
     out = SlotOutputs(by_slot, routing.ids, routing.scores)
     if parts:
         return out
-    return _combine(out, F.linear(relu_squared(F.linear(x, shared_up)), shared_down))
+    product = linear if is_deterministic() else F.linear
+    return _combine(out, product(relu_squared(product(x, shared_up)), shared_down))
 
 
 def _empty(x: Tensor, *shape: int) -> Tensor:
@@ -312,7 +323,7 @@ def _product(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _multiply_kernel(
     source,
     values,

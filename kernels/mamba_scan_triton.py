@@ -12,8 +12,8 @@ fp32's precision: fp32 and fp16 inputs by fp32 products, bf16 inputs by tensor c
 `product`).
 
 Kernels and tiles follow from `rows.max_seqlen` alone: among passes whose longest rows have 1, 2 to
-16, 17 to 64 or more tokens, a row has the same bits in any batch.
-Source: Dao and Gu 2024 (Mamba-2), section 6.
+16, 17 to 64 or more tokens, a row has the same bits in any batch. Inside `deterministic` all take
+one kernel and tile. Source: Dao and Gu 2024 (Mamba-2), section 6.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower.kernels.chunk_scan_triton import scan_side_by_side, tile_for
+from twotower.kernels.determinism import is_deterministic
 from twotower.kernels.exact_products_triton import operand, product
 from twotower.kernels.external_scan import Scan, load_verified
 from twotower.kernels.launch_table import tuned
@@ -238,6 +239,8 @@ class Tile:
 
 
 TOKEN_TILE = Tile(1, 16, True, num_warps=1, num_stages=1)
+# Inside `deterministic`, for rows of any number of tokens.
+STEADY_TILE = Tile(16, 32, False, num_warps=4, num_stages=1)
 
 
 def tile_of(max_seqlen: int) -> Tile:
@@ -268,7 +271,8 @@ def mamba_scan(
     y = torch.empty((projected.shape[0], inner), dtype=torch.float32, device=projected.device)
     if not rows.count or not rows.max_seqlen:
         return y
-    scan = _scan_tokens if rows.max_seqlen == 1 else _scan_chunks
+    single = rows.max_seqlen == 1 and not is_deterministic()
+    scan = _scan_tokens if single else _scan_chunks
     scan(projected, weights, conv_state, ssm_state, rows, y)
     return y
 
@@ -350,12 +354,12 @@ def _scan_chunks(
         )
         y.copy_(scanned.flatten(2)[0])
         return
-    side_by_side = tile_for(rows)
+    side_by_side = None if is_deterministic() else tile_for(rows)
     if side_by_side is not None:
         scan_side_by_side(conv[0], steps[0], weights, ssm_state, rows, y, side_by_side)
         return
-    tile = tile_of(rows.max_seqlen)
-    if rows.max_seqlen <= tile.tokens:
+    tile = STEADY_TILE if is_deterministic() else tile_of(rows.max_seqlen)
+    if tile.single_chunk and rows.max_seqlen <= tile.tokens:
         tile = tuned("scan_block", rows.count, tile, projected.device)
     _chunks_kernel[(heads * triton.cdiv(head_dim, tile.channels), rows.count)](
         conv,
@@ -387,6 +391,7 @@ def _foreign_scan(
     """mamba-ssm's scan for a long piece of a single prompt, where it is installed and right; it
     computes chunks side by side. Only for bf16, whose rounding hides that of its TF32."""
     alone = rows.count == 1 and projected.shape[0] == rows.max_seqlen > LONGEST_BLOCK
+    alone = alone and not is_deterministic()
     if not (alone and projected.is_cuda and projected.dtype == torch.bfloat16):
         return None
     heads, head_dim, state_dim = ssm_state.shape[1:]

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower.kernels.determinism import is_deterministic
 from twotower.kernels.expert_tiles_triton import (
     BLOCK,
     PAIRS_OF_ONE_WARP,
@@ -128,7 +129,7 @@ def _in_pieces(x: Tensor, narrow: Tensor, counts: Tensor) -> Tensor:
     tokens = x.shape[0]
     pieces = triton.cdiv(hidden, PIECE)
     out = torch.empty((pieces, tokens, experts), dtype=torch.float32, device=x.device)
-    rows = 16 if tokens <= 64 else 64
+    rows = 16 if tokens <= 64 and not is_deterministic() else 64
     _pieces_kernel[(pieces, triton.cdiv(experts, _EXPERTS_AT_ONCE), triton.cdiv(tokens, rows))](
         x,
         narrow,

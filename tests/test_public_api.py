@@ -106,10 +106,18 @@ def test_the_signatures() -> None:
         ("progress", None),
         ("expert_products", "widened"),
         ("self_test", None),
+        ("deterministic", False),
     ]
     assert defaults_of(TwoTower.score) == [("self", empty), ("token_ids", empty)]
     assert defaults_of(TwoTower.logits) == [("self", empty), ("prompts", empty)]
     assert defaults_of(TwoTower.decode) == [("self", empty), ("token_ids", empty)]
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_the_mode_of_the_towers(folder: Path, wanted: bool) -> None:
+    loaded = TwoTower.from_pretrained(folder, deterministic=wanted)
+    towers = loaded._context.tower, loaded._denoiser.tower
+    assert {tower.deterministic for tower in towers} == {wanted}
 
 
 def test_the_defaults_of_a_request_are_those_of_generate() -> None:

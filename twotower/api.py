@@ -91,6 +91,7 @@ class TwoTower:
         progress: ReadProgress | None = None,
         expert_products: str = "widened",
         self_test: bool | None = None,
+        deterministic: bool = False,
     ) -> TwoTower:
         """Loads a folder, a hub id, or (None) the shipped model.
 
@@ -98,9 +99,10 @@ class TwoTower:
         `progress` gets the bytes read so far and those of both towers, after each tensor. Routed
         experts in 8 bits are multiplied as `expert_products` says: "widened" to `dtype`, or as
         "fp8" with tokens in 8 bits too. With `self_test` (None: on CUDA) recorded passes of a tiny
-        model are run on each device first. Raises CheckpointError or ConfigError, naming the tensor
-        or key; InvalidRequestError for another `dtype` or `expert_products`; DeviceError if a
-        device fails the self-test.
+        model are run on each device first. With `deterministic` a row has the same bits beside any
+        others on a GPU too, at some cost of speed; on a CPU it always has. Raises CheckpointError
+        or ConfigError, naming the tensor or key; InvalidRequestError for another `dtype` or
+        `expert_products`; DeviceError if a device fails the self-test.
         """
         context_device, denoiser_device = device if isinstance(device, tuple) else (device, device)
         places = _fixed(parse_device(context_device)), _fixed(parse_device(denoiser_device))
@@ -108,9 +110,14 @@ class TwoTower:
         folder = resolve_checkpoint(path)
         limit_threads()
         for place in dict.fromkeys(places):
-            prove_device(folder, place, working, self_test, products)
+            prove_device(folder, place, working, self_test, products, deterministic)
         context, denoiser = load_engines(
-            folder, *places, working, progress=progress, expert_products=products
+            folder,
+            *places,
+            working,
+            deterministic=deterministic,
+            progress=progress,
+            expert_products=products,
         )
         return cls(context, denoiser, load_tokenizer(folder))
 

@@ -22,10 +22,13 @@ TEST_FILES = (
     f"{_KERNELS}/test_norm_triton.py",
     f"{_KERNELS}/test_mamba_triton.py",
     f"{_KERNELS}/test_router_triton.py",
+    f"{_KERNELS}/test_linear_triton.py",
+    f"{_KERNELS}/test_determinism.py",
     f"{_KERNELS}/test_expert_tiles_triton.py",
     f"{_KERNELS}/test_commit.py",
     "tests/towers/engine/test_device_steps.py",
     "tests/towers/engine/test_context_drafts.py",
+    "tests/towers/engine/test_deterministic.py",
 )
 DRY_TEST_FILES = (f"{_KERNELS}/test_rows.py", f"{_KERNELS}/test_philox.py")
 _GOLDEN = ("tiny_a", "tiny_b")
@@ -98,7 +101,7 @@ def _checks(shape: _Shape) -> Stage:
 
 
 def _products(shape: _Shape) -> Stage:
-    tokens = ("1", "16", "256", "1024", "2048") if shape.device == "cuda" else ("1", "8")
+    tokens = ("1", "16", "64", "256", "1024", "2048") if shape.device == "cuda" else ("1", "8")
     program = shape.program("products", "--preset", shape.preset, "--tokens", *tokens)
     return Stage("products", 120, (program,))
 
@@ -114,6 +117,13 @@ def _fp8_products(shape: _Shape) -> list[Stage]:
     """The same with experts in 8 bits whose products are in 8 bits too."""
     fp8 = ("--experts", "fp8", "--expert-products", "fp8")
     return [_speed(shape, rows, *fp8) for rows in (*shape.rows, shape.many)]
+
+
+def _deterministic(shape: _Shape, *more: object) -> Stage:
+    """What it costs that a row has the same bits in any batch, and how often it has others
+    without."""
+    plain = shape.bench("invariance,speed", shape.rows, "--repeats", 1, *more)
+    return Stage("deterministic", 120, ((*plain, "--deterministic"), plain))
 
 
 def _profile(shape: _Shape, *more: object) -> Stage:
@@ -175,6 +185,7 @@ def _h200(shape: _Shape) -> list[Stage]:
         _profile(shape),
         _products(shape),
         *speeds[1:],
+        _deterministic(shape),
         _draft_passes(shape),
         _default_service(shape),
         *_fp8_products(shape),
@@ -191,6 +202,7 @@ def _h100(shape: _Shape) -> list[Stage]:
         *(_speed(shape, rows, *fp8) for rows in shape.rows[:2]),
         *_fp8_products(shape),
         _profile(shape, *fp8),
+        _deterministic(shape, *fp8),
         _draft_passes(shape, *fp8),
         _products(shape),
         _default_service(shape, *fp8),

@@ -1,9 +1,11 @@
 """Single launches at the 30B model's shapes: `python -m benchmarks.gpu.products --out FILE`.
 
-Dense products by the library, the router's product in fp64 and in other forms, and the experts'
-kernels at several numbers of unique experts, with experts in 8 bits multiplied in both ways, each
-beside the least time of its bytes and operations. Weights go round several copies, so that none is
-found in the cache.
+Dense products by the library, by our own kernel as few or many rows would have it, and by that in
+deterministic mode; the router's product in fp64 and in other forms, and the experts' kernels at
+several numbers of unique experts, with experts in 8 bits multiplied in both ways, each beside the
+least time of its bytes and operations. Weights go round several copies, so that none is found in
+the cache. `row_alone` says of a dense product whether its first row has the bits that it has alone.
+On a CPU one product stands for all.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from torch import Tensor
 
 from twotower.bench.timing import launch_seconds, measure_ceilings
 from twotower.kernels import dispatch
+from twotower.kernels.determinism import deterministic
+from twotower.kernels.launch_table import LaunchTable, using
+from twotower.kernels.linear_choice import entry_name
 from twotower.kernels.moe import ExpertWeights, RouterRule, Routing, narrow_parts
 from twotower.kernels.quantized import EXPERT_PRODUCTS, ExpertProducts, quantize
 from twotower.planner.floors import Ceilings
@@ -37,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="30b", choices=list(PRESETS))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 256, 1024])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 256, 1024])
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -82,10 +87,14 @@ class _Products:
         for name, (outputs, inputs) in shapes.items():
             x = self._normal(tokens, inputs)
             weights = self._copies(outputs, inputs)
-            work = _over(weights, lambda weight, x=x: F.linear(x, weight))
             moved = (outputs * inputs + tokens * (inputs + outputs)) * self.dtype.itemsize
             flops = 2.0 * tokens * outputs * inputs
-            yield self._entry(name, tokens, work, moved, flops / self.ceilings.matmul_flops)
+            for own, product in _PRODUCTS.items():
+                work = _over(weights, lambda weight, x=x, product=product: product(x, weight))
+                least = flops / self.ceilings.matmul_flops
+                entry = self._entry(f"{name}{own}", tokens, work, moved, least)
+                alone = torch.equal(product(x, weights[0])[:1], product(x[:1], weights[0]))
+                yield {**entry, "row_alone": alone}
 
     def _router(self, tokens: int) -> Iterator[Entry]:
         """The choice's product in fp64, and as fp32 sums of pieces added in fp64."""
@@ -195,6 +204,26 @@ class _Products:
             "floor_us": round(1e6 * floor, 2),
             "share_of_floor": round(floor / spent, 3),
         }
+
+
+def _own(x: Tensor, weight: Tensor) -> Tensor:
+    with using(LaunchTable("", {entry_name(*weight.shape): [{"own": True}]})):
+        out: Tensor = dispatch.linear(x, weight)
+    return out
+
+
+def _steady(x: Tensor, weight: Tensor) -> Tensor:
+    with deterministic():
+        out: Tensor = dispatch.linear(x, weight)
+    return out
+
+
+# By what follows the weight's name in a table.
+_PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "": F.linear,
+    ", own": _own,
+    ", own, deterministic": _steady,
+}
 
 
 def _over(weights: Sequence[Tensor], product: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:

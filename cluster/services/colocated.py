@@ -63,6 +63,7 @@ class ColocatedActor:
         device: str | torch.device,
         dtype: torch.dtype,
         *,
+        deterministic: bool,
         expert_products: ExpertProducts,
     ) -> tuple[ContextEngine, DenoiserEngine]:
         options = self._topology.engine
@@ -72,6 +73,7 @@ class ColocatedActor:
             device,
             dtype,
             options=options,
+            deterministic=deterministic,
             threaded=True,
             expert_products=expert_products,
         )

@@ -31,6 +31,7 @@ class TowerLoad(Protocol[T]):
         device: str | torch.device,
         dtype: torch.dtype,
         *,
+        deterministic: bool,
         expert_products: ExpertProducts,
     ) -> T: ...
 
@@ -57,7 +58,7 @@ async def loaded(load: TowerLoad[T], topology: PairTopology) -> T:
     CheckpointError, ConfigError, DeviceError."""
     prepare_process(topology)
     place = Path(topology.model_path), topology.device, parse_dtype(topology.dtype)
+    products, steady = topology.expert_products, topology.deterministic
     # Before the weights: a device that fails is not filled first.
-    products = topology.expert_products
-    await asyncio.to_thread(prove_device, *place, topology.self_test, products)
-    return await asyncio.to_thread(load, *place, expert_products=products)
+    await asyncio.to_thread(prove_device, *place, topology.self_test, products, steady)
+    return await asyncio.to_thread(load, *place, deterministic=steady, expert_products=products)

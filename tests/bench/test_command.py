@@ -26,6 +26,7 @@ def test_every_section_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert report["hardware"]["device"] == "CPU"
     for section in ("decode", "ratios", "baseline", "operators", "attention", "scans"):
         assert report[section], section
+    assert [entry["bits_differ"] for entry in report["invariance"]] == [0.0, 0.0]
     passes = [own for entry in report["decode"] for own in entry["passes"]]
     assert {own["kind"] for own in passes} == {"denoise", "ar", "extend", "verify"}
     assert all(own["unique_experts"] > 0 for own in passes)
@@ -38,7 +39,8 @@ def test_every_section_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert report["scans"][0]["bad_rows"] == 0
     printed = capsys.readouterr().out
     assert table.read_text() in printed
-    for title in ("Decoding", "mask_diffusion over AR", "Against plain PyTorch", "Operators"):
+    others = ("Against plain PyTorch", "Operators", "Rows in a batch against themselves alone")
+    for title in ("Decoding", "mask_diffusion over AR", *others):
         assert f"### {title}" in printed
     assert "on CPU" in printed
     assert "Not measured" not in printed

@@ -49,3 +49,10 @@ def test_a_context_longer_than_the_row_is_refused(pool: FilledPool) -> None:
     pool.context = 65
     with pytest.raises(ValueError, match="context: got 65, expected at most 64"):
         pool.open(64)
+
+
+def test_a_row_that_has_read_nothing_is_empty(pool: FilledPool) -> None:
+    with pool.rows_at(0, 2, 32) as states:
+        for state in states:
+            assert state.position == state.length == 0
+            assert not bool(state.ssm.any() | state.conv.any())

@@ -49,6 +49,18 @@ def test_a_report_without_results_says_what_is_missing() -> None:
     assert text.endswith("Not measured:\n\n- scans: left out, 25 minutes were over\n")
 
 
+def test_rows_that_a_batch_changes_are_shares() -> None:
+    entry = {"mode": "ar", "rows": 64, "compared": 16, "tokens_differ": 0.125, "bits_differ": 1.0}
+    text = markdown({**HEAD, **EMPTY, "invariance": [entry | {"prompt": 1024, "tokens": 32}]})
+    assert "| ar | 64 | 16 | 0.125 | 1 |" in text
+    assert "read 1024 tokens and write 32" in text
+    assert "deterministic" not in text
+    options = {**HEAD["options"], "deterministic": True}
+    # A report of an earlier version has no such section.
+    earlier = {name: value for name, value in EMPTY.items() if name != "invariance"}
+    assert "experts full, deterministic, the" in markdown({**HEAD, **earlier, "options": options})
+
+
 def test_a_row_that_was_measured_again_beside_others_stands_once() -> None:
     decode = [decoded(1, 327.4), decoded(16, 1234.5), decoded(1, 300.0)]
     text = markdown({**HEAD, **EMPTY, "decode": decode})

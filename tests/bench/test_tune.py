@@ -43,7 +43,7 @@ def test_neighbouring_sizes_with_one_launch_share_an_entry() -> None:
 
 def test_every_trial_is_a_launch_that_its_kernel_takes() -> None:
     """A kernel whose trials its default could not take would fail on the card only."""
-    known = defaults()
+    known = defaults("tiny")
     kernels: dict[str, int] = {}
     for trial in trials("tiny", CPU, [1, 2]):
         kernels[trial.kernel] = kernels.get(trial.kernel, 0) + 1
@@ -51,6 +51,10 @@ def test_every_trial_is_a_launch_that_its_kernel_takes() -> None:
             tuned(trial.kernel, trial.size, known[trial.kernel], CPU)
     assert set(kernels) == set(known) - {"attention_piece", "experts_fp8"}
     assert kernels.pop("overlap") == 2
+    dense = [kernels.pop(name) for name in list(kernels) if name.startswith("linear_")]
+    # Both at 1, 2, 16 and 32 tokens.
+    assert dense == [8] * len(dense)
+    assert dense
     assert all(count > 4 for count in kernels.values())
 
 

@@ -20,11 +20,24 @@ from tests.client.test_client_resume import Mortal, Server
 from tests.support.terminal import run_in_terminal
 from twotower import TwoTower
 from twotower.agreement import Comparison
+from twotower.cli import commands
 from twotower.cli.main import app
 from twotower.towers.request.results import TextBlock, Usage
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 INT_KEY = Path(__file__).parents[1] / "data" / "faults" / "int_key.yaml"
+
+
+def test_the_mode_of_the_towers_is_an_option_of_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+
+    def serve(_: object, settings: dict[str, object], *__: object) -> None:
+        given.append(settings["deterministic"])
+
+    monkeypatch.setattr(commands, "serve", serve)
+    for options in ([], ["--deterministic"]):
+        assert CliRunner().invoke(app, ["serve", *options]).exit_code == 0
+    assert given == [None, True]
 
 
 def test_help_needs_no_heavy_import() -> None:

@@ -195,6 +195,12 @@ def test_topology_follows_the_device() -> None:
     assert half.topology().gpus_per_tower == 0.5
 
 
+def test_the_mode_of_the_towers_follows_the_setting() -> None:
+    for given, want in (({}, False), ({"deterministic": True}, True)):
+        config = ServiceConfig.from_settings({"model": str(TINY), **given})
+        assert config.topology().deterministic is want
+
+
 def test_engines_follow_the_settings() -> None:
     settings = {
         "max_num_seqs": 5,

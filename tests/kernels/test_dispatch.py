@@ -16,8 +16,10 @@ from torch import Tensor
 from twotower.kernels import dispatch
 from twotower.kernels.dispatch import Backend, Operator, by_reference, force
 
-ALONE = ["linear", "mlp"]
+# Where the reference is a library's product, a call's arguments choose.
+PRODUCTS = ["linear", "mlp"]
 WITH_KERNEL = [
+    *PRODUCTS,
     "add_norm",
     "gated_group_norm",
     "mamba_scan",
@@ -57,12 +59,12 @@ def operator(monkeypatch: pytest.MonkeyPatch) -> Operator[[Tensor], Tensor]:
 
 
 def test_every_operator_is_here_under_its_references_name() -> None:
-    for name in (*ALONE, *WITH_KERNEL):
+    for name in WITH_KERNEL:
         operator = getattr(dispatch, name)
         assert isinstance(operator, Operator)
         assert operator.reference.__name__ == name
     found = [name for name in vars(dispatch) if isinstance(getattr(dispatch, name), Operator)]
-    assert sorted(found) == sorted((*ALONE, *WITH_KERNEL))
+    assert sorted(found) == sorted(WITH_KERNEL)
 
 
 @pytest.mark.parametrize("name", WITH_KERNEL)
@@ -76,10 +78,9 @@ def test_a_kernel_stands_in_for_its_reference(name: str) -> None:
     assert operator.triton is not operator.reference
 
 
-@pytest.mark.parametrize("name", ALONE)
-def test_an_operator_without_a_kernel_says_so(name: str) -> None:
-    with pytest.raises(ValueError, match=f"^{name}: has no Triton kernel"):
-        _ = getattr(dispatch, name).triton
+def test_an_operator_without_a_kernel_says_so() -> None:
+    with pytest.raises(ValueError, match=r"^plus: has no Triton kernel"):
+        _ = Operator(plus).triton
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -116,6 +117,17 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
 
 def on_gpu(value: float) -> Tensor:
     return torch.tensor([value]).as_subclass(OnGpu)
+
+
+@pytest.mark.usefixtures("operator")
+def test_an_operator_may_choose_by_its_arguments() -> None:
+    positive = Operator(plus, "plus_triton", lambda x: bool(x > 0))
+    assert positive(on_gpu(1.0)).tolist() == [3.0]
+    assert positive(on_gpu(-1.0)).tolist() == [0.0]
+    assert positive(torch.ones(1)).tolist() == [2.0]
+    with force("triton"):
+        assert positive(torch.ones(1)).tolist() == [3.0]
+        assert positive(-torch.ones(1)).tolist() == [0.0]
 
 
 def test_the_first_tensor_says_where(operator: Operator[[Tensor], Tensor]) -> None:

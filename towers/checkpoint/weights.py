@@ -108,6 +108,7 @@ def load_context_tower(
     dtype: torch.dtype = torch.float32,
     *,
     for_triton: bool | None = None,
+    deterministic: bool = False,
     progress: ReadProgress | None = None,
     expert_products: ExpertProducts = "widened",
 ) -> ContextTower:
@@ -115,14 +116,16 @@ def load_context_tower(
     and ConfigError if the weights are larger than the free memory of the device.
 
     With `for_triton` (None: on CUDA) matrices keep the layout that Triton's kernels read, experts
-    stacked; otherwise they are packed for a CPU's products. `progress` gets the bytes read so far,
-    and those of this tower in its files, after each tensor. Routed experts in 8 bits are multiplied
-    as `expert_products` says; "fp8" raises ConfigError for others.
+    stacked; otherwise they are packed for a CPU's products. `deterministic` is the tower's.
+    `progress` gets the bytes read so far, and those of this tower in its files, after each tensor.
+    Routed experts in 8 bits are multiplied as `expert_products` says; "fp8" raises ConfigError for
+    others.
     """
     checkpoint = Checkpoint(folder)
     checkpoint.watch(_names(checkpoint, context=True), progress)
     loader = TowerLoader(checkpoint, torch.device(device), dtype, for_triton, expert_products)
-    return ContextTower(loader.config, loader.tower("context_tower", "context_lm_head"))
+    weights = loader.tower("context_tower", "context_lm_head")
+    return ContextTower(loader.config, weights, deterministic=deterministic)
 
 
 def load_denoiser_tower(
@@ -131,6 +134,7 @@ def load_denoiser_tower(
     dtype: torch.dtype = torch.float32,
     *,
     for_triton: bool | None = None,
+    deterministic: bool = False,
     progress: ReadProgress | None = None,
     expert_products: ExpertProducts = "widened",
 ) -> DenoiserTower:
@@ -140,7 +144,8 @@ def load_denoiser_tower(
     checkpoint.watch(_names(checkpoint, context=False), progress)
     loader = TowerLoader(checkpoint, torch.device(device), dtype, for_triton, expert_products)
     weights = loader.tower("denoiser_tower", "lm_head")
-    return DenoiserTower(loader.config, weights, loader.timestep())
+    timestep = loader.timestep()
+    return DenoiserTower(loader.config, weights, timestep, deterministic=deterministic)
 
 
 def _names(checkpoint: Checkpoint, *, context: bool) -> list[str]:

@@ -26,6 +26,7 @@ def load_engines(
     dtype: torch.dtype,
     *,
     options: EngineOptions | None = None,
+    deterministic: bool = False,
     threaded: bool = False,
     rule: Callable[[GenerationParams], CommitRule] | None = None,
     progress: ReadProgress | None = None,
@@ -33,18 +34,28 @@ def load_engines(
 ) -> tuple[ContextEngine, DenoiserEngine]:
     """Both towers of a checkpoint as linked engines of this process.
 
-    On one device they share one copy of every row's state. `progress` gets the bytes read so far,
-    and those of both towers in their files, after each tensor. Raises CheckpointError, and
-    ConfigError if the states have no room, or for `expert_products` "fp8" of experts that are not
-    in 8 bits.
+    On one device they share one copy of every row's state. `deterministic` is that of both.
+    `progress` gets the bytes read so far, and those of both towers in their files, after each
+    tensor. Raises CheckpointError, and ConfigError if the states have no room, or for
+    `expert_products` "fp8" of experts that are not in 8 bits.
     """
     chosen = options or EngineOptions()
     first, second = (None, None) if progress is None else _halves(progress)
     context_tower = load_context_tower(
-        folder, context_device, dtype, progress=first, expert_products=expert_products
+        folder,
+        context_device,
+        dtype,
+        deterministic=deterministic,
+        progress=first,
+        expert_products=expert_products,
     )
     denoiser_tower = load_denoiser_tower(
-        folder, denoiser_device, dtype, progress=second, expert_products=expert_products
+        folder,
+        denoiser_device,
+        dtype,
+        deterministic=deterministic,
+        progress=second,
+        expert_products=expert_products,
     )
     shared = torch.device(context_device) == torch.device(denoiser_device)
     turns = turns_of(context_tower.device, shared=shared, threaded=threaded)

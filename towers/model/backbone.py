@@ -6,14 +6,17 @@ row's context (raw Mamba projections, K/V) is returned to the caller.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from twotower.kernels import dispatch
 from twotower.kernels.attention import PagedKeyValues
+from twotower.kernels.determinism import deterministic
 from twotower.kernels.mamba_scan import MambaScanWeights
 from twotower.kernels.moe import RouterRule, SlotOutputs
 from twotower.kernels.rows import Rows
@@ -30,6 +33,26 @@ from twotower.towers.state.pages import pages_for
 from twotower.towers.state.pool import StatePool
 from twotower.towers.state.tensors import StateTensors
 
+P = ParamSpec("P")
+R = TypeVar("R")
+AnyTower = TypeVar("AnyTower", bound="Tower")
+
+
+def in_its_mode(
+    method: Callable[Concatenate[AnyTower, P], R],
+) -> Callable[Concatenate[AnyTower, P], R]:
+    """The method of a tower, inside `deterministic` if the tower is. A graph that is
+    captured around it keeps the kernels that were chosen."""
+
+    @wraps(method)
+    def run(tower: AnyTower, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not tower.deterministic:
+            return method(tower, *args, **kwargs)
+        with deterministic():
+            return method(tower, *args, **kwargs)
+
+    return run
+
 
 @dataclass(frozen=True)
 class MixerInputs:
@@ -44,13 +67,17 @@ class MixerInputs:
 class Tower:
     """Weights of one tower on one device, and the steps of a pass.
 
-    `reads_prompts` tells whether it extends states, or only reads them.
+    `reads_prompts` tells whether it extends states, or only reads them. With `deterministic` a row
+    has the same bits in any pass on a GPU; on a CPU it always has.
     """
 
     reads_prompts: bool
 
-    def __init__(self, config: TwoTowerConfig, weights: TowerWeights) -> None:
+    def __init__(
+        self, config: TwoTowerConfig, weights: TowerWeights, *, deterministic: bool = False
+    ) -> None:
         self.config = config
+        self.deterministic = deterministic
         self.weights = weights
         self.device = weights.embedding.device
         self.dtype = weights.embedding.dtype
@@ -72,6 +99,7 @@ class Tower:
         return [pool.open(capacity) for _ in range(count)]
 
     @torch.inference_mode()
+    @in_its_mode
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [M, H] -> logits [M, V] in the tower's dtype."""
         return dispatch.linear(hidden, self.weights.head)

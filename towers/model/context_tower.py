@@ -12,7 +12,7 @@ from twotower.kernels import dispatch
 from twotower.kernels.replay import ReplayWeights
 from twotower.kernels.rows import Rows
 from twotower.towers.config.model_config import MAMBA, TwoTowerConfig
-from twotower.towers.model.backbone import MixerInputs, Tower
+from twotower.towers.model.backbone import MixerInputs, Tower, in_its_mode
 from twotower.towers.model.weights import MambaWeights, TowerWeights
 from twotower.towers.state.context_state import ContextState, rows_of
 from twotower.towers.state.link import UpdateWriter
@@ -48,8 +48,10 @@ class ContextTower(Tower):
 
     reads_prompts = True
 
-    def __init__(self, config: TwoTowerConfig, weights: TowerWeights) -> None:
-        super().__init__(config, weights)
+    def __init__(
+        self, config: TwoTowerConfig, weights: TowerWeights, *, deterministic: bool = False
+    ) -> None:
+        super().__init__(config, weights, deterministic=deterministic)
         mixers = [layer.mixer for layer in weights.layers if isinstance(layer.mixer, MambaWeights)]
         self.replay_weights = _stacked(mixers, config.n_groups) if mixers else None
 
@@ -85,6 +87,7 @@ class ContextTower(Tower):
             state.append(log.part(start, start + length) if log is not None else None, length)
         return ContextOutput(hidden, rows, log)
 
+    @in_its_mode
     def run(
         self,
         tokens: Tensor,

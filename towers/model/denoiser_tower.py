@@ -13,7 +13,7 @@ from twotower.kernels import dispatch
 from twotower.kernels.elementwise import silu
 from twotower.kernels.norm import Modulation
 from twotower.towers.config.model_config import ATTENTION, MAMBA, TIMESTEP_FEATURES, TwoTowerConfig
-from twotower.towers.model.backbone import MixerInputs, Tower
+from twotower.towers.model.backbone import MixerInputs, Tower, in_its_mode
 from twotower.towers.model.weights import TimestepWeights, TowerWeights
 from twotower.towers.state.context_state import ContextState, rows_of
 
@@ -30,9 +30,14 @@ class DenoiserTower(Tower):
     reads_prompts = False
 
     def __init__(
-        self, config: TwoTowerConfig, weights: TowerWeights, timestep: TimestepWeights
+        self,
+        config: TwoTowerConfig,
+        weights: TowerWeights,
+        timestep: TimestepWeights,
+        *,
+        deterministic: bool = False,
     ) -> None:
-        super().__init__(config, weights)
+        super().__init__(config, weights, deterministic=deterministic)
         self.timestep = timestep
         self._modulations: OrderedDict[float, Tensor] = OrderedDict()
         self._plain = torch.zeros_like(timestep.table)
@@ -62,6 +67,7 @@ class DenoiserTower(Tower):
         index = torch.tensor(spread, device=self.device)
         return self.run(self.pack(tokens), table, index, MixerInputs(rows, pool, False), observe)
 
+    @in_its_mode
     def run(
         self,
         tokens: Tensor,
@@ -103,12 +109,14 @@ class DenoiserTower(Tower):
         return known
 
     @torch.inference_mode()
+    @in_its_mode
     def embed_timestep(self, timestep: float) -> Tensor:
         """t_emb of one timestep, [1, 3 H]: shift, scale and gate thirds shared by all layers."""
         represented = silu(self.represent_timestep(timestep))
         return dispatch.linear(represented, self.timestep.projection, self.timestep.projection_bias)
 
     @torch.inference_mode()
+    @in_its_mode
     def represent_timestep(self, timestep: float) -> Tensor:
         """t_repr of one timestep, its features through the timestep MLP, [1, H]."""
         weights = self.timestep

@@ -58,14 +58,17 @@ def formula_towers(
     quantized_experts: bool = False,
     for_triton: bool | None = None,
     expert_products: ExpertProducts = "widened",
+    deterministic: bool = False,
 ) -> tuple[ContextTower, DenoiserTower]:
     """Both towers of the tiny model, as a checkpoint's would be loaded; see `load_context_tower`.
     With `quantized_experts` their experts are in 8 bits, of the same values."""
     weights_by_name = FormulaWeights(quantized_experts)
     loader = TowerLoader(weights_by_name, device, dtype, for_triton, expert_products)
-    context = ContextTower(loader.config, loader.tower("context_tower", "context_lm_head"))
-    weights = loader.tower("denoiser_tower", "lm_head")
-    return context, DenoiserTower(loader.config, weights, loader.timestep())
+    own = loader.tower("context_tower", "context_lm_head")
+    context = ContextTower(loader.config, own, deterministic=deterministic)
+    own, timestep = loader.tower("denoiser_tower", "lm_head"), loader.timestep()
+    denoiser = DenoiserTower(loader.config, own, timestep, deterministic=deterministic)
+    return context, denoiser
 
 
 class FormulaWeights:

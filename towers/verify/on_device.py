@@ -46,6 +46,7 @@ def prove_device(
     dtype: torch.dtype,
     wanted: bool | None = None,
     expert_products: ExpertProducts = "widened",
+    deterministic: bool = False,
 ) -> None:
     """The self-test of a device that is to hold a tower of the checkpoint in `folder`, if it is
     `wanted` (None: on CUDA). Raises DeviceError, which is logged as well; ConfigError for the
@@ -60,6 +61,7 @@ def prove_device(
             dtype,
             quantized_experts=config.quantized_experts,
             expert_products=expert_products,
+            deterministic=deterministic,
         )
     except DeviceError as error:
         logger.error("%s", error)
@@ -74,11 +76,12 @@ def self_test(
     quantized_experts: bool = False,
     for_triton: bool | None = None,
     expert_products: ExpertProducts = "widened",
+    deterministic: bool = False,
 ) -> float:
     """Runs the recorded passes on `device`, in `dtype`, and frees what they took; the seconds that
     this took. Raises DeviceError with the first numbers that are off, and the kernel to blame if
     one alone is wrong."""
-    kind = (device, dtype, quantized_experts, for_triton, expert_products)
+    kind = (device, dtype, quantized_experts, for_triton, expert_products, deterministic)
     began = time.monotonic()
     try:
         report = _compared(*kind)
@@ -99,12 +102,13 @@ def _compared(
     quantized_experts: bool,
     for_triton: bool | None,
     expert_products: ExpertProducts,
+    deterministic: bool,
 ) -> CaseReport:
     """What the recorded passes give on `device`, beside the recording."""
     report = CaseReport(str(device), "self-test")
     limit = LIMITS[dtype] if expert_products == "widened" else LIMIT_OF_8_BITS
     check = _Check(report, load_file(RECORDING), limit)
-    kind = (quantized_experts, for_triton, expert_products)
+    kind = (quantized_experts, for_triton, expert_products, deterministic)
     try:
         run_passes(*formula_towers(device, dtype, *kind), check)
     except Exception as error:

@@ -133,6 +133,12 @@ def _parser(program: str) -> _Parser:
     add("--scans", type=int, help="seeded block scans, at least")
     add("--scan-rows", type=int, help="rows of one pass of them")
     add("--compiled", action=argparse.BooleanOptionalAction, help="torch.compile beside eager")
+    add(
+        "--deterministic",
+        action="store_true",
+        default=None,
+        help="towers that give a row the same bits in any batch; what that costs is the difference",
+    )
     add("--minutes", type=float, help="no step begins after so many")
     add("--seed", type=int, help="of weights, tokens and orders of blocks")
     add("--out", type=Path, default=Path("bench.json"), help="the report, written step by step")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -142,6 +142,25 @@ class EnginePair:
         self.pool.context = run.context - 1
         return self._runner.run(self._decode(run))
 
+    def generate(self, run: Run, prompts: Mapping[int, Sequence[int]]) -> dict[int, list[Block]]:
+        """Reads the prompts of some of the run's rows into empty states, all at once, and writes
+        `run.blocks` blocks behind each."""
+        self._replay.load(run.schedules)
+        self.pool.context = 0
+        return self._runner.run(self._generate(run, prompts))
+
+    async def _generate(
+        self, run: Run, prompts: Mapping[int, Sequence[int]]
+    ) -> dict[int, list[Block]]:
+        async def row(number: int) -> list[Block]:
+            params = _params(run, number, run.blocks * run.block_size)
+            name = f"bench-{number}"
+            blocks = generate_blocks(self.context, self.denoiser, name, prompts[number], params)
+            return [block async for block in committed(blocks)]
+
+        written = await asyncio.gather(*map(row, prompts))
+        return dict(zip(prompts, written, strict=True))
+
     async def _decode(self, run: Run) -> Decoded:
         race = _Race(run, self._counters)
         start = _Start(self.context, asyncio.Barrier(run.rows))
@@ -154,14 +173,7 @@ class EnginePair:
         return race.decoded()
 
     async def _row(self, run: Run, race: _Race, start: _Start, row: int) -> None:
-        params = GenerationParams(
-            mode=run.mode,
-            max_tokens=run.room,
-            block_size=run.block_size,
-            seed=row,
-            draft_source="denoiser",
-            commit_rule="released",
-        )
+        params = _params(run, row, run.room)
         prompt = [0] * run.context
         async with aclosing(
             committed(generate_blocks(start, self.denoiser, f"bench-{row}", prompt, params))
@@ -173,6 +185,17 @@ class EnginePair:
 
     def _counters(self) -> Counters:
         return self.denoiser.stats(), self.context.stats()
+
+
+def _params(run: Run, row: int, max_tokens: int) -> GenerationParams:
+    return GenerationParams(
+        mode=run.mode,
+        max_tokens=max_tokens,
+        block_size=run.block_size,
+        seed=row,
+        draft_source="denoiser",
+        commit_rule="released",
+    )
 
 
 class _Start:

@@ -34,7 +34,8 @@ class FilledPool(StatePool):
         self.v.normal_()
 
     def open(self, capacity: int) -> ContextState:
-        """A state with room for `capacity` tokens, `context` of which count as read.
+        """A state with room for `capacity` tokens, `context` of which count as read; empty if that
+        is 0.
 
         Raises CapacityError without a slot and the pages for it, ValueError if `context` tokens
         do not fit.
@@ -42,8 +43,9 @@ class FilledPool(StatePool):
         if self.context > capacity:
             raise ValueError(f"context: got {self.context}, expected at most {capacity}")
         state = super().open(capacity)
-        state.conv.normal_()
-        state.ssm.normal_()
+        if self.context:
+            state.conv.normal_()
+            state.ssm.normal_()
         state.position = state.length = self.context
         return state
 

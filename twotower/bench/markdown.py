@@ -21,6 +21,7 @@ def markdown(report: Entry) -> str:
         *(_operators(entry) for entry in report["operators"]),
         *(_attention(entry) for entry in report["attention"]),
         *(_scans(entry) for entry in report["scans"]),
+        _invariance(report),
         _missing(report["steps"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -71,6 +72,7 @@ _BASELINE = (
     "engine ms",
     "better of eager and compiled / engine",
 )
+_INVARIANCE = ("mode", "rows", "rows compared", "tokens differ", "bits differ")
 _OPERATORS = ("operator", "calls", "us", "floor us", "share of floor")
 
 
@@ -88,7 +90,9 @@ def _head(report: Entry) -> str:
         f"Measured on {report['date']} on {device} (host {hardware['cpu']}), torch "
         f"{hardware['torch']}, Triton {hardware['triton']}: random weights at preset "
         f"{options['preset']}, "
-        f"{options['dtype']}, experts {experts}, the denoiser's routing {routing}. "
+        f"{options['dtype']}, experts {experts}, "
+        f"{'deterministic, ' if options.get('deterministic') else ''}"
+        f"the denoiser's routing {routing}. "
         f"Ceilings of the same run: copy {ceilings['bytes_per_s'] / 1e12:.3g} TB/s, products "
         f"{ceilings['matmul_flops'] / 1e12:.3g} TFLOP/s, fp32 products "
         f"{ceilings['wide_flops'] / 1e12:.3g} TFLOP/s{in_8_bits}."
@@ -203,6 +207,22 @@ def _scans(entry: Entry) -> str:
     return (
         f"{entry['scans']} seeded block scans with states up to {entry['largest_state']:g}: "
         f"{entry['bad_rows']} rows with anything that is not finite."
+    )
+
+
+def _invariance(report: Entry) -> str:
+    """Shares of rows that a batch changes; reports of earlier versions have none."""
+    entries = report.get("invariance", [])
+    names = ("mode", "rows", "compared", "tokens_differ", "bits_differ")
+    rows = [[entry[name] for name in names] for entry in entries]
+    table = _section("Rows in a batch against themselves alone", _INVARIANCE, rows)
+    if not table:
+        return ""
+    first = entries[0]
+    return (
+        f"{table}\n\nShares of rows that read {first['prompt']} tokens and write "
+        f"{first['tokens']}; bits are those of every token's log-probability. Random towers are "
+        "seldom sure of a token, so that a bit decides one more often than in a trained model."
     )
 
 

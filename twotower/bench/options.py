@@ -21,6 +21,7 @@ SECTIONS = (
     "scans",
     "profiles",
     "verified",
+    "invariance",
 )
 # Rows and tokens are counted in int32.
 _MOST = 2**31 - 1
@@ -33,8 +34,8 @@ class BenchOptions:
     `expert_products` is how experts in the format "fp8" are multiplied.
     `batches` are numbers of rows, `context` and `long_context` tokens of each row. `unique` is the
     number of experts per layer that the block of one row should read, 0 for the routing as the
-    weights give it. A run goes through its profile `rounds` times. Steps that would begin after
-    `minutes` are left out.
+    weights give it. Towers that are `deterministic` give a row the same bits in any batch. A run
+    goes through its profile `rounds` times. Steps that would begin after `minutes` are left out.
     """
 
     preset: str = "tiny"
@@ -54,6 +55,7 @@ class BenchOptions:
     scans: int = 512
     scan_rows: int = 16
     compiled: bool = False
+    deterministic: bool = False
     minutes: float = 25.0
     seed: int = 0
 

@@ -47,7 +47,7 @@ class TowerMaker:
 
     `experts` is the format of routed experts: `full` for `dtype`, as all other weights, or `fp8`,
     which is multiplied as `expert_products` says. Routers get narrow parts on a GPU, and with
-    `narrow` anywhere.
+    `narrow` anywhere. `deterministic` is the towers'.
     """
 
     config: TwoTowerConfig
@@ -57,10 +57,11 @@ class TowerMaker:
     experts: str = "full"
     narrow: bool = False
     expert_products: ExpertProducts = "widened"
+    deterministic: bool = False
 
     def context(self) -> ContextTower:
         """A context tower with its head."""
-        return ContextTower(self.config, self._tower())
+        return ContextTower(self.config, self._tower(), deterministic=self.deterministic)
 
     def denoiser(self) -> DenoiserTower:
         """A denoiser tower with its head and timestep conditioning."""
@@ -76,7 +77,8 @@ class TowerMaker:
             projection_bias=self._normal(3 * hidden, scale=_SMALL),
             table=table,
         )
-        return DenoiserTower(self.config, self._tower(), timestep)
+        weights = self._tower()
+        return DenoiserTower(self.config, weights, timestep, deterministic=self.deterministic)
 
     def _tower(self) -> TowerWeights:
         config = self.config

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 Entry = dict[str, Any]
-SECTIONS = ("decode", "ratios", "baseline", "operators", "attention", "scans")
+SECTIONS = ("decode", "ratios", "baseline", "operators", "attention", "scans", "invariance")
 
 
 class Report:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from twotower.bench.hardware import hardware
+from twotower.bench.invariance import MODES, measure_invariance
 from twotower.bench.options import BenchOptions
 from twotower.bench.report import Report
 from twotower.bench.scans import count_bad_scans
@@ -21,6 +22,7 @@ from twotower.bench.single_passes import measure_attention, measure_baseline, me
 from twotower.bench.speed import Diffusion, measure_speed, measure_verified
 from twotower.bench.workbench import Workbench, device_ceilings
 from twotower.planner.floors import PassKind
+from twotower.towers.request.modes import Mode
 
 HEADLINE = Diffusion("headline", in_step=True)
 HEADLINE_CONTINUOUS = Diffusion("headline", in_step=False)
@@ -100,6 +102,8 @@ def _all_steps(options: BenchOptions) -> Iterator[Step]:
         yield _verified_step(rows)
     yield Step("attention", "attention over long contexts", _attention)
     yield Step("scans", "seeded block scans", _scans)
+    for mode in MODES:
+        yield _invariance_step(mode)
 
 
 def _run_step(step: Step, bench: Workbench, report: Report, say: Callable[[str], None]) -> None:
@@ -151,6 +155,13 @@ def _breakdown_step(kind: PassKind, rows: int) -> Step:
         report.add("operators", measure_breakdown(bench, kind, rows))
 
     return Step("operators", f"operators, {kind}, {rows} rows", run)
+
+
+def _invariance_step(mode: Mode) -> Step:
+    def run(bench: Workbench, report: Report) -> None:
+        report.add("invariance", *measure_invariance(bench, mode))
+
+    return Step("invariance", f"rows in batches and alone, {mode}", run)
 
 
 def _attention(bench: Workbench, report: Report) -> None:

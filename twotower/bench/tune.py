@@ -24,16 +24,17 @@ import triton
 from torch import Tensor
 
 from twotower.bench.timing import launch_seconds
-from twotower.bench.tune_trials import Experts, Mixers, Passes, Trial
+from twotower.bench.tune_trials import Experts, Mixers, Passes, Products, Trial
 from twotower.kernels import attention_triton, experts_triton, mamba_scan_triton, replay_triton
 from twotower.kernels.launch_table import Entry, LaunchTable, table_of, using
+from twotower.kernels.linear_choice import LIBRARY, entry_name
 from twotower.kernels.overlap_triton import OVERLAP
 
 # By how much a launch must be faster than the present one.
 _GAIN = 0.03
 _COMPILERS = 7
 _COMPILE_SECONDS = 100.0
-_TRIALS = (Passes, Experts, Mixers)
+_TRIALS = (Passes, Products, Experts, Mixers)
 # Relative error of a launch's result against the present launch's, in bf16, and how often it is
 # looked at: what is launched too early may be right most of the time.
 _ERROR = 2e-2
@@ -50,10 +51,13 @@ class Timed:
     us: float
 
 
-def defaults() -> dict[str, Any]:
-    """The launch of each kernel where no table says anything, at its smallest size."""
+def defaults(preset: str = "30b") -> dict[str, Any]:
+    """The launch of each kernel where no table says anything, at its smallest size; of dense
+    products those of a preset's narrow weights."""
     scan = mamba_scan_triton
+    shapes = Products(preset, torch.device("cpu")).shapes
     return {
+        **dict.fromkeys((entry_name(*shape) for shape in shapes), LIBRARY),
         "overlap": OVERLAP,
         "experts": experts_triton.tiling_of(1, torch.bfloat16),
         "experts_fp8": experts_triton.fp8_tiling_of(1, torch.bfloat16),

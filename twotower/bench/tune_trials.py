@@ -8,16 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import cycle, product
 
 import torch
 from torch import Tensor
 
 from twotower.bench.filled import FilledPool
 from twotower.bench.random_towers import TowerMaker
-from twotower.kernels import attention_triton, experts_triton, mamba_scan_triton, replay_triton
+from twotower.kernels import (
+    attention_triton,
+    dispatch,
+    experts_triton,
+    mamba_scan_triton,
+    replay_triton,
+)
 from twotower.kernels.experts_triton import Tiling
 from twotower.kernels.launch_table import Entry
+from twotower.kernels.linear_choice import entry_name
 from twotower.kernels.rows import Rows
 from twotower.planner.floors import expected_unique
 from twotower.planner.schedules import BLOCK
@@ -31,6 +38,7 @@ from twotower.towers.state.pages import pages_for
 _ROWS = ((64, (16,)), (128, (16,)), (320, (16, 32)), (768, (32, 64)), (1536, (64, 128)))
 _MOST_SHARED = 200_000
 _CONTEXT = 4096
+_MOST_CACHED = 128 << 20
 
 
 def tilings(tokens: int) -> Iterator[Tiling]:
@@ -87,6 +95,39 @@ class Passes:
 
         yield Trial("overlap", rows, {}, work)
         yield Trial("overlap", rows, {"programmatic": True}, work)
+
+
+class Products:
+    """The narrow dense weights of a layer, by the library and by our own kernel."""
+
+    def __init__(self, preset: str, device: torch.device) -> None:
+        config = PRESETS[preset]
+        queries = config.num_attention_heads * config.head_dim
+        keys = 2 * config.num_key_value_heads * config.head_dim
+        hidden = config.hidden_size
+        shapes = [(hidden, config.d_inner), (queries + keys, hidden), (hidden, queries)]
+        self.shapes, self.device = list(dict.fromkeys(shapes)), device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def trials(self, rows: int) -> Iterator[Trial]:
+        """Single tokens, and a block's."""
+        for outputs, inner in self.shapes:
+            weights = cycle(self._copies(outputs, inner))
+            for tokens in dict.fromkeys((rows, BLOCK * rows)):
+                x = torch.randn(tokens, inner, device=self.device).to(self.dtype)
+
+                def work(x: Tensor = x, weights: Iterator[Tensor] = weights) -> Tensor:
+                    out: Tensor = dispatch.linear(x, next(weights))
+                    return out
+
+                for entry in ({}, {"own": True}):
+                    yield Trial(entry_name(outputs, inner), tokens, entry, work)
+
+    def _copies(self, outputs: int, inner: int) -> list[Tensor]:
+        """The same weight at as many places as a card's cache cannot hold."""
+        count = _MOST_CACHED // (2 * outputs * inner) + 1 if self.device.type == "cuda" else 1
+        weight = torch.randn(outputs, inner, device=self.device).mul(inner**-0.5).to(self.dtype)
+        return [weight.clone() for _ in range(count)]
 
 
 class Experts:

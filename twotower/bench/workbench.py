@@ -74,6 +74,7 @@ class Workbench:
             generator,
             options.experts,
             expert_products=parse_expert_products(options.expert_products),
+            deterministic=options.deterministic,
         )
         self.context: ContextTower = maker.context()
         self.denoiser: DenoiserTower = maker.denoiser()

@@ -63,6 +63,10 @@ def serve(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu (default) or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 (default) or bfloat16.")] = None,
+    deterministic: Annotated[
+        bool | None,
+        typer.Option("--deterministic", help="On cuda, the same bits for a row in any batch."),
+    ] = None,
     expert_products: Annotated[
         str | None,
         typer.Option(
@@ -103,6 +107,7 @@ def serve(
         "allow_anonymous": allow_anonymous,
         "device": device,
         "dtype": dtype,
+        "deterministic": deterministic,
         "expert_products": expert_products,
         "num_threads": threads,
         "max_context": max_context,

@@ -12,8 +12,12 @@ import pytest
 import torch
 
 from tests.cluster.test_topology import PAIR
-from twotower.cluster.services import loading
+from twotower.cluster.services import colocated, loading
+from twotower.cluster.services.colocated import ColocatedActor
 from twotower.cluster.services.loading import loaded, prepare_process
+from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
+
+TINY = Path(__file__).parents[2] / "golden" / "tiny_b"
 
 
 @pytest.mark.parametrize(
@@ -37,10 +41,24 @@ def test_a_tower_is_loaded_as_the_pair_says(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(loading, "prepare_process", lambda _: None)
 
     def load(
-        folder: Path, device: str | torch.device, dtype: torch.dtype, *, expert_products: str
+        folder: Path, device: str | torch.device, dtype: torch.dtype, **others: object
     ) -> tuple[object, ...]:
-        return folder, device, dtype, expert_products
+        return folder, device, dtype, others
 
     pair = replace(PAIR, dtype="bfloat16", expert_products="fp8")
     got = asyncio.run(loaded(load, pair))
-    assert got == (Path(PAIR.model_path), "cpu", torch.bfloat16, "fp8")
+    others = {"expert_products": "fp8", "deterministic": False}
+    assert got == (Path(PAIR.model_path), "cpu", torch.bfloat16, others)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+async def test_towers_are_loaded_in_the_mode_of_their_pair(
+    wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Apart and in one process."""
+    for module in (loading, colocated):
+        monkeypatch.setattr(module, "prepare_process", lambda _: None)
+    pair = replace(PAIR, model_path=str(TINY), deterministic=wanted)
+    apart = await loaded(load_context_tower, pair), await loaded(load_denoiser_tower, pair)
+    together = [engine.tower for engine in ColocatedActor(pair)._load_engines()]
+    assert {tower.deterministic for tower in (*apart, *together)} == {wanted}
