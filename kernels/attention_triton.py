@@ -31,6 +31,7 @@ from torch import Tensor
 from twotower.kernels.attention import MAX_SPLITS, SHORT_TOKENS, PagedKeyValues
 from twotower.kernels.determinism import is_deterministic
 from twotower.kernels.launch_table import tuned
+from twotower.kernels.overlap_triton import overlap, wait
 from twotower.kernels.rows import Rows
 
 # Most folded query rows of a pass of single tokens, and of blocks (64 tokens of 16 heads). A pass
@@ -117,6 +118,7 @@ def attention(
         **sizes,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
+        **overlap(q.device),
     )
     if splits > 1:
         _merge_kernel[(triton.cdiv(short * heads, _MERGED_ROWS), rows.count)](
@@ -126,6 +128,7 @@ def attention(
             GROUP=min(splits, _MERGED_SPLITS),
             **sizes,
             num_warps=4,
+            **overlap(q.device),
         )
     return out
 
@@ -155,6 +158,7 @@ def store_kv(k_new: Tensor, v_new: Tensor, context: PagedKeyValues, rows: Rows) 
         BLOCK_D=_padded(head_dim),
         PAGE=rows.page_tokens,
         num_warps=4,
+        **overlap(k_new.device),
     )
 
 
@@ -252,12 +256,14 @@ def _attention_kernel(
     SPLIT_TOKENS: tl.constexpr,
     SHORT_TOKENS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per (tile of folded queries and split of the keys, KV head, row).
 
     Axis 0: the first splits of all tiles, then, for rows of at most `short` tokens, the tiles'
     second splits, third splits, and so on.
     """
+    wait(waits)
     row = tl.program_id(2)
     head = tl.program_id(1)
     slot = tl.load(slots + row)
@@ -464,9 +470,11 @@ def _merge_kernel(
     SPLITS: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
     SHORT_TOKENS: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per (some (token, query head) pairs, row): merges the partials of the row's splits
     in their order."""
+    wait(waits)
     row = tl.program_id(1)
     if tl.load(slots + row) < 0:
         return
@@ -525,8 +533,10 @@ def _store_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per (some new tokens, KV head, row): copies their K/V into the row's pages."""
+    wait(waits)
     row = tl.program_id(2)
     head = tl.program_id(1)
     slot = tl.load(slots + row)

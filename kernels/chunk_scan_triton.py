@@ -30,6 +30,7 @@ from torch import Tensor
 from twotower.kernels.exact_products_triton import operand, product
 from twotower.kernels.launch_table import tuned
 from twotower.kernels.mamba_scan import SCAN_SCRATCH_BYTES, MambaScanWeights
+from twotower.kernels.overlap_triton import overlap, wait
 from twotower.kernels.rows import Rows
 
 
@@ -112,9 +113,11 @@ def _states_kernel(
     block_p: tl.constexpr,
     block_n: tl.constexpr,
     block_r: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per (head and slice of P, chunk): what the chunk adds to the state, and its sum of
     steps. Of a row's last chunk nobody needs them."""
+    wait(waits)
     slices: tl.constexpr = (head_dim + block_p - 1) // block_p
     index = tl.program_id(1)
     _, start, length, first = _find(cu_seqlens, slots, index, row_count, block_l, block_r)
@@ -168,9 +171,11 @@ def _passing_kernel(
     state_dim: tl.constexpr,
     block_l: tl.constexpr,
     block: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per (head and part of its state, row): puts the state after each chunk but the last
     where the chunk's own stood."""
+    wait(waits)
     size: tl.constexpr = head_dim * state_dim
     parts: tl.constexpr = (size + block - 1) // block
     row = tl.program_id(1)
@@ -226,9 +231,11 @@ def _outputs_kernel(
     block_p: tl.constexpr,
     block_n: tl.constexpr,
     block_r: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per (head and slice of P, chunk): the outputs of its tokens, from the state before
     them."""
+    wait(waits)
     slices: tl.constexpr = (head_dim + block_p - 1) // block_p
     index = tl.program_id(1)
     slot, start, length, first = _find(cu_seqlens, slots, index, row_count, block_l, block_r)
@@ -327,6 +334,7 @@ def _scan_heads(
         **wide,
         block_p=block_p,
         num_warps=tile.state_warps,
+        **overlap(conv.device),
     )
     block = min(tile.passed, triton.next_power_of_2(head_dim * state_dim))
     _passing_kernel[(count * triton.cdiv(head_dim * state_dim, block), rows.count)](
@@ -334,6 +342,7 @@ def _scan_heads(
         **sizes,
         block=block,
         num_warps=tile.passing_warps,
+        **overlap(conv.device),
     )
     block_p = min(tile.output_channels, max(16, triton.next_power_of_2(head_dim)))
     _outputs_kernel[(count * triton.cdiv(head_dim, block_p), chunks)](
@@ -343,4 +352,5 @@ def _scan_heads(
         **wide,
         block_p=block_p,
         num_warps=tile.output_warps,
+        **overlap(conv.device),
     )

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower.kernels.commit import RULES, Drafts
+from twotower.kernels.overlap_triton import overlap, wait
 
 # Pairs of positions compared at a time: all pairs of a block of up to 64 positions.
 _PAIRS = 4096
@@ -49,8 +50,10 @@ def _commit_kernel(
     quotas,
     block: tl.constexpr,
     chunk: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per row: the whole step of the draft in its slot."""
+    wait(waits)
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row).to(tl.int64)
     if slot < 0:
@@ -122,9 +125,12 @@ def _commit_kernel(
 
 
 @triton.jit
-def _select_kernel(commit_steps, slots, lines, width, length, total, chunk: tl.constexpr):
+def _select_kernel(
+    commit_steps, slots, lines, width, length, total, chunk: tl.constexpr, waits: tl.constexpr
+):
     """A single program over all tokens: indices of masked tokens fill `lines` from its beginning,
     every other token writes -1 from its end."""
+    wait(waits)
     found = tl.full([], 0, tl.int32)
     for first in range(0, total, chunk):
         index = first + tl.arange(0, chunk)
@@ -183,6 +189,7 @@ def commit(
         block,
         min(block, _PAIRS // block),
         num_warps=4 if block > 16 else 1,
+        **overlap(slots.device),
     )
 
 
@@ -196,6 +203,14 @@ def select_masked(drafts: Drafts, slots: Tensor, length: int) -> Tensor:
     if total:
         chunk = min(_CHUNK, triton.next_power_of_2(total))
         _select_kernel[1,](
-            drafts.commit_steps, slots, lines, width, length, total, chunk, num_warps=4
+            drafts.commit_steps,
+            slots,
+            lines,
+            width,
+            length,
+            total,
+            chunk,
+            num_warps=4,
+            **overlap(slots.device),
         )
     return lines

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from twotower.kernels.commit import Drafts
 from twotower.kernels.draft_lines import WORDS, DraftSampling
+from twotower.kernels.overlap_triton import overlap, wait
 from twotower.kernels.unmask import SamplingBatch
 
 _KEY, _START, _DOMAIN, _FIXED_STEP, _EOS, _EOS_FROM = (
@@ -23,8 +24,11 @@ _LINES = 256
 
 
 @triton.jit
-def _read_kernel(tokens, remaining, slots, block, masked, width, length, lanes: tl.constexpr):
+def _read_kernel(
+    tokens, remaining, slots, block, masked, width, length, lanes: tl.constexpr, waits: tl.constexpr
+):
     """A program per row."""
+    wait(waits)
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, lanes)
     inside = index < length
@@ -55,8 +59,10 @@ def _lines_kernel(
     hidden_stride,
     excluded,
     block: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per line; `numbers` [6, M] are key, position, step, domain, excluded, barred."""
+    wait(waits)
     line = tl.program_id(0).to(tl.int64)
     token = tl.load(lines + line).to(tl.int64)
     token = tl.where(token >= 0, token, total - 1)
@@ -92,8 +98,10 @@ def _spread_kernel(
     finite_out,
     count,
     block: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per block of lines."""
+    wait(waits)
     line = tl.program_id(0) * block + tl.arange(0, block)
     token = tl.load(lines + line, mask=line < count, other=-1)
     wanted = token >= 0
@@ -115,8 +123,10 @@ def _pack_kernel(
     width,
     length,
     lanes: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per row."""
+    wait(waits)
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, lanes)
     inside = index < length
@@ -142,7 +152,12 @@ def read_blocks(drafts: Drafts, slots: Tensor, length: int) -> tuple[Tensor, Ten
         torch.empty(rows * length, dtype=torch.int64, device=slots.device) for _ in range(2)
     )
     given = (drafts.tokens, drafts.remaining, slots, block, masked, width, length)
-    _read_kernel[(rows,)](*given, triton.next_power_of_2(length), num_warps=1)
+    _read_kernel[(rows,)](
+        *given,
+        triton.next_power_of_2(length),
+        num_warps=1,
+        **overlap(slots.device),
+    )
     return block, masked
 
 
@@ -179,6 +194,7 @@ def read_lines(
         hidden.stride(0),
         sampling.mask,
         triton.next_power_of_2(width),
+        **overlap(hidden.device),
     )
     return picked, SamplingBatch(temperatures, *numbers)
 
@@ -195,7 +211,14 @@ def spread_lines(
         assert tensor.is_contiguous()
     grid = (triton.cdiv(count, _LINES),)
     placed = (ids, confidences, log_probs, finite)
-    _spread_kernel[grid](*drawn, lines, *placed, count, _LINES)
+    _spread_kernel[grid](
+        *drawn,
+        lines,
+        *placed,
+        count,
+        _LINES,
+        **overlap(lines.device),
+    )
     return placed
 
 
@@ -205,4 +228,9 @@ def pack_drafts(drafts: Drafts, slots: Tensor, out: Tensor) -> None:
     assert out.is_contiguous()
     parts = (drafts.tokens, drafts.commit_steps, drafts.confidences, drafts.log_probs)
     given = (*parts, drafts.remaining, slots, out, drafts.tokens.shape[1], length)
-    _pack_kernel[(rows,)](*given, triton.next_power_of_2(length), num_warps=1)
+    _pack_kernel[(rows,)](
+        *given,
+        triton.next_power_of_2(length),
+        num_warps=1,
+        **overlap(slots.device),
+    )

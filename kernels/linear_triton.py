@@ -24,6 +24,7 @@ from torch import Tensor
 
 from twotower.kernels.determinism import is_deterministic
 from twotower.kernels.elementwise import relu_squared
+from twotower.kernels.overlap_triton import overlap, wait
 
 # Numbers that a program of the second launch adds up.
 _ADDED = 1024
@@ -113,6 +114,7 @@ def linear(
         has_bias=bias is not None,
         block=min(_ADDED, triton.next_power_of_2(outputs)),
         num_warps=4,
+        **overlap(x.device),
     )
     return out
 
@@ -165,6 +167,7 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, sh
         tile_inner=shape.inner,
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
+        **overlap(x.device),
     )
 
 
@@ -188,9 +191,11 @@ def _linear_kernel(
     tile_rows: tl.constexpr,
     tile_channels: tl.constexpr,
     tile_inner: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per (tile of rows and channels, part of the inner dimension). Neighbours have the
     same channels, so that the weight comes from memory once."""
+    wait(waits)
     row_tiles = tl.cdiv(tokens, tile_rows)
     row = (tl.program_id(0) % row_tiles) * tile_rows + tl.arange(0, tile_rows)
     channel = (tl.program_id(0) // row_tiles) * tile_channels + tl.arange(0, tile_channels)
@@ -238,8 +243,10 @@ def _add_kernel(
     split: tl.constexpr,
     has_bias: tl.constexpr,
     block: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per (row, block of channels): adds the parts in their order."""
+    wait(waits)
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * block + tl.arange(0, block)
     inside = channel < outputs

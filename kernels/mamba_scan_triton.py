@@ -32,6 +32,7 @@ from twotower.kernels.external_scan import Scan, load_verified
 from twotower.kernels.launch_table import tuned
 from twotower.kernels.mamba_scan import MambaScanWeights
 from twotower.kernels.mamba_triton import conv_tile, prepare, softplus
+from twotower.kernels.overlap_triton import overlap, wait
 from twotower.kernels.rows import Rows
 
 # Tokens of the longest block; longer rows are pieces of a prompt.
@@ -60,8 +61,10 @@ def _chunks_kernel(
     block_p: tl.constexpr,
     block_n: tl.constexpr,
     single_chunk: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per (head and slice of P, row). `single_chunk`: no row is longer than a chunk."""
+    wait(waits)
     slices: tl.constexpr = (head_dim + block_p - 1) // block_p
     head = tl.program_id(0) // slices
     row = tl.program_id(1)
@@ -146,8 +149,10 @@ def _token_kernel(
     taps: tl.constexpr,
     block_p: tl.constexpr,
     block_n: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per (head and slice of P, row) for rows of one token, conv included."""
+    wait(waits)
     slices: tl.constexpr = (head_dim + block_p - 1) // block_p
     head = tl.program_id(0) // slices
     row = tl.program_id(1)
@@ -314,6 +319,7 @@ def _scan_tokens(
         block_p=block_p,
         block_n=triton.next_power_of_2(state_dim),
         num_warps=tile.num_warps,
+        **overlap(projected.device),
     )
 
 
@@ -382,6 +388,7 @@ def _scan_chunks(
         single_chunk=tile.single_chunk,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **overlap(projected.device),
     )
 
 

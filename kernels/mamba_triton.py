@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower.kernels.overlap_triton import overlap, wait
 from twotower.kernels.rows import Rows
 
 _TOKENS, _CHANNELS = 16, 128
@@ -103,9 +104,11 @@ def _prepare_kernel(
     block_t: tl.constexpr,
     block_c: tl.constexpr,
     block_h: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per (channel tile, token tile, layer and row); those of the first channel tile
     also write the steps."""
+    wait(waits)
     row = tl.program_id(2) % row_count
     layer = (tl.program_id(2) // row_count).to(tl.int64)
     slot = tl.load(slots + row).to(tl.int64)
@@ -214,5 +217,6 @@ def prepare(
         block_c=_CHANNELS,
         block_h=triton.next_power_of_2(heads),
         num_warps=4,
+        **overlap(xbc.device),
     )
     return conv, steps

@@ -10,14 +10,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower.kernels.overlap_triton import overlap, wait
+
 _BLOCK = 256
 # Tokens of a draft that are compared at a time.
 _TOKENS = 16
 
 
 @triton.jit
-def _rows_kernel(sent, context, slots, context_lens, real, count, length, block: tl.constexpr):
+def _rows_kernel(
+    sent,
+    context,
+    slots,
+    context_lens,
+    real,
+    count,
+    length,
+    block: tl.constexpr,
+    waits: tl.constexpr,
+):
     """A program per block of tokens; those whose token is a row's first write the row."""
+    wait(waits)
     token = tl.program_id(0) * block + tl.arange(0, block)
     row = token // length
     inside = row < count
@@ -30,7 +43,10 @@ def _rows_kernel(sent, context, slots, context_lens, real, count, length, block:
 
 
 @triton.jit
-def _drawn_kernel(ids, confidences, log_probs, finite, out, count, block: tl.constexpr):
+def _drawn_kernel(
+    ids, confidences, log_probs, finite, out, count, block: tl.constexpr, waits: tl.constexpr
+):
+    wait(waits)
     index = tl.program_id(0) * block + tl.arange(0, block)
     inside = index < count
     tl.store(out + index, tl.load(ids + index, mask=inside).to(tl.float64), mask=inside)
@@ -43,8 +59,9 @@ def _drawn_kernel(ids, confidences, log_probs, finite, out, count, block: tl.con
 
 
 @triton.jit
-def _right_kernel(drawn, tokens, starts, slots, counts, block: tl.constexpr):
+def _right_kernel(drawn, tokens, starts, slots, counts, block: tl.constexpr, waits: tl.constexpr):
     """A program per row."""
+    wait(waits)
     row = tl.program_id(0)
     start = tl.load(starts + row)
     end = tl.load(starts + row + 1)
@@ -76,7 +93,17 @@ def unpack_rows(
         assert tensor.is_contiguous()
     real = torch.empty(count * length, dtype=torch.bool, device=slots.device)
     grid = (triton.cdiv(count * length, _BLOCK),)
-    _rows_kernel[grid](sent, context, slots, context_lens, real, count, length, _BLOCK)
+    _rows_kernel[grid](
+        sent,
+        context,
+        slots,
+        context_lens,
+        real,
+        count,
+        length,
+        _BLOCK,
+        **overlap(slots.device),
+    )
     return real
 
 
@@ -86,7 +113,13 @@ def pack_drawn(drawn: Sequence[Tensor], out: Tensor) -> None:
     for tensor in (*drawn, out):
         assert tensor.is_contiguous()
         assert tensor.shape[-1] == count
-    _drawn_kernel[(triton.cdiv(count, _BLOCK),)](*drawn, out, count, _BLOCK)
+    _drawn_kernel[(triton.cdiv(count, _BLOCK),)](
+        *drawn,
+        out,
+        count,
+        _BLOCK,
+        **overlap(out.device),
+    )
 
 
 def right_counts(drawn: Tensor, tokens: Tensor, starts: Tensor, slots: Tensor) -> Tensor:
@@ -94,5 +127,14 @@ def right_counts(drawn: Tensor, tokens: Tensor, starts: Tensor, slots: Tensor) -
     for tensor in (drawn, tokens, starts, slots):
         assert tensor.is_contiguous()
     counts = torch.empty_like(slots)
-    _right_kernel[(slots.shape[0],)](drawn, tokens, starts, slots, counts, _TOKENS, num_warps=1)
+    _right_kernel[(slots.shape[0],)](
+        drawn,
+        tokens,
+        starts,
+        slots,
+        counts,
+        _TOKENS,
+        num_warps=1,
+        **overlap(slots.device),
+    )
     return counts

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from twotower.kernels.launch_table import tuned
 from twotower.kernels.mamba_triton import prepare
+from twotower.kernels.overlap_triton import overlap, wait
 from twotower.kernels.replay import SCRATCH_BYTES, ReplayWeights
 from twotower.kernels.rows import Rows
 
@@ -70,9 +71,11 @@ def _replay_kernel(
     block_n: tl.constexpr,
     block_k: tl.constexpr,
     block_c: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per (head and slice of P, row, layer): advances its slice of the state, and its
     share of the channels of the conv history."""
+    wait(waits)
     slices: tl.constexpr = (head_dim + block_p - 1) // block_p
     head = tl.program_id(0) // slices
     row = tl.program_id(1)
@@ -216,4 +219,5 @@ def _replay_layers(
         block_k=max(1, triton.next_power_of_2(kept)),
         block_c=triton.next_power_of_2(moved),
         num_warps=shape.num_warps,
+        **overlap(xbc.device),
     )

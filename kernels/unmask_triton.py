@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower.kernels.overlap_triton import overlap, wait
 from twotower.kernels.unmask import SamplingBatch
 
 # 16 logits a thread: with fewer, reductions would cost more than loads.
@@ -74,9 +75,11 @@ def _tile_kernel(
     lines,
     has_scores: tl.constexpr,
     tile: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per (line, tile): maximum, sum, peak and best score to `partials` [4, lines, tiles]
     fp32, the best score's token to `tokens` and the number of non-finite logits to `nonfinite`."""
+    wait(waits)
     line, index, tiles = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     ids = index * tile + tl.arange(0, tile)
     inside = ids < vocab
@@ -136,8 +139,10 @@ def _merge_kernel(
     tiles,
     lines,
     block: tl.constexpr,
+    waits: tl.constexpr,
 ):
     """A program per line: token, confidence and log-probability from the partials of its tiles."""
+    wait(waits)
     line = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, block)
     inside = index < tiles
@@ -203,6 +208,7 @@ def predict(
             draw_scores is not None,
             tile,
             num_warps=4,
+            **overlap(logits.device),
         )
         _merge_kernel[count,](
             logits,
@@ -219,6 +225,7 @@ def predict(
             count,
             triton.next_power_of_2(tiles),
             num_warps=1,
+            **overlap(logits.device),
         )
     return tokens, confidences, log_probs, finite
 
