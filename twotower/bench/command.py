@@ -47,7 +47,8 @@ def main(
         parser.error(str(error))
     limit_threads()
     if args.tune is not None:
-        tune(options.preset, torch.device(options.device), options.batches, args.tune, _say)
+        place = options.preset, torch.device(options.device), options.batches
+        tune(*place, args.tune, _say, options.experts)
         return 0
     wants_plot = args.plot is not None
     if wants_plot and not can_plot():

@@ -24,8 +24,22 @@ import triton
 from torch import Tensor
 
 from twotower.bench.timing import launch_seconds
-from twotower.bench.tune_trials import Experts, Mixers, Passes, Products, Trial
-from twotower.kernels import attention_triton, experts_triton, mamba_scan_triton, replay_triton
+from twotower.bench.tune_trials import (
+    Experts,
+    Maker,
+    Mixers,
+    NarrowExperts,
+    Passes,
+    Products,
+    Trial,
+)
+from twotower.kernels import (
+    attention_triton,
+    chunk_scan_triton,
+    experts_triton,
+    mamba_scan_triton,
+    replay_triton,
+)
 from twotower.kernels.launch_table import Entry, LaunchTable, table_of, using
 from twotower.kernels.linear_choice import LIBRARY, entry_name
 from twotower.kernels.overlap_triton import OVERLAP
@@ -34,7 +48,10 @@ from twotower.kernels.overlap_triton import OVERLAP
 _GAIN = 0.03
 _COMPILERS = 7
 _COMPILE_SECONDS = 100.0
-_TRIALS = (Passes, Products, Experts, Mixers)
+_TRIALS: dict[str, tuple[type[Maker], ...]] = {
+    "full": (Passes, Products, Experts, Mixers),
+    "fp8": (Passes, Products, NarrowExperts, Mixers),
+}
 # Relative error of a launch's result against the present launch's, in bf16, and how often it is
 # looked at: what is launched too early may be right most of the time.
 _ERROR = 2e-2
@@ -63,6 +80,7 @@ def defaults(preset: str = "30b") -> dict[str, Any]:
         "experts_fp8": experts_triton.fp8_tiling_of(1, torch.bfloat16),
         "scan_token": scan.TOKEN_TILE,
         "scan_block": scan.tile_of(2),
+        "scan_piece": chunk_scan_triton.TILE,
         "replay_token": replay_triton.SLICE,
         "replay_block": replay_triton.SLICE,
         "attention_token": attention_triton.tiling_for(torch.bfloat16, 1),
@@ -79,17 +97,19 @@ def tune(
     rows: Sequence[int],
     out: Path,
     say: Callable[[str], None],
+    experts: str = "full",
 ) -> LaunchTable:
     """Times all trials for so many rows and writes the table to `out`, after each kernel and size.
+    `experts` "fp8" tries products of experts in 8 bits in place of those in 16.
 
     On a CPU, where nothing can be timed, every trial is named and the table stays empty.
     """
     if device.type == "cuda":
         say(f"compiling in {_COMPILERS} processes")
-        _compile_beside(preset, device, rows)
+        _compile_beside(preset, device, rows, experts)
     before = table_of(device)
     found: list[Timed] = []
-    for kernel, size, same in _by_size(trials(preset, device, rows)):
+    for kernel, size, same in _by_size(trials(preset, device, rows, experts)):
         want = _result(same[0], before) if device.type == "cuda" else None
         timed = [own for trial in same if (own := _timed(trial, device, before, want)) is not None]
         if timed:
@@ -102,9 +122,11 @@ def tune(
     return LaunchTable(_card(device), entries_of(found))
 
 
-def trials(preset: str, device: torch.device, rows: Sequence[int]) -> Iterator[Trial]:
+def trials(
+    preset: str, device: torch.device, rows: Sequence[int], experts: str = "full"
+) -> Iterator[Trial]:
     """All trials, those of one kernel and size one after another."""
-    for make in _TRIALS:
+    for make in _TRIALS[experts]:
         maker = make(preset, device)
         for count in sorted(rows):
             yield from maker.trials(count)
@@ -186,9 +208,9 @@ def _with(before: LaunchTable, trial: Trial) -> LaunchTable:
     return LaunchTable(before.card, {**before.kernels, trial.kernel: [trial.entry]})
 
 
-def _compile_beside(preset: str, device: torch.device, rows: Sequence[int]) -> None:
+def _compile_beside(preset: str, device: torch.device, rows: Sequence[int], experts: str) -> None:
     """Launches every trial once, in processes side by side, for at most so many seconds."""
-    words = (preset, str(device), ",".join(map(str, rows)), str(_COMPILERS))
+    words = (preset, str(device), ",".join(map(str, rows)), experts, str(_COMPILERS))
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "twotower.bench.tune", *words, str(part)],
@@ -207,11 +229,11 @@ def _compile_beside(preset: str, device: torch.device, rows: Sequence[int]) -> N
 
 
 def compile_part(
-    preset: str, device: torch.device, rows: Sequence[int], parts: int, part: int
+    preset: str, device: torch.device, rows: Sequence[int], experts: str, parts: int, part: int
 ) -> None:
     """Launches every `parts`-th trial once, from `part` on."""
     before = table_of(device)
-    for index, trial in enumerate(trials(preset, device, rows)):
+    for index, trial in enumerate(trials(preset, device, rows, experts)):
         if index % parts == part:
             with using(_with(before, trial)):
                 try:
@@ -238,10 +260,10 @@ def _card(device: torch.device) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Compiles a part of the trials: preset, device, rows, number of parts, part."""
-    preset, device, rows, parts, part = arguments
+    """Compiles a part of the trials: preset, device, rows, experts, number of parts, part."""
+    preset, device, rows, experts, parts, part = arguments
     numbers = [int(count) for count in rows.split(",")]
-    compile_part(preset, torch.device(device), numbers, int(parts), int(part))
+    compile_part(preset, torch.device(device), numbers, experts, int(parts), int(part))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import cycle, product
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +27,8 @@ from twotower.kernels import (
 from twotower.kernels.experts_triton import Tiling
 from twotower.kernels.launch_table import Entry
 from twotower.kernels.linear_choice import entry_name
+from twotower.kernels.moe import ExpertWeights
+from twotower.kernels.quantized import quantize
 from twotower.kernels.rows import Rows
 from twotower.planner.floors import expected_unique
 from twotower.planner.schedules import BLOCK
@@ -39,6 +43,8 @@ _ROWS = ((64, (16,)), (128, (16,)), (320, (16, 32)), (768, (32, 64)), (1536, (64
 _MOST_SHARED = 200_000
 _CONTEXT = 4096
 _MOST_CACHED = 128 << 20
+# Tokens of a row's piece of a prompt.
+_PIECES = (256, 1024)
 
 
 def tilings(tokens: int) -> Iterator[Tiling]:
@@ -63,6 +69,15 @@ class Trial:
     size: int
     entry: Entry
     work: Callable[[], object]
+
+
+class Maker(Protocol):
+    """Makes the trials of some kernels on one device."""
+
+    def __init__(self, preset: str, device: torch.device) -> None: ...
+
+    def trials(self, rows: int) -> Iterator[Trial]:
+        """Trials at so many rows, those of one kernel and size one after another."""
 
 
 class Passes:
@@ -133,6 +148,10 @@ class Products:
 class Experts:
     """Experts of one layer, and tokens that choose as many of them as text does."""
 
+    kernel = "experts"
+    # A tile's inner length against that of 16-bit weights.
+    longer = 1
+
     def __init__(self, preset: str, device: torch.device) -> None:
         self.config, self.device = PRESETS[preset], device
         config = self.config
@@ -146,9 +165,10 @@ class Experts:
         """A block's 16 tokens a row, and single tokens."""
         for tokens in dict.fromkeys((rows, BLOCK * rows)):
             work = self._work(tokens)
-            yield Trial("experts", tokens, {}, work)
+            yield Trial(self.kernel, tokens, {}, work)
             for tiling in tilings(tokens):
-                yield Trial("experts", tokens, asdict(tiling), work)
+                entry = {**asdict(tiling), "inner": self.longer * tiling.inner}
+                yield Trial(self.kernel, tokens, entry, work)
 
     def _work(self, tokens: int) -> Callable[[], Tensor]:
         config, picks = self.config, self.config.num_experts_per_tok
@@ -160,15 +180,35 @@ class Experts:
         scores = torch.full(ids.shape, 1.0 / picks, device=self.device)
         x = self._normal(tokens, config.hidden_size)
 
+        up, down = self._weights()
+
         def work() -> Tensor:
-            out: Tensor = experts_triton.experts(x, ids, scores, self.up, self.down, *self.shared)
+            out: Tensor = experts_triton.experts(x, ids, scores, up, down, *self.shared)
             return out
 
         return work
 
+    def _weights(self) -> tuple[ExpertWeights, ExpertWeights]:
+        """Up and down, as the kernel multiplies them."""
+        return self.up, self.down
+
     def _normal(self, *shape: int) -> Tensor:
         out = torch.empty(shape, device=self.device, dtype=self.dtype)
         return out.normal_(0.0, shape[-1] ** -0.5)
+
+
+class NarrowExperts(Experts):
+    """The same in 8 bits, with tokens in 8 bits too."""
+
+    kernel = "experts_fp8"
+    longer = 2
+
+    def _weights(self) -> tuple[ExpertWeights, ExpertWeights]:
+        return self._narrow
+
+    @cached_property
+    def _narrow(self) -> tuple[ExpertWeights, ExpertWeights]:
+        return quantize(self.up, "fp8"), quantize(self.down, "fp8")
 
 
 class Mixers:
@@ -196,11 +236,20 @@ class Mixers:
             yield from self._scans(pool, batch, rows, length)
             yield from self._replays(pool, batch, rows, length)
             yield from self._attentions(pool, batch, rows, length)
+        if rows == 1:
+            yield from self._pieces()
 
     def _scans(self, pool: FilledPool, batch: Rows, rows: int, length: int) -> Iterator[Trial]:
+        work = self._scan(pool, batch, rows * length)
+        kernel = "scan_token" if length == 1 else "scan_block"
+        yield Trial(kernel, rows, {}, work)
+        for channels, warps in product((16, 32, 64), (1, 2, 4, 8)):
+            yield Trial(kernel, rows, {"channels": channels, "num_warps": warps}, work)
+
+    def _scan(self, pool: FilledPool, batch: Rows, tokens: int) -> Callable[[], Tensor]:
         config = self.config
         width = config.d_inner + config.conv_dim + config.mamba_num_heads
-        projected = torch.randn(rows * length, width, device=self.device).to(self.dtype)
+        projected = torch.randn(tokens, width, device=self.device).to(self.dtype)
         weights = scan_weights(self.mamba, config)
 
         def work() -> Tensor:
@@ -208,10 +257,20 @@ class Mixers:
             out: Tensor = mamba_scan_triton.mamba_scan(projected, weights, conv, ssm, batch)
             return out
 
-        kernel = "scan_token" if length == 1 else "scan_block"
-        yield Trial(kernel, rows, {}, work)
-        for channels, warps in product((16, 32, 64), (1, 2, 4, 8)):
-            yield Trial(kernel, rows, {"channels": channels, "num_warps": warps}, work)
+        return work
+
+    def _pieces(self) -> Iterator[Trial]:
+        """The scan of a long piece of one row, by chunks side by side and by a walk."""
+        for tokens in _PIECES:
+            pool = FilledPool(self.config, 1, pages_for(tokens), self.device, self.dtype)
+            batch = rows_of([pool.open(tokens)], [tokens], [0])
+            work = self._scan(pool, batch, tokens)
+            yield Trial("scan_piece", tokens, {}, work)
+            yield Trial("scan_piece", tokens, {"least_tokens": 2 * _PIECES[-1]}, work)
+            for channels, warps in product((32, 64), (4, 8)):
+                sides = {"state_channels": channels, "output_channels": channels}
+                entry = {**sides, "state_warps": warps, "output_warps": warps}
+                yield Trial("scan_piece", tokens, entry, work)
 
     def _replays(self, pool: FilledPool, batch: Rows, rows: int, length: int) -> Iterator[Trial]:
         config, total = self.config, rows * length
