@@ -26,6 +26,13 @@ TEST_FILES = (
     f"{_KERNELS}/test_determinism.py",
     f"{_KERNELS}/test_expert_tiles_triton.py",
     f"{_KERNELS}/test_commit.py",
+    f"{_KERNELS}/test_chunk_scan_triton.py",
+    f"{_KERNELS}/test_linear_triton.py",
+    f"{_KERNELS}/test_overlap.py",
+    f"{_KERNELS}/test_pass_buffers.py",
+    f"{_KERNELS}/test_draft_lines.py",
+    "tests/towers/engine/test_deterministic.py",
+    "tests/towers/verify/test_on_device.py",
     "tests/towers/engine/test_device_steps.py",
     "tests/towers/engine/test_context_drafts.py",
     "tests/towers/engine/test_deterministic.py",
@@ -145,12 +152,14 @@ def _default_service(shape: _Shape, *more: object) -> Stage:
     return Stage("default-service", 120, (shape.program("default_service", *arguments),))
 
 
-def _tune(shape: _Shape) -> Stage:
+def _tune(shape: _Shape, *more: object) -> Stage:
     """The card's launch table; it compiles in processes side by side before it measures."""
     rows = shape.rows if shape.device == "cuda" else shape.rows[:1]
     words = ("--preset", shape.preset, "--device", shape.device, "--tune", "{out}")
     batches = ("--batches", ",".join(map(str, rows)))
-    return Stage("tune", 200, ((sys.executable, "-m", "twotower.bench", *words, *batches),))
+    name = "tune" + ("-fp8" if "fp8" in more else "")
+    command = (sys.executable, "-m", "twotower.bench", *words, *batches, *map(str, more))
+    return Stage(name, 200, (command,))
 
 
 def _continuous(shape: _Shape) -> list[Stage]:
@@ -171,8 +180,9 @@ def _rest(shape: _Shape) -> list[Stage]:
         Stage("attention", 120, (shape.bench("attention", shape.rows[1:2], *long),)),
         Stage("scans", 90, (shape.bench("scans", shape.rows[:1], *scans),)),
         _speed(shape, shape.many),
-        Stage("verified", 90, (shape.bench("verified", shape.rows[1:2]),)),
+        Stage("verified", 150, (shape.bench("verified", (*shape.rows, shape.many)),)),
         _tune(shape),
+        _tune(shape, "--experts", "fp8"),
     ]
 
 
@@ -206,13 +216,16 @@ def _h100(shape: _Shape) -> list[Stage]:
         _draft_passes(shape, *fp8),
         _products(shape),
         _default_service(shape, *fp8),
+        _tune(shape, *fp8),
     ]
 
 
 def _two(shape: _Shape) -> list[Stage]:
     """Tests and speed of the state channel between two cards."""
     pytest = (sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", ".", "-rf")
-    names = ("tests/cluster/channel/test_nccl.py",) if shape.device == "cuda" else shape.tests[:1]
+    channel_tests = "tests/cluster/channel"
+    on_cards = (f"{channel_tests}/test_nccl.py", f"{channel_tests}/test_self_test.py")
+    names = on_cards if shape.device == "cuda" else shape.tests[:1]
     channel = (sys.executable, "-m", "benchmarks.channel", "--transport")
     transport = "nccl" if shape.device == "cuda" else "gloo"
     return [

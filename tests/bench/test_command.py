@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from twotower.bench import command, plot
+from twotower.bench.report import Report
 from twotower.cli.main import app
+from twotower.kernels.launch_table import table_of
 
 SMALL = ["--batches", "2", "--repeats", "1", "--scans", "64", "--scan-rows", "8"]
 
@@ -128,3 +131,25 @@ def test_it_runs_with_torch_and_little_else(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(out.read_text())["scans"]
+
+
+def test_a_launch_table_holds_for_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "table.json"
+    path.write_text('{"card": "any", "kernels": {"replay_token": [{"channels": 8}]}}')
+    seen: list[object] = []
+
+    def suite(*_: object) -> Report:
+        seen.append(table_of(torch.device("cpu")).kernels)
+        return Report({}, {})
+
+    monkeypatch.setattr(command, "run_suite", suite)
+    monkeypatch.setattr(command, "markdown", lambda _: "tables")
+    out = ["--out", str(tmp_path / "bench.json"), "--device", "cpu"]
+    assert command.main([*out, "--launch-table", str(path)]) == 0
+    assert seen == [{"replay_token": [{"channels": 8}]}]
+    path.write_text("{}")
+    with pytest.raises(SystemExit):
+        command.main([*out, "--launch-table", str(path)])
+    assert "no table of launches" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from twotower.bench.plot import NO_MATPLOTLIB, can_plot, plot
 from twotower.bench.random_towers import EXPERT_FORMATS
 from twotower.bench.suite import run_suite
 from twotower.bench.tune import tune
+from twotower.kernels.launch_table import LaunchTable, using
 from twotower.kernels.quantized import EXPERT_PRODUCTS
 from twotower.planner.schedules import PROFILES
 from twotower.planner.shapes import PRESETS
@@ -43,6 +44,7 @@ def main(
         options = _options(args)
         for path in (args.out, args.table, args.plot, args.tune):
             _check_writable(path)
+        launches = LaunchTable.read(args.launch_table) if args.launch_table else None
     except (ValueError, ConfigError) as error:
         parser.error(str(error))
     limit_threads()
@@ -55,15 +57,15 @@ def main(
         # Said before the measurements, which take long.
         print(f"{NO_MATPLOTLIB}; going on without a picture", file=sys.stderr)
         wants_plot = False
-    with watch() as progress:
+    with watch() as progress, using(launches) if launches is not None else nullcontext():
         report = run_suite(options, args.out, _say, progress)
     report.write(args.out)
-    table = markdown(report.to_dict())
+    tables = markdown(report.to_dict())
     if args.table is not None:
-        args.table.write_text(table, encoding="utf-8")
+        args.table.write_text(tables, encoding="utf-8")
     if wants_plot:
         plot(report.to_dict(), args.plot)
-    print(table)
+    print(tables)
     return 1 if report.any_failed() else 0
 
 
@@ -145,6 +147,7 @@ def _parser(program: str) -> _Parser:
     add("--out", type=Path, default=Path("bench.json"), help="the report, written step by step")
     add("--plot", type=Path, help="a picture (PNG); needs the extra `bench`")
     add("--tune", type=Path, help="measure nothing but how kernels are launched, into this table")
+    add("--launch-table", type=Path, help="launch kernels as this table says, not the card's own")
     add("--table", type=Path, help="the tables as markdown")
     return parser
 
