@@ -160,10 +160,11 @@ def place_block(
 
     index = tl.arange(0, at_once)
     target = first_pair + before
+    last = tl.minimum(block_pairs, count - block * block_pairs)
     start = 0
-    while start < block_pairs:
+    while start < last:
         pair = block * block_pairs + start + index
-        inside = (start + index < block_pairs) & (pair < count)
+        inside = start + index < last
         chosen = tl.load(ids + pair, mask=inside, other=-1, cache_modifier=".cg").to(tl.int32)
         real = (chosen >= 0) & (chosen < experts)
         earlier = (index[None, :] < index[:, None]) & (chosen[None, :] == chosen[:, None])

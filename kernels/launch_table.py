@@ -40,11 +40,11 @@ class LaunchTable:
         """Raises ValueError, with the file and the field, for what is no table."""
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
-            card, kernels = held["card"], held["kernels"]
+            card, kernels = held["card"], dict(held["kernels"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: got no table of launches: {error}") from None
         for name, entries in kernels.items():
-            _check_order(f"{path}: {name}", entries)
+            _check(f"{path}: {name}", entries)
         return cls(card, kernels)
 
     def entry(self, kernel: str, size: int) -> Entry:
@@ -111,7 +111,17 @@ def file_name(card: str) -> str:
     return "_".join(card.lower().split()) + ".json"
 
 
-def _check_order(where: str, entries: Sequence[Entry]) -> None:
+def _check(where: str, entries: object) -> None:
+    """Raises ValueError for what are no entries of a kernel: a list of objects with positive whole
+    numbers or flags, in ascending order of their bounds."""
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{where}: got {entries!r}, expected a list of objects")
+    for entry in entries:
+        for name, value in entry.items():
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(
+                    f"{where}: got {name} {value!r}, expected a whole number or a flag"
+                )
     bounds = [entry.get(_UP_TO) for entry in entries]
     if any(bound is None for bound in bounds[:-1]):
         raise ValueError(f"{where}: got an entry without {_UP_TO!r} before the last")

@@ -645,6 +645,64 @@ DRAFTS = [
         "test_unmasking",
     ),
 ]
+GPU = [
+    Fault(
+        "sort: pairs of a block begin where the last block's do",
+        "kernels",
+        "    target = first_pair + before\n",
+        "    target = first_pair\n",
+        "test_expert_tiles_triton test_router_triton",
+    ),
+    Fault(
+        "sort: an expert's pairs lose their order",
+        "kernels",
+        "earlier = (index[None, :] < index[:, None]) &",
+        "earlier = (index[None, :] > index[:, None]) &",
+        "test_expert_tiles_triton",
+    ),
+    Fault(
+        "norm: experts' sum is not rounded before it is weighed",
+        "kernels",
+        "            added = added.to(total.dtype.element_ty).to(tl.float32)\n        else:",
+        "            added = added * 1.001\n        else:",
+        "test_norm_triton",
+    ),
+    Fault(
+        "draft lines: a draft that is fixed is drawn with its step's noise",
+        "kernels",
+        "moving = tl.load(own + _FIXED_STEP) <= 0",
+        "moving = tl.load(own + _FIXED_STEP) >= 0",
+        "test_draft_lines",
+    ),
+    Fault(
+        "launch table: an entry holds below its size alone",
+        "kernels",
+        "if size <= entry.get(_UP_TO, size):",
+        "if size < entry.get(_UP_TO, size + 1):",
+        "test_launch_table",
+    ),
+    Fault(
+        "deterministic: experts' tiles follow the number of tokens",
+        "kernels",
+        "        return _STEADY_TILING\n",
+        "        return next((own for most, own in _TILINGS if tokens <= most), _TILING_OF_MORE)\n",
+        "test_determinism",
+    ),
+    Fault(
+        "link test: bytes are not compared",
+        "cluster",
+        "    return torch.equal(share.view(bits), known.view(bits))",
+        "    return share.view(bits).shape == known.view(bits).shape",
+        "test_self_test",
+    ),
+    Fault(
+        "self-test: NaN is near everything",
+        "towers",
+        "        if not (error <= limit and peak <= PEAK * limit):",
+        "        if error > limit or peak > PEAK * limit:",
+        "test_on_device",
+    ),
+]
 FAULTS = (
     *SCHEDULER,
     *UNMASKING,
@@ -660,4 +718,5 @@ FAULTS = (
     *GENERATION,
     *FRONTS,
     *DRAFTS,
+    *GPU,
 )

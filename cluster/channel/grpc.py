@@ -156,7 +156,9 @@ class GrpcStateLink:
     async def _send_known(self, number: int) -> None:
         plan = SELF_TEST_PLANS[number]
         writer = self._begin(SELF_TEST_ROW, plan)
-        for share in known_shares(self._config, number, self._dtype, self._device):
+        known = known_shares(self._config, number, self._dtype, self._device)
+        # Millions of numbers: not in the loop that serves rows.
+        for share in await asyncio.to_thread(list, known):
             writer.put(*share)
         try:
             await writer.finish()

@@ -69,7 +69,7 @@ class _Keeper:
 
     A denoiser has one token for its life, and with `channel_tls` one certificate, which it makes
     itself. Each of its links has an epoch: the receiver passes over what an older link may still
-    send. Where the transport fails its self-test, the denoiser's links are gRPC for its life.
+    send. Where the transport fails its self-test, the place's links are gRPC for the pair's life.
     """
 
     def __init__(
@@ -81,6 +81,8 @@ class _Keeper:
         self._actors: dict[int, Any] = {}
         self._towers: dict[int, RemoteDenoiser] = {}
         self._links: dict[int, LinkSpec] = {}
+        # Places whose transport has failed its self-test, which takes minutes where a group hangs.
+        self._by_grpc: set[int] = set()
         self._epoch = 0
 
     async def start(self, index: int) -> RemoteDenoiser:
@@ -101,7 +103,9 @@ class _Keeper:
     async def link(self, index: int) -> RemoteDenoiser:
         """Links the loaded tower in place `index` to the context tower."""
         token = secrets.token_hex(16)
-        self._links[index] = await self._towers[index].listen(token)
+        listened = await self._towers[index].listen(token)
+        by_grpc = index in self._by_grpc
+        self._links[index] = replace(listened, transport="grpc") if by_grpc else listened
         await self.relink(index)
         return self._towers[index]
 
@@ -111,6 +115,7 @@ class _Keeper:
             await self._connect(index)
         except LinkTestError as error:
             logger.warning("%s; its states go over gRPC", error)
+            self._by_grpc.add(index)
             self._links[index] = replace(self._links[index], transport="grpc")
             await self._connect(index)
 

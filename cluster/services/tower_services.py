@@ -424,6 +424,9 @@ class ContextTowerActor(EngineService[ContextEngine], ContextTowerService):
                 f"transport {spec.transport} does not carry states from the context tower "
                 f"({place}) to denoiser tower {denoiser} ({spec.place}): {error}"
             ) from None
+        except BaseException:
+            await link.close()
+            raise
 
     async def open_for(self, row_id: str, capacity: int, denoiser: int) -> int:
         self._links.assign(row_id, denoiser)

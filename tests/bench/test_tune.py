@@ -30,7 +30,9 @@ def timed(kernel: str, size: int, *tried: tuple[int, float]) -> list[Timed]:
 def test_an_entry_is_kept_where_it_is_clearly_faster() -> None:
     found = timed("scan", 1, (0, 10.0), (4, 9.9), (8, 9.8))
     found += timed("scan", 16, (0, 10.0), (4, 7.0), (8, 6.0))
-    assert entries_of(found) == {"scan": [{"up_to": 1}, {"up_to": 16, "warps": 8}]}
+    assert entries_of(found) == {"scan": [{"up_to": 1}, {"warps": 8}]}
+    tiles = [Timed("experts", own.size, own.entry, own.us) for own in found]
+    assert entries_of(tiles) == {"experts": [{"up_to": 1}, {"up_to": 16, "warps": 8}]}
 
 
 def test_neighbouring_sizes_with_one_launch_share_an_entry() -> None:
@@ -38,7 +40,7 @@ def test_neighbouring_sizes_with_one_launch_share_an_entry() -> None:
         own for size in (64, 1, 16) for own in timed("scan", size, (0, 10.0), (4, 5.0), (8, 6.0))
     ]
     found += timed("replay", 1, (0, 5.0), (4, 6.0))
-    assert entries_of(found) == {"scan": [{"up_to": 64, "warps": 4}]}
+    assert entries_of(found) == {"scan": [{"warps": 4}]}
 
 
 def test_every_trial_is_a_launch_that_its_kernel_takes() -> None:
@@ -75,6 +77,8 @@ def test_what_is_measured_becomes_the_table(
 
     monkeypatch.setattr(module, "launch_seconds", seconds)
     monkeypatch.setattr(module, "_compile_beside", lambda *_: None)
+    monkeypatch.setattr(module.Want, "is_given_by", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     monkeypatch.setattr(module, "_card", lambda _: "NVIDIA Some 9")
     monkeypatch.setattr(module, "table_of", lambda _: LaunchTable("", {}))
     only = [own for own in trials("tiny", CPU, [1]) if own.kernel == "replay_token"]
@@ -83,7 +87,7 @@ def test_what_is_measured_becomes_the_table(
     tune("tiny", Card(), [1], out, said.append)  # type: ignore[arg-type]
     table = LaunchTable.read(out)
     assert table.card == "NVIDIA Some 9"
-    assert table.kernels["replay_token"] == [{"up_to": 1, "channels": 8, "num_warps": 1}]
+    assert table.kernels["replay_token"] == [{"channels": 8, "num_warps": 1}]
     assert json.loads(out.read_text())["made"]["preset"] == "tiny"
     assert said[-1] == "replay_token at 1: 16.0 us now, best 8.0 us"
 
@@ -97,6 +101,19 @@ def test_a_launch_that_gives_other_numbers_is_no_launch_for_the_table() -> None:
     assert not module.agree(wrong, want)
     wrong[7] = float("nan")
     assert not module.agree(wrong, want)
+    assert module.agree(want.clone(), want, exactly=True)
+    assert not module.agree(want * (1 + 1e-6), want, exactly=True)
+
+
+def test_passes_of_all_kinds_prove_that_launches_may_overlap() -> None:
+    """Twice the same numbers, though each pass moves states."""
+    plain, overlapping = (own for own in trials("tiny", CPU, [1]) if own.kernel == "overlap")
+    assert overlapping.exact
+    first, second = overlapping.compared(), plain.compared()
+    assert isinstance(first, torch.Tensor)
+    assert torch.equal(first, second)
+    assert len(first) == 1 + 4 + 64 + 256 + 64
+    assert bool(first.isfinite().all())
 
 
 def test_the_command_writes_an_empty_table_on_a_cpu(tmp_path: Path) -> None:

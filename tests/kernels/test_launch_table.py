@@ -56,6 +56,13 @@ def test_a_field_that_the_kernel_lacks_is_named() -> None:
         ("[]", "no table of launches"),
         ('{"card": "a"}', "no table of launches"),
         ('{"card": "a", "kernels": {"scan": [{}, {"up_to": 3}]}}', "scan: got an entry without"),
+        ('{"card": "a", "kernels": []}', "no table of launches|expected a list"),
+        ('{"card": "a", "kernels": {"scan": {"rows": 1}}}', "scan: got .* expected a list of obj"),
+        ('{"card": "a", "kernels": {"scan": [3]}}', "scan: got .* expected a list of objects"),
+        (
+            '{"card": "a", "kernels": {"scan": [{"rows": "16"}]}}',
+            "scan: got rows '16', expected a whole number",
+        ),
         (
             '{"card": "a", "kernels": {"scan": [{"up_to": 4}, {"up_to": 3}]}}',
             r"scan: got up_to \[4, 3\], expected ascending",

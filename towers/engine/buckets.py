@@ -12,6 +12,8 @@ ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 GRAPH_TOKENS = 2048
 # Tokens of the longest block that has graphs.
 MAX_LENGTH = 64
+# Numbers of rows of packed passes that have graphs. Empty rows cost next to nothing.
+PACKED_ROWS = (1, 4, 16, 32, 64, ROW_BUCKETS[-1])
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
@@ -23,6 +25,11 @@ def bucket_for(rows: int) -> int:
         if rows <= bucket:
             return bucket
     raise ValueError(f"rows: got {rows}, expected at most {ROW_BUCKETS[-1]}")
+
+
+def packed_bucket_for(rows: int) -> int:
+    """The smallest bucket of a packed pass that holds so many rows, ROW_BUCKETS[-1] at most."""
+    return next(bucket for bucket in PACKED_ROWS if bucket >= min(rows, PACKED_ROWS[-1]))
 
 
 def rows_at_once(length: int) -> int:

@@ -2,8 +2,10 @@
 beside them.
 
 Whatever rows ask of a pass, its way through the layers is the same; what differs comes after it
-and takes few launches. So the layers are a graph for any mixture of works up to GRAPH_TOKENS. A
-pass of fewer tokens than a program has costs about what a full one costs, as it waits for weights.
+and takes few launches. So the layers are a graph for mixtures of works up to GRAPH_TOKENS, of up to
+32 rows where one has more than 16 tokens: attention keeps partial results for 64 tokens of every
+row. A pass of fewer tokens than a program has costs about what a full one costs, as it waits for
+weights.
 """
 
 from __future__ import annotations
@@ -16,7 +18,13 @@ from torch import Tensor
 
 from twotower.kernels.rows import Rows
 from twotower.towers.engine.block_log import BlockLog
-from twotower.towers.engine.buckets import GRAPH_TOKENS, MAX_LENGTH, ROW_BUCKETS, bucket_for
+from twotower.towers.engine.buckets import (
+    GRAPH_TOKENS,
+    MAX_LENGTH,
+    ROW_BUCKETS,
+    bucket_for,
+    packed_bucket_for,
+)
 from twotower.towers.engine.cuda_graph import GraphMemory, Programs
 from twotower.towers.engine.ragged_program import RaggedProgram
 from twotower.towers.model.backbone import MixerInputs
@@ -26,10 +34,8 @@ from twotower.towers.state.link import UpdateWriter
 from twotower.towers.state.pass_log import PassLog
 from twotower.towers.state.tensors import StateTensors
 
-# Tokens and rows of a pass that have programs. Empty rows cost next to nothing, empty tokens little
-# up to a thousand.
+# Tokens of a pass that have programs. Empty ones cost little up to a thousand.
 TOKEN_BUCKETS = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, GRAPH_TOKENS)
-_ROWS = (1, 4, 16, 32, 64, ROW_BUCKETS[-1])
 # Bounds of a row's tokens up to which kernels have tiles of their own.
 _SHORT = (16, MAX_LENGTH)
 # Rows of prompts that are warmed up beside a single one.
@@ -107,7 +113,7 @@ def shape_for(lengths: Sequence[int]) -> Shape | None:
         return bucket_for(rows), bucket_for(rows), 1
     tokens = next(bucket for bucket in TOKEN_BUCKETS if bucket >= sum(lengths))
     bound = next((most for most in _SHORT if longest <= most), tokens)
-    bucket = next(most for most in _ROWS if most >= rows)
+    bucket = packed_bucket_for(rows)
     # Attention has partial results for so many tokens of each row.
     if bucket * min(bound, MAX_LENGTH) > GRAPH_TOKENS:
         return None

@@ -16,6 +16,7 @@ from twotower.towers.engine.buckets import (
     GRAPH_TOKENS,
     ROW_BUCKETS,
     bucket_for,
+    packed_bucket_for,
     rows_at_once,
 )
 from twotower.towers.state.update import most_delta_tokens
@@ -96,16 +97,17 @@ def working_bytes(
     graph = graph_rows * block
     kept = max(graph, min(GRAPH_TOKENS, tokens)) if reads_prompts else graph
     peak = layer_bytes(config, dtype, tokens) + layer_bytes(config, dtype, kept)
-    # A packed pass has a row of padding behind the others.
-    padding = 1 if reads_prompts else 0
+    # A packed pass of rows longer than a step has so many, and one of padding behind them.
+    packed = min(packed_bucket_for(rows), GRAPH_TOKENS // block) + 1 if reads_prompts else 0
     peak += partial_bytes(config, rows, block)
-    peak += partial_bytes(config, graph_rows + padding, block)
+    peak += partial_bytes(config, max(graph_rows, packed), block)
     peak += (min(tokens, rows * block) + graph) * config.vocab_size * dtype.itemsize
     if reads_prompts:
         # The log of a pass, and twice that of graphs, which keep it with all that is projected:
         # older ones stay with older graphs.
         gates = len(config.layers_of(MAMBA)) * config.d_inner * kept * dtype.itemsize
-        peak += log_bytes(config, dtype, tokens) + SCRATCH_BYTES + SCAN_SCRATCH_BYTES
+        # Graphs keep their own scratch beside that of passes without one.
+        peak += log_bytes(config, dtype, tokens) + 2 * (SCRATCH_BYTES + SCAN_SCRATCH_BYTES)
         peak += 2 * (log_bytes(config, dtype, kept) + gates)
     else:
         # Shift, scale and gate of every number of masked positions, for a few block lengths.

@@ -50,11 +50,15 @@ def prove_device(
 ) -> None:
     """The self-test of a device that is to hold a tower of the checkpoint in `folder`, if it is
     `wanted` (None: on CUDA). Raises DeviceError, which is logged as well; ConfigError for the
-    checkpoint's config.json."""
+    checkpoint's config.json, or products that the device does not have; torch's OutOfMemoryError of
+    a device that is full."""
     place = torch.device(device)
     if not (place.type == "cuda" if wanted is None else wanted):
         return
     config = TwoTowerConfig.from_file(folder / "config.json")
+    if expert_products == "fp8" and not config.quantized_experts:
+        # Loading refuses this with the checkpoint's name.
+        return
     try:
         seconds = self_test(
             place,
@@ -87,13 +91,26 @@ def self_test(
         report = _compared(*kind)
         if report.misses:
             by_kernels = device.type == "cuda" if for_triton is None else for_triton
-            wrong = _wrong_kernels(*kind) if by_kernels else []
+            wrong = _wrong_kernels(*kind) if by_kernels and _still_works(device) else []
             raise DeviceError(_refusal(device, dtype, report, wrong))
     finally:
         gc.collect()
-        if device.type == "cuda":
+        if device.type == "cuda" and _still_works(device):
             torch.cuda.empty_cache()
     return time.monotonic() - began
+
+
+def _still_works(device: torch.device) -> bool:
+    """False after an error that no later call of this process gets past, as a kernel that has read
+    where it must not."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        logger.warning("device %s is lost to this process: %s", device, error)
+        return False
+    return True
 
 
 def _compared(
@@ -109,8 +126,12 @@ def _compared(
     limit = LIMITS[dtype] if expert_products == "widened" else LIMIT_OF_8_BITS
     check = _Check(report, load_file(RECORDING), limit)
     kind = (quantized_experts, for_triton, expert_products, deterministic)
+    towers = formula_towers(device, dtype, *kind)
     try:
-        run_passes(*formula_towers(device, dtype, *kind), check)
+        run_passes(*towers, check)
+    except torch.OutOfMemoryError:
+        # A device that is full is not a wrong one.
+        raise
     except Exception as error:
         # Whatever a kernel that does not work makes of it: the tower must not serve.
         logger.warning("%s failed in the self-test", check.name, exc_info=error)

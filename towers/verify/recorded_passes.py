@@ -17,6 +17,7 @@ from twotower.towers.decoding.unmasking import ThresholdRule
 from twotower.towers.engine.block_log import BlockLog
 from twotower.towers.engine.context_blocks import ContextBlocks
 from twotower.towers.engine.context_drafts import ContextDrafts
+from twotower.towers.engine.context_packed import ContextPacked
 from twotower.towers.engine.context_pass import ContextPass
 from twotower.towers.engine.context_steps import ContextSteps
 from twotower.towers.engine.context_work import ContextResult, ContextWork
@@ -65,12 +66,13 @@ def run_passes(context: ContextTower, denoiser: DenoiserTower, record: Record) -
     )
     states = [pool.open(_CAPACITY) for _ in _PROMPTS]
     memory, log = GraphMemory(context.device), BlockLog(context)
-    programs = ContextPass(
-        context,
-        ContextSteps(context, memory),
-        ContextBlocks(context, memory, log),
-        ContextDrafts(context, memory, log),
-    )
+    steps, blocks = ContextSteps(context, memory), ContextBlocks(context, memory, log)
+    drafts, packed = ContextDrafts(context, memory, log), ContextPacked(context, memory, log)
+    # As graphs on a GPU, which a program becomes only when it has come often.
+    steps.warm_up(pool, len(_PROMPTS))
+    blocks.warm_up(pool, BLOCK, len(_PROMPTS))
+    packed.warm_up(pool, sum(_PROMPTS), sum(_PROMPTS))
+    programs = ContextPass(context, steps, blocks, drafts, packed)
     with torch.inference_mode():
         _prefill(programs, states, record)
         _extend(programs, states, record)
@@ -211,6 +213,7 @@ def _read_long(
 def _fill(denoiser: DenoiserTower, states: Sequence[ContextState], record: Record) -> None:
     """Blocks from masks to tokens, with draws and commits on the device."""
     steps = DenoiserSteps(denoiser)
+    steps.warm_up(states[0].pool, BLOCK, len(states))
     rules = ThresholdRule(0.9, 2, "leftmost"), ThresholdRule(0.5, 2, "released")
     known: Sequence[Sequence[int]] = ((), _tokens(5, 20))
     drafts = [

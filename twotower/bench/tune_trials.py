@@ -30,12 +30,13 @@ from twotower.kernels.linear_choice import entry_name
 from twotower.kernels.moe import ExpertWeights
 from twotower.kernels.quantized import quantize
 from twotower.kernels.rows import Rows
+from twotower.kernels.unmask import SamplingBatch
 from twotower.planner.floors import expected_unique
 from twotower.planner.schedules import BLOCK
 from twotower.planner.shapes import PRESETS
 from twotower.towers.model.backbone import MixerInputs, scan_weights
 from twotower.towers.model.weights import MambaWeights
-from twotower.towers.state.context_state import rows_of
+from twotower.towers.state.context_state import ContextState, rows_of
 from twotower.towers.state.pages import pages_for
 
 # Rows of a tile by tokens of the pass: the rows of most experts should fit into a tile.
@@ -45,6 +46,8 @@ _CONTEXT = 4096
 _MOST_CACHED = 128 << 20
 # Tokens of a row's piece of a prompt.
 _PIECES = (256, 1024)
+# Rows of the passes that prove a launch.
+_PROVED = 4
 
 
 def tilings(tokens: int) -> Iterator[Tiling]:
@@ -63,12 +66,20 @@ def tilings(tokens: int) -> Iterator[Tiling]:
 @dataclass(frozen=True)
 class Trial:
     """An entry of a kernel's table for passes of `size`, empty for the present launch, and work
-    that launches the kernel at that size."""
+    that launches the kernel at that size. An `exact` one changes no arithmetic. `proof` gives what
+    is compared, where that is more than the work."""
 
     kernel: str
     size: int
     entry: Entry
     work: Callable[[], object]
+    exact: bool = False
+    proof: Callable[[], object] | None = None
+
+    @property
+    def compared(self) -> Callable[[], object]:
+        """What gives the numbers by which a launch is judged."""
+        return self.proof or self.work
 
 
 class Maker(Protocol):
@@ -81,35 +92,86 @@ class Maker(Protocol):
 
 
 class Passes:
-    """Steps of a few layers of all kinds, for what concerns how launches follow one another."""
+    """Passes of a few layers of all kinds, for what concerns how launches follow one another."""
 
     def __init__(self, preset: str, device: torch.device) -> None:
         config = replace(PRESETS[preset], layer_pattern="MEM*E", vocab_size=256)
         self.config, self.device = config, device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         generator = torch.Generator(device).manual_seed(0)
-        self.tower = TowerMaker(config, device, self.dtype, generator).context()
+        maker = TowerMaker(config, device, self.dtype, generator)
+        self.tower, self.denoiser = maker.context(), maker.denoiser()
 
     def trials(self, rows: int) -> Iterator[Trial]:
         """Kernels that are on their way before the last has ended, and not: one choice for passes
-        of all sizes, made at one row, where a pass is nothing but launches."""
+        of all sizes, timed at one row, where a pass is nothing but launches, and proved by passes
+        of all kinds."""
         if rows > 1:
             return
+        room = _PIECES[0]
         pool = FilledPool(
-            self.config, rows, rows * pages_for(_CONTEXT + 1), self.device, self.dtype
+            self.config, _PROVED, _PROVED * pages_for(_CONTEXT + room), self.device, self.dtype
         )
         pool.context = _CONTEXT
-        states = [pool.open(_CONTEXT + 1) for _ in range(rows)]
-        inputs = MixerInputs(rows_of(states, [1] * rows, [_CONTEXT] * rows), pool, causal=True)
-        log = self.tower.new_log(rows, whole=True)
-        tokens = torch.arange(rows, device=self.device) % self.config.vocab_size
+        states = [pool.open(_CONTEXT + room) for _ in range(_PROVED)]
+        step = self._pass(pool, states[:1], 1)
+        passes = [
+            step,
+            self._pass(pool, states, 1),
+            self._pass(pool, states, BLOCK),
+            self._pass(pool, states[:1], room),
+            self._denoise(pool, states),
+        ]
+        before = pool.conv.clone(), pool.ssm.clone()
+
+        def proof() -> Tensor:
+            pool.conv.copy_(before[0])
+            pool.ssm.copy_(before[1])
+            return torch.cat([own() for own in passes])
+
+        for entry in ({}, {"programmatic": True}):
+            yield Trial("overlap", rows, entry, step, exact=True, proof=proof)
+
+    def _pass(
+        self, pool: FilledPool, states: list[ContextState], length: int
+    ) -> Callable[[], Tensor]:
+        """Reads so many tokens of each row, moves its state over them and draws after each."""
+        rows = rows_of(states, [length] * len(states), [_CONTEXT] * len(states))
+        total = length * len(states)
+        log = self.tower.new_log(total, whole=True)
+        counts = torch.full_like(rows.slots, length)
+        tokens = torch.arange(total, device=self.device) % self.config.vocab_size
 
         @torch.inference_mode()
         def work() -> Tensor:
-            return self.tower.run(tokens, inputs, log)
+            hidden = self.tower.run(tokens, MixerInputs(rows, pool, causal=True), log)
+            if log is not None and self.tower.replay_weights is not None:
+                log.replay(pool, self.tower.replay_weights, rows, counts)
+            return self._drawn(hidden)
 
-        yield Trial("overlap", rows, {}, work)
-        yield Trial("overlap", rows, {"programmatic": True}, work)
+        return work
+
+    def _denoise(self, pool: FilledPool, states: list[ContextState]) -> Callable[[], Tensor]:
+        rows = rows_of(states, [BLOCK] * len(states), [_CONTEXT] * len(states))
+        total = BLOCK * len(states)
+        index = torch.zeros(total, dtype=torch.int64, device=self.device)
+        tokens = torch.arange(total, device=self.device) % self.config.vocab_size
+        table = self.denoiser.modulation(0.5).unsqueeze(0)
+
+        @torch.inference_mode()
+        def work() -> Tensor:
+            inputs = MixerInputs(rows, pool, causal=False)
+            return self._drawn(self.denoiser.run(tokens, table, index, inputs))
+
+        return work
+
+    def _drawn(self, hidden: Tensor) -> Tensor:
+        """The hidden states beside the tokens that are drawn after them and their likelihoods."""
+        none = torch.zeros(len(hidden), dtype=torch.int64, device=self.device)
+        batch = SamplingBatch(none.float(), none, none, none, none, none - 1, none - 1)
+        ids, _, log_probs, _ = dispatch.predict(self.tower.logits(hidden), batch)
+        beside = (ids.to(hidden.dtype).unsqueeze(1), log_probs.to(hidden.dtype).unsqueeze(1))
+        return torch.cat([hidden, *beside], dim=1)
 
 
 class Products:
