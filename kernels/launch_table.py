@@ -40,7 +40,7 @@ class LaunchTable:
         """Raises ValueError, with the file and the field, for what is no table."""
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
-            card, kernels = held["card"], dict(held["kernels"])
+            card, kernels = held["card"], {**held["kernels"]}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: got no table of launches: {error}") from None
         for name, entries in kernels.items():
