@@ -14,7 +14,8 @@ as the page table's width allows, and programs without work return at once.
 Besides the row, the last bits of its result depend on two things: whether `rows.max_seqlen` times
 the query heads of a KV head is at most FEW_ROWS (a pass of single tokens), at most BLOCK_ROWS or
 above, and the number of rows, as splits are longer where rows alone fill the device
-(`longer_splits`) and a card's table may tell numbers of rows apart. Inside `deterministic` it depends on neither.
+(`longer_splits`) and a card's table may tell numbers of rows apart. Inside `deterministic` it
+depends on neither.
 Source: Dao et al. 2022 (FlashAttention), section 3.1; Dao et al. 2023 (Flash-Decoding).
 """
 

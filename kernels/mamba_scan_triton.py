@@ -13,8 +13,8 @@ fp32's precision: fp32 and fp16 inputs by fp32 products, bf16 inputs by tensor c
 
 Kernels and tiles follow from `rows.max_seqlen` alone: among passes whose longest rows have 1, 2 to
 16, 17 to 64 or more tokens, a row has the same bits in any batch, unless a card's table tells
-numbers of rows apart. Inside `deterministic` all take
-one kernel and tile. Source: Dao and Gu 2024 (Mamba-2), section 6.
+numbers of rows apart. Inside `deterministic` all take one kernel and tile.
+Source: Dao and Gu 2024 (Mamba-2), section 6.
 """
 
 from __future__ import annotations
