@@ -120,8 +120,8 @@ REPLAY = [
     Fault(
         "replay: no dt bias",
         "kernels",
-        "steps = softplus(dt.float() + weights.dt_bias)",
-        "steps = softplus(dt.float())",
+        "+ weights.dt_bias)\n    decays",
+        ")\n    decays",
         "test_replay",
     ),
     Fault(
