@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 
-def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x), computed in fp32, returned in x's dtype."""
+def silu(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """x * sigmoid(x), computed in fp32, returned in x's dtype. `out` is an fp32 tensor of x's shape
+    that it may use as memory, and returns if x is fp32."""
     wide = x.float()
-    return (wide / (1.0 + torch.exp(-wide))).to(x.dtype)
+    below = torch.neg(wide, out=out).exp_().add_(1.0)
+    return torch.div(wide, below, out=below).to(x.dtype)
 
 
 def sigmoid(x: Tensor) -> Tensor:

@@ -4,9 +4,10 @@
 
 On a CPU the usual fp32 product takes another summation order for small numbers of rows (1 to 15
 on AVX-512 with MKL) and, for long rows, for other numbers of threads. oneDNN's product sums in
-one order from 2 rows up, whatever the threads, and takes weights packed into oneDNN's layout, which
-makes it as fast for one row as MKL's matrix-vector product. `products` says for which dtypes it is
-there. Without it bf16 is widened to fp32, and products of fp32 are cut into tiles of 16 rows.
+one order from 2 rows up, whatever the threads, and for most shapes of packed weights from 1 row up.
+A weight packed into oneDNN's layout makes it as fast for one row as MKL's matrix-vector product.
+`products` says for which dtypes it is there. Without it bf16 is widened to fp32, and products of
+fp32 are cut into tiles of 16 rows.
 """
 
 from __future__ import annotations

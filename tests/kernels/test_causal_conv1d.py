@@ -14,7 +14,7 @@ from tests.support.comparing import (
     assert_same_bits,
     normal,
 )
-from twotower.kernels.causal_conv1d import advance_history, causal_conv1d
+from twotower.kernels.causal_conv1d import causal_conv1d, convolve
 
 
 def true_conv(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor) -> Tensor:
@@ -50,28 +50,31 @@ def test_a_sequence_may_be_cut_anywhere(cut: int) -> None:
     x, weight, bias = normal(1, 13, 6), normal(6, 4, seed=1), normal(6, seed=2)
     history = normal(1, 3, 6, seed=3)
     whole = causal_conv1d(x, weight, bias, history)
-    moved = history[0].clone()
-    advance_history(moved, x[0, :cut])
+    moved = torch.cat((history, x[:, :cut]), dim=1)[:, -3:]
     first = causal_conv1d(x[:, :cut], weight, bias, history)
-    second = causal_conv1d(x[:, cut:], weight, bias, moved.unsqueeze(0))
+    second = causal_conv1d(x[:, cut:], weight, bias, moved)
     assert_same_bits(torch.cat((first, second), dim=1), whole)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 9])
-@pytest.mark.parametrize("kept", [0, 1, 3])
-def test_the_history_holds_the_last_raw_inputs(tokens: int, kept: int) -> None:
-    history, x = normal(kept, 4), normal(tokens, 4, seed=1)
-    want = [*history.tolist(), *x.tolist()][tokens:]
-    advance_history(history, x)
-    assert history.tolist() == want
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_several_layers_at_once(with_bias: bool) -> None:
+    """Layers between tokens and channels have the bits that each has alone."""
+    x, history = normal(2, 5, 3, 6), normal(2, 3, 3, 6, seed=1)
+    weight, bias = normal(3, 6, 4, seed=2), normal(3, 6, seed=3) if with_bias else None
+    got = causal_conv1d(x, weight, bias, history)
+    for layer in range(3):
+        own = None if bias is None else bias[layer]
+        want = causal_conv1d(x[:, :, layer], weight[layer], own, history[:, :, layer])
+        assert_same_bits(got[:, :, layer], want)
 
 
-def test_the_history_of_a_row_is_changed_in_place_and_only_there() -> None:
-    histories = normal(3, 3, 4)
-    before = histories.clone()
-    advance_history(histories[1], normal(2, 4, seed=1))
-    assert_same_bits(histories[[0, 2]], before[[0, 2]])
-    assert not torch.equal(histories[1], before[1])
+@pytest.mark.parametrize("taps", [1, 4])
+def test_inputs_are_only_read(taps: int) -> None:
+    padded, weight, bias = normal(2, 7, 6), normal(6, taps, seed=1), normal(6, seed=2)
+    before = padded.clone(), weight.clone(), bias.clone()
+    assert convolve(padded, weight, bias).shape == (2, 8 - taps, 6)
+    for got, want in zip((padded, weight, bias), before, strict=True):
+        assert_same_bits(got, want)
 
 
 @pytest.mark.parametrize("length", [1, 3, 16])

@@ -44,6 +44,15 @@ def test_an_element_has_the_same_bits_anywhere(function: Function, dtype: torch.
     assert_same_bits(function(x.repeat(3)[::3].clone()), function(x.repeat(3))[::3].clone())
 
 
+def test_silu_in_given_memory() -> None:
+    x, memory = normal(83, scale=4.0), torch.full((83,), float("nan"))
+    before = x.clone()
+    assert_same_bits(silu(x, memory), silu(before))
+    assert_same_bits(x, before)
+    narrow = x.bfloat16()
+    assert_same_bits(silu(narrow, memory), silu(narrow))
+
+
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_large_values_stay_finite(function: Function) -> None:
     got = function(torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4]))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.support.comparing import assert_relative_rms, normal
+from tests.support.comparing import assert_relative_rms, assert_same_bits, normal
 from tests.support.products import ALL_PRODUCTS, multiplied_by
 from twotower.kernels import products as module
 from twotower.kernels.linear import linear, pack
@@ -117,6 +117,79 @@ def test_what_a_processor_lacks_cannot_be_forced(
         force_products("onednn"),
     ):
         pass
+
+
+def rows_multiplied(
+    monkeypatch: pytest.MonkeyPatch, alone: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> list[int]:
+    """The numbers of rows that oneDNN is given from now on; `alone` stands in for its product of a
+    single row."""
+    real, seen = module._product, []
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(len(x))
+        if alone is None or len(x) > 1:
+            return real(x, weight, bias)
+        return alone(x, weight) if bias is None else alone(x, weight) + bias
+
+    monkeypatch.setattr(module, "_product", product)
+    return seen
+
+
+@pytest.fixture
+def tried_anew() -> Iterator[None]:
+    """Single rows of this processor's best products are tried anew, and the verdicts forgotten."""
+    module._shape_sums_alone.cache_clear()
+    with force_products(best_products()):
+        yield
+    module._shape_sums_alone.cache_clear()
+
+
+needs_packing = pytest.mark.skipif(best_products() == "plain", reason="nothing is packed here")
+
+
+@needs_packing
+@pytest.mark.usefixtures("tried_anew")
+def test_a_row_that_is_summed_in_another_order_alone_runs_as_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def reversed_order(x: Tensor, weight: Tensor) -> Tensor:
+        return (x * weight.to_dense()).flip(1).cumsum(1)[:, -1].unsqueeze(0)
+
+    seen = rows_multiplied(monkeypatch, reversed_order)
+    x, weight = normal(3, 90), pack(normal(70, 90, seed=1))
+    assert 1 in seen, "packing tries single rows"
+    seen.clear()
+    want = linear(x, weight)
+    assert_same_bits(linear(x[:1], weight), want[:1])
+    assert seen == [3, 2]
+
+
+@needs_packing
+@pytest.mark.usefixtures("tried_anew")
+def test_a_row_that_is_summed_alike_alone_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = pack(normal(70, 90, seed=1))
+    monkeypatch.setattr(module, "_shape_sums_alone", lambda *_: True)
+    seen = rows_multiplied(monkeypatch)
+    linear(normal(1, 90), weight)
+    assert seen == [1]
+
+
+@needs_packing
+@pytest.mark.usefixtures("tried_anew")
+@pytest.mark.parametrize("kind", ["plain", "bfloat16", "large"])
+def test_a_weight_that_is_not_tried_takes_two_rows(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "bfloat16" and best_products() != "onednn":
+        pytest.skip("bf16 is widened here")
+    monkeypatch.setattr(module, "_MOST_TRIED", 70 * 90 - (kind == "large"))
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    weight = normal(70, 90, seed=1).to(dtype)
+    held = weight if kind == "plain" else pack(weight)
+    seen = rows_multiplied(monkeypatch)
+    linear(normal(1, 90).to(dtype), held)
+    assert seen == [2]
 
 
 PROGRAM = """

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.support.comparing import assert_relative_rms, assert_same_bits, normal
+from twotower.kernels import replay as module
 from twotower.kernels.causal_conv1d import causal_conv1d
 from twotower.kernels.chunk_scan import chunk_scan
 from twotower.kernels.elementwise import softplus
@@ -77,12 +78,12 @@ def true_replay(
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 16, 33])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e3])
-@pytest.mark.parametrize(("taps", "with_bias"), [(4, True), (3, False)])
+@pytest.mark.parametrize(("taps", "with_bias"), [(4, True), (3, False), (1, True)])
 def test_values(tokens: int, scale: float, taps: int, with_bias: bool) -> None:
     weights = make_weights(taps, with_bias)
     state, history, xbc, dt = make_row(tokens, taps, scale)
     want = true_replay(state, history, xbc, dt, weights)
-    raw = torch.cat((history, xbc))[-(taps - 1) :]
+    raw = torch.cat((history, xbc))[tokens:]
     replay_row(state, history, xbc, dt, weights)
     assert_relative_rms(state, want, 1e-6)
     assert_same_bits(history, raw)
@@ -190,6 +191,31 @@ def test_each_row_moves_its_own_slot_over_its_own_count() -> None:
     for slot in range(SLOTS):
         moved = not torch.equal(ssm[slot], before[0][slot])
         assert moved == (slot in (3, 0, 4)), slot
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize("limit", [1, 2 * CHANNELS, 1 << 20])
+def test_rows_of_one_count_move_together(
+    count: int, gaps: bool, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many rows and layers one operation takes, each has the bits that it has alone; the
+    log's tokens may lie side by side or not."""
+    weights, (ssm, conv) = make_weights(layers=LAYERS), make_pool()
+    slots, length = [3, 0, 4, 1], count + gaps
+    xbc = normal(LAYERS, 4 * length, CHANNELS, seed=7)
+    dt = normal(LAYERS, 4 * length, HEADS, seed=8)
+    want = ssm.clone(), conv.clone()
+    for row, slot in enumerate(slots):
+        own = slice(row * length, row * length + count)
+        one = torch.tensor([count], dtype=torch.int32)
+        replay(*want, xbc[:, own], dt[:, own], weights, rows_of([count], [slot]), one)
+    monkeypatch.setattr(module, "_CONV_ELEMENTS", limit)
+    monkeypatch.setattr(module, "_STATE_ELEMENTS", limit)
+    counts = torch.full((4,), count, dtype=torch.int32)
+    replay(ssm, conv, xbc, dt, weights, rows_of([length] * 4, slots), counts)
+    assert_same_bits(ssm, want[0])
+    assert_same_bits(conv, want[1])
 
 
 def test_padding_moves_nothing() -> None:
