@@ -68,6 +68,8 @@ _GONE = (
     WorkerCrashedError,
 )
 _WRAPPED = (RayTaskError, RayActorError, *_GONE)
+# Of Serve's handle, for streams of blocks: how they come from the pair.
+STREAM_OPTIONS: dict[str, Any] = {}
 T = TypeVar("T")
 # Takes the name of a pair.
 Told = Callable[[str], None]
@@ -198,7 +200,7 @@ class PairClient:
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
-        self._streaming = handle.options(stream=True)
+        self._streaming = handle.options(stream=True, **STREAM_OPTIONS)
 
     async def generate(self, job: Job, served_by: Told = _nobody) -> Blocks:
         """The blocks of a job; closing it frees the row. Raises what the pair raised. `served_by`
