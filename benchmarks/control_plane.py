@@ -58,6 +58,11 @@ GROUPS = {
 }
 # What lies between towers and client, in the service and in the floor.
 HOPS, FLOOR_HOPS = ("proxy", "router", "pair"), ("proxy", "floor")
+# Beside those with which a service starts: for calls as Serve makes them by default.
+HOP_VARIABLES: dict[str, dict[str, str]] = {
+    "grpc": {},
+    "actor": {"RAY_SERVE_PROXY_USE_GRPC": "0"},
+}
 PROMPT = list(range(300, 332))
 BLOCK = 16
 MAX_CONTEXT = 4096
@@ -85,10 +90,10 @@ class Measured:
 
 
 class ByActorCalls(Router):
-    """A router whose blocks come as results of an actor's task, as they did before."""
+    """A router to which blocks come as results of a pair's task."""
 
     def __init__(self, config: ServiceConfig, pairs: Any) -> None:
-        attempts.STREAM_OPTIONS = {}
+        attempts.BLOCK_STREAM.clear()
         super().__init__(config, pairs)
 
 
@@ -133,7 +138,10 @@ def main() -> None:
         "--towers", choices=["actor", "pair"], default="actor", help="process of the towers"
     )
     parser.add_argument(
-        "--transport", choices=["default", "actor"], default="default", help="router to pair"
+        "--hops", choices=list(HOP_VARIABLES), default="grpc", help="how replicas call each other"
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="variables of Ray's processes"
     )
     parser.add_argument("--no-floor", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -159,12 +167,15 @@ def fixed_service(args: argparse.Namespace) -> Iterator[ServiceConfig]:
         max_context=MAX_CONTEXT,
     )
     start = StartFixed(args.towers, args.pass_ms / 1e3)
-    router = Router if args.transport == "default" else ByActorCalls
+    router = ByActorCalls if args.hops == "actor" else Router
     app = build_app(config, router_class=router, start=start)
+    given = dict(pair.split("=", 1) for pair in args.set)
     with ExitStack() as made:
         start_ray(
             made,
-            variables=message_variables(config.message_bytes(), config.max_context),
+            variables=message_variables(config.message_bytes(), config.max_context)
+            | HOP_VARIABLES[args.hops]
+            | given,
             spare_cpus=1,
         )
         made.callback(ray.shutdown)
