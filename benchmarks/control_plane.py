@@ -31,7 +31,7 @@ from ray import serve
 from benchmarks.fixed_towers import StartFixed
 from benchmarks.machine import machine
 from benchmarks.process_usage import resident, spent, usages
-from benchmarks.stream_load import CHANNEL, Load, LoadFigures, figures, running, until
+from benchmarks.stream_load import CHANNEL, LoadFigures, figures, running, until
 from benchmarks.tables import Cell, keep, table
 from twotower.deployments.app import PAIR_DEPLOYMENT, build_app
 from twotower.deployments.config import APP_NAME, ServiceConfig
@@ -42,7 +42,6 @@ from twotower.deployments.server.local_ray import start_ray
 from twotower.deployments.server.server import await_proxy, free_port, start_serve
 from twotower.protos.incoming import message_variables
 from twotower.protos.v1 import generation_pb2 as pb
-from twotower.protos.v1 import generation_pb2_grpc
 
 FLOOR_APP = "floor"
 GENERATE = "/twotower.v1.Generation/Generate"

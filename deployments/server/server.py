@@ -119,9 +119,7 @@ def start_serve(
     `options` as of `serve.start`."""
     serve.start(
         http_options=HTTPOptions(host=config.http_host, port=config.http_port),
-        grpc_options=gRPCOptions(
-            port=config.grpc_port, grpc_servicer_functions=list(functions)
-        ),
+        grpc_options=gRPCOptions(port=config.grpc_port, grpc_servicer_functions=list(functions)),
         logging_config=serve_logging(config.log_format),
         **options,
     )
