@@ -58,9 +58,7 @@ class LoadFigures:
 
 def figures(load: Load, begin: float, end: float) -> LoadFigures:
     """The figures of a load within a window."""
-    burst = [
-        each.arrivals[0] - each.sent for each in load.requests[: load.streams] if each.arrivals
-    ]
+    burst = [each for each in load.requests[: load.streams] if each.arrivals]
     inside = [each for each in load.requests if begin <= each.sent < end and each.arrivals]
     blocks = sum(begin <= at < end for each in load.requests for at in each.arrivals)
     later = [
