@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from ray.serve.config import RequestRouterConfig
 from twotower.cluster.placement.growth import may_grow
 from twotower.cluster.placement.room import Host, Need, hosts_of, lack_of_room
 from twotower.cluster.placement.start import start_towers
+from twotower.cluster.services.tower_services import PairServices
 from twotower.cluster.topology import PairTopology
 from twotower.deployments.config import MOST_COUNT, ServiceConfig
 from twotower.deployments.pair.autoscaling import serve_settings
@@ -50,8 +52,10 @@ def build_app(
     config: ServiceConfig,
     topology: PairTopology | None = None,
     router_class: type[Router] = Router,
+    start: Callable[[PairTopology], Awaitable[PairServices]] = start_towers,
 ) -> Application:
-    """The application of a config; `topology` replaces that of the config.
+    """The application of a config; `topology` replaces that of the config. `start` brings the
+    towers of a pair up, in its placement group.
 
     Raises CheckpointError if the checkpoint cannot be served, ConfigError for labels that Ray does
     not take.
@@ -80,7 +84,7 @@ def build_app(
         **_watching(config),
     )
     metrics = partial(PairMetrics.of_replica, config.shown_name())
-    towers = pair.bind(partial(start_towers, topology), metrics, config.dial())
+    towers = pair.bind(partial(start, topology), metrics, config.dial())
     return router.bind(config, towers)
 
 

@@ -66,7 +66,7 @@ WINGS = {
     "deployments/telemetry deployments/config deployments/completions",
     "deployments/router": "towers/decoding protos cluster/placement deployments/access "
     "deployments/config deployments/completions deployments/http",
-    "deployments/app": "cluster/topology cluster/placement deployments/telemetry "
+    "deployments/app": "cluster/topology cluster/services cluster/placement deployments/telemetry "
     "deployments/config deployments/pair deployments/router",
     "deployments/server": "protos cluster/placement deployments/telemetry deployments/config "
     "deployments/http "

@@ -27,6 +27,8 @@ from contextlib import ExitStack, aclosing
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import grpc
+from grpc.aio import AioRpcError
 from ray.exceptions import (
     ActorPlacementGroupRemoved,
     ActorUnschedulableError,
@@ -68,6 +70,24 @@ _GONE = (
     WorkerCrashedError,
 )
 _WRAPPED = (RayTaskError, RayActorError, *_GONE)
+# Ends of a stream between replicas that come of the other's end.
+_BROKEN = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+)
+_LOST_TEXT = "a node or process that held the request is gone; try again"
+# How blocks come from a pair: over a gRPC stream between the replicas, and not each as the result
+# of an actor's task, which costs three times as much. Options of Serve's handle.
+BLOCK_STREAM: dict[str, Any] = {
+    "_by_reference": False,
+    "request_serialization": "pickle",
+    "response_serialization": "pickle",
+}
+# Prompts of more tokens go as an actor's task: Ray's replicas take messages of 4 MiB by default,
+# and an id has up to 5 bytes.
+MOST_STREAMED_IDS = 500_000
 T = TypeVar("T")
 # Takes the name of a pair.
 Told = Callable[[str], None]
@@ -150,19 +170,27 @@ class Attempts:
             if pairs.PAIRS.moved(job.row_id, next_id, self._room):
                 raise _MovedError
 
+        def gone() -> bool:
+            return pairs.PAIRS.gone(job.row_id)
+
         async with aclosing(self._client.generate(job, served_by)) as stream:
-            block = await self._while_a_pair_is_up(anext(stream, None), losses, look)
+            block = await self._while_a_pair_is_up(anext(stream, None), losses, look, gone)
             while block is not None:
                 yield block
-                block = await self._while_a_pair_is_up(anext(stream, None), losses)
+                block = await self._while_a_pair_is_up(anext(stream, None), losses, gone=gone)
 
     async def _while_a_pair_is_up(
-        self, answer: Awaitable[T], losses: Losses, look: Callable[[], None] = lambda: None
+        self,
+        answer: Awaitable[T],
+        losses: Losses,
+        look: Callable[[], None] = lambda: None,
+        gone: Callable[[], bool] = lambda: False,
     ) -> T:
         """The answer, however long a pair has the call in its queue.
 
-        Serve itself waits for a pair without an end. Every LOOK_S, `look` may raise to end the
-        wait. Raises NoPairError.
+        Serve itself waits for a pair without an end, and a stream does for one whose machine is
+        lost without a word. Every LOOK_S, `look` may raise to end the wait; `gone` says whether
+        Serve has given up the pair. Raises NoPairError, UnavailableError.
         """
         asking = asyncio.ensure_future(answer)
         clock = asyncio.get_running_loop().time
@@ -176,6 +204,8 @@ class Attempts:
                 look()
                 if clock() >= check_at:
                     await self._check_up()
+                    if gone():
+                        raise UnavailableError(_LOST_TEXT)
                     losses.queued()
                     check_at = clock() + period
         finally:
@@ -198,7 +228,8 @@ class PairClient:
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
-        self._streaming = handle.options(stream=True)
+        self._long = handle.options(stream=True)
+        self._streaming = self._long.options(**BLOCK_STREAM)
 
     async def generate(self, job: Job, served_by: Told = _nobody) -> Blocks:
         """The blocks of a job; closing it frees the row. Raises what the pair raised. `served_by`
@@ -209,7 +240,7 @@ class PairClient:
         with ExitStack() as ending:
             ending.callback(pairs.PAIRS.ended, job.row_id)
             try:
-                stream = _apart(lambda: self._streaming.generate.remote(job))
+                stream = _apart(lambda: self._handle_for(job).generate.remote(job))
                 ending.callback(stream.cancel)
                 async for block in stream:
                     pair = pairs.PAIRS.worked(job.row_id)
@@ -220,13 +251,19 @@ class PairClient:
                         # Its place may have been given to the next before the stream has ended.
                         pairs.PAIRS.ended(job.row_id)
                     yield block
-            except (*_WRAPPED, UnavailableError) as error:
+            except (*_WRAPPED, UnavailableError, AioRpcError, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and _cancelled_here():
+                    raise
                 plain = _plain(error)
                 if isinstance(plain, QueueFullError):
                     pairs.PAIRS.refused(job.row_id)
                 if isinstance(plain, UnavailableError) and pairs.PAIRS.lost(job.row_id):
                     plain = BrokenPairError(str(plain))
                 raise plain from None
+
+    def _handle_for(self, job: Job) -> Any:
+        short = len(job.prompt) + len(job.generated) <= MOST_STREAMED_IDS
+        return self._streaming if short else self._long
 
     async def score(self, token_ids: Sequence[int], top_logprobs: int = 0) -> Scores:
         """As TowerPair.score."""
@@ -310,9 +347,16 @@ def _apart(call: Callable[[], T]) -> T:
     return contextvars.copy_context().run(made)
 
 
+def _cancelled_here() -> bool:
+    """Whether the running task is being cancelled; a pair that stops cancels its streams, too."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 def _plain(error: BaseException) -> BaseException:
-    if isinstance(error, _GONE):
-        return UnavailableError("a node or process that held the request is gone; try again")
+    broken = isinstance(error, AioRpcError) and error.code() in _BROKEN
+    if broken or isinstance(error, (*_GONE, asyncio.CancelledError)):
+        return UnavailableError(_LOST_TEXT)
     return plain_error(error)
 
 

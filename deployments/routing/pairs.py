@@ -93,6 +93,13 @@ class Pairs:
                 self._breaker.lost(attempt.pair)
             return attempt.suspect
 
+    def gone(self, row_id: str) -> bool:
+        """True if an attempt's pair is none of those that Serve has for new attempts: it is ending,
+        or has ended."""
+        with self._lock:
+            pair = self._attempt(row_id).pair
+            return pair is not None and pair not in self._up
+
     def refused(self, row_id: str) -> None:
         """Notes that an attempt's pair has no place for it, not even in its queue."""
         with self._lock:

@@ -14,7 +14,7 @@ from twotower.cluster.placement.surroundings import runtime_folder, shared_memor
 from twotower.deployments.app import this_machine
 from twotower.deployments.http.middleware import PROXY_CALLBACK, PROXY_VARIABLE
 from twotower.deployments.telemetry.logs import LogFormat, worker_logging
-from twotower.protos.incoming import MAX_MESSAGE_BYTES, MESSAGE_VARIABLE
+from twotower.protos.incoming import MAX_MESSAGE_BYTES, MESSAGE_VARIABLE, MOST_MESSAGE_BYTES
 
 OBJECT_STORE_BYTES = 200 * 1024 * 1024
 ENVIRONMENT = {
@@ -31,6 +31,10 @@ ENVIRONMENT = {
     "RAY_metrics_report_interval_ms": "2000",
     # By default Serve takes messages of 2 GiB.
     MESSAGE_VARIABLE: str(MAX_MESSAGE_BYTES),
+    # Proxies call routers over gRPC, as routers call pairs (`routing/attempts.py`). What they carry
+    # was within the limits of its front before; by default these calls have one of 4 MiB.
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(MOST_MESSAGE_BYTES),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -112,11 +112,14 @@ class LocalService:
         start_serve(self.config)
 
 
-def start_serve(config: ServiceConfig, **options: Any) -> None:
-    """Serve with the config's ports and HTTP address; `options` as of `serve.start`."""
+def start_serve(
+    config: ServiceConfig, *, functions: Sequence[str] = SERVICER_FUNCTIONS, **options: Any
+) -> None:
+    """Serve with the config's ports and HTTP address, and the gRPC services that `functions` add;
+    `options` as of `serve.start`."""
     serve.start(
         http_options=HTTPOptions(host=config.http_host, port=config.http_port),
-        grpc_options=gRPCOptions(port=config.grpc_port, grpc_servicer_functions=SERVICER_FUNCTIONS),
+        grpc_options=gRPCOptions(port=config.grpc_port, grpc_servicer_functions=list(functions)),
         logging_config=serve_logging(config.log_format),
         **options,
     )

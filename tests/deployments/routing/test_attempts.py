@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorDiedError, NodeDiedError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from twotower.deployments.pair.tower_pair import Job
 from twotower.deployments.routing import pairs, retry
-from twotower.deployments.routing.attempts import Attempts, PairClient
+from twotower.deployments.routing.attempts import (
+    BLOCK_STREAM,
+    MOST_STREAMED_IDS,
+    Attempts,
+    PairClient,
+)
 from twotower.deployments.routing.pairs import Pairs
 from twotower.deployments.routing.policy import Room
 from twotower.deployments.routing.retry import LostTooOftenError, RetryPolicy
@@ -45,6 +53,10 @@ DEATHS: list[Exception] = [
     NodeDiedError("the node died"),
     TimeoutError("no answer"),
     ABSENT,
+    *(
+        AioRpcError(code, Metadata(), Metadata(), "Socket closed")
+        for code in (StatusCode.UNAVAILABLE, StatusCode.INTERNAL, StatusCode.CANCELLED)
+    ),
 ]
 
 
@@ -502,3 +514,63 @@ async def test_calls_of_one_request_are_told_apart() -> None:
         _serve_request_context.reset(before)
     assert [context._internal_request_id for context in seen_by_calls] == [""]
     assert [context.request_id for context in seen_by_calls] == ["mine"]
+
+
+async def test_a_stream_that_its_pair_cancels_goes_on_elsewhere() -> None:
+    """So does a pair whose grace to end its streams is over; nobody here has cancelled."""
+
+    async def stopping(job: Job) -> AsyncIterator[Block]:
+        yield block_at(len(job.generated))
+        raise asyncio.CancelledError
+
+    handle = Handle(stopping)
+    assert (await run(handle)).token_ids == OUTPUT
+    assert [len(job.generated) for job in handle.jobs] == [0, BLOCK]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+async def test_a_silent_pair_is_left_once_serve_has_given_it_up(
+    listed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that is lost without a word closes no stream."""
+    known = Pairs()
+    known.present(["silent", "other"] if listed else ["other"])
+    monkeypatch.setattr(pairs, "PAIRS", known)
+    names = iter(("silent", "other"))
+
+    class Routing(Handle):
+        def _generate(self, job: Job) -> Stream:
+            known.routed(job.row_id, next(names))
+            return super()._generate(job)
+
+    async def falls_silent(_: Job) -> AsyncIterator[Block]:
+        yield block_at(0)
+        await asyncio.sleep(60)
+
+    handle = Routing(falls_silent)
+    running = asyncio.create_task(run(handle, policy=RetryPolicy(0.05, max_attempts=3)))
+    done, _ = await asyncio.wait([running], timeout=0.5)
+    assert bool(done) is not listed
+    if done:
+        assert running.result().token_ids == OUTPUT
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+def test_prompts_that_may_be_too_long_for_a_message_go_as_a_task() -> None:
+    class Noting:
+        """A handle that is called by its options."""
+
+        def __init__(self, **options: Any) -> None:
+            self.given = options
+
+        def options(self, **options: Any) -> Noting:
+            return Noting(**self.given, **options)
+
+    client = PairClient(Noting())
+    long = replace(JOB, prompt=(7,) * (MOST_STREAMED_IDS + 1))
+    assert client._handle_for(JOB).given == {"stream": True, **BLOCK_STREAM}
+    assert client._handle_for(long).given == {"stream": True}
+    # Ids of the greatest vocabulary, in the message that Ray makes of the longest.
+    most = replace(JOB, prompt=tuple(range(2**31 - MOST_STREAMED_IDS, 2**31)))
+    assert len(pickle.dumps((most,), protocol=pickle.HIGHEST_PROTOCOL)) < (4 << 20) - (64 << 10)
