@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.cluster.test_topology import PAIR
-from twotower.cluster.services import colocated, loading
+from twotower.cluster.services import loading
 from twotower.cluster.services.colocated import ColocatedActor
 from twotower.cluster.services.loading import loaded, prepare_process
 from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
@@ -56,9 +56,9 @@ async def test_towers_are_loaded_in_the_mode_of_their_pair(
     wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Apart and in one process."""
-    for module in (loading, colocated):
-        monkeypatch.setattr(module, "prepare_process", lambda _: None)
+    monkeypatch.setattr(loading, "prepare_process", lambda _: None)
     pair = replace(PAIR, model_path=str(TINY), deterministic=wanted)
     apart = await loaded(load_context_tower, pair), await loaded(load_denoiser_tower, pair)
-    together = [engine.tower for engine in ColocatedActor(pair)._load_engines()]
-    assert {tower.deterministic for tower in (*apart, *together)} == {wanted}
+    together = await loaded(ColocatedActor(pair)._load_engines, pair)
+    towers = [*apart, *(engine.tower for engine in together)]
+    assert {tower.deterministic for tower in towers} == {wanted}
