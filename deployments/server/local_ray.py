@@ -38,6 +38,11 @@ ENVIRONMENT = {
 }
 
 
+# Hosts that gRPC calls without the proxy that `http_proxy` and the like name; where it is set,
+# gRPC does not look at `no_proxy`.
+_DIRECT = "no_grpc_proxy"
+
+
 def start_ray(
     made: ExitStack,
     *,
@@ -51,6 +56,7 @@ def start_ray(
     core. Its files go to `folder`, an existing one in a prepared environment, or to a new one that
     `made` removes. `variables` are set beside ENVIRONMENT."""
     os.environ.update(ENVIRONMENT | dict(variables or {}))
+    os.environ[_DIRECT] = _called_directly()
     folder = folder or made.enter_context(runtime_folder(os.environ))
     resources = this_machine().resources
     ray.init(
@@ -65,3 +71,11 @@ def start_ray(
         _plasma_directory=shared_memory(folder),
         **worker_logging(log_format),
     )
+
+
+def _called_directly() -> str:
+    """The hosts that are called without a proxy so far, and this machine: its replicas call each
+    other by its address, which a proxy elsewhere cannot reach."""
+    so_far = os.environ.get(_DIRECT) or os.environ.get("no_proxy")
+    own = (ray.util.get_node_ip_address(), "127.0.0.1", "localhost")
+    return ",".join(filter(None, (so_far, *own)))
