@@ -81,8 +81,6 @@ class _Keeper:
         self._actors: dict[int, Any] = {}
         self._towers: dict[int, RemoteDenoiser] = {}
         self._links: dict[int, LinkSpec] = {}
-        # Places whose transport has failed its self-test, which takes minutes where a group hangs.
-        self._by_grpc: set[int] = set()
         self._epoch = 0
 
     async def start(self, index: int) -> RemoteDenoiser:
@@ -104,8 +102,9 @@ class _Keeper:
         """Links the loaded tower in place `index` to the context tower."""
         token = secrets.token_hex(16)
         listened = await self._towers[index].listen(token)
-        by_grpc = index in self._by_grpc
-        self._links[index] = replace(listened, transport="grpc") if by_grpc else listened
+        # Where a group hangs its self-test takes minutes: what has failed is not tried again.
+        last = self._links.get(index, listened)
+        self._links[index] = replace(listened, transport=last.transport)
         await self.relink(index)
         return self._towers[index]
 
@@ -115,7 +114,6 @@ class _Keeper:
             await self._connect(index)
         except LinkTestError as error:
             logger.warning("%s; its states go over gRPC", error)
-            self._by_grpc.add(index)
             self._links[index] = replace(self._links[index], transport="grpc")
             await self._connect(index)
 
