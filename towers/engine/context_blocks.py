@@ -49,7 +49,6 @@ class ContextBlocks:
         self._tower = tower
         self._memory = memory
         self._log = log
-        self._pool: StateTensors | None = None
         self._programs: Programs[tuple[int, int], _Program] = Programs(self._new_program)
 
     def run(self, works: Sequence[ContextWork]) -> list[ContextResult | NumericalError]:
@@ -60,24 +59,17 @@ class ContextBlocks:
     def warm_up(self, pool: StateTensors, length: int, rows: int) -> None:
         """Captures the extensions of up to `rows` blocks of `length` tokens."""
         for bucket in buckets_up_to(rows, length):
-            self._program(pool, bucket, length).capture()
+            self._programs.of(pool, (bucket, length)).capture()
 
     def _run_part(self, works: Sequence[ContextWork]) -> list[ContextResult | NumericalError]:
         pool, length = works[0].state.pool, len(works[0].tokens)
-        return self._program(pool, bucket_for(len(works)), length).run(works)
+        return self._programs.of(pool, (bucket_for(len(works)), length)).run(works)
 
-    def _program(self, pool: StateTensors, rows: int, length: int) -> _Program:
-        if self._pool is not pool:
-            self._pool = pool
-            self._programs.clear()
-        return self._programs[rows, length]
-
-    def _new_program(self, shape: tuple[int, int]) -> _Program:
-        assert self._pool is not None
+    def _new_program(self, pool: StateTensors, shape: tuple[int, int]) -> _Program:
         rows, length = shape
-        most = bucket_for(min(self._pool.slots.num_slots, rows_at_once(length)))
+        most = bucket_for(min(pool.slots.num_slots, rows_at_once(length)))
         log = self._log.part(rows * length, most * length)
-        return _Program(self._tower, self._pool, log, *shape, self._memory)
+        return _Program(self._tower, pool, log, *shape, self._memory)
 
 
 class _Program(Program):

@@ -68,7 +68,6 @@ class ContextDrafts:
         self._tower = tower
         self._memory = memory
         self._log = log
-        self._pool: StateTensors | None = None
         self._programs: Programs[tuple[int, int, int], _Program] = Programs(self._new_program)
 
     def run(self, works: Sequence[ContextWork]) -> list[ContextResult | NumericalError]:
@@ -97,17 +96,13 @@ class ContextDrafts:
         return self._program(works[0].state.pool, bucket, mean, longest).run(works)
 
     def _program(self, pool: StateTensors, rows: int, mean: int, longest: int) -> _Program:
-        if self._pool is not pool:
-            self._pool = pool
-            self._programs.clear()
-        return self._programs[rows, rows * mean, longest]
+        return self._programs.of(pool, (rows, rows * mean, longest))
 
-    def _new_program(self, shape: tuple[int, int, int]) -> _Program:
-        assert self._pool is not None
+    def _new_program(self, pool: StateTensors, shape: tuple[int, int, int]) -> _Program:
         rows, tokens, longest = shape
-        most = bucket_for(min(self._pool.slots.num_slots, ROW_BUCKETS[-1])) * _USUAL_LENGTH
+        most = bucket_for(min(pool.slots.num_slots, ROW_BUCKETS[-1])) * _USUAL_LENGTH
         log = self._log.part(tokens, most)
-        return _Program(self._tower, self._pool, log, rows, tokens, longest, self._memory)
+        return _Program(self._tower, pool, log, rows, tokens, longest, self._memory)
 
 
 def _mean_lengths(rows: int) -> list[int]:

@@ -53,7 +53,6 @@ class ContextPacked:
         self._tower = tower
         self._memory = memory
         self._log = log
-        self._pool: StateTensors | None = None
         self._hidden: Tensor | None = None
         self._programs: Programs[Shape, _Program] = Programs(self._new_program)
 
@@ -68,7 +67,7 @@ class ContextPacked:
         shape = shape_for([len(row) for row in tokens])
         if shape is None:
             return self._tower.read(tokens, states, sinks)
-        return self._program(states[0].pool, shape).run(tokens, states, sinks)
+        return self._programs.of(states[0].pool, shape).run(tokens, states, sinks)
 
     def warm_up(self, pool: StateTensors, chunk: int, most: int) -> None:
         """Captures the passes over a piece of up to `chunk` tokens of one prompt, and over pieces
@@ -78,22 +77,15 @@ class ContextPacked:
             shapes += _shapes_of(most, _USUAL_ROWS)
         # The largest first: the others' graphs then fit into the memory that it takes.
         for shape in sorted(shapes, key=lambda shape: (-shape[1], -shape[0])):
-            self._program(pool, shape).capture()
+            self._programs.of(pool, shape).capture()
 
-    def _program(self, pool: StateTensors, shape: Shape) -> _Program:
-        if self._pool is not pool:
-            self._pool = pool
-            self._programs.clear()
-        return self._programs[shape]
-
-    def _new_program(self, shape: Shape) -> _Program:
-        assert self._pool is not None
+    def _new_program(self, pool: StateTensors, shape: Shape) -> _Program:
         tower, tokens = self._tower, shape[1]
         if self._hidden is None:
             size = (GRAPH_TOKENS, tower.config.hidden_size)
             self._hidden = torch.zeros(size, dtype=tower.dtype, device=tower.device)
         log = self._log.part(tokens, tokens)
-        return _Program(tower, self._pool, log, self._hidden[:tokens], shape, self._memory)
+        return _Program(tower, pool, log, self._hidden[:tokens], shape, self._memory)
 
 
 def _shapes_of(most: int, rows: int) -> list[Shape]:

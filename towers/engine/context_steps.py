@@ -34,7 +34,6 @@ class ContextSteps:
     def __init__(self, tower: ContextTower, memory: GraphMemory) -> None:
         self._tower = tower
         self._memory = memory
-        self._pool: StateTensors | None = None
         self._programs: Programs[int, _Program] = Programs(self._new_program)
 
     def run(self, works: Sequence[ContextWork]) -> list[ContextResult | NumericalError]:
@@ -45,20 +44,13 @@ class ContextSteps:
     def warm_up(self, pool: StateTensors, rows: int) -> None:
         """Captures the graphs of all steps of up to `rows` rows."""
         for bucket in buckets_up_to(rows):
-            self._program(pool, bucket).capture()
+            self._programs.of(pool, bucket).capture()
 
     def _run_part(self, works: Sequence[ContextWork]) -> list[ContextResult | NumericalError]:
-        return self._program(works[0].state.pool, bucket_for(len(works))).run(works)
+        return self._programs.of(works[0].state.pool, bucket_for(len(works))).run(works)
 
-    def _program(self, pool: StateTensors, rows: int) -> _Program:
-        if self._pool is not pool:
-            self._pool = pool
-            self._programs.clear()
-        return self._programs[rows]
-
-    def _new_program(self, rows: int) -> _Program:
-        assert self._pool is not None
-        return _Program(self._tower, self._pool, rows, self._memory)
+    def _new_program(self, pool: StateTensors, rows: int) -> _Program:
+        return _Program(self._tower, pool, rows, self._memory)
 
 
 class _Program(Program):

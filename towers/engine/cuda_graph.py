@@ -278,25 +278,27 @@ Shape = TypeVar("Shape", bound=Program)
 
 
 class Programs(Generic[Key, Shape]):
-    """Programs by their shape, MAX_PROGRAMS at most: the least recently used are closed."""
+    """Programs over one pool by their shape, MAX_PROGRAMS at most: the least recently used are
+    closed, and all when another pool is asked for."""
 
-    def __init__(self, make: Callable[[Key], Shape]) -> None:
+    def __init__(self, make: Callable[[StateTensors, Key], Shape]) -> None:
         self._make = make
+        self._pool: StateTensors | None = None
         self._programs: OrderedDict[Key, Shape] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._programs)
 
-    def __getitem__(self, key: Key) -> Shape:
+    def of(self, pool: StateTensors, key: Key) -> Shape:
+        """The program of a shape over the states of `pool`."""
+        if self._pool is not pool:
+            self._pool = pool
+            self._drop(0)
         if key not in self._programs:
             self._drop(MAX_PROGRAMS - 1)
-            self._programs[key] = self._make(key)
+            self._programs[key] = self._make(pool, key)
         self._programs.move_to_end(key)
         return self._programs[key]
-
-    def clear(self) -> None:
-        """Closes all programs."""
-        self._drop(0)
 
     def _drop(self, kept: int) -> None:
         while len(self._programs) > kept:

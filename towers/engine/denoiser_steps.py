@@ -64,10 +64,9 @@ class DenoiserSteps:
     def _program(self, pool: StateTensors, rows: int, length: int) -> _Program:
         if self._tables is None or self._tables.pool is not pool:
             self._tables = DraftTables(pool, self._tower)
-            self._programs.clear()
-        return self._programs[rows, length]
+        return self._programs.of(pool, (rows, length))
 
-    def _new_program(self, shape: tuple[int, int]) -> _Program:
+    def _new_program(self, _pool: StateTensors, shape: tuple[int, int]) -> _Program:
         assert self._tables is not None
         return _Program(self._tower, self._tables, *shape, self._memory)
 
