@@ -57,52 +57,66 @@ class Tiling:
     resident: int
 
 
+@dataclass(frozen=True)
+class _Tilings:
+    """Tilings of one kind of products, `kernel` in a card's table: up to so many tokens of a pass,
+    for more, beside fp32, and for any number."""
+
+    kernel: str
+    up_to: tuple[tuple[int, Tiling], ...]
+    more: Tiling
+    fp32: Tiling
+    steady: Tiling
+
+    def of(self, tokens: int, dtype: torch.dtype, device: torch.device | None) -> Tiling:
+        if dtype == torch.float32:
+            return self.fp32
+        if is_deterministic():
+            return self.steady
+        default = next((tiling for most, tiling in self.up_to if tokens <= most), self.more)
+        return default if device is None else tuned(self.kernel, tokens, default, device)
+
+
 # By tokens of the pass: a tile should hold all rows of most experts, or weights are read twice.
-_TILINGS = (
-    (8, Tiling(16, 128, 64, num_warps=4, num_stages=5, resident=2)),
-    (128, Tiling(16, 64, 128, num_warps=4, num_stages=3, resident=3)),
-    (512, Tiling(32, 64, 128, num_warps=4, num_stages=3, resident=3)),
-    (1024, Tiling(64, 128, 64, num_warps=8, num_stages=4, resident=2)),
+# Exact fp32 products run on ordinary arithmetic units, whose operands fill the registers. For any
+# number: reading a weight takes longer than multiplying it with 64 rows, few or many.
+_TILINGS = _Tilings(
+    "experts",
+    (
+        (8, Tiling(16, 128, 64, num_warps=4, num_stages=5, resident=2)),
+        (128, Tiling(16, 64, 128, num_warps=4, num_stages=3, resident=3)),
+        (512, Tiling(32, 64, 128, num_warps=4, num_stages=3, resident=3)),
+        (1024, Tiling(64, 128, 64, num_warps=8, num_stages=4, resident=2)),
+    ),
+    more=Tiling(128, 128, 64, num_warps=8, num_stages=4, resident=1),
+    fp32=Tiling(16, 32, 32, num_warps=4, num_stages=2, resident=4),
+    steady=Tiling(64, 128, 64, num_warps=8, num_stages=4, resident=2),
 )
-_TILING_OF_MORE = Tiling(128, 128, 64, num_warps=8, num_stages=4, resident=1)
-# Exact fp32 products run on ordinary arithmetic units, whose operands fill the registers.
-_TILING_OF_FP32 = Tiling(16, 32, 32, num_warps=4, num_stages=2, resident=4)
-# For any number: reading a weight takes longer than multiplying it with 64 rows, few or many.
-_STEADY_TILING = Tiling(64, 128, 64, num_warps=8, num_stages=4, resident=2)
+# Products in 8 bits: `inner` counts 8-bit values. Tiles of the shared MLP have as many bytes, so
+# fewer values, of the inner length.
+_FP8_TILINGS = _Tilings(
+    "experts_fp8",
+    (
+        (8, Tiling(16, 128, 128, num_warps=4, num_stages=5, resident=2)),
+        (128, Tiling(16, 64, 256, num_warps=4, num_stages=3, resident=3)),
+        (512, Tiling(32, 64, 256, num_warps=4, num_stages=3, resident=3)),
+        (1024, Tiling(64, 64, 256, num_warps=4, num_stages=3, resident=2)),
+    ),
+    more=Tiling(128, 128, 128, num_warps=8, num_stages=4, resident=1),
+    fp32=Tiling(16, 32, 128, num_warps=4, num_stages=2, resident=4),
+    steady=Tiling(64, 64, 256, num_warps=4, num_stages=3, resident=2),
+)
 
 
 def tiling_of(tokens: int, dtype: torch.dtype, device: torch.device | None = None) -> Tiling:
     """The tiling for a pass of `tokens` tokens in `dtype`, on a device that of its card's table;
     inside `deterministic` one for all. Passes of the same tiling give a row the same bits."""
-    if dtype == torch.float32:
-        return _TILING_OF_FP32
-    if is_deterministic():
-        return _STEADY_TILING
-    default = next((tiling for most, tiling in _TILINGS if tokens <= most), _TILING_OF_MORE)
-    return default if device is None else tuned("experts", tokens, default, device)
-
-
-# Products in 8 bits: `inner` counts 8-bit values. Tiles of the shared MLP have as many bytes, so
-# fewer values, of the inner length.
-_FP8_TILINGS = (
-    (8, Tiling(16, 128, 128, num_warps=4, num_stages=5, resident=2)),
-    (128, Tiling(16, 64, 256, num_warps=4, num_stages=3, resident=3)),
-    (512, Tiling(32, 64, 256, num_warps=4, num_stages=3, resident=3)),
-    (1024, Tiling(64, 64, 256, num_warps=4, num_stages=3, resident=2)),
-)
-_FP8_TILING_OF_MORE = Tiling(128, 128, 128, num_warps=8, num_stages=4, resident=1)
-_FP8_TILING_BESIDE_FP32 = Tiling(16, 32, 128, num_warps=4, num_stages=2, resident=4)
-_STEADY_FP8_TILING = Tiling(64, 64, 256, num_warps=4, num_stages=3, resident=2)
+    return _TILINGS.of(tokens, dtype, device)
 
 
 def fp8_tiling_of(tokens: int, dtype: torch.dtype, device: torch.device | None = None) -> Tiling:
     """`tiling_of` for products in 8 bits, beside a shared MLP in `dtype`."""
-    if dtype == torch.float32:
-        return _FP8_TILING_BESIDE_FP32
-    if is_deterministic():
-        return _STEADY_FP8_TILING
-    default = next((own for most, own in _FP8_TILINGS if tokens <= most), _FP8_TILING_OF_MORE)
-    return default if device is None else tuned("experts_fp8", tokens, default, device)
+    return _FP8_TILINGS.of(tokens, dtype, device)
 
 
 @dataclass(frozen=True)

@@ -684,8 +684,8 @@ GPU = [
     Fault(
         "deterministic: experts' tiles follow the number of tokens",
         "kernels",
-        "        return _STEADY_TILING\n",
-        "        return next((own for most, own in _TILINGS if tokens <= most), _TILING_OF_MORE)\n",
+        "            return self.steady\n",
+        "            return next((own for most, own in self.up_to if tokens <= most), self.more)\n",
         "test_determinism",
     ),
     Fault(
