@@ -140,6 +140,9 @@ def main() -> None:
         "--hops", choices=list(HOP_VARIABLES), default="grpc", help="how replicas call each other"
     )
     parser.add_argument(
+        "--calls", choices=["stream", "task"], default="stream", help="how a pair calls its towers"
+    )
+    parser.add_argument(
         "--set", nargs="+", default=[], metavar="NAME=VALUE", help="variables of Ray's processes"
     )
     parser.add_argument("--no-floor", action="store_true")
@@ -165,7 +168,7 @@ def fixed_service(args: argparse.Namespace) -> Iterator[ServiceConfig]:
         max_num_seqs=max(args.streams),
         max_context=MAX_CONTEXT,
     )
-    start = StartFixed(args.towers, args.pass_ms / 1e3)
+    start = StartFixed(args.towers, args.pass_ms / 1e3, tasks=args.calls == "task")
     router = ByActorCalls if args.hops == "actor" else Router
     app = build_app(config, router_class=router, start=start)
     given = dict(pair.split("=", 1) for pair in args.set)

@@ -17,14 +17,10 @@ from typing import Any, Literal
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from twotower.cluster.services.actors import ContextTowerActor, DenoiserTowerActor
 from twotower.cluster.services.colocated import ColocatedActor
-from twotower.cluster.services.tower_services import (
-    ContextTowerActor,
-    DenoiserTowerActor,
-    PairServices,
-    RemoteContext,
-    RemoteDenoiser,
-)
+from twotower.cluster.services.remote import RemoteContext, RemoteDenoiser
+from twotower.cluster.services.tower_services import PairServices
 from twotower.cluster.topology import CONTEXT_BUNDLE, PairTopology
 from twotower.towers.decoding.services import Block, Extended, Prefilled, Token, Watcher
 from twotower.towers.engine.stats import EngineStats
@@ -147,10 +143,11 @@ class FixedTowers(ColocatedActor):
 @dataclass(frozen=True)
 class StartFixed:
     """Starts fixed towers in place of `start_towers`; `pass_s` seconds each block, in an actor or
-    in the pair's process."""
+    in the pair's process. Calls of an actor go over a stream, or each as a task of its own."""
 
     where: Where
     pass_s: float
+    tasks: bool = False
 
     async def __call__(self, topology: PairTopology) -> PairServices:
         """The towers of a pair, in the caller's placement group."""
@@ -162,7 +159,9 @@ class StartFixed:
         actor = self._actor(topology)
         remote = RemoteContext(actor, "context")
         await remote.load()
-        return PairServices(remote, RemoteDenoiser(actor, "denoiser"))
+        if self.tasks:
+            remote.calls = None
+        return PairServices(remote, RemoteDenoiser(actor, "denoiser", remote.calls))
 
     def _actor(self, topology: PairTopology) -> Any:
         placed = partial(PlacementGroupSchedulingStrategy, ray.util.get_current_placement_group())

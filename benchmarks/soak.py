@@ -38,11 +38,8 @@ from benchmarks.phases import PhasedLink, PhasedTower, Phases
 from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
 from benchmarks.soak_requests import RequestMaker, SoakRequest
 from twotower import Request
-from twotower.cluster.services.tower_services import (
-    ContextTowerActor,
-    DenoiserTowerActor,
-    PairServices,
-)
+from twotower.cluster.services.actors import ContextTowerActor, DenoiserTowerActor
+from twotower.cluster.services.tower_services import PairServices
 from twotower.cluster.topology import PairTopology
 from twotower.deployments.pair.tower_pair import Job, TowerPair
 from twotower.towers.engine.context_engine import ContextEngine

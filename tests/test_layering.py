@@ -49,8 +49,9 @@ WINGS = {
     "protos": "",
     "cluster/topology": "towers/engine",
     "cluster/channel": "towers/state protos cluster/topology",
+    "cluster/calls": "cluster/channel",
     "cluster/services": "towers/model towers/decoding towers/checkpoint towers/engine "
-    "towers/verify cluster/topology cluster/channel",
+    "towers/verify cluster/topology cluster/channel cluster/calls",
     "cluster/placement": "cluster/topology cluster/channel cluster/services",
     "deployments/settings_file": "",
     "deployments/access": "deployments/settings_file",

@@ -14,15 +14,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from twotower.cluster.channel.grpc import LinkSpec
 from twotower.cluster.channel.self_test import LinkTestError
+from twotower.cluster.services.actors import ContextTowerActor, DenoiserTowerActor
 from twotower.cluster.services.colocated import ColocatedActor
 from twotower.cluster.services.pair_towers import PairTowers
-from twotower.cluster.services.tower_services import (
-    ContextTowerActor,
-    DenoiserTowerActor,
-    PairServices,
-    RemoteContext,
-    RemoteDenoiser,
-)
+from twotower.cluster.services.remote import RemoteContext, RemoteDenoiser
+from twotower.cluster.services.tower_services import PairServices
 from twotower.cluster.topology import CONTEXT_BUNDLE, DENOISER_BUNDLE, PairTopology
 
 logger = logging.getLogger(__name__)
@@ -61,7 +57,7 @@ async def _start_colocated(topology: PairTopology, group: PlacementGroup | None)
     context = RemoteContext(actor, "context")
     # The actor loads both towers at once.
     await context.load()
-    return PairServices(context, RemoteDenoiser(actor, "denoiser"))
+    return PairServices(context, RemoteDenoiser(actor, "denoiser", context.calls))
 
 
 class _Keeper:
@@ -88,6 +84,7 @@ class _Keeper:
         old = self._actors.pop(index, None)
         if old is not None:
             ray.kill(old, no_restart=True)
+            await self._towers.pop(index).close()
         await self.load(index)
         return await self.link(index)
 

@@ -7,18 +7,14 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 
+from twotower.cluster.calls.server import CallServer
+from twotower.cluster.calls.stream import CallAddress
+from twotower.cluster.services.actors import ContextTowerActor, DenoiserTowerActor, call_server
 from twotower.cluster.services.loading import loaded
-from twotower.cluster.services.tower_services import (
-    Call,
-    ContextTowerActor,
-    DenoiserTowerActor,
-    Side,
-    StreamCall,
-    TowerService,
-    bound,
-)
+from twotower.cluster.services.tower_services import Call, Side, StreamCall, TowerService, bound
 from twotower.cluster.topology import PairTopology
 from twotower.kernels.quantized import ExpertProducts
 from twotower.towers.engine.context_engine import ContextEngine
@@ -27,16 +23,17 @@ from twotower.towers.engine.load import load_engines
 
 
 class ColocatedActor:
-    """Runs both engines; a proxy's call of either tower comes through `call`."""
+    """Runs both engines; a proxy's task for either tower comes through `call`."""
 
     def __init__(self, topology: PairTopology) -> None:
         self._topology = topology
         self._context = ContextTowerActor(topology)
         self._denoiser = DenoiserTowerActor(topology)
-        self._towers: dict[Side, TowerService] = {
+        self._towers: dict[str | None, TowerService] = {
             "context": self._context,
             "denoiser": self._denoiser,
         }
+        self._answering: CallServer | None = None
 
     async def load(self) -> None:
         """Loads both towers. Raises CheckpointError, ConfigError, DeviceError."""
@@ -47,6 +44,16 @@ class ColocatedActor:
     async def call(self, side: Side, call: Call[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Makes a call of one of the towers. Raises UnavailableError before they are loaded."""
         return await bound(self._towers[side], call)(*args, **kwargs)
+
+    async def answer_calls(self) -> CallAddress:
+        """Starts to answer calls of rows of both towers over gRPC; returns where."""
+        self._answering = call_server(self._topology, self._towers.__getitem__)
+        return await self._answering.start(ray.util.get_node_ip_address())
+
+    async def close(self) -> None:
+        """Stops to answer calls."""
+        if self._answering is not None:
+            await self._answering.stop()
 
     async def stream(
         self, side: Side, call: StreamCall[..., Any], *args: Any, **kwargs: Any

@@ -9,11 +9,8 @@ from typing import Any
 
 import torch
 
-from twotower.cluster.services.tower_services import (
-    ContextTowerActor,
-    DenoiserTowerActor,
-    PairServices,
-)
+from twotower.cluster.services.actors import ContextTowerActor, DenoiserTowerActor
+from twotower.cluster.services.tower_services import PairServices
 from twotower.cluster.topology import PairTopology
 from twotower.deployments.pair.tower_pair import Job, TowerPair
 from twotower.towers.engine.load import load_engines

@@ -19,7 +19,7 @@ from twotower import Request, TwoTower
 from twotower.cluster.channel.grpc import GrpcStateLink
 from twotower.cluster.channel.receiver import StateReceiver
 from twotower.cluster.placement import start
-from twotower.cluster.services import tower_services
+from twotower.cluster.services import actors
 from twotower.cluster.services.tower_services import PairServices
 from twotower.cluster.topology import LinkFaults, PairTopology
 from twotower.towers.decoding.generation import generate_blocks
@@ -50,8 +50,8 @@ async def pair(
         partial(GrpcStateLink, receipt_timeout_s=1.0),
         partial(StateReceiver, timeout_s=1.0),
     )
-    monkeypatch.setattr(tower_services, "GrpcStateLink", sending)
-    monkeypatch.setattr(tower_services, "StateReceiver", receiving)
+    monkeypatch.setattr(actors, "GrpcStateLink", sending)
+    monkeypatch.setattr(actors, "StateReceiver", receiving)
     try:
         yield await start.start_towers(topology)
     finally:

@@ -14,16 +14,9 @@ import pytest
 from tests.conftest import GOLDEN
 from twotower import TwoTower
 from twotower.cluster.channel.grpc import LinkSpec
+from twotower.cluster.services.actors import ContextTowerActor, DenoiserTowerActor
 from twotower.cluster.services.pair_towers import MOST_REPAIRS, PairTowers
-from twotower.cluster.services.tower_services import (
-    Call,
-    ContextTowerActor,
-    DenoiserTowerActor,
-    DenoiserTowerService,
-    P,
-    T,
-    bound,
-)
+from twotower.cluster.services.tower_services import Call, DenoiserTowerService, P, T, bound
 from twotower.cluster.topology import PairTopology
 from twotower.towers.decoding.generation import generate_blocks
 from twotower.towers.decoding.services import Block, ProvisionalBlock

@@ -10,14 +10,10 @@ from ray.exceptions import ActorDiedError
 
 from tests.support.actors import Actor
 from twotower.cluster.services import tower_services
+from twotower.cluster.services.actors import DenoiserTowerActor
 from twotower.cluster.services.colocated import ColocatedActor
-from twotower.cluster.services.tower_services import (
-    DenoiserTowerActor,
-    DenoiserTowerService,
-    RemoteContext,
-    RemoteDenoiser,
-    Side,
-)
+from twotower.cluster.services.remote import RemoteContext, RemoteDenoiser
+from twotower.cluster.services.tower_services import DenoiserTowerService, Side
 from twotower.cluster.topology import PairTopology
 from twotower.towers.decoding.services import Block, ProvisionalBlock, Watcher
 from twotower.towers.engine.options import EngineOptions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from twotower.towers.errors import DeviceError
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+async def started(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[Any]]:
     """Actors of pairs in this process and without Ray, in the order in which they start."""
     made: list[Any] = []
 
@@ -30,7 +31,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(start, "_actor", actor)
     monkeypatch.setattr(start.ray.util, "get_current_placement_group", lambda: None)
     monkeypatch.setattr(loading, "prepare_process", lambda _: None)
-    return made
+    yield made
+    for one in made:
+        await one.close()
 
 
 def pair(folder: Path, **changes: Any) -> TowerPair:
@@ -38,10 +41,10 @@ def pair(folder: Path, **changes: Any) -> TowerPair:
     return TowerPair(lambda: start.start_towers(topology))
 
 
+@pytest.mark.usefixtures("started")
 @pytest.mark.parametrize("placement", ["separate", "colocated", "ar_only"])
 async def test_a_pair_on_a_device_that_fails_is_not_ready(
     placement: str,
-    started: list[Any],
     tiny_a: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -54,22 +57,15 @@ async def test_a_pair_on_a_device_that_fails_is_not_ready(
         await failing.check_health()
     assert await failing.record_routing_stats() == {}
     assert str(caught.value) in caplog.text
-    for one in started:
-        if hasattr(one, "close"):
-            await one.close()
 
 
+@pytest.mark.usefixtures("started")
 @pytest.mark.parametrize("placement", ["separate", "colocated", "ar_only"])
-async def test_a_pair_on_a_device_that_passes_is_ready(
-    placement: str, started: list[Any], tiny_a: Path
-) -> None:
+async def test_a_pair_on_a_device_that_passes_is_ready(placement: str, tiny_a: Path) -> None:
     working = pair(tiny_a, placement=placement, self_test=True)
     await working.check_health()
     stats = await working.stats()
     assert all(not tower["rows"] and not tower.get("slots_used") for tower in stats.values())
-    for one in started:
-        if hasattr(one, "close"):
-            await one.close()
 
 
 async def test_on_a_cpu_nothing_is_tested_unless_it_is_asked_for(

@@ -11,11 +11,8 @@ from pathlib import Path
 import pytest
 
 from twotower import TwoTower
-from twotower.cluster.services.tower_services import (
-    ContextTowerActor,
-    DenoiserTowerActor,
-    PairServices,
-)
+from twotower.cluster.services.actors import ContextTowerActor, DenoiserTowerActor
+from twotower.cluster.services.tower_services import PairServices
 from twotower.cluster.topology import PairTopology
 from twotower.deployments.pair.tower_pair import Job, TowerPair
 from twotower.towers.decoding.services import Block, ProvisionalBlock
