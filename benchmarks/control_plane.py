@@ -1,7 +1,7 @@
 """What a block costs between its pair and the client: a service whose towers compute nothing.
 
     python -m benchmarks.control_plane [--streams 1 8 64 256] [--routers 1] [--pairs 1]
-                                       [--pass-ms 0] [--towers actor] [--out FILE]
+                                       [--pass-ms 0] [--towers actor] [--ingress proxy] [--out FILE]
 
 Serve's gRPC proxy, router, pair and a tower actor are those of a service, on the shipped model's
 tokenizer; only the engines are replaced (`fixed_towers`). That many streams begin at once, each
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import socket
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,7 +39,7 @@ from twotower.deployments.config import APP_NAME, ServiceConfig
 from twotower.deployments.router.ingress import SERVICER_FUNCTIONS
 from twotower.deployments.router.router import Router
 from twotower.deployments.routing import attempts
-from twotower.deployments.server.local_ray import start_ray
+from twotower.deployments.server.local_ray import direct_ingress, start_ray
 from twotower.deployments.server.server import await_proxy, free_port, start_serve
 from twotower.protos.incoming import message_variables
 from twotower.protos.v1 import generation_pb2 as pb
@@ -140,6 +141,9 @@ def main() -> None:
         "--hops", choices=list(HOP_VARIABLES), default="grpc", help="how replicas call each other"
     )
     parser.add_argument(
+        "--ingress", choices=["proxy", "direct"], default="proxy", help="whose gRPC port is called"
+    )
+    parser.add_argument(
         "--calls", choices=["stream", "task"], default="stream", help="how a pair calls its towers"
     )
     parser.add_argument(
@@ -158,8 +162,7 @@ def main() -> None:
 def fixed_service(args: argparse.Namespace) -> Iterator[ServiceConfig]:
     """A service on fixed towers in new processes, for as long as the block lasts."""
     config = ServiceConfig(
-        grpc_port=free_port(),
-        http_port=free_port(),
+        **dict(zip(("grpc_port", "http_port"), free_ports(2 * args.routers), strict=True)),
         num_pairs=args.pairs,
         num_routers=args.routers,
         num_threads=1,
@@ -167,38 +170,59 @@ def fixed_service(args: argparse.Namespace) -> Iterator[ServiceConfig]:
         placement="colocated",
         max_num_seqs=max(args.streams),
         max_context=MAX_CONTEXT,
+        ingress=args.ingress,
     )
     start = StartFixed(args.towers, args.pass_ms / 1e3, tasks=args.calls == "task")
     router = ByActorCalls if args.hops == "actor" else Router
     app = build_app(config, router_class=router, start=start)
     given = dict(pair.split("=", 1) for pair in args.set)
+    # Replicas of the floor have ports as well.
+    both = config.model_copy(update={"num_routers": 2 * args.routers})
     with ExitStack() as made:
         start_ray(
             made,
             variables=message_variables(config.message_bytes(), config.max_context)
+            | (direct_ingress(both) if args.ingress == "direct" else {})
             | HOP_VARIABLES[args.hops]
             | given,
             spare_cpus=1,
         )
         made.callback(ray.shutdown)
+
         start_serve(config, functions=[*SERVICER_FUNCTIONS, f"{__spec__.name}.add_floor"])
         serve.run(app, name=APP_NAME, route_prefix="/")
-        await_proxy(address_of(config))
+        await_proxy(targets_of(config)[0])
         yield config
 
 
-def address_of(config: ServiceConfig) -> str:
-    """The service's gRPC target."""
-    return f"127.0.0.1:{config.grpc_port}"
+def free_ports(count: int) -> tuple[int, int]:
+    """The first of so many free ports in a row, twice."""
+    while True:
+        first = free_port()
+        try:
+            for port in range(first, first + 2 * count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError):
+            continue
+        return first, first + count
+
+
+def targets_of(config: ServiceConfig, *, floor: bool = False) -> list[str]:
+    """The gRPC targets of the service, or of the floor, which is started after it."""
+    if config.ingress == "proxy":
+        return [f"127.0.0.1:{config.grpc_port}"]
+    first = config.grpc_port + floor * config.num_routers
+    return [f"127.0.0.1:{first + number}" for number in range(config.num_routers)]
 
 
 async def measure(config: ServiceConfig, args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one run."""
-    target, request = address_of(config), request_of(args.blocks)
-    messages = await one_answer(target, request)
+    targets, request = targets_of(config), request_of(args.blocks)
+    messages = await one_answer(targets[0], request)
     served, floor = list[Measured](), list[Measured]()
     for count in args.streams:
-        served.append(await window(target, (GENERATE, APP_NAME), request, count, args))
+        served.append(await window(targets, (GENERATE, APP_NAME), request, count, args))
     if not args.no_floor:
         bare = serve.deployment(Bare).options(
             num_replicas=args.routers,
@@ -207,8 +231,9 @@ async def measure(config: ServiceConfig, args: argparse.Namespace) -> dict[str, 
         )
         app = bare.bind(messages, args.pass_ms / 1e3)
         await asyncio.to_thread(serve.run, app, name=FLOOR_APP, route_prefix="/floor")
+        targets = targets_of(config, floor=True)
         for count in args.streams:
-            floor.append(await window(target, (FLOOR, FLOOR_APP), request, count, args))
+            floor.append(await window(targets, (FLOOR, FLOOR_APP), request, count, args))
     given = {name: value for name, value in vars(args).items() if name != "out"}
     return {"machine": machine(1), "arguments": given, "service": served, "floor": floor}
 
@@ -231,7 +256,7 @@ async def one_answer(target: str, request: bytes) -> list[bytes]:
 
 
 async def window(
-    target: str,
+    targets: Sequence[str],
     called: tuple[str, str],
     request: bytes,
     streams: int,
@@ -241,7 +266,7 @@ async def window(
     method, application = called
     root = os.getpid()
     idle = resident(usages(GROUPS, root))
-    async with running(target, method, request, application, streams, ahead=1) as load:
+    async with running(targets, method, request, application, streams, ahead=1) as load:
         begun = await until(lambda: load.begun == streams, args.begin_s)
         await asyncio.sleep(SETTLE_S)
         before, client, begin = usages(GROUPS, root), time.process_time(), time.perf_counter()
@@ -290,6 +315,7 @@ def show(served: Sequence[Measured], floor: Sequence[Measured]) -> str:
                 "burst first",
                 "first",
                 "between",
+                "slowest / median",
                 "router KiB/stream",
                 "failed",
                 "rows left",
@@ -320,6 +346,7 @@ def service_row(each: Measured) -> list[Cell]:
         _two(each.load.burst_first_ms) if each.all_begun else "not all began",
         _two(each.load.first_ms),
         _two(each.load.between_ms),
+        each.load.slowest_share,
         each.rss_kib.get("router", 0.0),
         float(len(each.failures)),
         each.rows_left,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import grpc
@@ -23,8 +24,9 @@ CHANNEL = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1
 
 @dataclass
 class StreamTimes:
-    """One request: when it was sent, and when each of its blocks came."""
+    """One request of a stream: when it was sent, and when each of its blocks came."""
 
+    stream: int
     sent: float
     arrivals: list[float] = field(default_factory=list)
 
@@ -47,20 +49,25 @@ class Load:
 class LoadFigures:
     """Blocks a second within a window of time and milliseconds to a block: the first of the streams
     that were all begun at once, the first of requests sent within the window, and each later one
-    within it from the block before. Percentiles are (p50, p99), None where nothing was measured."""
+    within it from the block before. Percentiles are (p50, p99), None where nothing was measured.
+    `slowest_share` are the blocks of the stream with the fewest over the median of all."""
 
     blocks: int
     blocks_per_s: float
     burst_first_ms: tuple[float, float] | None
     first_ms: tuple[float, float] | None
     between_ms: tuple[float, float] | None
+    slowest_share: float
 
 
 def figures(load: Load, begin: float, end: float) -> LoadFigures:
     """The figures of a load within a window."""
     burst = [each for each in load.requests[: load.streams] if each.arrivals]
     inside = [each for each in load.requests if begin <= each.sent < end and each.arrivals]
-    blocks = sum(begin <= at < end for each in load.requests for at in each.arrivals)
+    of_stream = [0] * load.streams
+    for each in load.requests:
+        of_stream[each.stream] += sum(begin <= at < end for at in each.arrivals)
+    blocks = sum(of_stream)
     later = [
         b - a for each in load.requests for a, b in pairwise(each.arrivals) if begin <= b < end
     ]
@@ -70,25 +77,37 @@ def figures(load: Load, begin: float, end: float) -> LoadFigures:
         _percentiles([each.arrivals[0] - each.sent for each in burst]),
         _percentiles([each.arrivals[0] - each.sent for each in inside]),
         _percentiles(later),
+        min(of_stream) / max(1.0, median(of_stream)),
     )
 
 
 @asynccontextmanager
 async def running(
-    target: str, method: str, request: bytes, application: str, streams: int, ahead: int
+    targets: Sequence[str],
+    method: str,
+    request: bytes,
+    application: str,
+    streams: int,
+    ahead: int,
 ) -> AsyncIterator[Load]:
     """That many streams of a method, all begun at once and each begun again at its end, for as
-    long as the block lasts; the first `ahead` messages and the last of each are no blocks."""
+    long as the block lasts; the first `ahead` messages and the last of each are no blocks. Targets
+    are taken in turn."""
     load = Load(streams)
-    async with grpc.aio.insecure_channel(target, options=CHANNEL) as channel:
-        call = channel.unary_stream(method)
+    async with AsyncExitStack() as made:
+        channels = [
+            await made.enter_async_context(grpc.aio.insecure_channel(target, options=CHANNEL))
+            for target in targets
+        ]
+        calls = [channel.unary_stream(method) for channel in channels]
         metadata = (("application", application),)
 
-        async def keep() -> None:
+        async def keep(stream: int) -> None:
+            call = calls[stream % len(calls)]
             while True:
-                await _read(lambda: call(request, metadata=metadata), load, ahead)
+                await _read(lambda: call(request, metadata=metadata), load, stream, ahead)
 
-        tasks = [asyncio.create_task(keep()) for _ in range(streams)]
+        tasks = [asyncio.create_task(keep(stream)) for stream in range(streams)]
         try:
             yield load
         finally:
@@ -107,9 +126,9 @@ async def until(condition: Callable[[], bool], timeout_s: float) -> bool:
     return True
 
 
-async def _read(begin: Callable[[], Any], load: Load, ahead: int) -> None:
-    """One request to its end."""
-    times = StreamTimes(time.perf_counter())
+async def _read(begin: Callable[[], Any], load: Load, stream: int, ahead: int) -> None:
+    """One request of a stream to its end."""
+    times = StreamTimes(stream, time.perf_counter())
     load.requests.append(times)
     call = begin()
     before = ahead

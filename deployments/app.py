@@ -77,7 +77,7 @@ def build_app(
     )
     router = serve.deployment(serve.ingress()(router_class)).options(
         name="Router",
-        ray_actor_options={"num_cpus": ROUTER_CPUS},
+        ray_actor_options={"num_cpus": ROUTER_CPUS, "resources": _router_resources(config)},
         num_replicas=config.num_routers,
         max_ongoing_requests=ROUTER_ONGOING,
         logging_config=serve_logging(config.log_format),
@@ -134,10 +134,14 @@ def _need(config: ServiceConfig) -> Need:
         pairs=pairs,
         bundles=config.topology().bundles(),
         routers=config.num_routers,
-        router_cpus=ROUTER_CPUS,
+        router={"CPU": ROUTER_CPUS} | _router_resources(config),
         one_host=config.pack == "host",
         labels=config.label_selector,
     )
+
+
+def _router_resources(config: ServiceConfig) -> dict[str, float]:
+    return {} if config.router_resource is None else {config.router_resource: 1.0}
 
 
 def _placed(pair: Deployment, config: ServiceConfig, topology: PairTopology) -> Deployment:

@@ -42,6 +42,8 @@ APP_NAME = "twotower"
 # Counts are 32 bits wide in Ray and in tensors' shapes. Rows have a call each in a tower's process,
 # twice and with room beside them; processes have a place in Serve's tables.
 MOST_COUNT, MOST_ROWS, MOST_PROCESSES = 2**31 - 1, 2**20, 2**14
+_LAST_PORT = 65535
+Ingress = Literal["proxy", "direct"]
 
 
 _ORIGIN = re.compile(r"\*|https?://([0-9A-Za-z.-]{1,253}|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
@@ -72,13 +74,19 @@ class ServiceConfig(BaseModel):
         description="how routed experts that are stored in 8 bits are multiplied: widened = in "
         "dtype, fp8 = with tokens in 8 bits too; fp8 is refused for other experts",
     )
-    grpc_port: int = Field(9000, ge=1, le=65535)
-    http_port: int = Field(8000, ge=1, le=65535, description="port of the HTTP side")
+    grpc_port: int = Field(9000, ge=1, le=_LAST_PORT)
+    http_port: int = Field(8000, ge=1, le=_LAST_PORT, description="port of the HTTP side")
     http_host: str = Field(
         "127.0.0.1",
         pattern=r"^[0-9A-Za-z.:-]{1,253}$",
         description="address on which `twotower serve` listens for HTTP; under a Serve config "
         "http_options has it. gRPC listens on all addresses: Serve has no setting for that",
+    )
+    ingress: Ingress = Field(
+        "proxy",
+        description="who listens: proxy = Serve's proxy, direct = the routers themselves, number n "
+        "on grpc_port + n and http_port + n, for a third less processor time (Ray calls it alpha). "
+        "Under a Serve config the environment of Ray's processes decides",
     )
     api_keys: list[ApiKey] = Field(
         default_factory=list,
@@ -206,6 +214,12 @@ class ServiceConfig(BaseModel):
         le=MOST_PROCESSES,
         description="2 or more: a lost router is a pause of a second or two",
     )
+    router_resource: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z][0-9A-Za-z_.-]{0,62}$",
+        description="a resource of Ray's nodes of which each router takes one: a node that has one "
+        "of it has one router; none = routers go anywhere",
+    )
     num_pairs: int = Field(
         1, ge=1, le=MOST_PROCESSES, description="fixed number of pairs, without autoscaling"
     )
@@ -247,7 +261,22 @@ class ServiceConfig(BaseModel):
     def _check_ports(self) -> ServiceConfig:
         if self.grpc_port == self.http_port:
             raise ValueError(f"grpc_port and http_port: got {self.grpc_port} for both")
+        if self.ingress == "direct":
+            self._check_port_ranges()
         return self
+
+    def _check_port_ranges(self) -> None:
+        apart = abs(self.grpc_port - self.http_port)
+        if apart < self.num_routers:
+            raise ValueError(
+                f"grpc_port and http_port: got {self.grpc_port} and {self.http_port}, expected "
+                f"{self.num_routers} apart, as each router has a port of each"
+            )
+        last = max(self.grpc_port, self.http_port) + self.num_routers - 1
+        if last > _LAST_PORT:
+            raise ValueError(
+                f"num_routers: the last has port {last}, expected at most {_LAST_PORT}"
+            )
 
     @field_validator("api_keys")
     @classmethod

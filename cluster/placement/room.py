@@ -29,7 +29,8 @@ class Host:
 
 @dataclass(frozen=True)
 class Need:
-    """Resources that a service asks for: `pairs` pairs, by the setting `setting`, and `routers`.
+    """Resources that a service asks for: `pairs` pairs, by the setting `setting`, and `routers` of
+    `router` each.
 
     `bundles` are a pair's parts as of `PairTopology.bundles`, all on one host if `one_host`, and on
     hosts that `labels` admit.
@@ -39,7 +40,7 @@ class Need:
     pairs: int
     bundles: Sequence[Resources]
     routers: int
-    router_cpus: float
+    router: Resources
     one_host: bool = True
     labels: Mapping[str, str] = field(default_factory=dict)
 
@@ -53,7 +54,9 @@ def lack_of_room(need: Need, hosts: Sequence[Host], where: str = "the cluster") 
     """The reason why the pairs can never all fit, with the arithmetic; None if they may."""
     admitted = [host for host in hosts if _admits(need.labels, host)]
     reason = _lack_in_all(need, hosts, admitted, where) or _lack_on_hosts(need, admitted)
-    return None if reason is None else f"no room for {need.setting} = {need.pairs}: {reason}"
+    if reason is not None:
+        return f"no room for {need.setting} = {need.pairs}: {reason}"
+    return _lack_for_routers(need, hosts, where)
 
 
 def hosts_of(nodes: Sequence[Mapping[str, Any]]) -> list[Host]:
@@ -80,9 +83,8 @@ def _lack_in_all(
         asked, has, terms = need.pairs * each, _total(admitted, name), f"{pairs} x {each:g} {name}"
         if name == "CPU" and not need.labels:
             # Routers go anywhere, so next to labels they say nothing about the pairs' hosts.
-            asked += need.routers * need.router_cpus
-            routers = f"{need.routers} {'router' if need.routers == 1 else 'routers'}"
-            terms += f" + {routers} x {need.router_cpus:g} CPU"
+            asked += need.routers * need.router[name]
+            terms += f" + {_routers(need)} x {need.router[name]:g} CPU"
         if asked > has + _STEP:
             place = where
             if need.labels:
@@ -90,6 +92,19 @@ def _lack_in_all(
                 place = f"what carries {labels} ({len(admitted)} of {len(hosts)} hosts)"
             return f"{terms} = {round(asked, 4):g} {name}, {place} has {has:g} {name}"
     return None
+
+
+def _lack_for_routers(need: Need, hosts: Sequence[Host], where: str) -> str | None:
+    """The resource that routers alone take and of which there is too little."""
+    for name, each in need.router.items():
+        has = _total(hosts, name)
+        if name not in need.pair and need.routers * each > has + _STEP:
+            return f"no room for {_routers(need)}: each needs {each:g} {name}, {where} has {has:g}"
+    return None
+
+
+def _routers(need: Need) -> str:
+    return f"{need.routers} {'router' if need.routers == 1 else 'routers'}"
 
 
 def _lack_on_hosts(need: Need, hosts: Sequence[Host]) -> str | None:

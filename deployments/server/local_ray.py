@@ -12,6 +12,7 @@ import ray
 
 from twotower.cluster.placement.surroundings import runtime_folder, shared_memory
 from twotower.deployments.app import this_machine
+from twotower.deployments.config import ServiceConfig
 from twotower.deployments.http.middleware import PROXY_CALLBACK, PROXY_VARIABLE
 from twotower.deployments.telemetry.logs import LogFormat, worker_logging
 from twotower.protos.incoming import MAX_MESSAGE_BYTES, MESSAGE_VARIABLE, MOST_MESSAGE_BYTES
@@ -35,6 +36,8 @@ ENVIRONMENT = {
     # was within the limits of its front before; by default these calls have one of 4 MiB.
     "RAY_SERVE_PROXY_USE_GRPC": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(MOST_MESSAGE_BYTES),
+    # Of a service before this one in the same process.
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
 }
 
 
@@ -71,6 +74,24 @@ def start_ray(
         _plasma_directory=shared_memory(folder),
         **worker_logging(log_format),
     )
+
+
+def direct_ingress(config: ServiceConfig) -> dict[str, str]:
+    """Variables with which routers listen themselves, on the config's ports and those after them.
+
+    On one machine nobody balances between routers: none has to stay up for that when it stops, and
+    the port of one that has gone is its successor's at once.
+    """
+    ranges = {
+        f"RAY_SERVE_DIRECT_INGRESS_{end}_{side}_PORT": str(port + count)
+        for side, port in (("GRPC", config.grpc_port), ("HTTP", config.http_port))
+        for end, count in (("MIN", 0), ("MAX", config.num_routers))
+    }
+    return ranges | {
+        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        "RAY_SERVE_PORT_QUARANTINE_S": "0",
+    }
 
 
 def _called_directly() -> str:

@@ -21,7 +21,7 @@ from ray.serve.exceptions import RayServeException
 from twotower.deployments.app import build_app, check_room, this_machine
 from twotower.deployments.config import APP_NAME, ServiceConfig
 from twotower.deployments.router.ingress import SERVICER_FUNCTIONS
-from twotower.deployments.server.local_ray import start_ray
+from twotower.deployments.server.local_ray import direct_ingress, start_ray
 from twotower.deployments.telemetry.logs import serve_logging
 from twotower.protos.incoming import message_variables
 from twotower.towers.errors import ConfigError, TwoTowerError, UnavailableError
@@ -65,8 +65,9 @@ class LocalService:
         app = build_app(self.config)
         machine = this_machine()
         check_room(self.config, [machine], machine.name)
-        _check_free(self.config.grpc_port, EVERYWHERE)
-        _check_free(self.config.http_port, self.config.http_host)
+        for number in range(self.config.num_routers if self._direct else 1):
+            _check_free(self.config.grpc_port + number, EVERYWHERE)
+            _check_free(self.config.http_port + number, self.config.http_host)
         try:
             self._phase("Ray")
             self._start_ray()
@@ -99,12 +100,17 @@ class LocalService:
             ray.shutdown()
         self._made.close()
 
+    @property
+    def _direct(self) -> bool:
+        return self.config.ingress == "direct"
+
     def _start_ray(self) -> None:
         logging.getLogger("ray.serve").setLevel(logging.INFO if self._verbose else logging.ERROR)
         start_ray(
             self._made,
             folder=self._folder,
-            variables=message_variables(self.config.message_bytes(), self.config.max_context),
+            variables=message_variables(self.config.message_bytes(), self.config.max_context)
+            | (direct_ingress(self.config) if self._direct else {}),
             spare_cpus=self._spare_cpus,
             log_format=self.config.log_format,
             verbose=self._verbose,
@@ -116,10 +122,13 @@ def start_serve(
     config: ServiceConfig, *, functions: Sequence[str] = SERVICER_FUNCTIONS, **options: Any
 ) -> None:
     """Serve with the config's ports and HTTP address, and the gRPC services that `functions` add;
-    `options` as of `serve.start`."""
+    `options` as of `serve.start`. Where routers have the ports, Serve's proxy is given others."""
+    grpc_port, http_port = config.grpc_port, config.http_port
+    if config.ingress == "direct":
+        grpc_port, http_port = free_port(), free_port()
     serve.start(
-        http_options=HTTPOptions(host=config.http_host, port=config.http_port),
-        grpc_options=gRPCOptions(port=config.grpc_port, grpc_servicer_functions=list(functions)),
+        http_options=HTTPOptions(host=config.http_host, port=http_port),
+        grpc_options=gRPCOptions(port=grpc_port, grpc_servicer_functions=list(functions)),
         logging_config=serve_logging(config.log_format),
         **options,
     )

@@ -25,7 +25,7 @@ from twotower.towers.engine.options import EngineOptions
 from twotower.towers.request.modes import Mode
 from twotower.towers.request.params import GenerationParams
 
-LOAD = LoadFigures(400, 100.0, (5.0, 9.0), None, (1.0, 2.0))
+LOAD = LoadFigures(400, 100.0, (5.0, 9.0), None, (1.0, 2.0), 0.5)
 SERVED = Measured(
     8,
     True,

@@ -18,10 +18,10 @@ METHOD = "/test.Streams/Read"
 def test_figures_count_what_came_within_the_window() -> None:
     load = Load(2)
     load.requests = [
-        StreamTimes(0.0, [1.0, 10.5, 11.0]),
-        StreamTimes(0.0, [3.0, 9.0]),
-        StreamTimes(10.0, [10.25, 12.0]),
-        StreamTimes(11.5, []),
+        StreamTimes(0, 0.0, [1.0, 10.5, 11.0]),
+        StreamTimes(1, 0.0, [3.0, 9.0]),
+        StreamTimes(1, 10.0, [10.25, 12.0]),
+        StreamTimes(0, 11.5, []),
     ]
     found = figures(load, 10.0, 12.0)
     assert (found.blocks, found.blocks_per_s) == (3, 1.5)
@@ -29,11 +29,13 @@ def test_figures_count_what_came_within_the_window() -> None:
     assert found.first_ms == (250.0, 250.0)
     # 10.5 after 1.0, and 11.0 after 10.5; 12.0 is no more within it.
     assert found.between_ms == (500.0, 9500.0)
+    # Two blocks of the one stream, one of the other: the median is 1.5.
+    assert found.slowest_share == 1 / 1.5
 
 
 def test_nothing_measured_is_none() -> None:
     load = Load(1)
-    load.requests = [StreamTimes(0.0)]
+    load.requests = [StreamTimes(0, 0.0)]
     found = figures(load, 1.0, 2.0)
     assert (found.blocks, found.burst_first_ms, found.first_ms, found.between_ms) == (
         0,
@@ -83,7 +85,7 @@ async def served(server: Server) -> AsyncIterator[str]:
 async def test_streams_are_kept_up_and_left_at_the_end() -> None:
     server = Server()
     async with served(server) as target:
-        async with running(target, METHOD, b"x", "app", 3, ahead=1) as load:
+        async with running([target], METHOD, b"x", "app", 3, ahead=1) as load:
             assert await until(lambda: server.asked >= 9, 5.0)
             assert server.open <= 3
         assert await until(lambda: server.open == 0, 5.0)
@@ -100,7 +102,7 @@ async def test_streams_are_kept_up_and_left_at_the_end() -> None:
 async def test_a_refused_stream_is_a_failure_and_begun_again() -> None:
     server = Server()
     server.refusing = True
-    async with served(server) as target, running(target, METHOD, b"x", "a", 1, ahead=1) as load:
+    async with served(server) as target, running([target], METHOD, b"x", "a", 1, ahead=1) as load:
         assert await until(lambda: server.asked >= 2, 5.0)
     assert load.failures[0] == "RESOURCE_EXHAUSTED: no more"
     assert load.begun == 0

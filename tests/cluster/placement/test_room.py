@@ -11,7 +11,7 @@ from twotower.cluster.placement.room import Host, Need, hosts_of, lack_of_room
 
 CPU_PAIR = ({"CPU": 0.1}, {"CPU": 0.4}, {"CPU": 0.4})
 GPU_PAIR = ({"CPU": 0.1}, {"CPU": 0.4, "GPU": 1.0}, {"CPU": 0.4, "GPU": 1.0})
-NEED = Need("num_pairs", 1, CPU_PAIR, routers=1, router_cpus=0.1)
+NEED = Need("num_pairs", 1, CPU_PAIR, routers=1, router={"CPU": 0.1})
 
 
 def host(name: str, cpus: float, gpus: float = 0.0, **labels: str) -> Host:
