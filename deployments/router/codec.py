@@ -126,7 +126,7 @@ def complete_event(completion: Completion) -> pb.GenerateResponse:
 
 def usage_of(log: CommitLog) -> pb.Usage:
     """Cost of the blocks of a log."""
-    return pb.Usage(**asdict(log.usage))
+    return pb.Usage(**vars(log.usage))
 
 
 def score_response(token_ids: Sequence[int], scores: Scores) -> pb.ScoreResponse:

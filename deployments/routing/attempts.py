@@ -22,7 +22,7 @@ import contextvars
 import logging
 import random
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -46,6 +46,7 @@ from ray.serve.request_router import RequestRouter
 from twotower.cluster.services.ray_errors import plain_error
 from twotower.deployments.pair.tower_pair import Job
 from twotower.deployments.routing import pairs, policy
+from twotower.deployments.routing.patience import Patience
 from twotower.deployments.routing.retry import BrokenPairError, Losses, NoPairError, RetryPolicy
 from twotower.towers.decoding.commit_log import CommitLog
 from twotower.towers.decoding.generation import Blocks
@@ -54,10 +55,7 @@ from twotower.towers.errors import QueueFullError, UnavailableError
 
 logger = logging.getLogger("ray.serve")
 
-# How often a row that has no block yet looks for a pair that has room.
-LOOK_S = 1.0
 PING_TIMEOUT_S = 5.0
-LEAST_WAIT_S = 0.05
 # Pairs of a rank that Serve asks for the length of their queues.
 CHOICES = 2
 # Ways in which Ray says that the process or node behind a call has gone, beside RayActorError.
@@ -158,59 +156,42 @@ class Attempts:
         losses = Losses(self._retry)
         while True:
             try:
-                asked = self._client.score(token_ids, top_logprobs)
-                return await self._while_a_pair_is_up(asked, losses)
+                with self._patience(losses) as patience:
+                    return await patience.wait(self._client.score(token_ids, top_logprobs))
             except Exception as error:
                 await losses.pause(error)
 
     async def _read(self, job: Job, next_id: str, losses: Losses, served_by: Told) -> Blocks:
         """The blocks of one attempt. Raises _MovedError if it moves before the first."""
+        begun = False
 
         def look() -> None:
-            if pairs.PAIRS.moved(job.row_id, next_id, self._room):
+            if not begun and pairs.PAIRS.moved(job.row_id, next_id, self._room):
                 raise _MovedError
 
-        def gone() -> bool:
-            return pairs.PAIRS.gone(job.row_id)
+        stream = self._client.generate(job, served_by)
+        async with aclosing(stream):
+            with self._patience(losses, look, job.row_id) as patience:
+                while (block := await patience.wait(anext(stream, None))) is not None:
+                    begun = True
+                    yield block
 
-        async with aclosing(self._client.generate(job, served_by)) as stream:
-            block = await self._while_a_pair_is_up(anext(stream, None), losses, look, gone)
-            while block is not None:
-                yield block
-                block = await self._while_a_pair_is_up(anext(stream, None), losses, gone=gone)
-
-    async def _while_a_pair_is_up(
+    def _patience(
         self,
-        answer: Awaitable[T],
         losses: Losses,
         look: Callable[[], None] = lambda: None,
-        gone: Callable[[], bool] = lambda: False,
-    ) -> T:
-        """The answer, however long a pair has the call in its queue.
+        row_id: str | None = None,
+    ) -> Patience:
+        """For the answers of one attempt: waits go on while a pair is up, and the row's is none
+        that Serve has given up."""
 
-        Serve itself waits for a pair without an end, and a stream does for one whose machine is
-        lost without a word. Every LOOK_S, `look` may raise to end the wait; `gone` says whether
-        Serve has given up the pair. Raises NoPairError, UnavailableError.
-        """
-        asking = asyncio.ensure_future(answer)
-        clock = asyncio.get_running_loop().time
-        period = max(self._retry.resume_timeout_s, LEAST_WAIT_S)
-        check_at = clock() + period
-        try:
-            while True:
-                await asyncio.wait([asking], timeout=min(LOOK_S, check_at - clock()))
-                if asking.done():
-                    return asking.result()
-                look()
-                if clock() >= check_at:
-                    await self._check_up()
-                    if gone():
-                        raise UnavailableError(_LOST_TEXT)
-                    losses.queued()
-                    check_at = clock() + period
-        finally:
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
+        async def check() -> None:
+            await self._check_up()
+            if row_id is not None and pairs.PAIRS.gone(row_id):
+                raise UnavailableError(_LOST_TEXT)
+            losses.queued()
+
+        return Patience(check, self._retry.resume_timeout_s, look)
 
     async def _check_up(self) -> None:
         try:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.deployments.routing.test_attempts import BLOCKS, JOB, OUTPUT, PROMPT, Stream, all_of
 from twotower.deployments.pair.tower_pair import Job
-from twotower.deployments.routing import attempts as module
+from twotower.deployments.routing import patience as module
 from twotower.deployments.routing import retry
 from twotower.deployments.routing.attempts import Attempts, PairClient
 from twotower.deployments.routing.pairs import Pairs
