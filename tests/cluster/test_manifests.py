@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -95,10 +96,10 @@ def serve_config() -> dict[str, Any]:
     return body
 
 
-@pytest.fixture(scope="module")
-def objects() -> dict[str, dict[str, Any]]:
-    """The Kubernetes objects by kind."""
-    found = list(yaml.safe_load_all((FOLDER / "rayservice.yaml").read_text(encoding="utf-8")))
+@pytest.fixture(scope="module", params=["rayservice.yaml", "rayservice_direct.yaml"])
+def objects(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
+    """The Kubernetes objects of a manifest, by kind."""
+    found = list(yaml.safe_load_all((FOLDER / request.param).read_text(encoding="utf-8")))
     by_kind = {own["kind"]: own for own in found}
     assert len(by_kind) == len(found)
     return by_kind
@@ -108,6 +109,22 @@ def objects() -> dict[str, dict[str, Any]]:
 def cluster(objects: dict[str, dict[str, Any]]) -> dict[str, Any]:
     own: dict[str, Any] = objects["RayService"]["spec"]["rayClusterConfig"]
     return own
+
+
+def group_of(cluster: dict[str, Any], name: str) -> dict[str, Any]:
+    """The worker group of that name."""
+    (found,) = [own for own in cluster["workerGroupSpecs"] if own["groupName"] == name]
+    return dict(found)
+
+
+def front_of(cluster: dict[str, Any]) -> dict[str, Any]:
+    """The worker group whose pods answer clients: the routers', where they have one."""
+    names = {own["groupName"] for own in cluster["workerGroupSpecs"]}
+    return group_of(cluster, "router" if "router" in names else "pair")
+
+
+def variables(container: dict[str, Any]) -> dict[str, str]:
+    return {own["name"]: own["value"] for own in container["env"]}
 
 
 def containers(cluster: dict[str, Any]) -> list[dict[str, Any]]:
@@ -160,7 +177,11 @@ def test_the_manifest_embeds_the_same_service(
     serve_config: dict[str, Any], objects: dict[str, dict[str, Any]]
 ) -> None:
     embedded = yaml.safe_load(objects["RayService"]["spec"]["serveConfigV2"])
-    assert ServeDeploySchema(**embedded) == ServeDeploySchema(**serve_config)
+    assert ServeDeploySchema(**embedded)
+    ServiceConfig.from_settings(embedded["applications"][0]["args"] | {"model": None})
+    # Where routers have pods of their own.
+    for name in ("num_routers", "router_resource"):
+        embedded["applications"][0]["args"].pop(name, None)
     assert embedded == serve_config
 
 
@@ -202,7 +223,7 @@ def test_names_ports_and_quantities(
 def test_a_worker_holds_one_pair(serve_config: dict[str, Any], cluster: dict[str, Any]) -> None:
     args = serve_config["applications"][0]["args"]
     bundles = ServiceConfig(**{**args, "model": None}).topology().bundles()
-    (group,) = cluster["workerGroupSpecs"]
+    group = group_of(cluster, "pair")
     (worker,) = group["template"]["spec"]["containers"]
     limits = worker["resources"]["limits"]
     assert float(limits["nvidia.com/gpu"]) == sum(own.get("GPU", 0) for own in bundles)
@@ -240,13 +261,14 @@ def test_what_is_mounted_exists_and_the_token_is_a_secret(cluster: dict[str, Any
 def test_health_probes_ask_what_is_there(
     serve_config: dict[str, Any], objects: dict[str, dict[str, Any]], cluster: dict[str, Any]
 ) -> None:
-    (worker,) = cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"]
+    template = front_of(cluster)["template"]
+    (worker,) = template["spec"]["containers"]
     port = serve_config["grpc_options"]["port"]
     assert worker["readinessProbe"]["grpc"] == {"port": port, "service": SERVICE_NAME}
     ports = {own["name"]: own["containerPort"] for own in worker["ports"]}
     assert ports == {"serve": serve_config["http_options"]["port"], "grpc": port}
     service = objects["Service"]["spec"]
-    labels = cluster["workerGroupSpecs"][0]["template"]["metadata"]["labels"]
+    labels = template["metadata"]["labels"]
     assert service["selector"].items() <= labels.items()
     head_labels = cluster["headGroupSpec"]["template"]["metadata"]["labels"]
     assert not service["selector"].items() <= head_labels.items()
@@ -257,8 +279,36 @@ def test_a_pod_lives_as_long_as_its_streams_may(
     serve_config: dict[str, Any], cluster: dict[str, Any]
 ) -> None:
     drained = serve_config["applications"][0]["args"]["graceful_shutdown_timeout_s"]
-    pod = cluster["workerGroupSpecs"][0]["template"]["spec"]
-    assert pod["terminationGracePeriodSeconds"] > drained
+    for group in cluster["workerGroupSpecs"]:
+        assert group["template"]["spec"]["terminationGracePeriodSeconds"] > drained
+
+
+def test_routers_of_their_own_answer_on_the_ports_of_their_pods(
+    serve_config: dict[str, Any], objects: dict[str, dict[str, Any]], cluster: dict[str, Any]
+) -> None:
+    embedded = yaml.safe_load(objects["RayService"]["spec"]["serveConfigV2"])
+    config = ServiceConfig.from_settings(embedded["applications"][0]["args"] | {"model": None})
+    group = front_of(cluster)
+    if config.router_resource is None:
+        assert group["groupName"] == "pair"
+        return
+    # As many pods as routers, each with one place for one.
+    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == config.num_routers
+    given = json.loads(json.loads(group["rayStartParams"]["resources"]))
+    assert given == {config.router_resource: 1}
+    ports = {
+        "GRPC": serve_config["grpc_options"]["port"],
+        "HTTP": serve_config["http_options"]["port"],
+    }
+    groups = (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    for container in (group["template"]["spec"]["containers"][0] for group in groups):
+        set_here = variables(container)
+        assert set_here["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "1"
+        for side, port in ports.items():
+            prefix = "RAY_SERVE_DIRECT_INGRESS"
+            # The last is not among them: one port is all that there is.
+            ends = (set_here[f"{prefix}_MIN_{side}_PORT"], set_here[f"{prefix}_MAX_{side}_PORT"])
+            assert ends == (str(port), str(port + 1))
 
 
 class Deployed:
