@@ -38,6 +38,16 @@ def test_file_and_options(tmp_path: Path) -> None:
         ({"max_num_seqs": 0}, "max_num_seqs"),
         ({"device": "tpu"}, "device"),
         ({"grpc_port": 70000}, "grpc_port"),
+        ({"ingress": "nobody"}, "ingress: Input should be 'proxy' or 'direct'"),
+        (
+            {"ingress": "direct", "num_routers": 3, "grpc_port": 9000, "http_port": 9002},
+            "grpc_port and http_port: got 9000 and 9002, expected 3 apart",
+        ),
+        (
+            {"ingress": "direct", "num_routers": 3, "grpc_port": 65534},
+            "num_routers: the last has port 65536, which is above 65535",
+        ),
+        ({"router_resource": "two words"}, "router_resource"),
         ({"dtype": "float16"}, "dtype: Input should be 'float32' or 'bfloat16', got 'float16'"),
         ({"expert_products": "int8"}, "expert_products: Input should be 'widened' or 'fp8'"),
         ({"memory_fraction": 1.5}, "memory_fraction"),

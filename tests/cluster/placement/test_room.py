@@ -38,6 +38,15 @@ def test_too_few_cpus_are_said_with_the_arithmetic() -> None:
     assert "1 pair x 0.9 CPU + 12 routers x 0.1 CPU = 2.1 CPU, the cluster has 2 CPU" in got
 
 
+def test_routers_that_take_a_resource_of_their_own_need_as_many() -> None:
+    need = replace(NEED, routers=3, router={"CPU": 0.1, "front": 1.0})
+    front = Host("f", {"CPU": 4.0, "front": 2.0})
+    assert lack_of_room(need, [host("a", 2.0), front]) == (
+        "no room for 3 routers: each needs 1 front, the cluster has 2"
+    )
+    assert lack_of_room(replace(need, routers=2), [host("a", 2.0), front]) is None
+
+
 def test_absent_gpus() -> None:
     got = lack_of_room(replace(NEED, bundles=GPU_PAIR), [host("a", 64.0), host("b", 64.0)])
     assert got == "no room for num_pairs = 1: 1 pair x 2 GPU = 2 GPU, the cluster has 0 GPU"
