@@ -45,7 +45,7 @@ def test_file_and_options(tmp_path: Path) -> None:
         ),
         (
             {"ingress": "direct", "num_routers": 3, "grpc_port": 65534},
-            "num_routers: the last has port 65536, which is above 65535",
+            "num_routers: the last has port 65536, expected at most 65535",
         ),
         ({"router_resource": "two words"}, "router_resource"),
         ({"dtype": "float16"}, "dtype: Input should be 'float32' or 'bfloat16', got 'float16'"),
