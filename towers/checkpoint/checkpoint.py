@@ -30,8 +30,15 @@ from twotower.towers.errors import CheckpointError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOWERS = ("context_tower", "denoiser_tower")
-# Sizes in bytes by the names that safetensors files give them.
-FLOATING = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# By the names that safetensors files give them.
+_FLOATING_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+# Sizes in bytes.
+FLOATING = {name: dtype.itemsize for name, dtype in _FLOATING_DTYPES.items()}
 FP8_NAME = "F8_E4M3"
 Shape = tuple[int, ...]
 # Gets the bytes that have been read so far, and those of all that will be.
@@ -207,6 +214,13 @@ class Checkpoint:
             stored = stored.view(target.shape)
         target.copy_(stored)
         _check_finite(name, target)
+
+    def lying(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """A tensor in its mapped file, only to be read, or None if it is stored in another dtype;
+        raises as `read`."""
+        if _FLOATING_DTYPES.get(self._dtypes[name]) != dtype:
+            return None
+        return self.read_stored(name)
 
     def read_stored(self, name: str) -> Tensor:
         """A tensor in the dtype in which it is stored; raises as `read`."""

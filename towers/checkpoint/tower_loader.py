@@ -54,6 +54,10 @@ class Tensors(Protocol):
     def read(self, name: str, target: Tensor) -> None:
         """Copies a tensor into `target`, converted to its dtype. Raises CheckpointError."""
 
+    def lying(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """A tensor where it lies, only to be read; None if it lies nowhere in this dtype. Raises
+        CheckpointError."""
+
 
 def check_expert_products(checkpoint: Tensors, products: ExpertProducts) -> None:
     """Raises ConfigError for 8-bit products of experts that are not stored in 8 bits."""
@@ -252,14 +256,17 @@ class TowerLoader:
 
     def _packed(self, names: Sequence[str]) -> Tensor:
         """Matrices [N_i, K] concatenated to [sum of N_i, K], packed for a CPU."""
+        if self._packs and len(names) == 1:
+            lying = self._checkpoint.lying(names[0], self._dtype)
+            if lying is not None:
+                return self._kept(lying)
         shape = self._joined_shape(names)
         target = self._staging(shape) if self._packs else self._empty(shape, None)
         self._read_joined(names, target)
         return self._kept(target)
 
     def _kept(self, target: Tensor) -> Tensor:
-        """The matrix to keep: packed or copied out of the staging buffer for a CPU, else `target`
-        itself."""
+        """The matrix to keep: for a CPU packed or copied out of where it is, or `target` itself."""
         if not self._packs:
             return target
         packed = pack(target)

@@ -136,3 +136,16 @@ def test_single_rows_are_tried_at_load_and_not_in_the_first_step(folder: Path) -
         tried = products._shape_sums_alone.cache_info().misses
         tower.forward([[1]], [tower.new_state(16)])
         assert products._shape_sums_alone.cache_info().misses == tried > 0
+
+
+@pytest.mark.parametrize("kind", ["plain", products.best_products()])
+def test_no_weight_lies_in_the_file(tmp_path: Path, kind: products.Products) -> None:
+    """A file that is written over later does not change what was loaded."""
+    path = write_checkpoint(tmp_path) / "model.safetensors"
+    with products.force_products(kind):
+        tower = load_context_tower(tmp_path)
+        want = logits(tower)
+        with path.open("r+b") as file:
+            file.seek(1 << 14)
+            file.write(b"\x7f" * (path.stat().st_size - (1 << 14)))
+        assert_same_bits(logits(tower), want)
