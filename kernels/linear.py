@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.kernels.products import by_onednn, linear_onednn, pack_onednn
+from twotower.kernels.products import by_onednn, linear_onednn, pack_onednn, sums_alone
 
 _TILE_ROWS = 16
 _VECTOR = 16
@@ -49,6 +49,13 @@ def pack(weight: Tensor) -> Tensor:
     if weight.is_cuda or not by_onednn(weight.dtype):
         return weight
     return pack_onednn(weight)
+
+
+def try_single_row(weight: Tensor) -> None:
+    """Finds out how a single row is multiplied by a packed weight, with the threads that the caller
+    has. Else the first product by a weight of this shape does, for a few milliseconds."""
+    if weight.is_mkldnn:
+        sums_alone(weight)
 
 
 def linear_tiled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

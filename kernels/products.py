@@ -75,9 +75,7 @@ def force_products(forced: Products) -> Iterator[None]:
 
 def pack_onednn(weight: Tensor) -> Tensor:
     """A weight [N, K] in oneDNN's packed layout; only `linear_onednn` reads it."""
-    packed = _packed(weight)
-    # Tried here, when a model loads, and not in its first step.
-    _sums_alone(packed)
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
     return packed
 
 
@@ -87,22 +85,12 @@ def linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     A single row is computed twice, in a batch of 2, where it would be summed in another order
     alone.
     """
-    if x.shape[0] == 1 and not _sums_alone(weight):
+    if x.shape[0] == 1 and not sums_alone(weight):
         return _product(torch.cat((x, x)), weight, bias)[:1]
     return _product(x.contiguous(), weight, bias)
 
 
-def _packed(weight: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
-    return packed
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    return out
-
-
-def _sums_alone(weight: Tensor) -> bool:
+def sums_alone(weight: Tensor) -> bool:
     """True if a single row by `weight` is known to have the bits that it has in a batch. Of bf16 it
     is not: rounding hides most differences from a trial, not all."""
     if not weight.is_mkldnn or weight.dtype != torch.float32:
@@ -110,9 +98,14 @@ def _sums_alone(weight: Tensor) -> bool:
     return _shape_sums_alone(*weight.shape, torch.get_num_threads())
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return out
+
+
 @cache
 def _shape_sums_alone(outputs: int, width: int, _threads: int) -> bool:
-    """`_sums_alone` of packed fp32 weights [outputs, width], tried with random numbers in a few
+    """`sums_alone` of packed fp32 weights [outputs, width], tried with random numbers in a few
     milliseconds. Seen: with AVX-512 up to a width of 1024, with AVX2 of any."""
     if outputs * width > _MOST_TRIED:
         return False
@@ -121,7 +114,7 @@ def _shape_sums_alone(outputs: int, width: int, _threads: int) -> bool:
         torch.randn(shape, generator=generator, device="cpu")
         for shape in ((max(4, 256 // outputs), width), (min(outputs, 64), width), (outputs,))
     )
-    packed = _packed(some.repeat(-(-outputs // len(some)), 1)[:outputs])
+    packed = pack_onednn(some.repeat(-(-outputs // len(some)), 1)[:outputs])
     return all(
         torch.equal(
             torch.cat([_product(row, packed, each) for row in x.split(1)]),

@@ -407,7 +407,7 @@ def test_a_hub_that_cannot_be_asked(raised: Exception, monkeypatch: pytest.Monke
     def fetch(*_: Any, **__: Any) -> None:
         raise raised
 
-    monkeypatch.setattr("twotower.towers.checkpoint.weights.snapshot_download", fetch)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     line = the_line(invoke([*GENERATE, "--model", "owner/name"]))
     assert f"owner/name: could not be asked for ({type(raised).__name__}); look at" in line
 

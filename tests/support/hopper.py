@@ -7,7 +7,7 @@
 
 `path` is "package.module:kernel", a name and not the function: under the interpreter the function
 in the test's process cannot be compiled, so a process of its own imports it without the
-interpreter. That takes seconds, so compile a whole launch table with one `compile_all`.
+interpreter; it stays for the next launches.
 
 `signature` gives the type of every argument that is not in `constants`: "*bf16", "*fp32", "i32",
 "i64", "fp32". Pointers count as multiples of 16 bytes, as tensors from torch are; ":16" after an
@@ -30,11 +30,13 @@ The Triton is that of the Python that runs the tests.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import os
 import pickle
 import re
+import select
 import subprocess
 import sys
 import tempfile
@@ -43,7 +45,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 600.0
@@ -95,24 +97,62 @@ def compile_for_hopper(
 
 
 def compile_all(launches: Sequence[Launch]) -> list[Compiled]:
-    """All launches in one process, results in their order. Raises CompileError at the first."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    """All launches in the compiling process, results in their order. Raises CompileError at the
+    first."""
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "launches"), Path(folder, "compiled")
         asked.write_bytes(pickle.dumps([vars(launch) for launch in launches]))
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.support.hopper", str(asked), str(answered)],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
-        if not answered.exists():
-            raise CompileError(f"the compiling process ended with {done.returncode}: {done.stderr}")
+        _Compiler.running().run(asked, answered)
         results: list[dict[str, Any] | str] = pickle.loads(answered.read_bytes())
     return [_checked(launch, result) for launch, result in zip(launches, results, strict=True)]
+
+
+class _Compiler:
+    """The process that compiles, one for all tests of this process: importing torch and Triton
+    takes longer than most kernels. It ends when its input does."""
+
+    _only: ClassVar[_Compiler | None] = None
+
+    def __init__(self) -> None:
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.hopper"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
+        )
+        atexit.register(self.end)
+
+    @classmethod
+    def running(cls) -> _Compiler:
+        """The one that runs, or a new one."""
+        if cls._only is None or cls._only._process.poll() is not None:
+            cls._only = cls()
+        return cls._only
+
+    def run(self, asked: Path, answered: Path) -> None:
+        """Has the launches in one file compiled into another. Raises CompileError if the process
+        ends or takes too long over it."""
+        questions, answers = self._process.stdin, self._process.stdout
+        assert questions
+        assert answers
+        with contextlib.suppress(BrokenPipeError):
+            print(asked, answered, sep="\t", file=questions, flush=True)
+        ready, _, _ = select.select([answers], [], [], TIMEOUT_S)
+        if not (ready and answers.readline()):
+            self.end()
+            self._said.seek(0)
+            ended = self._process.returncode
+            raise CompileError(f"the compiling process ended with {ended}: {self._said.read()}")
+
+    def end(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
 
 
 def _checked(launch: Launch, result: dict[str, Any] | str) -> Compiled:
@@ -189,11 +229,18 @@ def _results(launches: Sequence[Launch]) -> Iterator[dict[str, Any] | str]:
         yield result
 
 
-def main(asked: str, answered: str) -> None:
-    """Compiles the launches in one file, writes what came of them into another."""
-    launches = [Launch(**fields) for fields in pickle.loads(Path(asked).read_bytes())]
-    Path(answered).write_bytes(pickle.dumps(list(_results(launches))))
+def main() -> None:
+    """Reads a line with two paths, compiles the launches in one file, writes what came of them into
+    the other, says so with a line; until the input ends."""
+    # Whatever else writes to stdout does so to stderr.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        asked, answered = map(Path, line.rstrip("\n").split("\t"))
+        launches = [Launch(**fields) for fields in pickle.loads(asked.read_bytes())]
+        answered.write_bytes(pickle.dumps(list(_results(launches))))
+        print("done", file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from tests.support.rows import Pair, Towers
 from twotower.cluster.services.actors import ContextTowerActor, DenoiserTowerActor
 from twotower.cluster.services.tower_services import PairServices
 from twotower.cluster.topology import PairTopology
 from twotower.deployments.pair.tower_pair import Job, TowerPair
-from twotower.towers.engine.load import load_engines
+from twotower.towers.checkpoint.weights import load_context_tower, load_denoiser_tower
 from twotower.towers.engine.options import EngineOptions
+
+
+@cache
+def _towers(folder: Path) -> Towers:
+    """Towers of a folder, whose weights all handles share."""
+    return load_context_tower(folder), load_denoiser_tower(folder)
 
 
 class HandleHere:
@@ -25,9 +31,8 @@ class HandleHere:
         options = EngineOptions(
             max_num_seqs=max_num_seqs, max_context=max_context, max_queued_requests=64
         )
-        self.context, self.denoiser = load_engines(
-            folder, "cpu", "cpu", torch.float32, options=options
-        )
+        engines = Pair.of(*_towers(folder), options=options)
+        self.context, self.denoiser = engines.context, engines.denoiser
         topology = PairTopology(str(folder), "cpu", "float32", options, 0.4, 0.0, 1)
         context, denoiser = ContextTowerActor(topology), DenoiserTowerActor(topology)
         context.run(self.context)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from twotower.towers.decoding.generation import generate_blocks
@@ -21,6 +22,7 @@ OPTIONS = EngineOptions(max_num_seqs=1024, max_context=512, prefix_cache_mib=0)
 PROMPT = [5, 3, 17, 3, 9]
 
 Towers = tuple[ContextTower, DenoiserTower]
+_by_ar: dict[tuple[ContextTower, tuple[int, ...], GenerationParams], list[int]] = {}
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,15 @@ class Pair:
 def tokens_of(blocks: Sequence[Block]) -> list[int]:
     """The tokens of all blocks in a row."""
     return [token for block in blocks for token in block.token_ids]
+
+
+def tokens_by_ar(pair: Pair, prompt: Sequence[int], params: GenerationParams) -> list[int]:
+    """The row's tokens in mode `ar`, which knows no drafts; decoded once for each context tower."""
+    how = replace(params, mode="ar", acceptance="strict", draft_source="any", draft_steps=1)
+    key = (pair.context.tower, tuple(prompt), how)
+    if key not in _by_ar:
+        _by_ar[key] = tokens_of(asyncio.run(pair.blocks("ar", prompt, how)))
+    return _by_ar[key]
 
 
 def params_of(mode: Any = "mask_diffusion", **changes: Any) -> GenerationParams:

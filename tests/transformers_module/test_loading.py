@@ -242,7 +242,7 @@ def test_the_hub_s_options_reach_the_hub(monkeypatch: pytest.MonkeyPatch, tiny_a
         asked.update(options, hub_id=hub_id)
         return str(tiny_a)
 
-    monkeypatch.setattr("twotower.towers.checkpoint.weights.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     options = {"revision": "v2", "cache_dir": "/tmp/x", "local_files_only": True, "token": None}
     NemotronHTwoTowerForCausalLM.from_pretrained("owner/name", **options)
     del asked["allow_patterns"]

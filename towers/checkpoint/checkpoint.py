@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from twotower.kernels.quantized import FP8
+from twotower.towers.checkpoint.open_files import OpenFiles, opened
 from twotower.towers.config.model_config import (
     ATTENTION,
     MAMBA,
@@ -30,8 +30,15 @@ from twotower.towers.errors import CheckpointError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOWERS = ("context_tower", "denoiser_tower")
-# Sizes in bytes by the names that safetensors files give them.
-FLOATING = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# By the names that safetensors files give them.
+_FLOATING_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+# Sizes in bytes.
+FLOATING = {name: dtype.itemsize for name, dtype in _FLOATING_DTYPES.items()}
 FP8_NAME = "F8_E4M3"
 Shape = tuple[int, ...]
 # Gets the bytes that have been read so far, and those of all that will be.
@@ -151,7 +158,8 @@ def _mlp_shapes(prefix: str, hidden: int, width: int, bias: bool) -> dict[str, S
 class Checkpoint:
     """A checkpoint folder whose tensor names, shapes, dtypes and files have been checked.
 
-    Raises CheckpointError for the first that is wrong, ConfigError for its config.json.
+    Raises CheckpointError for the first that is wrong, ConfigError for its config.json. Threads may
+    read side by side.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -162,6 +170,8 @@ class Checkpoint:
         self._dtypes: dict[str, str] = {}
         self._progress: ReadProgress | None = None
         self._bytes_read = self._bytes_to_read = 0
+        self._telling = threading.Lock()
+        self._open_files = OpenFiles()
         self._check()
 
     @property
@@ -191,7 +201,8 @@ class Checkpoint:
         return sum(math.prod(shapes[name]) * sizes[self._dtypes[name]] for name in names)
 
     def watch(self, names: Iterable[str], progress: ReadProgress | None) -> None:
-        """Tells `progress` of each tensor that is read from now on, which will be `names`."""
+        """Tells `progress` of each tensor that is read from now on, which will be `names`; it is
+        called in the thread that reads, by one at a time."""
         self._progress = progress
         self._bytes_read, self._bytes_to_read = 0, self.bytes_of(names)
 
@@ -204,6 +215,13 @@ class Checkpoint:
         target.copy_(stored)
         _check_finite(name, target)
 
+    def lying(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """A tensor in its mapped file, only to be read, or None if it is stored in another dtype;
+        raises as `read`."""
+        if _FLOATING_DTYPES.get(self._dtypes[name]) != dtype:
+            return None
+        return self.read_stored(name)
+
     def read_stored(self, name: str) -> Tensor:
         """A tensor in the dtype in which it is stored; raises as `read`."""
         stored = self._mapped(name)
@@ -211,11 +229,11 @@ class Checkpoint:
         return stored
 
     def _mapped(self, name: str) -> Tensor:
-        with _opened(self._files[name]) as file:
-            tensor: Tensor = file.get_tensor(self._stored[name])
+        tensor = self._open_files.tensor(self._files[name], self._stored[name])
         if self._progress is not None:
-            self._bytes_read += tensor.nbytes
-            self._progress(self._bytes_read, self._bytes_to_read)
+            with self._telling:
+                self._bytes_read += tensor.nbytes
+                self._progress(self._bytes_read, self._bytes_to_read)
         return tensor
 
     def _check(self) -> None:
@@ -244,7 +262,7 @@ class Checkpoint:
                 )
 
     def _check_shapes(self, path: Path, shapes: Mapping[str, Shape]) -> None:
-        with _opened(path) as file:
+        with opened(path) as file:
             present = set(file.keys())
             for name, file_path in self._files.items():
                 if file_path != path:
@@ -264,7 +282,7 @@ def _locate(folder: Path) -> dict[str, Path]:
     """The file of every tensor, by the name under which it is stored; raises CheckpointError."""
     if not (folder / INDEX_FILE).exists():
         path = folder / SINGLE_FILE
-        with _opened(path) as file:
+        with opened(path) as file:
             return dict.fromkeys(file.keys(), path)
     try:
         weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
@@ -278,23 +296,11 @@ def _locate(folder: Path) -> dict[str, Path]:
             raise CheckpointError(f"{INDEX_FILE}: {name} points outside the checkpoint")
         located[name] = folder / file_name
     for path in set(located.values()):
-        with _opened(path) as file:
+        with opened(path) as file:
             stray = set(file.keys()) - located.keys()
         if stray:
             raise CheckpointError(f"{min(stray)}: in {path.name} but not in the index")
     return located
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
-    """An open safetensors file; raises CheckpointError if it is missing or unreadable."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.name}: missing from the checkpoint") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path.name}: unreadable or truncated ({error})") from None
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:

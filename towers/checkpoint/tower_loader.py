@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from twotower.kernels.causal_conv1d import tap_major
-from twotower.kernels.linear import pack
+from twotower.kernels.linear import pack, try_single_row
 from twotower.kernels.moe import ExpertWeights, narrow_parts
 from twotower.kernels.quantized import FP8, ExpertProducts, QuantizedExperts
 from twotower.towers.checkpoint.checkpoint import (
@@ -18,6 +19,7 @@ from twotower.towers.checkpoint.checkpoint import (
     scale_name,
     tensor_shapes,
 )
+from twotower.towers.checkpoint.side_by_side import threads_side_by_side
 from twotower.towers.config.model_config import ATTENTION, MAMBA, MOE, TwoTowerConfig
 from twotower.towers.errors import CheckpointError, ConfigError
 from twotower.towers.model.weights import (
@@ -34,6 +36,8 @@ from twotower.towers.state.budget import free_bytes
 
 # Ada's and Hopper's tensor cores are the first that multiply e4m3 values.
 _FP8_CAPABILITY = (8, 9)
+# Elements of the largest buffer that a thread keeps for its next matrix.
+_MOST_STAGED = 16 << 20
 
 
 class Tensors(Protocol):
@@ -49,6 +53,10 @@ class Tensors(Protocol):
 
     def read(self, name: str, target: Tensor) -> None:
         """Copies a tensor into `target`, converted to its dtype. Raises CheckpointError."""
+
+    def lying(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """A tensor where it lies, only to be read; None if it lies nowhere in this dtype. Raises
+        CheckpointError."""
 
 
 def check_expert_products(checkpoint: Tensors, products: ExpertProducts) -> None:
@@ -116,25 +124,39 @@ class TowerLoader:
         self._dtype = dtype
         self._packs = not (device.type == "cuda" if for_triton is None else for_triton)
         self._products: ExpertProducts = products
-        self._buffer = self._empty((0,), None)
+        self._own = threading.local()
+        self._by_shape: dict[tuple[int, ...], Tensor] = {}
 
     def tower(self, tower: str, head: str) -> TowerWeights:
         """The tower and its head by their names in the checkpoint. Raises CheckpointError, and
         ConfigError if they are larger than the free memory of the device."""
         self._check_room((f"{tower}.", f"{head}."))
-        return TowerWeights(
-            self._read(f"{tower}.embeddings.weight"),
-            tuple(
-                LayerWeights(
-                    kind,
-                    self._read(f"{tower}.layers.{index}.norm.weight"),
-                    self._mixer(kind, f"{tower}.layers.{index}.mixer"),
-                )
+        with threads_side_by_side() as threads:
+            # The largest begin first.
+            last = threads.submit(self._matrix, f"{head}.weight")
+            embedding = threads.submit(self._read, f"{tower}.embeddings.weight")
+            layers = [
+                threads.submit(self._layer, kind, f"{tower}.layers.{index}")
                 for index, kind in enumerate(self.config.layer_pattern)
-            ),
-            self._read(f"{tower}.norm_f.weight"),
-            self._matrix(f"{head}.weight"),
-        )
+            ]
+            weights = TowerWeights(
+                embedding.result(),
+                tuple(layer.result() for layer in layers),
+                self._read(f"{tower}.norm_f.weight"),
+                last.result(),
+            )
+        self._try_single_rows()
+        return weights
+
+    def _layer(self, kind: str, prefix: str) -> LayerWeights:
+        norm = self._read(f"{prefix}.norm.weight")
+        return LayerWeights(kind, norm, self._mixer(kind, f"{prefix}.mixer"))
+
+    def _try_single_rows(self) -> None:
+        """Tries products that are tried once, with the threads that passes will have, so that the
+        first step does not."""
+        for weight in self._by_shape.values():
+            try_single_row(weight)
 
     def _check_room(self, prefixes: tuple[str, ...]) -> None:
         """Raises ConfigError if tensors with these prefixes are larger than the free memory."""
@@ -154,7 +176,7 @@ class TowerLoader:
     def timestep(self) -> TimestepWeights:
         """The denoiser's timestep embedding and the scale-shift tables of all layers."""
         tables = [f"scale_shift_tables.{index}" for index in range(self.config.num_layers)]
-        return TimestepWeights(
+        weights = TimestepWeights(
             self._matrix("t_embedder.mlp.0.weight"),
             self._read("t_embedder.mlp.0.bias"),
             self._matrix("t_embedder.mlp.2.weight"),
@@ -163,6 +185,8 @@ class TowerLoader:
             self._read("t_block.1.bias"),
             self._stacked(tables),
         )
+        self._try_single_rows()
+        return weights
 
     def _mixer(self, kind: str, prefix: str) -> Mixer:
         if kind == MAMBA:
@@ -232,26 +256,35 @@ class TowerLoader:
 
     def _packed(self, names: Sequence[str]) -> Tensor:
         """Matrices [N_i, K] concatenated to [sum of N_i, K], packed for a CPU."""
+        if self._packs and len(names) == 1:
+            lying = self._checkpoint.lying(names[0], self._dtype)
+            if lying is not None:
+                return self._kept(lying)
         shape = self._joined_shape(names)
         target = self._staging(shape) if self._packs else self._empty(shape, None)
         self._read_joined(names, target)
         return self._kept(target)
 
     def _kept(self, target: Tensor) -> Tensor:
-        """The matrix to keep: packed or copied out of the staging buffer for a CPU, else `target`
-        itself."""
+        """The matrix to keep: for a CPU packed or copied out of where it is, or `target` itself."""
         if not self._packs:
             return target
         packed = pack(target)
-        return target.clone() if packed is target else packed
+        kept = target.clone() if packed is target else packed
+        self._by_shape[tuple(kept.shape)] = kept
+        return kept
 
     def _staging(self, shape: tuple[int, ...]) -> Tensor:
-        """A buffer for a matrix until it is packed, reused for the next matrix: thousands of short
-        allocations between lasting ones would fragment memory by nearly the tower's size."""
+        """A buffer for a matrix until it is packed, reused for the thread's next matrix: thousands
+        of short allocations between lasting ones would fragment memory by nearly the tower's size.
+        Large ones come from the system and go back to it."""
         count = torch.Size(shape).numel()
-        if self._buffer.numel() < count:
-            self._buffer = self._empty((count,), None)
-        return self._buffer[:count].view(shape)
+        if count > _MOST_STAGED:
+            return self._empty(shape, None)
+        buffer: Tensor | None = getattr(self._own, "buffer", None)
+        if buffer is None or buffer.numel() < count:
+            self._own.buffer = buffer = self._empty((count,), None)
+        return buffer[:count].view(shape)
 
     def _experts(self, names: Sequence[str]) -> ExpertWeights:
         quantized = self.config.quantized_experts

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import TypedDict, Unpack
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from twotower.kernels.quantized import EXPERT_PRODUCTS, ExpertProducts
 from twotower.towers.checkpoint.checkpoint import Checkpoint, ReadProgress, tensor_shapes
@@ -55,6 +53,11 @@ def resolve_checkpoint(path: str | Path | None, **hub: Unpack[HubOptions]) -> Pa
 
 def _fetched(hub_id: str, hub: HubOptions) -> Path:
     """The local folder of a hub id's files, downloaded if needed; raises CheckpointError."""
+    # Imported here: with its HTTP client it takes a tenth of a second, which a folder of this
+    # machine need not wait for.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

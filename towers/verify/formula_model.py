@@ -90,6 +90,9 @@ class FormulaWeights:
         else:
             target.copy_((_values(name, self._shapes[name]) / scale).view(target.shape))
 
+    def lying(self, name: str, dtype: torch.dtype) -> None:
+        """None: every tensor is computed."""
+
 
 def _with_experts(quantized: bool) -> TwoTowerConfig:
     return TwoTowerConfig(**{**FORMULA_CONFIG.__dict__, "quantized_experts": quantized})

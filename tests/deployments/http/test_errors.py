@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from tests.deployments.http.conftest import MAX_CONTEXT, FrontHere, Fronts
 from twotower.deployments.http import errors as front_errors
@@ -14,6 +16,7 @@ from twotower.deployments.http.bodies import MAX_MESSAGES
 from twotower.deployments.http.errors import _first_fault
 from twotower.towers.errors import NumericalError, QueueFullError, UnavailableError
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 CHAT = "/v1/chat/completions"
 WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({}, "prompt", "missing"),
@@ -75,6 +78,14 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown field"),
     ({"Prompt": "a"}, "Prompt", "unknown field"),
 ]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def front(tiny_text: Path) -> AsyncIterator[FrontHere]:
+    """One front for all of this file: a refused request leaves nothing behind."""
+    made = FrontHere(tiny_text, "127.0.0.1")
+    async with made.client:
+        yield made
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from tests.support.random_model import (
     write_index,
     write_shards,
 )
-from twotower.towers.checkpoint import checkpoint as module
+from twotower.towers.checkpoint import open_files as module
 from twotower.towers.checkpoint import tower_loader
 from twotower.towers.checkpoint.checkpoint import Checkpoint, tensor_shapes
 from twotower.towers.checkpoint.weights import (

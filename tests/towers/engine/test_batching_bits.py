@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,12 @@ def test_a_mixed_batch_gives_what_its_rows_give_alone(name: str) -> None:
 def test_two_threads_give_what_one_gives() -> None:
     # Two models: the second must not find the first one's work in a prefix cache.
     model, other = (TwoTower.from_pretrained(GOLDEN / "tiny_b") for _ in range(2))
-    requests = mixed_requests(model.config.vocab_size)[:3]
+    # A prompt of one token, one of several pieces, and drawn tokens. A few passes will do: beside
+    # other processes each product waits until both threads have a core.
+    requests = [
+        replace(request, params=replace(request.params, max_tokens=16, steps_per_block=4))
+        for request in mixed_requests(model.config.vocab_size)[:3]
+    ]
     single = model.generate_requests(requests)
     before = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.rows import OPTIONS, Pair, tokens_of
+from tests.support.rows import OPTIONS, Pair, tokens_by_ar, tokens_of
 from twotower.towers.decoding.draft_policy import STEP, Round
 from twotower.towers.decoding.generation import generate_blocks
 from twotower.towers.decoding.services import Block, DraftCosts
@@ -58,11 +58,6 @@ class Drawn:
         pass
 
 
-def own_tokens(pair: Pair, prompt: Sequence[int], params: GenerationParams) -> list[int]:
-    how = replace(params, mode="ar", acceptance="strict")
-    return tokens_of(asyncio.run(pair.blocks("ar", prompt, how)))
-
-
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["short", "looping", "long"])
 @pytest.mark.parametrize(
@@ -73,7 +68,7 @@ def test_the_output_is_that_of_ar(
 ) -> None:
     params = replace(DRAWS[draw], **changes)
     blocks = asyncio.run(pair.blocks("row", prompt, params))
-    assert tokens_of(blocks) == own_tokens(pair, prompt, params)
+    assert tokens_of(blocks) == tokens_by_ar(pair, prompt, params)
     assert blocks[-1].finish_reason == "length"
     pair.assert_empty()
 
@@ -91,7 +86,7 @@ def test_whatever_is_chosen_the_output_is_that_of_ar(
     seeds = iter(range(100))
     monkeypatch.setattr(draft_rounds, "policy_of", lambda *_, **__: Drawn(next(seeds), ["checked"]))
     params = replace(DRAWS[draw], mode="auto")
-    want = own_tokens(pair, LOOPING, params)
+    want = tokens_by_ar(pair, LOOPING, params)
     for number in range(4):
         blocks = asyncio.run(pair.blocks(f"row-{number}", LOOPING, params))
         assert tokens_of(blocks) == want
@@ -147,7 +142,7 @@ def test_rows_together_have_the_tokens_of_each_alone(pair: Pair) -> None:
 
 def test_an_eos_ends_the_row_within_a_draft(pair: Pair) -> None:
     params = replace(GREEDY, draft_source="lookup")
-    whole = own_tokens(pair, LOOPING, params)
+    whole = tokens_by_ar(pair, LOOPING, params)
     for eos in sorted({whole[0], whole[20], whole[40]}):
         blocks = asyncio.run(pair.blocks("row", LOOPING, replace(params, eos_token_id=eos)))
         assert tokens_of(blocks) == whole[: whole.index(eos) + 1]
@@ -166,7 +161,7 @@ def test_a_context_tower_alone_serves_lookups(
 
     for params in (GREEDY, replace(GREEDY, mode="auto", quality="fast")):
         blocks = asyncio.run(run(params))
-        assert tokens_of(blocks) == own_tokens(pair, LOOPING, GREEDY)
+        assert tokens_of(blocks) == tokens_by_ar(pair, LOOPING, GREEDY)
         assert sum(block.nfe for block in blocks) == 0
     with pytest.raises(ValueError, match="needs a denoiser"):
         asyncio.run(run(replace(GREEDY, draft_source="denoiser")))
@@ -177,4 +172,4 @@ def test_a_context_tower_alone_serves_lookups(
 def test_drafts_of_any_length(pair: Pair, block_size: int) -> None:
     params = replace(FEW, block_size=block_size, max_tokens=33)
     blocks = asyncio.run(pair.blocks("row", LOOPING, params))
-    assert tokens_of(blocks) == own_tokens(pair, LOOPING, params)
+    assert tokens_of(blocks) == tokens_by_ar(pair, LOOPING, params)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.rows import Pair, tokens_of
+from tests.support.rows import Pair, tokens_by_ar, tokens_of
 from twotower.towers.decoding.generation import generate_blocks
 from twotower.towers.decoding.services import Block
 from twotower.towers.model.context_tower import ContextTower
@@ -69,10 +69,6 @@ class Drafts:
         pass
 
 
-def own_tokens(pair: Pair, prompt: list[int], params: GenerationParams) -> list[int]:
-    return tokens_of(asyncio.run(pair.blocks("ar", prompt, replace(params, mode="ar"))))
-
-
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(
     ("draft_steps", "prompt"), [(1, PROMPTS[0]), (3, PROMPTS[1]), (8, PROMPTS[2])]
@@ -80,9 +76,9 @@ def own_tokens(pair: Pair, prompt: list[int], params: GenerationParams) -> list[
 def test_the_output_is_that_of_ar(
     pair: Pair, params: GenerationParams, draft_steps: int, prompt: list[int]
 ) -> None:
-    params = replace(params, draft_steps=draft_steps)
+    params = replace(params, draft_steps=draft_steps, max_tokens=21)
     blocks = asyncio.run(pair.blocks("row", prompt, params))
-    assert tokens_of(blocks) == own_tokens(pair, prompt, params)
+    assert tokens_of(blocks) == tokens_by_ar(pair, prompt, params)
     assert all(block.nfe <= draft_steps for block in blocks)
     assert blocks[-1].finish_reason == "length"
     pair.assert_empty()
@@ -94,7 +90,7 @@ def test_any_draft_gives_the_output_of_ar(
     pair: Pair, wrong_at: Sequence[int], params: GenerationParams
 ) -> None:
     prompt = PROMPTS[1]
-    own = own_tokens(pair, prompt, replace(params, max_tokens=60))
+    own = tokens_by_ar(pair, prompt, replace(params, max_tokens=60))
     drafts = Drafts(own, len(prompt), wrong_at)
     pair.context.link = None
 
@@ -121,7 +117,7 @@ def test_any_draft_gives_the_output_of_ar(
 
 def test_a_perfect_draft_saves_passes(pair: Pair) -> None:
     prompt = PROMPTS[1]
-    own = own_tokens(pair, prompt, replace(GREEDY, max_tokens=60))
+    own = tokens_by_ar(pair, prompt, replace(GREEDY, max_tokens=60))
     pair.context.link = None
     drafts = Drafts(own, len(prompt), ())
 
@@ -149,8 +145,9 @@ def test_probabilities_are_the_context_towers(pair: Pair, params: GenerationPara
 
 @pytest.mark.parametrize("kept", [1, 8, 20])
 def test_a_resumed_row_has_the_same_tail(pair: Pair, kept: int) -> None:
-    whole = tokens_of(asyncio.run(pair.blocks("row", PROMPTS[2], SAMPLED)))
-    tail = asyncio.run(pair.blocks("row", PROMPTS[2], SAMPLED, whole[:kept]))
+    params = replace(SAMPLED, max_tokens=29)
+    whole = tokens_of(asyncio.run(pair.blocks("row", PROMPTS[2], params)))
+    tail = asyncio.run(pair.blocks("row", PROMPTS[2], params, whole[:kept]))
     assert tokens_of(tail) == whole[kept:]
     assert tail[0].start == len(PROMPTS[2]) + kept
     pair.assert_empty()
@@ -170,11 +167,11 @@ def test_an_eos_ends_the_row_and_min_tokens_puts_it_off(
     later = tokens_of(asyncio.run(pair.blocks("row", PROMPTS[1], replace(stopping, min_tokens=30))))
     assert eos not in later[:30]
     assert len(later) >= 31
-    assert later == own_tokens(pair, PROMPTS[1], replace(stopping, min_tokens=30))
+    assert later == tokens_by_ar(pair, PROMPTS[1], replace(stopping, min_tokens=30))
     pair.assert_empty()
 
 
 def test_a_block_of_one_token_is_plain_decoding(pair: Pair) -> None:
     params = replace(GREEDY, block_size=1, max_tokens=12)
     blocks = asyncio.run(pair.blocks("row", PROMPTS[1], params))
-    assert tokens_of(blocks) == own_tokens(pair, PROMPTS[1], params)
+    assert tokens_of(blocks) == tokens_by_ar(pair, PROMPTS[1], params)
