@@ -290,10 +290,15 @@ class PairChooser(RequestRouter):  # type: ignore[misc]
     waits: here it matters which call gets which pair.
     """
 
+    @property
+    def _table(self) -> pairs.Pairs:
+        """The router's table of pairs."""
+        return pairs.PAIRS
+
     def update_replicas(self, replicas: list[Any]) -> None:
         """Notes which pairs there are: rows that wait may move to a new pair."""
         super().update_replicas(replicas)
-        pairs.PAIRS.reported({each.replica_id.unique_id: each.routing_stats for each in replicas})
+        self._table.reported({each.replica_id.unique_id: each.routing_stats for each in replicas})
         self._tell()
 
     def on_replica_actor_died(self, replica_id: Any) -> None:
@@ -307,12 +312,12 @@ class PairChooser(RequestRouter):  # type: ignore[misc]
         """Replicas to ask for their queue's length, in ranks."""
         named = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         row_id, prompt = _row_of(pending_request)
-        target = pairs.PAIRS.target_of(row_id) if row_id is not None else None
+        target = self._table.target_of(row_id) if row_id is not None else None
         # A row that is sent to a pair says nothing about another.
         probe = row_id is not None and target is None
-        ranks = pairs.PAIRS.ranked(list(named), probe=probe)
+        ranks = self._table.ranked(list(named), probe=probe)
         chosen = [random.sample(rank, min(CHOICES, len(rank))) for rank in ranks]
-        preferred = policy.preferred_pair(prompt, ranks[-1], pairs.PAIRS.rows())
+        preferred = policy.preferred_pair(prompt, ranks[-1], self._table.rows())
         if preferred is not None:
             # Behind a pair that is being probed, before the others.
             chosen.insert(len(chosen) - 1, [preferred])
@@ -325,10 +330,10 @@ class PairChooser(RequestRouter):  # type: ignore[misc]
         del result
         row_id, _ = _row_of(pending_request)
         if row_id is not None:
-            pairs.PAIRS.routed(row_id, replica_id.unique_id)
+            self._table.routed(row_id, replica_id.unique_id)
 
     def _tell(self) -> None:
-        pairs.PAIRS.present([replica_id.unique_id for replica_id in self.curr_replicas])
+        self._table.present([replica_id.unique_id for replica_id in self.curr_replicas])
 
 
 def _apart(call: Callable[[], T]) -> T:
