@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-import random
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack, aclosing
@@ -58,8 +57,6 @@ logger = logging.getLogger("ray.serve")
 LOOK_S = 1.0
 PING_TIMEOUT_S = 5.0
 LEAST_WAIT_S = 0.05
-# Pairs of a rank that Serve asks for the length of their queues.
-CHOICES = 2
 # Ways in which Ray says that the process or node behind a call has gone, beside RayActorError.
 _GONE = (
     ActorPlacementGroupRemoved,
@@ -298,8 +295,8 @@ class PairChooser(RequestRouter):  # type: ignore[misc]
     def update_replicas(self, replicas: list[Any]) -> None:
         """Notes which pairs there are: rows that wait may move to a new pair."""
         super().update_replicas(replicas)
-        self._table.reported({each.replica_id.unique_id: each.routing_stats for each in replicas})
         self._tell()
+        self._table.reported({each.replica_id.unique_id: each.routing_stats for each in replicas})
 
     def on_replica_actor_died(self, replica_id: Any) -> None:
         """Notes that a pair is gone."""
@@ -310,20 +307,9 @@ class PairChooser(RequestRouter):  # type: ignore[misc]
         self, candidate_replicas: list[Any], pending_request: Any = None
     ) -> list[list[Any]]:
         """Replicas to ask for their queue's length, in ranks."""
-        named = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        row_id, prompt = _row_of(pending_request)
-        target = self._table.target_of(row_id) if row_id is not None else None
-        # A row that is sent to a pair says nothing about another.
-        probe = row_id is not None and target is None
-        ranks = self._table.ranked(list(named), probe=probe)
-        chosen = [random.sample(rank, min(CHOICES, len(rank))) for rank in ranks]
-        preferred = policy.preferred_pair(prompt, ranks[-1], self._table.rows())
-        if preferred is not None:
-            # Behind a pair that is being probed, before the others.
-            chosen.insert(len(chosen) - 1, [preferred])
-        if target is not None and target in ranks[-1]:
-            chosen.insert(0, [target])
-        return [[named[pair] for pair in rank] for rank in chosen]
+        del candidate_replicas
+        ranks = self._table.choice(*_row_of(pending_request))
+        return [[self._named[pair] for pair in rank] for rank in ranks]
 
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
         """Notes which pair has an attempt."""
@@ -333,7 +319,9 @@ class PairChooser(RequestRouter):  # type: ignore[misc]
             self._table.routed(row_id, replica_id.unique_id)
 
     def _tell(self) -> None:
-        self._table.present([replica_id.unique_id for replica_id in self.curr_replicas])
+        replicas = self.curr_replicas.items()
+        self._named = {replica_id.unique_id: replica for replica_id, replica in replicas}
+        self._table.present(list(self._named))
 
 
 def _apart(call: Callable[[], T]) -> T:
