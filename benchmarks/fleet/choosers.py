@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Coroutine, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from ray.serve._private.common import DeploymentHandleSource
 
-from benchmarks.fleet.load import Request
 from benchmarks.fleet.pairs import DEPLOYMENT, SimulatedPair, replica_of
 from twotower.deployments.pair.tower_pair import Job
 from twotower.deployments.routing.attempts import PairChooser
 from twotower.deployments.routing.pairs import Pairs
-from twotower.deployments.routing.policy import PREFIX_TOKENS
 from twotower.towers.request.params import GenerationParams
 
 _PARAMS = GenerationParams()
@@ -35,7 +32,7 @@ class ServiceChooser(PairChooser):
     # What Serve's router starts beside a choice: questions that have an answer at once.
     _event_loop = SimpleNamespace(create_task=run)
 
-    def __init__(self, table: Pairs, clock: Any, *, affinity: bool = True) -> None:
+    def __init__(self, table: Pairs, clock: Any) -> None:
         super().__init__(
             DEPLOYMENT,
             DeploymentHandleSource.REPLICA,
@@ -43,9 +40,6 @@ class ServiceChooser(PairChooser):
             get_curr_time_s=clock,
         )
         self._own = table
-        self._prompt = PREFIX_TOKENS if affinity else 0
-        # Seconds of wall time that choices took.
-        self.seconds: list[float] = []
 
     @property
     def _table(self) -> Pairs:
@@ -55,13 +49,11 @@ class ServiceChooser(PairChooser):
         """DOC"""
         self.update_replicas(list(pairs))
 
-    def choose(self, row_id: str, request: Request) -> SimulatedPair | None:
+    def choose(self, row_id: str, prompt: tuple[int, ...]) -> SimulatedPair | None:
         """As Chooser: through the ranks, as Serve's router does."""
-        job = Job(row_id, request.chat.prefix[: self._prompt], (), _PARAMS)
+        job = Job(row_id, prompt, (), _PARAMS)
         pending = SimpleNamespace(args=[job])
-        begin = time.perf_counter()
         chosen = self._first(pending)
-        self.seconds.append(time.perf_counter() - begin)
         if chosen is None:
             return None
         self.on_request_routed(pending, chosen.replica_id, None)

@@ -4,10 +4,10 @@ pairs."""
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from typing import NamedTuple
 
 from benchmarks.fleet.agenda import Agenda
 from benchmarks.fleet.choosers import ServiceChooser
@@ -41,6 +41,17 @@ class Size:
     traffic: Traffic = field(default_factory=Traffic)
 
 
+class Sample(NamedTuple):
+    """The rows of the pairs that take requests at a time, and those that wait in all pairs."""
+
+    at: float
+    mean: float
+    most: int
+    p99: int
+    median: int
+    queued: int
+
+
 class Fleet:
     """The fleet; its figures are read from what it counts."""
 
@@ -54,9 +65,9 @@ class Fleet:
         self.failed: list[tuple[Request, TwoTowerError]] = []
         self.begun = self.cut = 0
         self.open: dict[Request, None] = {}
+        self.closed = False
         self.wanted = size.pairs
-        self.policy_seconds: list[float] = []
-        self.samples: list[tuple[float, list[int], int]] = []
+        self.samples: list[Sample] = []
         self.prefixes = PrefixCounts(size.pairs * size.figures.cache_entries)
         self._names = count()
         self._draining: set[SimulatedPair] = set()
@@ -75,9 +86,13 @@ class Fleet:
     def _router(self, number: int) -> SimulatedRouter:
         table = Pairs(self.agenda.clock)
         room = Room.of(self.size.figures.slots, self.size.routers)
-        chooser = ServiceChooser(table, self.agenda.clock, affinity=self.size.affinity)
-        told = (self._done, self._failed, self._cut)
+        chooser = ServiceChooser(table, self.agenda.clock)
+        chooser.initialize_state(num_routers=self.size.routers)
+        told = (self._done, self._failed, self._cut, self._prompt)
         return SimulatedRouter(number, self.agenda, table, chooser, room, *told)
+
+    def _prompt(self, request: Request) -> tuple[int, ...]:
+        return self._clients.prompt(request) if self.size.affinity else ()
 
     def _begin(self) -> None:
         """Clients come over RAMP_S; then each request that ends makes room for another."""
@@ -104,6 +119,40 @@ class Fleet:
         self.pairs.remove(pair)
         self._draining.discard(pair)
         pair.end()
+
+    def lose_zone(self, zone: int, notice_s: float, back_s: float) -> int:
+        """All pairs of a zone fall silent; Ray notices after a time, and later they are back as new
+        ones. Returns the rows that they had."""
+        lost = [pair for pair in self.pairs if pair.zone == zone]
+        rows = sum(pair.rows for pair in lost)
+        for pair in lost:
+            pair.stop()
+        self.agenda.after(notice_s, lambda: self._gone(lost, back_s))
+        return rows
+
+    def lose_pair(self, back_s: float) -> int:
+        """The process of a pair dies; Serve starts another. Returns the rows that it had."""
+        pair = self.draw.choice(self.present())
+        rows = pair.rows
+        self._gone([pair], back_s)
+        return rows
+
+    def lose_router(self) -> int:
+        """The process of a router dies; its clients go on at others. Returns its requests."""
+        router = next(router for router in self.routers if router.up)
+        requests = len(router.attempts)
+        router.die()
+        return requests
+
+    def _gone(self, lost: Sequence[SimulatedPair], back_s: float) -> None:
+        for pair in lost:
+            self.end_pair(pair)
+            self.agenda.after(back_s, self._starting(pair.zone))
+        self.broadcast()
+        self.agenda.after(back_s, self.broadcast)
+
+    def _starting(self, zone: int) -> Callable[[], None]:
+        return lambda: self.start_pair(zone)
 
     def drain(self, pairs: Sequence[SimulatedPair], timeout_s: float, again_s: float) -> None:
         """Pairs take no new attempts, end when they are empty or after a time, and come back as
@@ -140,19 +189,22 @@ class Fleet:
             if pair.state == "up":
                 pair.report()
         self.broadcast()
-        loads = [pair.rows for pair in self.present() if pair.state == "up"]
-        self.samples.append((self.agenda.now, loads, sum(pair.queued for pair in self.pairs)))
+        rows = sorted(pair.rows for pair in self.present() if pair.state == "up")
+        mean, last = sum(rows) / max(1, len(rows)), len(rows) - 1
+        places = [rows[int(share * last)] for share in (1.0, 0.99, 0.5)] if rows else [0, 0, 0]
+        queued = sum(pair.queued for pair in self.pairs)
+        self.samples.append(Sample(self.agenda.now, mean, *places, queued))
 
     def _decide(self) -> None:
         """The number of pairs that the policy wants; the fleet has no machines for more."""
         signals = [pair.signals() for pair in self.pairs if pair.state == "up"]
         requests = float(len(self.open))
         tick = Tick(self.agenda.now, self.wanted, signals, requests, 0.0)
-        begin = time.perf_counter()
         self.wanted = self._scaling.pairs_for(tick)
-        self.policy_seconds.append(time.perf_counter() - begin)
 
     def _next(self) -> None:
+        if self.closed:
+            return
         request = self._clients.next_request(self.agenda.now)
         self.begun += 1
         self.open[request] = None

@@ -8,10 +8,14 @@ from collections import deque
 from dataclasses import dataclass, field
 from itertools import count
 
-from twotower.deployments.routing.policy import PREFIX_TOKENS
+from twotower.deployments.routing.affinity import MOST_STEPS, STEP_TOKENS
 
 BLOCK_TOKENS = 16
 VOCABULARY = 130_000
+# Tokens at a prompt's beginning that a router looks at.
+LOOKED_AT = MOST_STEPS * STEP_TOKENS
+# What chats say is cut out of so many drawn tokens.
+NOISE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -28,22 +32,23 @@ class Traffic:
 
 @dataclass
 class Chat:
-    """A conversation: the beginning of its prompts, the system prompt that it shares (its number
-    and tokens), and all tokens so far. `turns` are left."""
+    """A conversation: the number of the system prompt that it shares and its tokens, where its own
+    text begins in the noise, and all tokens so far. `turns` are left."""
 
     number: int
-    prefix: tuple[int, ...]
     system: int | None
     system_tokens: int
+    begins: int
     tokens: int
     turns: int
 
 
 @dataclass(eq=False)
 class Request:
-    """One turn: `blocks` to write, `committed` of them written; `attempts` began.
+    """One turn: `blocks` to write, `committed` of them written by attempts that are over.
 
-    `ends` counts how often it ended, which has to be once."""
+    `ends` counts how often it ended, which has to be once; `reissues` how often it went on
+    elsewhere after a loss. `silent_since` is when its blocks stopped to come."""
 
     chat: Chat
     prompt_tokens: int
@@ -51,10 +56,10 @@ class Request:
     came: float
     number: int
     committed: int = 0
-    attempts: int = 0
     reissues: int = 0
     ends: int = 0
     first_block_at: float | None = None
+    silent_since: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -73,8 +78,10 @@ class Clients:
 
     def __post_init__(self) -> None:
         draw, traffic = self.draw, self.traffic
+        self._noise = tuple(draw.choices(range(VOCABULARY), k=NOISE))
         self._systems = [
-            (self._prefix(), draw.randint(200, 2000)) for _ in range(traffic.systems)
+            self._text(draw.randrange(NOISE // 2), draw.randint(200, 2000))
+            for _ in range(traffic.systems)
         ]
         self._weights = [1.0 / (rank + 1) for rank in range(traffic.systems)]
         self._chats = count()
@@ -98,14 +105,22 @@ class Clients:
         chat.turns -= 1
         self._resting.append(chat if chat.turns > 0 else self._new_chat())
 
+    def prompt(self, request: Request) -> tuple[int, ...]:
+        """The beginning of a request's prompt, as far as routers look at it."""
+        chat = request.chat
+        own = min(LOOKED_AT, request.prompt_tokens) - chat.system_tokens
+        text = self._text(chat.begins, max(0, own))
+        return text if chat.system is None else self._systems[chat.system] + text
+
     def _new_chat(self) -> Chat:
         draw, traffic = self.draw, self.traffic
         turns = 1 + int(draw.expovariate(1.0 / max(traffic.turns - 1.0, 1e-9)) + 0.5)
-        if draw.random() < traffic.shared:
-            (system,) = draw.choices(range(traffic.systems), self._weights)
-            prefix, tokens = self._systems[system]
-            return Chat(next(self._chats), prefix, system, tokens, tokens, turns)
-        return Chat(next(self._chats), self._prefix(), None, 0, PREFIX_TOKENS, turns)
+        number, begins = next(self._chats), NOISE // 2 + draw.randrange(NOISE // 2 - LOOKED_AT)
+        if draw.random() >= traffic.shared:
+            return Chat(number, None, 0, begins, 0, turns)
+        (system,) = draw.choices(range(traffic.systems), self._weights)
+        tokens = len(self._systems[system])
+        return Chat(number, system, tokens, begins, tokens, turns)
 
-    def _prefix(self) -> tuple[int, ...]:
-        return tuple(self.draw.choices(range(VOCABULARY), k=PREFIX_TOKENS))
+    def _text(self, begins: int, tokens: int) -> tuple[int, ...]:
+        return self._noise[begins : begins + tokens]

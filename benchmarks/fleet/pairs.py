@@ -13,7 +13,7 @@ from typing import Any
 from ray.serve._private.common import DeploymentID, ReplicaID
 
 from benchmarks.fleet.agenda import Agenda
-from benchmarks.fleet.load import BLOCK_TOKENS, Request
+from benchmarks.fleet.load import Request
 from twotower.deployments.pair.autoscaling import PairSignals
 
 DEPLOYMENT = DeploymentID("TowerPair", "twotower")
@@ -23,8 +23,9 @@ DEPLOYMENT = DeploymentID("TowerPair", "twotower")
 class PairFigures:
     """Capacity of a pair and its times.
 
-    A block of a row takes `block_s` and `row_block_s` more for each row: 64 rows write 150 blocks/s.
-    Reading a token takes `token_blocks` of a block's time. The cache keeps `cache_entries` snapshots.
+    A block of a row takes `block_s` and `row_block_s` more for each row: 64 rows write 150 of them
+    a second. Reading a token takes `token_blocks` of a block's time. The cache keeps
+    `cache_entries` snapshots.
     """
 
     slots: int = 128
@@ -120,6 +121,7 @@ class SimulatedPair:
         self.name, self.zone, self.figures = name, zone, figures
         # "up"; "silent": lost, and nobody has heard of it; "gone".
         self.state = "up"
+        self.silent_since = math.inf
         self.cache = PrefixCache(figures.cache_entries)
         self._counts = counts
         self._agenda = agenda
@@ -152,8 +154,12 @@ class SimulatedPair:
 
     def report(self) -> None:
         """Says the pair's load, as it reaches the routers with Serve's next message."""
-        context = {"rows": self.rows, "queued_rows": self._waiting, "slots": self.figures.slots}
-        self.routing_stats = {"context": {name: float(value) for name, value in context.items()}}
+        context = {
+            "rows": float(self.rows),
+            "queued_rows": float(self._waiting),
+            "clock_seconds": self._agenda.now,
+        }
+        self.routing_stats = {"context": context}
 
     def take(self, row: Row) -> None:
         """A row comes, into a slot or behind those that wait."""
@@ -184,6 +190,7 @@ class SimulatedPair:
         """Nothing advances any more; its rows have not heard of it."""
         self._advance()
         self.state = "silent"
+        self.silent_since = self._agenda.now
 
     def end(self) -> None:
         """It is gone; its rows hear of it."""

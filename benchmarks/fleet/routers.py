@@ -48,10 +48,15 @@ class SimulatedRouter:
         done: Callable[[Request], None],
         failed: Callable[[Request, TwoTowerError], None],
         cut: Callable[[Request], None],
+        prompt: Callable[[Request], tuple[int, ...]],
     ) -> None:
-        self.number, self.up, self.moves, self.unrouted = number, True, 0, 0
+        self.number, self.up = number, True
+        self.moves = self.unrouted = self.reissues = 0
+        # Seconds without a block of requests that went on elsewhere.
+        self.pauses: list[float] = []
         self.chooser, self._table, self._room = chooser, table, room
-        self._agenda, self._done, self._failed, self._cut = agenda, done, failed, cut
+        self._agenda, self._prompt = agenda, prompt
+        self._done, self._failed, self._cut = done, failed, cut
         self._names = count()
         self.attempts: dict[Attempt, None] = {}
 
@@ -66,6 +71,7 @@ class SimulatedRouter:
         self.attempts.clear()
         for attempt in attempts:
             attempt.over = True
+            attempt.request.silent_since = self._agenda.now
             if attempt.pair is not None and attempt.row is not None:
                 attempt.pair.commit(attempt.row)
                 attempt.pair.drop(attempt.row)
@@ -74,14 +80,13 @@ class SimulatedRouter:
     def _attempt(self, request: Request, losses: Losses, row_id: str | None = None) -> None:
         attempt = Attempt(request, losses, row_id or f"{self.number}-{next(self._names)}")
         self.attempts[attempt] = None
-        request.attempts += 1
         self._table.opened(attempt.row_id)
         self._route(attempt)
 
     def _route(self, attempt: Attempt) -> None:
         if attempt.over:
             return
-        pair = self.chooser.choose(attempt.row_id, attempt.request)
+        pair = self.chooser.choose(attempt.row_id, self._prompt(attempt.request))
         if pair is None:
             self.unrouted += 1
             self._agenda.after(NO_ROOM_S, lambda: self._route(attempt))
@@ -98,6 +103,9 @@ class SimulatedRouter:
 
     def _first_block(self, attempt: Attempt) -> None:
         attempt.begun = True
+        if attempt.request.silent_since is not None:
+            self.pauses.append(self._agenda.now - attempt.request.silent_since)
+            attempt.request.silent_since = None
         self._table.worked(attempt.row_id)
         attempt.losses.forget()
 
@@ -110,12 +118,17 @@ class SimulatedRouter:
         """The pair has gone with the attempt; the request goes on elsewhere after a pause."""
         expected = self._table.lost(attempt.row_id)
         self._leave(attempt)
-        attempt.request.reissues += 1
+        request, pair = attempt.request, attempt.pair
+        assert pair is not None
+        request.reissues += 1
+        self.reissues += 1
+        if request.silent_since is None:
+            request.silent_since = pair.silent_since
         error = (BrokenPairError if expected else UnavailableError)("the pair is gone")
         try:
             pause = attempt.losses.wait_s(error)
         except TwoTowerError as refusal:
-            self._failed(attempt.request, refusal)
+            self._failed(request, refusal)
             return
         self._agenda.after(pause, lambda: self._again(attempt))
 

@@ -63,7 +63,9 @@ def chain_of(prompt: Sequence[int]) -> list[int]:
     size = 8 * STEP_TOKENS
     key, chain = b"", []
     for step in range(steps):
-        key = hashlib.blake2b(data[step * size : (step + 1) * size], digest_size=8, key=key).digest()
+        key = hashlib.blake2b(
+            data[step * size : (step + 1) * size], digest_size=8, key=key
+        ).digest()
         chain.append(int.from_bytes(key, "little"))
     return chain
 
@@ -141,7 +143,7 @@ def pair_keys(pairs: Sequence[str]) -> Keys:
 
 
 def preferred(place: Place, keys: Keys, fits: NDArray[np.bool_]) -> int | None:
-    """Index of the pair that a prompt belongs to, of those that it `fits`; None if there is none."""
+    """Index of the pair that a prompt belongs to, of those that it `fits`; None without any."""
     if not fits.any():
         return None
     order = np.where(fits, _weights(keys, place.group), 0)

@@ -292,6 +292,10 @@ class PairChooser(RequestRouter):  # type: ignore[misc]
         """The router's table of pairs."""
         return pairs.PAIRS
 
+    def initialize_state(self, num_routers: int = 1) -> None:
+        """Takes the arguments that the deployment has for its router."""
+        self._table.routers(num_routers)
+
     def update_replicas(self, replicas: list[Any]) -> None:
         """Notes which pairs there are: rows that wait may move to a new pair."""
         super().update_replicas(replicas)

@@ -46,6 +46,11 @@ class Pairs:
         self._loads = Loads()
         self._beginnings = Beginnings()
 
+    def routers(self, num_routers: int) -> None:
+        """Notes how many routers there are, this one included."""
+        with self._lock:
+            self._loads.num_routers = num_routers
+
     def present(self, pairs: Sequence[str]) -> None:
         """Notes the pairs that Serve has for new attempts; there are no others."""
         with self._lock:

@@ -115,4 +115,3 @@ def target_of(row_id: str, here: PairRows, rows: Mapping[str, int], room: Room) 
     if row_id not in islice(here.waiting, first, first + sum(free.values())):
         return None
     return max(free, key=lambda pair: free[pair])
-
