@@ -37,13 +37,12 @@ def mark(fleet: Fleet) -> Mark:
 
 
 def between(fleet: Fleet, begin: Mark, end: Mark) -> dict[str, Any]:
-    """Figures of a time: of the requests that came in it and have a block, of the pairs each time
-    that they reported, and of the prompts that were begun."""
-    came = [request for request in fleet.ended if begin.at <= request.came < end.at]
+    """Figures of a time: of the requests whose first block came in it, of the pairs each time that
+    they reported, and of the prompts that were begun."""
     waits = [
         request.first_block_at - request.came
-        for request in came
-        if request.first_block_at is not None
+        for request in (*fleet.ended, *fleet.open)
+        if request.first_block_at is not None and begin.at <= request.first_block_at < end.at
     ]
     pauses = [
         pause
@@ -54,7 +53,7 @@ def between(fleet: Fleet, begin: Mark, end: Mark) -> dict[str, Any]:
     tokens = max(1, end.tokens - begin.tokens)
     return {
         "seconds": round(end.at - begin.at, 1),
-        "requests": len(came),
+        "requests": len(waits),
         "first_block_s": percentiles(waits),
         "rows_max_over_mean": middle([sample.most / max(sample.mean, 1e-9) for sample in samples]),
         "rows_p99_over_median": middle([sample.p99 / max(1, sample.median) for sample in samples]),

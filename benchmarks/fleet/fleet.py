@@ -24,7 +24,9 @@ from twotower.towers.errors import TwoTowerError
 BROADCAST_S = 0.2
 # A client's pause before it resumes a request whose router has gone, at most.
 RESUME_S = 2.0
-RAMP_S = 10.0
+RAMP_S = 20.0
+# Chats that rest between two turns, of those that are served.
+RESTING = 0.25
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Fleet:
 
     def _begin(self) -> None:
         """Clients come over RAMP_S; then each request that ends makes room for another."""
-        self._clients.fill(2 * self.size.requests)
+        self._clients.fill(round(RESTING * self.size.requests))
         for _ in range(self.size.requests):
             self.agenda.at(self.draw.random() * RAMP_S, self._next)
         self.agenda.every(REPORT_S, self._report)

@@ -69,7 +69,7 @@ class Request:
 
 @dataclass
 class Clients:
-    """The next request whenever one ends: chats take turns, so that as many rest as are served."""
+    """The next request whenever one ends: that of the chat that has rested for the longest time."""
 
     traffic: Traffic
     draw: random.Random

@@ -16,7 +16,7 @@ from twotower.deployments.routing.policy import Room
 from twotower.deployments.routing.retry import BrokenPairError, Losses, RetryPolicy
 from twotower.towers.errors import TwoTowerError, UnavailableError
 
-RETRY = RetryPolicy(resume_timeout_s=60.0, max_attempts=3)
+RETRY = RetryPolicy(resume_timeout_s=60.0, max_attempts=8)
 # Serve's wait between two tries to find a pair with room.
 NO_ROOM_S = 0.5
 

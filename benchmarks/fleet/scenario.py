@@ -9,13 +9,14 @@ from typing import Any
 from benchmarks.fleet.figures import Mark, between, mark, totals
 from benchmarks.fleet.fleet import Fleet, Size
 
-WARM_UP_S, STEADY_S = 20.0, 20.0
+# After the warm-up, chats are in their second turns and later ones.
+WARM_UP_S, STEADY_S = 40.0, 20.0
 PAIR_S, ROUTER_S = 5.0, 5.0
 # Ray takes so long to find that machines are gone; new ones are up so long after that.
 NOTICE_S, BACK_S = 15.0, 10.0
 ZONE_S = NOTICE_S + BACK_S + 10.0
-# A tenth of the pairs at a time, two times: they end their rows for so long, and load for so long.
-WAVE, WAVES = 0.1, 2
+# So many of the pairs at a time and so many times: they end their rows for so long, then they load.
+WAVE, WAVES = 0.1, 1
 DRAIN_S, LOAD_S = 15.0, 5.0
 # The longest request of a hundred thousand has ended by then.
 END_S = 3600.0
@@ -27,7 +28,7 @@ class Played:
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._marks: dict[str, tuple[Mark, Mark]] = {}
-        self._lost: dict[str, int] = {}
+        self._struck: dict[str, int] = {}
 
     def play(self) -> dict[str, Any]:
         """Plays all of it, to the end of the last request."""
@@ -37,7 +38,7 @@ class Played:
         self._time("pair_lost", PAIR_S, lambda: fleet.lose_pair(LOAD_S))
         self._time("router_lost", ROUTER_S, fleet.lose_router)
         self._time("zone_lost", ZONE_S, lambda: fleet.lose_zone(0, NOTICE_S, BACK_S))
-        self._time("rolling_update", WAVES * (DRAIN_S + LOAD_S), self._roll)
+        self._time("rolling_update", WAVES * (DRAIN_S + LOAD_S) + 5.0, self._roll)
         fleet.closed = True
         while fleet.open and fleet.agenda.now < END_S:
             fleet.agenda.run(fleet.agenda.now + 10.0)
@@ -50,10 +51,10 @@ class Played:
         return {"steady": between(self._fleet, *self._marks["steady"])}
 
     def figures(self) -> dict[str, Any]:
-        """Figures of each time, with the rows or requests that a loss hit, and of the whole."""
+        """Figures of each time, with the rows, requests or pairs struck, and of the whole."""
         fleet = self._fleet
         times = {
-            name: {**({"hit": self._lost[name]} if name in self._lost else {}), **found}
+            name: {**({"struck": self._struck[name]} if name in self._struck else {}), **found}
             for name, (begin, end) in self._marks.items()
             for found in [between(fleet, begin, end)]
         }
@@ -63,7 +64,7 @@ class Played:
         fleet = self._fleet
         before = mark(fleet)
         if begin is not None:
-            self._lost[name] = begin()
+            self._struck[name] = begin()
         fleet.agenda.run(fleet.agenda.now + seconds)
         self._marks[name] = (before, mark(fleet))
 
