@@ -8,6 +8,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from itertools import count
 
+import numpy as np
+
 from twotower.deployments.routing.affinity import MOST_STEPS, STEP_TOKENS
 
 BLOCK_TOKENS = 16
@@ -78,7 +80,8 @@ class Clients:
 
     def __post_init__(self) -> None:
         draw, traffic = self.draw, self.traffic
-        self._noise = tuple(draw.choices(range(VOCABULARY), k=NOISE))
+        noise = np.random.default_rng(draw.randrange(2**32))
+        self._noise = tuple(noise.integers(0, VOCABULARY, NOISE).tolist())
         self._systems = [
             self._text(draw.randrange(NOISE // 2), draw.randint(200, 2000))
             for _ in range(traffic.systems)

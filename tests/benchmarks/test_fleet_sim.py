@@ -14,7 +14,7 @@ from benchmarks.fleet.load import Chat, Request, Traffic
 from benchmarks.fleet.pairs import PairFigures, PrefixCounts, Row, SimulatedPair
 from benchmarks.fleet.scenario import Played
 
-SIZE = Size(pairs=12, routers=4, requests=240, traffic=Traffic(systems=40, answer_blocks=16.0))
+SIZE = Size(pairs=12, routers=4, requests=120, traffic=Traffic(systems=40, answer_blocks=24.0))
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_every_request_ends_once_and_whole_whatever_is_lost(
 ) -> None:
     fleet, found = played
     whole = found["totals"]
-    assert whole["requests"] == whole["ended_whole"] > 10 * SIZE.requests
+    assert whole["requests"] == whole["ended_whole"] > 5 * SIZE.requests
     assert (whole["ended_not_once"], whole["given_up"], whole["under_way"]) == (0, 0, 0)
     assert len({request.number for request in fleet.ended}) == len(fleet.ended)
     assert whole["reissued"] > 0 < whole["resumed_by_clients"]
@@ -80,7 +80,8 @@ def test_affinity_finds_more_than_chance_and_less_than_one_cache_of_all() -> Non
 
     ours, chance = steady(SIZE), steady(replace(SIZE, affinity=False))
     assert chance["prefix_hits"] + 0.1 < ours["prefix_hits"] < ours["prefix_hits_ideal"]
-    assert ours["rows_max_over_mean"]["median"] < 1.5
+    # Ten rows a pair: an eighth more, four, and what other routers send at the same moment.
+    assert ours["rows_max_over_mean"]["median"] < 1.8
     assert ours["most_queued_rows"] == 0
 
 
