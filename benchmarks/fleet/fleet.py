@@ -193,9 +193,9 @@ class Fleet:
         self.broadcast()
         rows = sorted(pair.rows for pair in self.present() if pair.state == "up")
         mean, last = sum(rows) / max(1, len(rows)), len(rows) - 1
-        places = [rows[int(share * last)] for share in (1.0, 0.99, 0.5)] if rows else [0, 0, 0]
+        most, p99, median = (rows[int(share * last)] if rows else 0 for share in (1.0, 0.99, 0.5))
         queued = sum(pair.queued for pair in self.pairs)
-        self.samples.append(Sample(self.agenda.now, mean, *places, queued))
+        self.samples.append(Sample(self.agenda.now, mean, most, p99, median, queued))
 
     def _decide(self) -> None:
         """The number of pairs that the policy wants; the fleet has no machines for more."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from benchmarks.fleet.figures import Mark, between, mark, totals
@@ -74,9 +75,8 @@ class Played:
         size = max(1, round(WAVE * fleet.size.pairs))
         for wave in range(WAVES):
             pairs = fleet.present()[wave * size : (wave + 1) * size]
-            fleet.agenda.after(
-                wave * (DRAIN_S + LOAD_S), lambda pairs=pairs: fleet.drain(pairs, DRAIN_S, LOAD_S)
-            )
+            drain = partial(fleet.drain, pairs, DRAIN_S, LOAD_S)
+            fleet.agenda.after(wave * (DRAIN_S + LOAD_S), drain)
         return WAVES * size
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -90,12 +91,18 @@ def request_of(number: int, blocks: int, tokens: int = 0) -> Request:
 
 
 def test_rows_of_a_pair_slow_each_other_and_the_next_waits_for_a_slot() -> None:
-    agenda, ends = Agenda(), {}
+    agenda, ends = Agenda(), dict[int, float]()
     figures = PairFigures(slots=2, block_s=1.0, row_block_s=0.5, token_blocks=0.0)
     pair = SimulatedPair("pair", figures, agenda, 0, PrefixCounts(9))
+
+    def noting(number: int) -> Callable[[], None]:
+        def note() -> None:
+            ends[number] = agenda.now
+
+        return note
+
     for number, blocks in enumerate((2, 4, 3)):
-        done = lambda number=number: ends.setdefault(number, agenda.now)  # noqa: E731
-        pair.take(Row(request_of(number, blocks), lambda: None, done, lambda: None))
+        pair.take(Row(request_of(number, blocks), lambda: None, noting(number), lambda: None))
     assert (pair.rows, pair.free, pair.queued) == (3, 0, 1)
     agenda.run(100.0)
     # Two rows: 2 s a block. 0 ends at 4, 1 at 8; 2 begins at 4, and writes alone from 8 on.
@@ -103,7 +110,7 @@ def test_rows_of_a_pair_slow_each_other_and_the_next_waits_for_a_slot() -> None:
 
 
 def test_a_row_that_is_lost_has_committed_its_whole_blocks() -> None:
-    agenda, lost = Agenda(), []
+    agenda, lost = Agenda(), list[float]()
     figures = PairFigures(block_s=1.0, row_block_s=0.0, token_blocks=0.01)
     pair = SimulatedPair("pair", figures, agenda, 0, PrefixCounts(9))
     request = request_of(0, 10, tokens=100)
@@ -117,7 +124,7 @@ def test_a_row_that_is_lost_has_committed_its_whole_blocks() -> None:
 
 
 def test_calls_are_made_in_their_order() -> None:
-    agenda, made = Agenda(), []
+    agenda, made = Agenda(), list[str]()
     agenda.at(2.0, lambda: made.append("late"))
     agenda.at(1.0, lambda: agenda.after(0.5, lambda: made.append("between")))
     agenda.at(2.0, lambda: made.append("later"))
