@@ -70,7 +70,9 @@ def build_app(
         logging_config=serve_logging(config.log_format),
         max_constructor_retry_count=START_ATTEMPTS,
         request_router_config=RequestRouterConfig(
-            request_router_class=PAIR_CHOOSER, request_routing_stats_period_s=REPORT_S
+            request_router_class=PAIR_CHOOSER,
+            request_router_kwargs={"num_routers": config.num_routers},
+            request_routing_stats_period_s=REPORT_S,
         ),
         **_watching(config),
         **_scaling(config),

@@ -347,7 +347,7 @@ BREAKER = [
     Fault(
         "breaker: nothing to choose from if no pair works",
         "deployments",
-        "        if not working:\n            return [list(pairs)]\n",
+        "        if not working:\n            return [pairs]\n",
         "",
         "test_policy",
     ),

@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-import random
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, aclosing
@@ -56,8 +55,6 @@ from twotower.towers.errors import QueueFullError, UnavailableError
 logger = logging.getLogger("ray.serve")
 
 PING_TIMEOUT_S = 5.0
-# Pairs of a rank that Serve asks for the length of their queues.
-CHOICES = 2
 # Ways in which Ray says that the process or node behind a call has gone, beside RayActorError.
 _GONE = (
     ActorPlacementGroupRemoved,
@@ -271,11 +268,20 @@ class PairChooser(RequestRouter):  # type: ignore[misc]
     waits: here it matters which call gets which pair.
     """
 
+    @property
+    def _table(self) -> pairs.Pairs:
+        """The router's table of pairs."""
+        return pairs.PAIRS
+
+    def initialize_state(self, num_routers: int = 1) -> None:
+        """Takes the arguments that the deployment has for its router."""
+        self._table.routers(num_routers)
+
     def update_replicas(self, replicas: list[Any]) -> None:
         """Notes which pairs there are: rows that wait may move to a new pair."""
         super().update_replicas(replicas)
-        pairs.PAIRS.reported({each.replica_id.unique_id: each.routing_stats for each in replicas})
         self._tell()
+        self._table.reported({each.replica_id.unique_id: each.routing_stats for each in replicas})
 
     def on_replica_actor_died(self, replica_id: Any) -> None:
         """Notes that a pair is gone."""
@@ -286,30 +292,21 @@ class PairChooser(RequestRouter):  # type: ignore[misc]
         self, candidate_replicas: list[Any], pending_request: Any = None
     ) -> list[list[Any]]:
         """Replicas to ask for their queue's length, in ranks."""
-        named = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        row_id, prompt = _row_of(pending_request)
-        target = pairs.PAIRS.target_of(row_id) if row_id is not None else None
-        # A row that is sent to a pair says nothing about another.
-        probe = row_id is not None and target is None
-        ranks = pairs.PAIRS.ranked(list(named), probe=probe)
-        chosen = [random.sample(rank, min(CHOICES, len(rank))) for rank in ranks]
-        preferred = policy.preferred_pair(prompt, ranks[-1], pairs.PAIRS.rows())
-        if preferred is not None:
-            # Behind a pair that is being probed, before the others.
-            chosen.insert(len(chosen) - 1, [preferred])
-        if target is not None and target in ranks[-1]:
-            chosen.insert(0, [target])
-        return [[named[pair] for pair in rank] for rank in chosen]
+        del candidate_replicas
+        ranks = self._table.choice(*_row_of(pending_request))
+        return [[self._named[pair] for pair in rank] for rank in ranks]
 
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
         """Notes which pair has an attempt."""
         del result
         row_id, _ = _row_of(pending_request)
         if row_id is not None:
-            pairs.PAIRS.routed(row_id, replica_id.unique_id)
+            self._table.routed(row_id, replica_id.unique_id)
 
     def _tell(self) -> None:
-        pairs.PAIRS.present([replica_id.unique_id for replica_id in self.curr_replicas])
+        replicas = self.curr_replicas.items()
+        self._named = {replica_id.unique_id: replica for replica_id, replica in replicas}
+        self._table.present(list(self._named))
 
 
 def _apart(call: Callable[[], T]) -> T:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from twotower.deployments.routing.affinity import Beginnings, chain_of, preferred
+from twotower.deployments.routing.loads import Loads, Report
 from twotower.deployments.routing.policy import Breaker, PairRows, Room, target_of
 
 # A pair that had no place for a row that was moved there is no target for so long.
 FULL_S = 5.0
-# Counters of a pair, by tower and by name.
-Report = Mapping[str, Mapping[str, float]]
+# Pairs of a rank that Serve asks for the length of their queues.
+CHOICES = 2
 
 
 @dataclass
@@ -40,16 +43,27 @@ class Pairs:
         self._full: dict[str, float] = {}
         self._up: tuple[str, ...] = ()
         self._reports: dict[str, Report] = {}
+        self._loads = Loads()
+        self._beginnings = Beginnings()
+
+    def routers(self, num_routers: int) -> None:
+        """Notes how many routers there are, this one included."""
+        with self._lock:
+            self._loads.num_routers = num_routers
 
     def present(self, pairs: Sequence[str]) -> None:
         """Notes the pairs that Serve has for new attempts; there are no others."""
         with self._lock:
-            self._up = tuple(pairs)
+            up = tuple(pairs)
+            if up != self._up:
+                self._up = up
+                self._loads.present(up, self._counts())
 
     def reported(self, reports: Mapping[str, Report]) -> None:
         """Takes what the pairs have last said of themselves, in place of what they said before."""
         with self._lock:
             self._reports = {pair: report for pair, report in reports.items() if report}
+            self._loads.reported(self._reports)
 
     def reports(self) -> dict[str, Report]:
         """Counters of the pairs that have reported any: by pair, by tower and by name."""
@@ -73,6 +87,7 @@ class Pairs:
             self._end(row_id)
             self._attempts[row_id] = _Attempt(pair, self._breaker.avoids(pair))
             self._on(pair).waiting[row_id] = None
+            self._loads.count(pair, len(self._on(pair)))
 
     def worked(self, row_id: str) -> str | None:
         """Notes that an attempt has brought a block: its pair works. Returns the pair."""
@@ -124,6 +139,7 @@ class Pairs:
             self._end(row_id)
             self._attempts[next_id] = _Attempt(target=target)
             self._on(target).coming.add(next_id)
+            self._loads.count(target, len(self._on(target)))
             return True
 
     def target_of(self, row_id: str) -> str | None:
@@ -136,10 +152,32 @@ class Pairs:
         with self._lock:
             return self._counts()
 
-    def ranked(self, pairs: Sequence[str], *, probe: bool) -> list[list[str]]:
-        """Ranks of pairs to choose from; see Breaker.ranked."""
+    def choice(self, row_id: str | None, prompt: Sequence[int] = ()) -> list[list[str]]:
+        """Pairs to ask for the length of their queues, in ranks, for an attempt at a prompt, or for
+        another call: the pair that a moved attempt is sent to, one that is to be probed, that which
+        the prompt belongs to, and CHOICES of all."""
+        chain = chain_of(prompt)
         with self._lock:
-            return self._breaker.ranked(pairs, probe=probe)
+            target = self._attempt(row_id).target if row_id is not None else None
+            # A row that is sent to a pair says nothing about another.
+            ranks = self._breaker.ranked(self._up, probe=row_id is not None and target is None)
+            working = ranks[-1]
+            own = self._belongs(chain, working) if chain else None
+        chosen = [random.sample(rank, min(CHOICES, len(rank))) for rank in ranks]
+        if own is not None:
+            # Behind a pair that is being probed, before the others.
+            chosen.insert(len(chosen) - 1, [own])
+        if target is not None and target in working:
+            chosen.insert(0, [target])
+        return chosen
+
+    def _belongs(self, chain: list[int], working: Sequence[str]) -> str | None:
+        """The pair that a prompt of that chain belongs to, of those that work."""
+        fits = self._loads.fits()
+        if len(working) < len(self._up):
+            fits &= self._loads.among(working)
+        index = preferred(self._beginnings.place(chain), self._loads.keys, fits)
+        return None if index is None else self._up[index]
 
     def _target_of_waiting(self, row_id: str, room: Room) -> str | None:
         pair = self._attempt(row_id).pair
@@ -170,6 +208,7 @@ class Pairs:
         for pair in (attempt.pair, attempt.target):
             if pair is not None:
                 self._on(pair).drop(row_id)
+                self._loads.count(pair, len(self._on(pair)))
                 if not self._rows[pair]:
                     del self._rows[pair]
 

@@ -1,10 +1,5 @@
-"""The choice of a row's pair: by the beginning of its prompt, losses of pairs, and free places.
-
-Affinity: prompts that begin alike go to one pair, whose prefix cache then has their beginning. The
-pair is found by rendezvous hashing (Thaler and Ravishankar 1998, "Using name-based mappings to
-increase hit rates"): every router finds the same one without asking, and a pair that comes or goes
-moves only the prompts that belong to it. A pair that has many more rows of this router than the
-least loaded one is passed over: waiting costs more than reading.
+"""The choice of a row's pair: by losses of pairs and by free places; `affinity` has the choice by
+the beginning of its prompt.
 
 Moves: a row that waits for a place goes to a pair that has one. A pair does not say which rows wait
 in it, but it lets rows in as they come: a row that has as many others of this router before it as
@@ -16,17 +11,11 @@ breaker it would draw every new attempt until the health check has replaced it.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-# What two prompts must have in common, in tokens, to be kept together.
-PREFIX_TOKENS = 64
-# Rows that a pair may have beyond the least loaded one, and in proportion to it.
-SLACK_ROWS = 4
-SLACK_SHARE = 0.25
 # Losses within WINDOW_S after which a pair is avoided, and the time until it is probed.
 FAILURES = 2
 WINDOW_S = 30.0
@@ -89,36 +78,28 @@ class Breaker:
         """True if a pair has lost too much to be given more."""
         return len(self._losses.get(pair, ())) >= FAILURES
 
-    def ranked(self, pairs: Sequence[str], *, probe: bool) -> list[list[str]]:
+    def ranked(self, pairs: Sequence[str], *, probe: bool) -> list[Sequence[str]]:
         """The pairs to choose from, in ranks: those that work, or all if none does.
 
         With `probe`, a pair that has been avoided for REST_S comes before them: what it does with
         this attempt decides.
         """
+        if not self._losses:
+            # The usual case, for which a thousand pairs need not be looked through.
+            return [pairs]
         for pair in set(self._losses) - set(pairs):
             self.worked(pair)
-        avoided = [pair for pair in pairs if self.avoids(pair)]
+        avoided = {pair: None for pair in self._losses if self.avoids(pair)}
+        if not avoided:
+            return [pairs]
         due = [pair for pair in avoided if self._clock() - self._probed[pair] >= REST_S]
         working = [pair for pair in pairs if pair not in avoided]
         if not working:
-            return [list(pairs)]
+            return [pairs]
         if not (probe and due):
             return [working]
         self._probed[due[0]] = self._clock()
         return [due[:1], working]
-
-
-def preferred_pair(
-    prompt: Sequence[int], pairs: Sequence[str], rows: Mapping[str, int]
-) -> str | None:
-    """The pair that a prompt belongs to; None if it is too short or has too many `rows` there."""
-    if len(prompt) < PREFIX_TOKENS or not pairs:
-        return None
-    prefix = ",".join(map(str, prompt[:PREFIX_TOKENS])).encode()
-    best = max(pairs, key=lambda pair: (_weight(prefix, pair), pair))
-    least = min(rows.get(pair, 0) for pair in pairs)
-    limit = least * (1.0 + SLACK_SHARE) + SLACK_ROWS
-    return best if rows.get(best, 0) <= limit else None
 
 
 def target_of(row_id: str, here: PairRows, rows: Mapping[str, int], room: Room) -> str | None:
@@ -134,7 +115,3 @@ def target_of(row_id: str, here: PairRows, rows: Mapping[str, int], room: Room) 
     if row_id not in islice(here.waiting, first, first + sum(free.values())):
         return None
     return max(free, key=lambda pair: free[pair])
-
-
-def _weight(prefix: bytes, pair: str) -> bytes:
-    return hashlib.blake2b(prefix, digest_size=8, key=pair.encode()[:64]).digest()

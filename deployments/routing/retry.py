@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -44,8 +45,9 @@ class RetryPolicy:
 class Losses:
     """The losses of a request since its last committed block."""
 
-    def __init__(self, policy: RetryPolicy) -> None:
+    def __init__(self, policy: RetryPolicy, clock: Callable[[], float] = time.monotonic) -> None:
         self._policy = policy
+        self._clock = clock
         self._since: float | None = None
         self._admitted = False
         self._lost = 0
@@ -60,7 +62,12 @@ class Losses:
         self._since, self._admitted = None, True
 
     async def pause(self, error: Exception) -> None:
-        """Waits until the request may be tried again; a cancellation ends the wait.
+        """Waits until the request may be tried again; a cancellation ends the wait. Raises as
+        `wait_s`."""
+        await asyncio.sleep(self.wait_s(error))
+
+    def wait_s(self, error: Exception) -> float:
+        """Seconds until the request may be tried again after a loss, which is noted.
 
         Raises `error` if it is none of a lost pair or if the resume timeout would pass, and
         LostTooOftenError after too many losses in a row. What a broken pair loses does not count,
@@ -78,10 +85,10 @@ class Losses:
             raise LostTooOftenError(
                 f"the request was lost with {self._lost} pairs in a row and is not tried again"
             ) from error
-        now = time.monotonic()
+        now = self._clock()
         self._since = now if self._since is None else self._since
         seconds = backoff_s(self._tries)
         if now + seconds - self._since > self._policy.resume_timeout_s:
             # Not the refusal itself: to a client that would mean that it was never admitted.
             raise NoPairError("no pair of towers has room; try again later") if full else error
-        await asyncio.sleep(seconds)
+        return seconds

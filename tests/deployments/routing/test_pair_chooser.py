@@ -16,18 +16,13 @@ from ray.serve._private.common import (
 from ray.serve._private.request_router.common import PendingRequest
 
 from tests.deployments.conftest import Clock
-from tests.deployments.routing.test_policy import prompt_of
+from tests.deployments.routing.test_affinity import prompt_of
 from twotower.deployments.pair.tower_pair import Job
 from twotower.deployments.routing import pairs as shared
-from twotower.deployments.routing.attempts import CHOICES, PairChooser
-from twotower.deployments.routing.pairs import Pairs
-from twotower.deployments.routing.policy import (
-    FAILURES,
-    REST_S,
-    SLACK_ROWS,
-    Room,
-    preferred_pair,
-)
+from twotower.deployments.routing.affinity import SLACK_ROWS, STEP_TOKENS
+from twotower.deployments.routing.attempts import PairChooser
+from twotower.deployments.routing.pairs import CHOICES, Pairs
+from twotower.deployments.routing.policy import FAILURES, REST_S, Room
 from twotower.towers.request.params import GenerationParams
 
 PAIRS = [f"pair-{number}" for number in range(5)]
@@ -65,8 +60,10 @@ def job_of(row_id: str, prompt: tuple[int, ...] = (5,)) -> Job:
 
 
 async def ranks(request: Any, names: list[str] = PAIRS) -> list[set[str]]:
-    chooser = PairChooser.__new__(PairChooser)
-    chosen = await chooser.choose_replicas([Replica(name) for name in names], request)
+    chooser = PairChooser(DEPLOYMENT, DeploymentHandleSource.REPLICA)
+    replicas = [Replica(name) for name in names]
+    chooser.update_replicas(replicas)
+    chosen = await chooser.choose_replicas(replicas, request)
     return [{replica.replica_id.unique_id for replica in rank} for rank in chosen]
 
 
@@ -88,16 +85,16 @@ async def test_two_of_those_that_work(pairs: Pairs, clock: Clock) -> None:
 
 async def test_the_pair_of_a_prompt_comes_before_the_others(pairs: Pairs) -> None:
     prompt = tuple(prompt_of(4))
-    own = preferred_pair(prompt, PAIRS, {})
-    assert own is not None
     first, second = await ranks(call(job_of("row", prompt)))
-    assert first == {own}
-    assert len(second) == 2
-    assert len(await ranks(call(job_of("row", prompt[:5])))) == 1
-    for number in range(SLACK_ROWS + 1):
+    assert (len(first), len(second)) == (1, 2)
+    assert (await ranks(call(job_of("row", (*prompt, 7, 8)))))[0] == first
+    assert len(await ranks(call(job_of("row", prompt[: STEP_TOKENS - 1])))) == 1
+    for number in range(SLACK_ROWS + 3):
         pairs.opened(f"other-{number}")
-        pairs.routed(f"other-{number}", own)
-    assert len(await ranks(call(job_of("row", prompt)))) == 1
+        pairs.routed(f"other-{number}", *first)
+    following, _ = await ranks(call(job_of("row", prompt)))
+    assert len(following) == 1
+    assert following != first
 
 
 def send(pairs: Pairs, target: str) -> None:
@@ -113,7 +110,7 @@ async def test_a_row_that_moves_is_sent_to_its_pair_before_all_others(
     pairs: Pairs, clock: Clock
 ) -> None:
     prompt = tuple(prompt_of(4))
-    own = preferred_pair(prompt, PAIRS, {})
+    (own,) = (await ranks(call(job_of("row", prompt))))[0]
     target = next(name for name in PAIRS if name != own)
     send(pairs, target)
     moved = call(job_of("moved", prompt))

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.deployments.conftest import Clock
+from twotower.deployments.routing.affinity import STEP_TOKENS
 from twotower.deployments.routing.pairs import FULL_S, Pairs
 from twotower.deployments.routing.policy import FAILURES, REST_S, Room
 
@@ -35,6 +36,11 @@ def lose(pairs: Pairs, pair: str) -> None:
         pairs.ended(f"lost-{number}")
 
 
+def ranks(pairs: Pairs) -> list[set[str]]:
+    """Both pairs in the ranks of a choice for a row."""
+    return [set(rank) for rank in pairs.choice("asked")]
+
+
 def moved(pairs: Pairs, *rows: str, room: Room = ROOM) -> list[str]:
     return [row for row in rows if pairs.moved(row, f"{row}'", room)]
 
@@ -55,21 +61,21 @@ def test_a_loss_is_expected_of_a_pair_that_was_avoided_when_it_got_the_attempt(
 def test_a_probe_that_works_takes_the_pair_back(pairs: Pairs, clock: Clock) -> None:
     lose(pairs, "a")
     clock.now += REST_S
-    assert pairs.ranked(["a", "b"], probe=True) == [["a"], ["b"]]
+    assert ranks(pairs) == [{"a"}, {"b"}]
     put(pairs, "a", "probe")
     pairs.worked("probe")
-    assert pairs.ranked(["a", "b"], probe=True) == [["a", "b"]]
+    assert ranks(pairs) == [{"a", "b"}]
 
 
 def test_a_probe_that_was_cancelled_says_nothing(pairs: Pairs, clock: Clock) -> None:
     lose(pairs, "a")
     clock.now += REST_S
-    pairs.ranked(["a", "b"], probe=True)
+    ranks(pairs)
     put(pairs, "a", "probe")
     pairs.ended("probe")
-    assert pairs.ranked(["a", "b"], probe=True) == [["b"]]
+    assert ranks(pairs) == [{"b"}]
     clock.now += REST_S
-    assert pairs.ranked(["a", "b"], probe=True) == [["a"], ["b"]]
+    assert ranks(pairs) == [{"a"}, {"b"}]
 
 
 def test_attempts_that_nobody_routed_say_nothing(pairs: Pairs) -> None:
@@ -79,7 +85,7 @@ def test_attempts_that_nobody_routed_say_nothing(pairs: Pairs) -> None:
         pairs.lost("row")
         pairs.worked("row")
         pairs.ended("row")
-    assert pairs.ranked(["a", "b"], probe=True) == [["a", "b"]]
+    assert ranks(pairs) == [{"a", "b"}]
     assert pairs.rows() == {}
 
 
@@ -239,3 +245,49 @@ def test_nothing_is_left_of_what_has_ended(pairs: Pairs, seed: int) -> None:
     for name in names:
         pairs.ended(name)
     assert pairs.rows() == {}
+
+
+def report(rows: float, read_at: float) -> dict[str, dict[str, float]]:
+    return {"context": {"rows": rows, "queued_rows": 0.0, "clock_seconds": read_at}}
+
+
+def owner(pairs: Pairs, prompt: tuple[int, ...]) -> set[str]:
+    """The pair that a prompt belongs to: the rank before all others; empty if there is none."""
+    first, *others = pairs.choice("asked", prompt)
+    return set(first) if others else set()
+
+
+def test_a_prompt_leaves_a_pair_that_other_routers_have_filled(pairs: Pairs) -> None:
+    prompt = tuple(range(STEP_TOKENS))
+    (own,) = owner(pairs, prompt)
+    (other,) = {"a", "b"} - {own}
+    pairs.reported({own: report(100, 1.0), other: report(100, 1.0)})
+    assert owner(pairs, prompt) == {own}
+    pairs.reported({own: report(140, 2.0), other: report(100, 2.0)})
+    assert owner(pairs, prompt) == {other}
+    pairs.reported({own: report(100, 3.0), other: report(100, 3.0)})
+    assert owner(pairs, prompt) == {own}
+
+
+def test_a_pair_with_a_queue_gets_no_prompt_of_its_own(pairs: Pairs) -> None:
+    prompt = tuple(range(STEP_TOKENS))
+    (own,) = owner(pairs, prompt)
+    queue = {"context": {"rows": 8.0, "queued_rows": 1.0, "clock_seconds": 1.0}}
+    pairs.reported({own: queue, ({"a", "b"} - {own}).pop(): report(8, 1.0)})
+    assert owner(pairs, prompt) != {own}
+
+
+def test_a_pair_that_is_avoided_gets_no_prompt_of_its_own(pairs: Pairs) -> None:
+    prompt = tuple(range(STEP_TOKENS))
+    (own,) = owner(pairs, prompt)
+    lose(pairs, own)
+    assert owner(pairs, prompt) == {"a", "b"} - {own}
+
+
+def test_another_call_belongs_nowhere_and_probes_nobody(pairs: Pairs, clock: Clock) -> None:
+    lose(pairs, "a")
+    clock.now += REST_S
+    assert pairs.choice(None) == [["b"]]
+    assert ranks(pairs) == [{"a"}, {"b"}]
+    pairs.present([])
+    assert pairs.choice("row", tuple(range(STEP_TOKENS))) == [[]]
