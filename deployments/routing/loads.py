@@ -32,12 +32,13 @@ class Loads:
         self._pairs: tuple[str, ...] = ()
         self._index: dict[str, int] = {}
         self.keys: Keys = pair_keys(())
-        # This router's rows now and when the pair last reported, all rows and whether any of them
-        # waited then.
+        # This router's rows now and when the pair last reported, all rows and those of them that
+        # waited then, and when the report came.
         self._own: NDArray[np.float64] = np.zeros(0)
         self._then: NDArray[np.float64] = np.zeros(0)
         self._reported: NDArray[np.float64] = np.zeros(0)
-        self._queues: NDArray[np.bool_] = np.zeros(0, dtype=bool)
+        self._queued: NDArray[np.float64] = np.zeros(0)
+        self._came: NDArray[np.float64] = np.zeros(0)
         # When each pair read the counters that it last reported, by its own clock.
         self._read_at: dict[str, float] = {}
 
@@ -48,15 +49,14 @@ class Loads:
         self._index = {pair: index for index, pair in enumerate(pairs)}
         self._read_at = {pair: at for pair, at in self._read_at.items() if pair in before}
         old, new = list(before.values()), [self._index[pair] for pair in before]
-        for name in ("_then", "_reported", "_queues"):
-            kept = getattr(self, name)
-            found = np.zeros(len(pairs), dtype=kept.dtype)
-            found[new] = kept[old]
+        for name in ("_then", "_reported", "_queued", "_came"):
+            found = np.zeros(len(pairs))
+            found[new] = getattr(self, name)[old]
             setattr(self, name, found)
         self._own = np.array([own.get(pair, 0) for pair in pairs], dtype=np.float64)
 
-    def reported(self, reports: Mapping[str, Report]) -> None:
-        """Takes what pairs have last said: the rows of their context towers."""
+    def reported(self, reports: Mapping[str, Report], now: float) -> None:
+        """Takes what pairs have last said, by `now`: the rows of their context towers."""
         for pair, report in reports.items():
             index, context = self._index.get(pair), report.get("context", {})
             rows, read_at = context.get("rows"), context.get("clock_seconds", math.nan)
@@ -66,7 +66,8 @@ class Loads:
             self._read_at[pair] = read_at
             self._reported[index] = rows
             self._then[index] = self._own[index]
-            self._queues[index] = context.get("queued_rows", 0) > 0
+            self._queued[index] = context.get("queued_rows", 0)
+            self._came[index] = now
 
     def count(self, pair: str, rows: int) -> None:
         """This router has so many rows on a pair now."""
@@ -77,10 +78,27 @@ class Loads:
     def fits(self) -> NDArray[np.bool_]:
         """For each pair, whether it has about as many rows as the others, or fewer, and none that
         wait."""
-        since = self._own - self._then
-        rows = self._reported + np.where(since > 0, since * self.num_routers, since)
+        rows = self._rows()
         limit = rows.mean() * (1.0 + SLACK_SHARE) + SLACK_ROWS if len(rows) else 0.0
-        return (rows <= limit) & ~self._queues
+        idle: NDArray[np.bool_] = self._queued == 0
+        return idle & (rows <= limit)
+
+    def queued_since(self, pair: str, at: float) -> bool:
+        """Whether a pair has reported rows that wait, after a time."""
+        index = self._index.get(pair)
+        return index is not None and self._queued[index] > 0 and self._came[index] > at
+
+    def queued(self) -> float:
+        """Rows that wait in all pairs."""
+        return float(self._queued.sum())
+
+    def free(self, places: int) -> NDArray[np.float64]:
+        """For each pair that has `places`, those that are free, and 0 where rows wait."""
+        return np.where(self._queued == 0, np.maximum(places - self._rows(), 0.0), 0.0)
+
+    def _rows(self) -> NDArray[np.float64]:
+        since = self._own - self._then
+        return self._reported + np.where(since > 0, since * self.num_routers, since)
 
     def among(self, pairs: Sequence[str]) -> NDArray[np.bool_]:
         """For each pair, whether it is one of these."""

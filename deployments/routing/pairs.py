@@ -14,18 +14,22 @@ from twotower.deployments.routing.policy import Breaker, PairRows, Room, target_
 
 # A pair that had no place for a row that was moved there is no target for so long.
 FULL_S = 5.0
+# Of the places that are free by the reports, the share that all routers together fill at a look:
+# there are about two looks to a report.
+MOVED_SHARE = 0.5
 # Pairs of a rank that Serve asks for the length of their queues.
 CHOICES = 2
 
 
 @dataclass
 class _Attempt:
-    """`pair` has the attempt, None until one does; `suspect` if that pair was avoided when it got
-    the attempt. `target` is the pair that a moved attempt is sent to."""
+    """`pair` has the attempt since `since`, None until one does; `suspect` if that pair was avoided
+    when it got the attempt. `target` is the pair that a moved attempt is sent to."""
 
     pair: str | None = None
     suspect: bool = False
     target: str | None = None
+    since: float = 0.0
 
 
 class Pairs:
@@ -63,7 +67,7 @@ class Pairs:
         """Takes what the pairs have last said of themselves, in place of what they said before."""
         with self._lock:
             self._reports = {pair: report for pair, report in reports.items() if report}
-            self._loads.reported(self._reports)
+            self._loads.reported(self._reports, self._clock())
 
     def reports(self) -> dict[str, Report]:
         """Counters of the pairs that have reported any: by pair, by tower and by name."""
@@ -85,7 +89,8 @@ class Pairs:
                 # Serve's thread may not have heard yet that the attempt is over.
                 return
             self._end(row_id)
-            self._attempts[row_id] = _Attempt(pair, self._breaker.avoids(pair))
+            suspect = self._breaker.avoids(pair)
+            self._attempts[row_id] = _Attempt(pair, suspect, since=self._clock())
             self._on(pair).waiting[row_id] = None
             self._loads.count(pair, len(self._on(pair)))
 
@@ -134,6 +139,7 @@ class Pairs:
         """
         with self._lock:
             target = self._target_of_waiting(row_id, room)
+            target = target or self._target_by_reports(row_id, room)
             if target is None:
                 return False
             self._end(row_id)
@@ -187,12 +193,32 @@ class Pairs:
         if len(here) <= room.places:
             # All have a place: the usual case, for which no other pair need be looked at.
             return None
-        counts = self._counts()
-        since = self._clock() - FULL_S
-        self._full = {full: at for full, at in self._full.items() if at > since}
-        avoided = {up for up in self._up if up in self._full or self._breaker.avoids(up)}
+        counts, avoided = self._counts(), self._no_targets()
         rows = {up: counts.get(up, 0) for up in self._up if up not in avoided}
         return target_of(row_id, here, rows, room)
+
+    def _target_by_reports(self, row_id: str, room: Room) -> str | None:
+        """Of several routers none has the rows that fill a pair: that rows wait there, and where
+        there is room, they learn from reports, which all of them see. So each moves its rows with
+        a probability with which all together fill the room."""
+        attempt = self._attempt(row_id)
+        pair, loads = attempt.pair, self._loads
+        if loads.num_routers == 1 or pair is None or row_id not in self._on(pair).waiting:
+            return None
+        if not loads.queued_since(pair, attempt.since):
+            return None
+        free, avoided = loads.free(room.places), self._no_targets()
+        if avoided:
+            free[loads.among(list(avoided))] = 0.0
+        if random.random() * loads.queued() >= MOVED_SHARE * free.sum():
+            return None
+        return random.choices(self._up, weights=free.tolist())[0]
+
+    def _no_targets(self) -> set[str]:
+        """Pairs that are up and had no place lately, or have lost too much."""
+        since = self._clock() - FULL_S
+        self._full = {full: at for full, at in self._full.items() if at > since}
+        return {up for up in self._up if up in self._full or self._breaker.avoids(up)}
 
     def _attempt(self, row_id: str) -> _Attempt:
         return self._attempts.get(row_id, _Attempt())

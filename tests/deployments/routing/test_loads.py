@@ -25,7 +25,7 @@ def loads() -> Loads:
 
 
 def all_report(loads: Loads, rows: float, at: float, **others: float) -> None:
-    loads.reported({name: report(others.get(name, rows), at) for name in NAMES})
+    loads.reported({name: report(others.get(name, rows), at) for name in NAMES}, at)
 
 
 @pytest.mark.parametrize(("rows", "fits"), [(116, "abcde"), (117, "bcde")])
@@ -75,9 +75,9 @@ def test_a_report_that_is_told_again_does_not_undo_what_has_come_since(loads: Lo
 
 
 def test_rows_that_wait_keep_others_off(loads: Loads) -> None:
-    loads.reported({"b": report(2, 1.0, queued_rows=1)})
+    loads.reported({"b": report(2, 1.0, queued_rows=1)}, 1.0)
     assert fitting(loads) == "acde"
-    loads.reported({"b": report(2, 2.0)})
+    loads.reported({"b": report(2, 2.0)}, 2.0)
     assert fitting(loads) == "abcde"
 
 
@@ -85,9 +85,21 @@ def test_reports_stay_with_their_pairs_when_others_come_and_go(loads: Loads) -> 
     all_report(loads, 80, 1.0, d=150)
     loads.present(("d", "b", "f"), {"f": 3})
     assert loads.fits().tolist() == [False, True, True]
-    loads.reported({"gone": report(1000, 2.0), "b": {}})
+    loads.reported({"gone": report(1000, 2.0), "b": {}}, 2.0)
     assert loads.fits().tolist() == [False, True, True]
     assert loads.among(["b"]).tolist() == [False, True, False]
+
+
+def test_room_is_what_is_left_where_nobody_waits(loads: Loads) -> None:
+    loads.num_routers = 10
+    loads.reported({"a": report(4, 1.0), "b": report(8, 1.0), "c": report(9, 1.0, 1)}, 50.0)
+    # Nothing is known of the others, but what this router has there: one row, of ten routers.
+    loads.count("e", 1)
+    assert loads.free(8).tolist() == [4.0, 0.0, 0.0, 8.0, 0.0]
+    assert loads.queued() == 1.0
+    assert [loads.queued_since("c", at) for at in (49.0, 50.0)] == [True, False]
+    assert not loads.queued_since("a", 49.0)
+    assert not loads.queued_since("gone", 49.0)
 
 
 def test_nothing_is_present() -> None:

@@ -277,6 +277,63 @@ def test_a_pair_with_a_queue_gets_no_prompt_of_its_own(pairs: Pairs) -> None:
     assert owner(pairs, prompt) != {own}
 
 
+def waits(rows: float, queued: float, read_at: float) -> dict[str, dict[str, float]]:
+    return {"context": {"rows": rows, "queued_rows": queued, "clock_seconds": read_at}}
+
+
+def test_of_several_routers_each_moves_rows_that_wait_by_the_reports(
+    pairs: Pairs, clock: Clock
+) -> None:
+    pairs.routers(4)
+    put(pairs, "a", "begun", "1", "2")
+    pairs.worked("begun")
+    # This router alone has fewer rows there than the pair has places.
+    pairs.reported({"a": waits(9, 5, 1.0), "b": waits(0, 0, 1.0)})
+    assert moved(pairs, "1") == []
+    # That report came with the rows: it does not say that they wait. The next does.
+    clock.now += 1.0
+    pairs.reported({"a": waits(9, 1, 2.0), "b": waits(0, 0, 2.0)})
+    assert moved(pairs, "begun") == []
+    assert moved(pairs, "1") == ["1"]
+    assert pairs.target_of("1'") == "b"
+
+
+def test_rows_stay_where_the_reports_show_no_room(pairs: Pairs, clock: Clock) -> None:
+    pairs.routers(4)
+    put(pairs, "a", "1")
+    clock.now += 1.0
+    pairs.reported({"a": waits(9, 5, 1.0), "b": waits(4, 0, 1.0)})
+    assert moved(pairs, "1") == []
+    # Places of a pair that had none a moment ago do not count.
+    pairs.reported({"a": waits(9, 5, 2.0), "b": waits(0, 0, 2.0)})
+    put(pairs, "b", "refused")
+    pairs.refused("refused")
+    pairs.ended("refused")
+    assert moved(pairs, "1") == []
+    clock.now += FULL_S
+    assert moved(pairs, *(["1"] * 200)) == ["1"]
+
+
+def test_routers_together_move_about_as_many_rows_as_there_is_room(clock: Clock) -> None:
+    random.seed(1)
+    routers = [Pairs(clock) for _ in range(20)]
+    for number, each in enumerate(routers):
+        each.present(["a", "b"])
+        each.routers(20)
+        put(each, "a", *(f"{number}-{row}" for row in range(20)))
+    clock.now += 1.0
+    for each in routers:
+        # 400 rows wait, and 100 places are free.
+        each.reported({"a": waits(500, 400, 1.0), "b": waits(0, 0, 1.0)})
+    room = Room(100, 5)
+    gone = [
+        moved(each, *(f"{number}-{row}" for row in range(20)), room=room)
+        for number, each in enumerate(routers)
+    ]
+    # Half of the room at a look; what a router has sent counts for all of them at once.
+    assert 20 <= sum(map(len, gone)) <= 80
+
+
 def test_a_pair_that_is_avoided_gets_no_prompt_of_its_own(pairs: Pairs) -> None:
     prompt = tuple(range(STEP_TOKENS))
     (own,) = owner(pairs, prompt)
