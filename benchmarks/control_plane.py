@@ -219,11 +219,11 @@ def targets_of(config: ServiceConfig, *, floor: bool = False) -> list[str]:
 async def measure(config: ServiceConfig, args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one run."""
     targets, request = targets_of(config), request_of(args.blocks)
-    messages = await one_answer(targets[0], request)
     served, floor = list[Measured](), list[Measured]()
     for count in args.streams:
         served.append(await window(targets, (GENERATE, APP_NAME), request, count, args))
     if not args.no_floor:
+        messages = await one_answer(targets[0], request)
         bare = serve.deployment(Bare).options(
             num_replicas=args.routers,
             max_ongoing_requests=2 * max(args.streams),
