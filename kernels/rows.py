@@ -68,7 +68,9 @@ class Rows:
         known = HostRows(tuple(accumulate(lengths, initial=0)), tuple(slots), tuple(context_lens))
         flat = torch.tensor([*known.cu_seqlens, *slots, *context_lens], dtype=torch.int32)
         count = len(lengths)
-        cu_seqlens, slot_ids, lens = flat.to(pages.device).split((count + 1, count, count))
+        cu_seqlens, slot_ids, lens = flat.to(pages.device).split_with_sizes(
+            (count + 1, count, count)
+        )
         return cls(cu_seqlens, slot_ids, lens, pages, page_tokens, max(lengths), known=known)
 
     @property
@@ -141,7 +143,8 @@ class Run:
 
     def take(self, packed: Tensor) -> Tensor:
         """packed [T, ...] -> this run's part as [count, length, ...], a view."""
-        part = packed[self.token : self.token + self.count * self.length]
+        stop = self.token + self.count * self.length
+        part = packed if stop - self.token == packed.shape[0] else packed[self.token : stop]
         return part.view(self.count, self.length, *part.shape[1:])
 
     @property

@@ -101,7 +101,7 @@ def test_a_row_has_the_pages_of_its_visible_and_new_tokens() -> None:
 
 
 def test_new_tokens_go_behind_the_visible_ones() -> None:
-    """Page 5 holds the tokens 20 to 23 of the pool, page 1 those from 4 on; padding goes nowhere."""
+    """Page 5 holds the pool's tokens 20 to 23, page 1 those from 4 on; padding goes nowhere."""
     rows = rows_of([3, 2, 1], [1, -1, 0], [2, 1, 0])
     assert rows.new_places.tolist() == [22, 23, 4, 28]
     assert rows.real_tokens is not None
