@@ -25,6 +25,8 @@ from twotower.kernels.rows import Rows, Run
 _Softmax = tuple[Tensor, Tensor, Tensor]
 
 _TILE = 1024
+# Tokens of a row whose scores are computed at once, so that they stay in a core's cache.
+_QUERY_TOKENS = 64
 # The GPU kernel cuts a context into at most MAX_SPLITS splits for rows of up to SHORT_TOKENS new
 # tokens; passes of single tokens may have more (see attention_triton.py).
 SHORT_TOKENS = 64
@@ -81,18 +83,43 @@ def _attend(
     causal: bool,
 ) -> Tensor:
     """Attention of a run of rows of one length, [count * length, nq * hd]."""
-    length, kv_heads = run.length, k_new.shape[1]
-    folded = _folded(run.take(q), kv_heads)
+    queries = run.take(q)
     keys, values = (run.take(part).transpose(1, 2) for part in (k_new, v_new))
+    if run.length <= _QUERY_TOKENS:
+        out = _attend_block(queries, keys, values, context, rows, run, causal)
+        return out.reshape(run.count * run.length, -1)
+    blocks = []
+    for start in range(0, run.length, _QUERY_TOKENS):
+        stop = min(start + _QUERY_TOKENS, run.length)
+        seen = stop if causal else run.length
+        own = keys[:, :, :seen], values[:, :, :seen]
+        blocks.append(_attend_block(queries[:, start:stop], *own, context, rows, run, causal))
+    return torch.cat(blocks, dim=1).reshape(run.count * run.length, -1)
+
+
+def _attend_block(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    context: PagedKeyValues,
+    rows: Rows,
+    run: Run,
+    causal: bool,
+) -> Tensor:
+    """Attention of some tokens of each row of a run, queries [B, l, nq, hd], to its context and to
+    new keys and values [B, nkv, n, hd], of which a `causal` one sees all but those that follow it
+    among the last l -> [B, l, nkv, nq / nkv, hd]."""
+    (length, kv_heads), seen = (queries.shape[1], keys.shape[1]), keys.shape[2]
+    folded = _folded(queries, kv_heads)
     scores = torch.bmm(folded.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
     if causal and length > 1:
-        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu_(1)
-        scores.view(-1, length, length).masked_fill_(future, float("-inf"))
+        future = torch.ones(length, seen, dtype=torch.bool, device=keys.device)
+        future = future.triu_(seen - length + 1)
+        scores.view(-1, length, seen).masked_fill_(future, float("-inf"))
     parts = zip(run.rows, folded, scores.unflatten(0, (-1, kv_heads)), values, strict=True)
     attended = [_attend_row(context, rows, *part) for part in parts]
     out = attended[0].unsqueeze(0) if len(attended) == 1 else torch.stack(attended)
-    by_head = out.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4)
-    return by_head.reshape(run.count * length, -1).to(q.dtype)
+    return out.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).to(queries.dtype)
 
 
 def _folded(queries: Tensor, kv_heads: int) -> Tensor:

@@ -103,6 +103,15 @@ def test_contexts_around_and_beyond_a_tile(causal: bool, context: int) -> None:
     assert_relative_rms(attention(q, k_ctx, v_ctx, k_new, v_new, causal), want, 1e-6)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("length", "context"), [(64, 5), (65, 0), (130, 70), (200, TILE + 3)])
+def test_pieces_of_more_tokens_than_are_computed_at_once(
+    length: int, context: int, causal: bool
+) -> None:
+    inputs = make(length, context, 4, 2, 8)
+    assert_relative_rms(attention(*inputs, causal), true_attention(*inputs, causal), 1e-6)
+
+
 @pytest.mark.parametrize("scale", [30.0, 1e3])
 def test_large_scores_do_not_overflow(scale: float) -> None:
     q, k_ctx, v_ctx, k_new, v_new = make(5, TILE + 40, 4, 2, 8)
@@ -311,7 +320,7 @@ def test_bf16_kv_is_stored_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("length", [1, 3, 16])
+@pytest.mark.parametrize("length", [1, 3, 16, 80])
 def test_rows_of_one_length_share_operations_and_keep_their_bits(length: int, causal: bool) -> None:
     """Rows of many contexts, none and more than a tile among them; K/V in pages that take turns."""
     seen = [0, 1, 63, 64, 100, 129, 300, 511, 640, TILE + 70]
