@@ -35,6 +35,9 @@ def chunk_scan(
         x, state = F.pad(x, (0, more)), F.pad(state, (0, further, 0, more))
         b, c = F.pad(b, (0, further)), F.pad(c, (0, further))
         return chunk_scan(x, dt, a_log, b, c, d, state)[..., :head_dim]
+    if b.shape[2] == 1:
+        # A product of one matrix alone would be cut up among threads, and have other bits.
+        b, c = (shared.expand(-1, -1, x.shape[2], -1) for shared in (b, c))
     a = -torch.exp(a_log)
     outputs = []
     length = x.shape[1]
