@@ -119,13 +119,14 @@ def _attend_block(
     parts = zip(run.rows, folded, scores.unflatten(0, (-1, kv_heads)), values, strict=True)
     attended = [_attend_row(context, rows, *part) for part in parts]
     out = attended[0].unsqueeze(0) if len(attended) == 1 else torch.stack(attended)
-    return out.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).to(queries.dtype)
+    by_head: Tensor = out.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4)
+    return by_head.to(queries.dtype)
 
 
 def _folded(queries: Tensor, kv_heads: int) -> Tensor:
     """queries [B, L, nq, hd] -> [B, nkv, R, hd] over sqrt(hd), the queries of a KV head's query
     heads one after another."""
-    by_head = queries.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+    by_head: Tensor = queries.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
     folded = by_head.reshape(len(queries), kv_heads, -1, queries.shape[-1])
     return folded / math.sqrt(queries.shape[-1])
 
