@@ -36,11 +36,23 @@ class Local:
         self.context.pass_times.fixed = self.model.draft_times.fixed = True
 
 
-def load_local(path: str | None, rows: int, max_context: int, *, threaded: bool = False) -> Local:
+def load_local(
+    path: str | None,
+    rows: int,
+    max_context: int,
+    *,
+    threaded: bool = False,
+    prefill_chunk: int | None = None,
+) -> Local:
     """Loads a checkpoint (None: the shipped model) without a prefix cache, so that the second run
     of a prompt costs as much as the first. `threaded` gives each tower a thread."""
     folder = resolve_checkpoint(path)
-    options = EngineOptions(max_num_seqs=rows, max_context=max_context, prefix_cache_mib=0)
+    options = EngineOptions(
+        max_num_seqs=rows,
+        max_context=max_context,
+        prefix_cache_mib=0,
+        prefill_chunk=prefill_chunk,
+    )
     context, denoiser = load_engines(
         folder, "cpu", "cpu", torch.float32, options=options, threaded=threaded
     )

@@ -36,7 +36,7 @@ from benchmarks.in_process import load_local
 from benchmarks.machine import machine
 from benchmarks.phases import PhasedLink, PhasedTower, Phases
 from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint
-from benchmarks.soak_requests import RequestMaker, SoakRequest
+from benchmarks.soak_requests import PIECE, RequestMaker, SoakRequest
 from twotower import Request
 from twotower.cluster.services.actors import ContextTowerActor, DenoiserTowerActor
 from twotower.cluster.services.tower_services import PairServices
@@ -204,6 +204,7 @@ def topology(folder: Path, args: argparse.Namespace) -> PairTopology:
             max_context=MAX_CONTEXT,
             max_queued_requests=args.waiting,
             prefix_cache_mib=CACHE_MIB,
+            prefill_chunk=PIECE,
         ),
         cpus_per_tower=1.0,
         gpus_per_tower=0.0,
@@ -291,7 +292,7 @@ async def reading(towers: Soak, requests: int) -> dict[str, Any]:
 
 def compared(folder: Path, outputs: Sequence[tuple[SoakRequest, list[int]]]) -> dict[str, Any]:
     """Compares outputs with those of each row alone; lists the requests whose outputs differ."""
-    model = load_local(str(folder), 1, MAX_CONTEXT).model
+    model = load_local(str(folder), 1, MAX_CONTEXT, prefill_chunk=PIECE).model
     different = []
     for request, got in outputs:
         [alone] = model.generate_requests([Request(request.prompt, request.params)])

@@ -6,10 +6,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from twotower.towers.engine.options import PREFILL_CHUNK
 from twotower.towers.request.modes import Mode
 from twotower.towers.request.params import GenerationParams
 
+# Pieces in which prompts are read, short enough that prompts have several.
+PIECE = 64
 MAX_PROMPT, MAX_NEW = 80, 24
 CANCELLED_SHARE, CHECKED_SHARE = 0.2, 0.01
 MODES: dict[Mode, float] = {"mask_diffusion": 0.5, "verified": 0.25, "ar": 0.15, "mock_ar": 0.1}
@@ -51,7 +52,7 @@ class RequestMaker:
         self._draw = random.Random(seed)
         self._vocab_size = vocab_size
         self._eos_token_id = eos_token_id
-        self._prefixes = [self._tokens(PREFILL_CHUNK) for _ in range(_COMMON_PREFIXES)]
+        self._prefixes = [self._tokens(PIECE) for _ in range(_COMMON_PREFIXES)]
         self._prompts = [self._tokens(1 + 3 * index) for index in range(_COMMON_PROMPTS)]
 
     def requests(self, count: int) -> Iterator[SoakRequest]:
@@ -71,7 +72,7 @@ class RequestMaker:
         if kind < 0.2:
             return self._draw.choice(self._prompts)
         if kind < 0.6:
-            rest = self._draw.randint(0, MAX_PROMPT - PREFILL_CHUNK)
+            rest = self._draw.randint(0, MAX_PROMPT - PIECE)
             return self._draw.choice(self._prefixes) + self._tokens(rest)
         return self._tokens(self._draw.randint(1, MAX_PROMPT))
 

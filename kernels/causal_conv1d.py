@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twotower.kernels.elementwise import silu
+from twotower.kernels.elementwise import silu_
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor) -> Tensor:
@@ -26,12 +26,11 @@ def convolve(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     length = padded.shape[1] - taps + 1
     columns = weight.float().unbind(-1)
     out = wide[:, :length] * columns[0]
-    product = torch.empty_like(out)
     for tap in range(1, taps):
-        out.add_(torch.mul(wide[:, tap : tap + length], columns[tap], out=product))
+        out.addcmul_(wide[:, tap : tap + length], columns[tap])
     if bias is not None:
         out.add_(bias.float())
-    return silu(out, product).to(padded.dtype)
+    return silu_(out).to(padded.dtype)
 
 
 def tap_major(weight: Tensor) -> Tensor:

@@ -35,6 +35,9 @@ def chunk_scan(
         x, state = F.pad(x, (0, more)), F.pad(state, (0, further, 0, more))
         b, c = F.pad(b, (0, further)), F.pad(c, (0, further))
         return chunk_scan(x, dt, a_log, b, c, d, state)[..., :head_dim]
+    if b.shape[2] == 1:
+        # A product of one matrix alone would be cut up among threads, and have other bits.
+        b, c = (shared.expand(-1, -1, x.shape[2], -1) for shared in (b, c))
     a = -torch.exp(a_log)
     outputs = []
     length = x.shape[1]
@@ -45,7 +48,7 @@ def chunk_scan(
         )
         outputs.append(y)
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    return y + d.view(1, 1, -1, 1) * x
+    return y.add_(d.view(1, 1, -1, 1) * x)
 
 
 def chunk_scan_recurrent(
@@ -68,35 +71,41 @@ def _scan_chunk(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, need_state: bool
 ) -> tuple[Tensor, Tensor]:
     """One chunk [B, L, ...] from `state` [B, H, P, N] -> y [B, L, H, P] without the D x term, and
-    the state after it, or `state` itself unless `need_state`."""
+    the state after it, or `state` itself unless `need_state`. What heads of a group share is
+    multiplied once: their queries and keys, and the queries with all of their states."""
     rows, length, heads, head_dim = x.shape
-    per_group = heads // b.shape[2]
-    log_decay = torch.cumsum(dt * a, dim=1).transpose(1, 2)  # [B, H, L], never above 0
-    queries = _per_head(c, per_group)  # [B * H, L, N]
-    keys = _per_head(b, per_group)
-    values = (dt[..., None] * x).transpose(1, 2).reshape(rows * heads, length, head_dim)
-    grown = state.reshape(rows * heads, head_dim, -1)
-
-    flat = log_decay.reshape(rows * heads, length, 1)
-    from_state = torch.bmm(queries, grown.transpose(1, 2)) * torch.exp(flat)
+    groups = b.shape[2]
+    by_group = rows, groups, heads // groups
+    log_decay = dt * a  # [B, L, H], never above 0
+    if length > 1:
+        log_decay = torch.cumsum(log_decay, dim=1)
+    queries, keys = _by_group(c), _by_group(b)
+    grown = state.reshape(rows * groups, -1, state.shape[-1])
+    values = (dt[..., None] * x).unflatten(2, (groups, -1))  # [B, L, G, H / G, P]
+    from_state = torch.bmm(queries, grown.transpose(1, 2)).view(rows, groups, length, -1, head_dim)
+    to_here = torch.exp(log_decay).unflatten(2, (groups, -1))
+    y = from_state.transpose(1, 2).mul_(to_here[..., None])
     if length == 1 and not need_state:
-        scores = (queries * keys).sum(-1, keepdim=True)
-        return (from_state + scores * values).view(rows, 1, heads, head_dim), state
+        scores = (queries * keys).sum(-1).view(rows, 1, groups, 1, 1)
+        return y.add_(scores * values).flatten(2, 3), state
     # The exponent is masked, not its result: above the diagonal it could overflow.
+    flat = log_decay.transpose(1, 2).contiguous().view(*by_group, length, 1)
     future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu_(1)
-    decay = torch.exp((flat - flat.transpose(1, 2)).masked_fill_(future, float("-inf")))
-    scores = torch.bmm(queries, keys.transpose(1, 2)) * decay
-    y = (from_state + torch.bmm(scores, values)).view(rows, heads, length, head_dim).transpose(1, 2)
+    decay = (flat - flat.transpose(-1, -2)).masked_fill_(future, float("-inf")).exp_()
+    scores = torch.bmm(queries, keys.transpose(1, 2)).view(rows, groups, 1, length, length)
+    by_head = values.permute(0, 2, 3, 1, 4).reshape(-1, length, head_dim)
+    inside = torch.bmm(decay.mul_(scores).view(-1, length, length), by_head)
+    y = y.add_(inside.view(*by_group, length, head_dim).permute(0, 3, 1, 2, 4)).flatten(2, 3)
     if not need_state:
         return y, state
-    to_end = torch.exp(flat[:, -1:] - flat)
-    added = torch.bmm((values * to_end).transpose(1, 2), keys)
-    carried = grown * torch.exp(flat[:, -1:]) + added
-    return y, carried.view(rows, heads, head_dim, -1)
+    whole = flat[..., -1:, :]
+    by_head = by_head.view(*by_group, length, head_dim).mul_(torch.exp(whole - flat))
+    late = by_head.transpose(3, 4).reshape(rows * groups, -1, length)
+    carried = state.unflatten(1, (groups, -1)) * torch.exp(whole)
+    added = torch.bmm(late, keys).view_as(carried)
+    return y, carried.add_(added).flatten(1, 2)
 
 
-def _per_head(shared: Tensor, per_group: int) -> Tensor:
-    """[B, L, G, N] -> [B * G * per_group, L, N]."""
-    rows, length, groups, state_dim = shared.shape
-    by_group = shared.transpose(1, 2).unsqueeze(2).expand(-1, -1, per_group, -1, -1)
-    return by_group.reshape(rows * groups * per_group, length, state_dim)
+def _by_group(shared: Tensor) -> Tensor:
+    """[B, L, G, N] -> [B * G, L, N]."""
+    return shared.transpose(1, 2).flatten(0, 1)

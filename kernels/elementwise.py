@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 
-def silu(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """x * sigmoid(x), computed in fp32, returned in x's dtype. `out` is an fp32 tensor of x's shape
-    that it may use as memory, and returns if x is fp32."""
+def silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x), computed in fp32, returned in x's dtype."""
     wide = x.float()
-    below = torch.neg(wide, out=out).exp_().add_(1.0)
+    below = torch.neg(wide).exp_().add_(1.0)
     return torch.div(wide, below, out=below).to(x.dtype)
+
+
+def silu_(x: Tensor) -> Tensor:
+    """`silu` of fp32, in place."""
+    return x.div_(torch.neg(x).exp_().add_(1.0))
 
 
 def sigmoid(x: Tensor) -> Tensor:

@@ -68,8 +68,9 @@ def linear_tiled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     padded = F.pad(x, (0, -width % _VECTOR, 0, -rows % _TILE_ROWS))
     if width % _VECTOR:
         weight = F.pad(weight, (0, -width % _VECTOR))
-    tiles = [F.linear(tile, weight, bias) for tile in padded.split(_TILE_ROWS)]
-    return (tiles[0] if len(tiles) == 1 else torch.cat(tiles))[:rows]
+    if rows <= _TILE_ROWS:
+        return F.linear(padded, weight, bias)[:rows]
+    return torch.cat([F.linear(tile, weight, bias) for tile in padded.split(_TILE_ROWS)])[:rows]
 
 
 def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -47,7 +47,7 @@ def mamba_scan(
     [S, H, P, N] fp32 -> y [T, Di] fp32, not gated yet. Di = H P, Cd = Di + 2 G N; z is not read."""
     heads, head_dim, state_dim = ssm_state.shape[1:]
     inner, shared = heads * head_dim, weights.groups * state_dim
-    _, xbc, dt = projected.split((inner, inner + 2 * shared, heads), dim=-1)
+    _, xbc, dt = projected.split_with_sizes((inner, inner + 2 * shared, heads), dim=-1)
     steps = softplus(dt.float() + weights.dt_bias)
     runs = rows.host.runs
     if len(runs) == 1 and runs[0].count == rows.count:
@@ -73,7 +73,7 @@ def _scan_run(
     shared = weights.groups * state_dim
     history = _of_slots(conv_state, run, rows)
     conv = causal_conv1d(run.take(xbc), weights.conv_weight, weights.conv_bias, history).float()
-    values, keys, queries = conv.split((heads * head_dim, shared, shared), dim=-1)
+    values, keys, queries = conv.split_with_sizes((heads * head_dim, shared, shared), dim=-1)
     y = chunk_scan(
         values.unflatten(-1, (heads, -1)),
         run.take(steps),

@@ -163,8 +163,7 @@ def _routed(
         if count:
             outputs.append(_expert(gathered[start : start + count], up, down, expert))
             start += count
-    by_slot = torch.empty_like(gathered)
-    by_slot[order] = torch.cat(outputs)
+    by_slot = torch.empty_like(gathered).index_copy_(0, order, torch.cat(outputs))
     return _weighted_sum(by_slot.view(tokens, slots, -1), scores).to(x.dtype)
 
 
@@ -205,7 +204,7 @@ def _weighted_sum(by_slot: Tensor, weights: Tensor) -> Tensor:
     wide = by_slot.float()
     total = wide[:, 0] * weights[:, 0:1]
     for slot in range(1, weights.shape[1]):
-        total = total + wide[:, slot] * weights[:, slot : slot + 1]
+        total.addcmul_(wide[:, slot], weights[:, slot : slot + 1])
     return total
 
 

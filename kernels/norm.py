@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from twotower.kernels.elementwise import silu
@@ -20,7 +19,8 @@ from twotower.kernels.moe import SlotOutputs
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., H], weight [H] -> [..., H] in x's dtype, normed over the last dimension."""
-    return (_unit_rms(x.float(), eps) * weight.float()).to(x.dtype)
+    wide = x.float()
+    return (wide / _rms(wide, eps)).mul_(weight.float()).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,13 @@ def gated_group_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: flo
 
     The gate comes first: u = y * silu(z), then u is normed within each of `groups` groups.
     """
-    u = y.float() * silu(z.float())
-    grouped = _unit_rms(u.unflatten(-1, (groups, -1)), eps)
-    return (grouped.flatten(-2) * weight.float()).to(z.dtype)
+    u = silu(z.float()).mul_(y.float())
+    grouped = u.unflatten(-1, (groups, -1))
+    grouped.div_(_rms(grouped, eps))
+    return u.mul_(weight.float()).to(z.dtype)
 
 
-def _unit_rms(x: Tensor, eps: float) -> Tensor:
-    """x [..., H] fp32 over the root mean square of its last dimension."""
+def _rms(x: Tensor, eps: float) -> Tensor:
+    """The root mean square of x's last dimension, fp32 [..., 1]."""
     # A division by sqrt: rsqrt rounds differently at the tail of a tensor.
-    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
+    return (x * x).mean(-1, keepdim=True).add_(eps).sqrt_()

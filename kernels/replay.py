@@ -140,7 +140,7 @@ def _replay_batch(
     layers, heads, head_dim, state_dim = ssm_state.shape[1:]
     conv = _advance_conv(conv_state, xbc, weights, slots)
     shared = weights.groups * state_dim
-    x, keys, _ = conv.split((heads * head_dim, shared, shared), dim=-1)
+    x, keys, _ = conv.split_with_sizes((heads * head_dim, shared, shared), dim=-1)
     steps = softplus(dt.float() + weights.dt_bias)
     decays = torch.exp(steps * -torch.exp(weights.a_log))[..., None, None]
     values = (x.unflatten(-1, (heads, head_dim)) * steps[..., None])[..., None]

@@ -17,6 +17,21 @@ import torch
 from torch import Tensor
 
 
+def page_runs(pages: Sequence[int], page_tokens: int, start: int, stop: int) -> list[slice]:
+    """Slices of a pool that hold context tokens start..stop-1, a slice per run of neighbouring
+    pages; `pages` are the row's pages in order."""
+    runs = []
+    while start < stop:
+        first = last = start // page_tokens
+        while (last + 1) * page_tokens < stop and pages[last + 1] == pages[last] + 1:
+            last += 1
+        end = min(stop, (last + 1) * page_tokens)
+        begin = pages[first] * page_tokens + start % page_tokens
+        runs.append(slice(begin, begin + end - start))
+        start = end
+    return runs
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """B rows of a pass over T tokens.
@@ -53,7 +68,9 @@ class Rows:
         known = HostRows(tuple(accumulate(lengths, initial=0)), tuple(slots), tuple(context_lens))
         flat = torch.tensor([*known.cu_seqlens, *slots, *context_lens], dtype=torch.int32)
         count = len(lengths)
-        cu_seqlens, slot_ids, lens = flat.to(pages.device).split((count + 1, count, count))
+        cu_seqlens, slot_ids, lens = flat.to(pages.device).split_with_sizes(
+            (count + 1, count, count)
+        )
         return cls(cu_seqlens, slot_ids, lens, pages, page_tokens, max(lengths), known=known)
 
     @property
@@ -70,12 +87,49 @@ class Rows:
             tuple(self.context_lens.tolist()),
         )
 
-    def pages_of(self, row: int, tokens: int | None = None) -> list[int]:
-        """The pages that hold a row's first `tokens` context tokens; those it sees if None."""
-        host = self.host
-        count = host.context_lens[row] if tokens is None else tokens
-        pages: list[int] = self.pages[host.slots[row], : -(-count // self.page_tokens)].tolist()
-        return pages
+    @cached_property
+    def host_pages(self) -> tuple[list[int], ...]:
+        """The pages of each row's context and new tokens, in order; none of padding."""
+        pages = []
+        for slot, seen, new in zip(
+            self.host.slots, self.host.context_lens, self.host.lengths, strict=True
+        ):
+            count = -(-(seen + new) // self.page_tokens) if slot >= 0 else 0
+            pages.append(self.pages[slot, :count].tolist())
+        return tuple(pages)
+
+    def runs_of(self, row: int, start: int, stop: int) -> list[slice]:
+        """Slices of the pool that hold a row's context tokens start..stop-1."""
+        key = row, start, stop
+        known = self._known_runs.get(key)
+        if known is None:
+            known = page_runs(self.host_pages[row], self.page_tokens, start, stop)
+            self._known_runs[key] = known
+        return known
+
+    @cached_property
+    def real_tokens(self) -> Tensor | None:
+        """The indices of tokens that are not padding, int64; None if all are real."""
+        slots = self.host.slots
+        if min(slots) >= 0:
+            return None
+        spans = [self.host.slice_of(row) for row, slot in enumerate(slots) if slot >= 0]
+        tokens = [token for span in spans for token in range(span.start, span.stop)]
+        return torch.tensor(tokens, dtype=torch.int64, device=self.pages.device)
+
+    @cached_property
+    def new_places(self) -> Tensor:
+        """The pool tokens that the K/V of the real new tokens go to, int64."""
+        host, places = self.host, list[int]()
+        for row, slot in enumerate(host.slots):
+            start = host.context_lens[row]
+            runs = self.runs_of(row, start, start + host.lengths[row]) if slot >= 0 else []
+            places += [token for run in runs for token in range(run.start, run.stop)]
+        return torch.tensor(places, dtype=torch.int64, device=self.pages.device)
+
+    @cached_property
+    def _known_runs(self) -> dict[tuple[int, int, int], list[slice]]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -89,13 +143,19 @@ class Run:
 
     def take(self, packed: Tensor) -> Tensor:
         """packed [T, ...] -> this run's part as [count, length, ...], a view."""
-        part = packed[self.token : self.token + self.count * self.length]
+        stop = self.token + self.count * self.length
+        part = packed if stop - self.token == packed.shape[0] else packed[self.token : stop]
         return part.view(self.count, self.length, *part.shape[1:])
 
     @property
     def rows(self) -> range:
         """The indices of the run's rows."""
         return range(self.row, self.row + self.count)
+
+    def singles(self) -> Iterator[Run]:
+        """The run's rows as runs of one row."""
+        for index in range(self.count):
+            yield Run(self.row + index, 1, self.token + index * self.length, self.length)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import pytest
 from benchmarks.verified import first_difference, rows
 from twotower import GenerationResult
 from twotower.towers.decoding.services import Block
+from twotower.towers.engine.options import PREFILL_CHUNK
 
 
 def result(token_ids: list[int], log_probs: list[float]) -> GenerationResult:
@@ -41,13 +42,13 @@ def test_passes_count_up_to_the_end_of_the_last_block_looked_at() -> None:
     sizes, start = (3, 4, 5), 0
     blocks = []
     for size in sizes:
-        # The first block has the two passes that read a prompt of 65 tokens.
+        # The first block has the two passes that read a prompt of a token more than a piece.
         passes = 1 if start else 3
         blocks.append(Block(start, (7,) * size, (0,) * size, (0.5,) * size, 2, passes))
         start += size
     whole = result([7] * 12, [-1.0] * 12)
     whole.blocks.extend(blocks)
-    prompt = list(range(65))
+    prompt = list(range(PREFILL_CHUNK + 1))
     for tokens, nfe, passes in ((3, 2, 1), (4, 4, 2), (7, 4, 2), (8, 6, 3), (99, 6, 3)):
         (row,) = rows([prompt], [whole], tokens)
         assert len(row.token_ids) == len(row.log_probs) == min(tokens, 12)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from tests.support.comparing import assert_relative_rms, assert_same_bits, normal
-from twotower.kernels.attention import PagedKeyValues, _tiles, page_runs, store_kv
+from twotower.kernels.attention import _TILE as TILE
+from twotower.kernels.attention import PagedKeyValues, _tile, store_kv
 from twotower.kernels.attention import attention as paged_attention
-from twotower.kernels.rows import Rows
+from twotower.kernels.rows import Rows, page_runs
 
-TILE = 1024
 PAGE = 64
 # A page that no pool here has: a table's entries behind a row's pages must not be read.
 NOWHERE = 10**6
@@ -103,6 +103,15 @@ def test_contexts_around_and_beyond_a_tile(causal: bool, context: int) -> None:
     assert_relative_rms(attention(q, k_ctx, v_ctx, k_new, v_new, causal), want, 1e-6)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("length", "context"), [(64, 5), (65, 0), (130, 70), (200, TILE + 3)])
+def test_pieces_of_more_tokens_than_are_computed_at_once(
+    length: int, context: int, causal: bool
+) -> None:
+    inputs = make(length, context, 4, 2, 8)
+    assert_relative_rms(attention(*inputs, causal), true_attention(*inputs, causal), 1e-6)
+
+
 @pytest.mark.parametrize("scale", [30.0, 1e3])
 def test_large_scores_do_not_overflow(scale: float) -> None:
     q, k_ctx, v_ctx, k_new, v_new = make(5, TILE + 40, 4, 2, 8)
@@ -174,7 +183,9 @@ def test_neighbouring_pages_are_read_in_place() -> None:
     in_order, scattered = list(range(20, 36)), [3, 1, 2, *range(5, 18)]
     length = TILE + 3 * PAGE + 6
     for pages, in_place in (([*in_order, 0, 1, 2, 3], True), ([*scattered, 0, 1, 2, 3], False)):
-        first, second = _tiles(PagedKeyValues(k, v), rows_of([1], [0], [length], [pages]), 0)
+        context, rows = PagedKeyValues(k, v), rows_of([1], [0], [length], [pages])
+        first = _tile(context, rows, 0, 0, TILE)
+        second = _tile(context, rows, 0, TILE, length)
         for pool, own, later in zip((k, v), first, second, strict=True):
             assert (own.data_ptr() == pool[:, pages[0] * PAGE :].data_ptr()) is in_place
             assert_same_bits(own, torch.cat([page_of(pool, page) for page in pages[:16]], dim=1))
@@ -306,3 +317,26 @@ def test_bf16_kv_is_stored_as_it_is() -> None:
     pool = PagedKeyValues(wide.k.bfloat16(), wide.v.bfloat16())
     store_kv(k_new[:3].bfloat16(), v_new[:3].bfloat16(), pool, rows_of([3], [1], [0], SLOT_PAGES))
     assert_same_bits(pool.k[:, 9 * PAGE : 9 * PAGE + 3], k_new[:3].bfloat16().transpose(0, 1))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [1, 3, 16, 80])
+def test_rows_of_one_length_share_operations_and_keep_their_bits(length: int, causal: bool) -> None:
+    """Rows of many contexts, none and more than a tile among them; K/V in pages that take turns."""
+    seen = [0, 1, 63, 64, 100, 129, 300, 511, 640, TILE + 70]
+    count, width = len(seen), 48
+    pages = [list(range(row, 18 * count, count)) for row in range(count)]
+    pool = PagedKeyValues(
+        normal(2, 18 * count * PAGE, width, seed=5), normal(2, 18 * count * PAGE, width, seed=6)
+    )
+    tokens = count * length
+    q = normal(tokens, 6, width)
+    k_new, v_new = normal(tokens, 2, width, seed=7), normal(tokens, 2, width, seed=8)
+    slots = list(range(count))
+    rows = rows_of([length] * count, slots, seen, pages)
+    got = paged_attention(q, k_new, v_new, pool, rows, causal)
+    for row in slots:
+        own = rows.host.slice_of(row)
+        one = rows_of([length], [row], [seen[row]], pages)
+        alone = paged_attention(q[own], k_new[own], v_new[own], pool, one, causal)
+        assert_same_bits(got[own], alone, row)

@@ -95,6 +95,15 @@ def test_rows_find_their_tokens() -> None:
     assert [host.slice_of(row) for row in range(3)] == [slice(0, 2), slice(2, 3), slice(3, 7)]
 
 
-def test_a_row_has_the_pages_of_its_visible_tokens() -> None:
-    rows = rows_of([1] * 5, [1, 0, 1, 0, 0], [0, 1, 4, 5, 12])
-    assert [rows.pages_of(row) for row in range(5)] == [[], [7], [5], [7, 3], [7, 3, 0]]
+def test_a_row_has_the_pages_of_its_visible_and_new_tokens() -> None:
+    rows = rows_of([1, 3, 1, 2, 1, 4], [1, 0, 1, 0, 0, -1], [0, 1, 4, 3, 8, 0])
+    assert rows.host_pages == ([5], [7], [5, 1], [7, 3], [7, 3, 0], [])
+
+
+def test_new_tokens_go_behind_the_visible_ones() -> None:
+    """Page 5 holds the pool's tokens 20 to 23, page 1 those from 4 on; padding goes nowhere."""
+    rows = rows_of([3, 2, 1], [1, -1, 0], [2, 1, 0])
+    assert rows.new_places.tolist() == [22, 23, 4, 28]
+    assert rows.real_tokens is not None
+    assert rows.real_tokens.tolist() == [0, 1, 2, 5]
+    assert rows_of([3, 2], [1, 0], [2, 1]).real_tokens is None

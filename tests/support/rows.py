@@ -18,7 +18,8 @@ from twotower.towers.model.denoiser_tower import DenoiserTower
 from twotower.towers.request.params import GenerationParams
 
 # Rows short enough that a thousand of them fit into the pool of a test.
-OPTIONS = EngineOptions(max_num_seqs=1024, max_context=512, prefix_cache_mib=0)
+# Prompts of tests are short: pieces are too, so that there are several.
+OPTIONS = EngineOptions(max_num_seqs=1024, max_context=512, prefix_cache_mib=0, prefill_chunk=64)
 PROMPT = [5, 3, 17, 3, 9]
 
 Towers = tuple[ContextTower, DenoiserTower]

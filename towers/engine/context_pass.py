@@ -158,10 +158,12 @@ class ContextPass:
             logits = self._tower.logits(lines)
             if not bool(torch.isfinite(logits).all()):
                 return NumericalError("non-finite logits while scoring")
-            logprobs = torch.log_softmax(logits.float(), dim=-1)
+            wide = logits.float()
+            # As `most_probable` makes them, so that a token is told one number in both places.
+            logprobs = wide - torch.logsumexp(wide, dim=-1, keepdim=True)
             found += logprobs.gather(1, targets_of_lines).squeeze(1).tolist()
             if top_logprobs:
-                most += most_probable(logprobs, top_logprobs)
+                most += most_probable(wide, top_logprobs)
         return ContextResult(last, logprobs=tuple(found), top_log_probs=tuple(most))
 
 

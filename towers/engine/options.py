@@ -11,13 +11,14 @@ from twotower.towers.state.budget import pool_for
 from twotower.towers.state.pool import StatePool
 
 # Prompts are read on a grid of this many tokens whatever shares the pass, so that a prompt's state
-# has the same bits after a restart, in another batch and from the prefix cache. A GPU reads the
-# weights of a pass for 64 tokens in the time in which it could compute with 1024.
-PREFILL_CHUNK = 64
+# has the same bits after a restart, in another batch and from the prefix cache. Pieces are as long
+# as a row that streams beside them may wait: of 64 tokens a CPU gives each expert too few to be
+# worth its weights, and a GPU reads a pass's weights in the time in which it computes with 1024.
+PREFILL_CHUNK = 256
 _PREFILL_CHUNK = {"cpu": PREFILL_CHUNK, "cuda": 1024}
 # On CUDA a pass is bound by its weights up to thousands of tokens, on a CPU by its tokens.
 _MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 4096}
-_MAX_PREFILL_TOKENS = {"cpu": 64, "cuda": 1024}
+_MAX_PREFILL_TOKENS = {"cpu": PREFILL_CHUNK, "cuda": 1024}
 # A GPU's passes have their memory reserved before; on a CPU they and other programs need the rest.
 _MEMORY_FRACTION = {"cpu": 0.25, "cuda": 0.95}
 # Least values; the documentation of the settings reads them here.

@@ -143,7 +143,8 @@ def mamba(
     views of the raw xBC [T, Cd] and dt [T, H], of `into` [T, Di + Cd + H] if that is given."""
     projected = dispatch.linear(x, weights.in_proj, weights.in_proj_bias, into)
     y = dispatch.mamba_scan(projected, scan_weights(weights, config), conv_state, ssm_state, rows)
-    z, xbc, dt = projected.split((config.d_inner, config.conv_dim, config.mamba_num_heads), dim=-1)
+    widths = config.d_inner, config.conv_dim, config.mamba_num_heads
+    z, xbc, dt = projected.split_with_sizes(widths, dim=-1)
     u = dispatch.gated_group_norm(y, z, weights.norm, config.n_groups, config.layer_norm_epsilon)
     return dispatch.linear(u, weights.out_proj, weights.out_proj_bias), xbc, dt
 
@@ -171,7 +172,7 @@ def attention(
     """Returns the output, and views of the new K and V [T, nkv, hd]."""
     heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     qkv = dispatch.linear(x, weights.qkv, weights.qkv_bias).unflatten(-1, (-1, width))
-    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+    q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), dim=1)
     out = dispatch.attention(q, k, v, context, rows, causal)
     return dispatch.linear(out, weights.o_proj, weights.o_proj_bias), k, v
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twotower.kernels.attention import PagedKeyValues, page_runs
+from twotower.kernels.attention import PagedKeyValues
+from twotower.kernels.rows import page_runs
 from twotower.towers.config.model_config import ATTENTION, MAMBA, TwoTowerConfig
 from twotower.towers.state.pages import PAGE_TOKENS, PageAllocator, SlotAllocator, pages_for
 

@@ -122,10 +122,10 @@ def test_separate_devices_give_what_shared_ones_give(mode: str) -> None:
 
 
 def test_a_resumed_prompt_is_cut_where_it_was_cut_before() -> None:
-    prompt, generated = list(range(150)), list(range(32))
+    prompt, generated = list(range(2 * PREFILL_CHUNK + 22)), list(range(32))
     diffusion = prefill_pieces(prompt, generated, GenerationParams(), PREFILL_CHUNK)
-    assert [len(piece) for piece in diffusion] == [64, 64, 22, 16, 16]
+    assert [len(piece) for piece in diffusion] == [256, 256, 22, 16, 16]
     mock_ar = GenerationParams(mode="mock_ar")
     mock = prefill_pieces(prompt, generated[:2], mock_ar, PREFILL_CHUNK)
-    assert [len(piece) for piece in mock] == [64, 64, 21, 1, 1, 1]
+    assert [len(piece) for piece in mock] == [256, 256, 21, 1, 1, 1]
     assert [token for piece in diffusion for token in piece] == prompt + generated

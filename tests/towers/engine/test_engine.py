@@ -14,7 +14,6 @@ from torch import Tensor
 from tests.support.rows import PROMPT, Pair, Towers, params_of, tokens_of
 from tests.support.statistics import chi_square
 from twotower.towers.decoding.services import Block
-from twotower.towers.engine.options import PREFILL_CHUNK
 from twotower.towers.engine.prefill import prefill_pieces
 from twotower.towers.errors import CapacityError
 
@@ -310,7 +309,7 @@ def test_prompts_are_cut_on_a_fixed_grid(
     mode: str, prompt: int, generated: int, lengths: list[int]
 ) -> None:
     tokens, done = list(range(prompt)), list(range(1000, 1000 + generated))
-    pieces = prefill_pieces(tokens, done, params_of(mode, block_size=8), PREFILL_CHUNK)
+    pieces = prefill_pieces(tokens, done, params_of(mode, block_size=8), 64)
     assert [len(piece) for piece in pieces] == lengths
     assert [token for piece in pieces for token in piece] == tokens + done
 

@@ -40,9 +40,9 @@ def test_a_share_of_memory_is_above_0_and_at_most_1(fraction: float) -> None:
 
 def test_the_device_decides_what_is_not_given() -> None:
     free = EngineOptions()
-    assert free.pass_limits("cpu") == PassLimits(512, 64)
+    assert free.pass_limits("cpu") == PassLimits(512, 256)
     assert free.pass_limits("cuda") == PassLimits(4096, 1024)
-    assert (free.prefill_chunk_on("cpu"), free.prefill_chunk_on("cuda")) == (64, 1024)
+    assert (free.prefill_chunk_on("cpu"), free.prefill_chunk_on("cuda")) == (256, 1024)
     given = EngineOptions(
         max_num_batched_tokens=7, max_prefill_tokens=5, max_rows_per_pass=3, prefill_chunk=9
     )

@@ -188,7 +188,7 @@ def test_the_rows_of_a_pass_are_told_by_their_states() -> None:
     assert rows.host.cu_seqlens == (0, 2, 7)
     assert rows.pages is pool.page_table
     assert rows.page_tokens == PAGE_TOKENS
-    assert [rows.pages_of(row) for row in range(2)] == [[3], [0, 1]]
+    assert rows.host_pages == ([3], [0, 1])
     other = StatePool(SMALL, 1, 1, CPU, torch.float32)
     with pytest.raises(AssertionError, match="states of one pass share a pool"):
         rows_of([states[0], other.open(1)], [1, 1], [0, 0])
