@@ -152,12 +152,12 @@ class ServiceConfig(BaseModel):
     max_prefill_tokens: int | None = Field(
         None,
         le=MOST_COUNT,
-        description="prompt tokens in a pass that other rows share; none = 64, on cuda 1024",
+        description="prompt tokens in a pass that other rows share; none = 256, on cuda 1024",
     )
     prefill_chunk: int | None = Field(
         None,
         le=MOST_COUNT,
-        description="grid on which prompts are read; none = 64, on cuda 1024",
+        description="grid on which prompts are read; none = 256, on cuda 1024",
     )
     prefix_cache_mib: int = Field(
         256, le=MOST_COUNT, description="MiB of snapshots of the prefix cache; 0 = none"
