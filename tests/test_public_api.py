@@ -180,7 +180,11 @@ def test_alternatives_of_a_result(model: TwoTower, mode: Any) -> None:
     plain = model.generate([PROMPT], **how)[0]
     result = model.generate([PROMPT], top_logprobs=3, **how)[0]
     assert plain.top_log_probs == []
-    assert (result.token_ids, result.log_probs) == (plain.token_ids, plain.log_probs)
+    assert result.token_ids == plain.token_ids
+    # Which tokens share a pass of these modes depends on how long passes take, and with it last bits.
+    rounds = mode in ("verified", "auto")
+    expected = pytest.approx(plain.log_probs, abs=1e-5) if rounds else plain.log_probs
+    assert result.log_probs == expected
     assert [len(line) for line in result.top_log_probs] == [3] * 10
     assert result.top_log_probs == [line for b in result.blocks for line in b.top_log_probs]
     # The best of the model's own distribution, which is drawn where nothing else was asked for.
