@@ -181,7 +181,7 @@ def test_alternatives_of_a_result(model: TwoTower, mode: Any) -> None:
     result = model.generate([PROMPT], top_logprobs=3, **how)[0]
     assert plain.top_log_probs == []
     assert result.token_ids == plain.token_ids
-    # Which tokens share a pass of these modes depends on how long passes take, and with it last bits.
+    # Which tokens share a pass here depends on how long passes take, and with it last bits.
     rounds = mode in ("verified", "auto")
     expected = pytest.approx(plain.log_probs, abs=1e-5) if rounds else plain.log_probs
     assert result.log_probs == expected
