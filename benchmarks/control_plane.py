@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--pass-ms", type=float, default=0.0, help="time that a block takes")
     parser.add_argument("--blocks", type=int, default=64, help="blocks a request")
+    parser.add_argument("--ramp-s", type=float, default=0.0, help="time in which streams begin")
     parser.add_argument("--seconds", type=float, default=6.0, help="of each window")
     parser.add_argument("--begin-s", type=float, default=40.0, help="most time for first blocks")
     parser.add_argument(
@@ -266,7 +267,7 @@ async def window(
     method, application = called
     root = os.getpid()
     idle = resident(usages(GROUPS, root))
-    async with running(targets, method, request, application, streams, ahead=1) as load:
+    async with running(targets, method, request, application, streams, 1, args.ramp_s) as load:
         begun = await until(lambda: load.begun == streams, args.begin_s)
         await asyncio.sleep(SETTLE_S)
         before, client, begin = usages(GROUPS, root), time.process_time(), time.perf_counter()

@@ -41,8 +41,15 @@ class Load:
 
     @property
     def begun(self) -> int:
-        """Streams whose first request has brought a block."""
-        return sum(1 for times in self.requests[: self.streams] if times.arrivals)
+        """Streams that have brought a block."""
+        return len({each.stream for each in self.requests if each.arrivals})
+
+    def firsts(self) -> list[StreamTimes]:
+        """The first request of each stream."""
+        found: dict[int, StreamTimes] = {}
+        for each in self.requests:
+            found.setdefault(each.stream, each)
+        return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class LoadFigures:
 
 def figures(load: Load, begin: float, end: float) -> LoadFigures:
     """The figures of a load within a window."""
-    burst = [each for each in load.requests[: load.streams] if each.arrivals]
+    burst = [each for each in load.firsts() if each.arrivals]
     inside = [each for each in load.requests if begin <= each.sent < end and each.arrivals]
     of_stream = [0] * load.streams
     for each in load.requests:
@@ -89,8 +96,9 @@ async def running(
     application: str,
     streams: int,
     ahead: int,
+    ramp_s: float = 0.0,
 ) -> AsyncIterator[Load]:
-    """That many streams of a method, all begun at once and each begun again at its end, for as
+    """That many streams of a method, begun within `ramp_s` and each begun again at its end, for as
     long as the block lasts; the first `ahead` messages and the last of each are no blocks. Targets
     are taken in turn."""
     load = Load(streams)
@@ -104,6 +112,7 @@ async def running(
 
         async def keep(stream: int) -> None:
             call = calls[stream % len(calls)]
+            await asyncio.sleep(ramp_s * stream / streams)
             while True:
                 await _read(lambda: call(request, metadata=metadata), load, stream, ahead)
 
