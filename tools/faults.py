@@ -703,6 +703,50 @@ GPU = [
         "test_on_device",
     ),
 ]
+CONTROL_PLANE = [
+    Fault(
+        "calls: any secret will do",
+        "cluster",
+        "if not hmac.compare_digest(given_bytes, self._token.encode()):",
+        "if not given_bytes:",
+        "test_stream",
+    ),
+    Fault(
+        "calls: those of a broken stream wait on",
+        "cluster",
+        "                waiting.set_exception(UnavailableError(_GONE))",
+        "                pass",
+        "test_stream",
+    ),
+    Fault(
+        "calls: what nobody waits for goes on",
+        "cluster",
+        "        for task in self._calls:\n            task.cancel()",
+        "        self._calls.clear()",
+        "test_stream",
+    ),
+    Fault(
+        "patience: a check ends a later wait",
+        "deployments",
+        "        if limit is self._limit and self._error is None:",
+        "        limit = self._limit or limit\n        if self._error is None:",
+        "test_pair_patience",
+    ),
+    Fault(
+        "loads: a report that is told again undoes own rows",
+        "deployments",
+        "rows is None or read_at == self._read_at.get(pair, math.nan):",
+        "rows is None:",
+        "test_loads",
+    ),
+    Fault(
+        "moves: a report from before the row says that it waits",
+        "deployments",
+        "self._queued[index] > 0 and self._came[index] > at",
+        "self._queued[index] > 0",
+        "test_loads test_pairs",
+    ),
+]
 FAULTS = (
     *SCHEDULER,
     *UNMASKING,
@@ -719,4 +763,5 @@ FAULTS = (
     *FRONTS,
     *DRAFTS,
     *GPU,
+    *CONTROL_PLANE,
 )
