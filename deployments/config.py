@@ -84,9 +84,9 @@ class ServiceConfig(BaseModel):
     )
     ingress: Ingress = Field(
         "proxy",
-        description="who listens: proxy = Serve's proxy, direct = the routers themselves, number n "
-        "on grpc_port + n and http_port + n, for a third less processor time (Ray calls it alpha). "
-        "Under a Serve config the environment of Ray's processes decides",
+        description="who listens: proxy = Serve's proxy, direct = the routers themselves, each on "
+        "ports from grpc_port and http_port on, for a third less processor time (Ray calls it "
+        "alpha). Under a Serve config the environment of Ray's processes decides",
     )
     api_keys: list[ApiKey] = Field(
         default_factory=list,

@@ -721,8 +721,8 @@ CONTROL_PLANE = [
     Fault(
         "calls: what nobody waits for goes on",
         "cluster",
-        "        for task in self._calls:\n            task.cancel()",
-        "        self._calls.clear()",
+        "        for task in self._calls:\n            task.cancel()\n",
+        "        self._calls.clear()\n",
         "test_stream",
     ),
     Fault(
@@ -742,8 +742,8 @@ CONTROL_PLANE = [
     Fault(
         "moves: a report from before the row says that it waits",
         "deployments",
-        "self._queued[index] > 0 and self._came[index] > at",
-        "self._queued[index] > 0",
+        "        if index is None or self._came[index] <= at:",
+        "        if index is None:",
         "test_loads test_pairs",
     ),
 ]

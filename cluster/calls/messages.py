@@ -21,8 +21,11 @@ from twotower.towers import errors
 from twotower.towers.errors import InvalidRequestError, TwoTowerError, shorten
 from twotower.towers.request.params import GenerationParams
 
-# A row's parameters come with each of its calls: so many are kept in both forms.
-KEPT_PARAMS = 4096
+# A row's parameters come with each of its calls: so many are kept in both forms, if they are short.
+KEPT_PARAMS, KEPT_BYTES = 4096, 1024
+# Biases of tokens and stop strings up to which parameters are short.
+_KEPT_PARTS = 8
+_INT_BITS = 63
 _DTYPES = {str(dtype): dtype for dtype in (torch.int64, torch.float32)}
 _KINDS = {
     name: kind
@@ -52,9 +55,9 @@ class Failure(msgspec.Struct, array_like=True, frozen=True):
     def of(cls, error: Exception) -> Failure:
         """The message of an error."""
         if isinstance(error, InvalidRequestError):
-            value = error.value if isinstance(error.value, Part) else shorten(error.value)
-            return cls(InvalidRequestError.__name__, (error.field, value, error.limit))
-        return cls(type(error).__name__, (str(error),))
+            parts = (error.field, _plain(error.value), error.limit)
+            return cls(InvalidRequestError.__name__, parts)
+        return cls(type(error).__name__, (_plain(str(error)),))
 
     def error(self) -> Exception:
         """The error again; RuntimeError for one that is not in towers/errors.py."""
@@ -95,19 +98,24 @@ class CallTypes:
         return self._signatures[call].value(packed)
 
 
+def packed(message: Request | Answer) -> msgspec.Raw:
+    """A message by itself. Raises TypeError, ValueError, OverflowError for what has none."""
+    return msgspec.Raw(_ENCODER.encode(message))
+
+
 def packed_arguments(arguments: Sequence[object]) -> msgspec.Raw:
-    """Arguments of a call, by position. Raises TypeError for what has no message."""
-    sent = [_packed_params(arg) if isinstance(arg, GenerationParams) else arg for arg in arguments]
+    """Arguments of a call, by position; raises as `packed`."""
+    sent = [_sent_params(arg) if isinstance(arg, GenerationParams) else arg for arg in arguments]
     return msgspec.Raw(_ENCODER.encode(sent))
 
 
 def packed_value(value: object) -> msgspec.Raw:
-    """The value of a call. Raises TypeError for what has no message."""
+    """The value of a call; raises as `packed`."""
     return msgspec.Raw(_ENCODER.encode(value))
 
 
-def encode(messages: Sequence[Request] | Sequence[Answer]) -> bytes:
-    """Several messages as one."""
+def joined(messages: Sequence[msgspec.Raw]) -> bytes:
+    """Several packed messages as one."""
     return _ENCODER.encode(messages)
 
 
@@ -126,7 +134,8 @@ class _Signature:
     def arguments(self, packed: msgspec.Raw) -> list[Any]:
         found = list(self._arguments(packed))
         for index in self._params:
-            found[index] = _params(found[index])
+            sent: bytes = found[index]
+            found[index] = _kept_params(sent) if len(sent) <= KEPT_BYTES else _PARAMS.decode(sent)
         return found
 
 
@@ -142,10 +151,21 @@ def _wire_type(hint: Any) -> Any:
     return hint
 
 
+def _plain(value: object) -> Part:
+    """A part of an error as a message may hold it."""
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if value is None or isinstance(value, float):
+        return value
+    if isinstance(value, int) and value.bit_length() <= _INT_BITS:
+        return value
+    return shorten(value)
+
+
 def _encoded(value: object) -> object:
     """A tensor's dtype, shape and bytes."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"a {type(value).__name__} has no message")
+    if not isinstance(value, Tensor) or str(value.dtype) not in _DTYPES:
+        raise TypeError(f"a {getattr(value, 'dtype', type(value).__name__)} has no message")
     return str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes()
 
 
@@ -154,17 +174,26 @@ def _decoded(kind: type, value: Any) -> object:
     if kind is not Tensor:
         raise TypeError(f"no message holds a {kind.__name__}")
     dtype, shape, content = value
+    if not content:
+        return torch.empty(shape, dtype=_DTYPES[dtype])
     return torch.frombuffer(bytearray(content), dtype=_DTYPES[dtype]).reshape(shape)
 
 
+def _sent_params(params: GenerationParams) -> bytes:
+    """A row's parameters as an argument of its calls."""
+    if len(params.logit_bias) + len(params.stop) > _KEPT_PARTS:
+        return _ENCODER.encode(params)
+    return _kept_bytes(params)
+
+
 @lru_cache(KEPT_PARAMS)
-def _packed_params(params: GenerationParams) -> bytes:
+def _kept_bytes(params: GenerationParams) -> bytes:
     return _ENCODER.encode(params)
 
 
 @lru_cache(KEPT_PARAMS)
-def _params(packed: bytes) -> GenerationParams:
-    return _PARAMS.decode(packed)
+def _kept_params(sent: bytes) -> GenerationParams:
+    return _PARAMS.decode(sent)
 
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_encoded)

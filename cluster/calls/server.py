@@ -18,7 +18,8 @@ from twotower.cluster.calls.messages import (
     CallTypes,
     Failure,
     Request,
-    encode,
+    joined,
+    packed,
     packed_value,
 )
 from twotower.cluster.calls.stream import (
@@ -39,6 +40,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Target = Callable[[str | None], object]
 _REQUESTS = msgspec.msgpack.Decoder(list[Request])
 _NOTHING = packed_value(None)
+# Cut short, a release would leave what its row holds: these end whatever becomes of their stream.
+_RELEASE = ".release"
+_RELEASES: set[asyncio.Task[None]] = set()
 _SERVER_OPTIONS = [*OPTIONS, ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2)]
 
 
@@ -105,30 +109,33 @@ class _Answers:
         self._types = types
         self._context = context
         self._calls: set[asyncio.Task[None]] = set()
-        self._unsent: list[Answer] = []
+        self._unsent: list[msgspec.Raw] = []
         self._sending: asyncio.Task[None] | None = None
 
     def begin(self, request: Request) -> None:
         """Begins a call, in the order in which they were sent."""
         task = asyncio.create_task(self._answer(request))
-        self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
+        calls = _RELEASES if request.call.endswith(_RELEASE) else self._calls
+        calls.add(task)
+        task.add_done_callback(calls.discard)
 
     def end(self) -> None:
-        """Gives up what is under way: nobody waits for it any more."""
+        """Gives up what is under way, as nobody waits for it any more, but lets releases end."""
         for task in self._calls:
             task.cancel()
+        if self._sending is not None:
+            self._sending.cancel()
 
     async def _answer(self, request: Request) -> None:
         try:
             arguments = self._types.arguments(request.call, request.arguments)
             method = getattr(self._target(request.side), request.call.rpartition(".")[2])
-            answer = Answer(request.number, packed_value(await method(*arguments)))
+            answer = packed(Answer(request.number, packed_value(await method(*arguments))))
         except TwoTowerError as error:
-            answer = Answer(request.number, _NOTHING, Failure.of(error))
+            answer = packed(Answer(request.number, _NOTHING, Failure.of(error)))
         except Exception as error:
             logger.exception("a call of a tower failed: %s", request.call)
-            answer = Answer(request.number, _NOTHING, Failure.of(error))
+            answer = packed(Answer(request.number, _NOTHING, Failure.of(error)))
         self._unsent.append(answer)
         if self._sending is None:
             self._sending = asyncio.create_task(self._send())
@@ -138,8 +145,8 @@ class _Answers:
         try:
             while self._unsent:
                 answers, self._unsent = self._unsent, []
-                await self._context.write(encode(answers))
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                await self._context.write(joined(answers))
+        except (grpc.aio.BaseError, grpc.RpcError, asyncio.InvalidStateError):
             # The stream is over, which its reader sees as well.
             self._unsent.clear()
         finally:

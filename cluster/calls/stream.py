@@ -6,6 +6,7 @@ A call as a task of an actor costs both processes several times what a message o
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,14 @@ import grpc
 import grpc.aio
 import msgspec
 
-from twotower.cluster.calls.messages import Answer, CallTypes, Request, encode, packed_arguments
+from twotower.cluster.calls.messages import (
+    Answer,
+    CallTypes,
+    Request,
+    joined,
+    packed,
+    packed_arguments,
+)
 from twotower.cluster.channel.tls import TARGET_NAME, channel_credentials
 from twotower.towers.errors import UnavailableError
 
@@ -26,7 +34,9 @@ ADMITTED_KEY = "twotower-calls-admitted"
 KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 10_000, 10_000
 # Above a prompt of the longest context, whose ids take up to 5 bytes.
 MOST_BYTES = 256 << 20
-OPEN_TIMEOUT_S = 30.0
+OPEN_TIMEOUT_S = 10.0
+# After a stream that did not open, calls fail at once for so long.
+REST_S = 1.0
 OPTIONS = [
     ("grpc.max_send_message_length", MOST_BYTES),
     ("grpc.max_receive_message_length", MOST_BYTES),
@@ -56,19 +66,26 @@ class CallAddress:
 class CallStream:
     """Calls of the towers of a process; use it from one event loop only.
 
-    A stream that breaks fails the calls that wait; the next call opens another.
+    A stream that breaks fails the calls that wait; the next call opens another, and calls that come
+    meanwhile share its fate.
     """
 
     def __init__(self, target: CallAddress, types: CallTypes) -> None:
         self._target = target
         self._types = types
         self._numbers = itertools.count()
-        self._opening = asyncio.Lock()
         self._stream: _Stream | None = None
+        self._opening: asyncio.Task[_Stream] | None = None
+        self._gone_until = 0.0
+        self._closed = False
 
     def carries(self, call: str) -> bool:
         """Whether calls of that name go over the stream."""
         return call in self._types
+
+    async def open(self) -> None:
+        """Opens the stream, if it is not open. Raises UnavailableError."""
+        await self._opened()
 
     async def make(self, side: str | None, call: str, arguments: Sequence[object]) -> Any:
         """The value of a call. Raises what the tower raised, UnavailableError if it is gone."""
@@ -76,25 +93,43 @@ class CallStream:
         if stream is None or stream.broken:
             stream = await self._opened()
         number = next(self._numbers)
-        request = Request(number, side, call, packed_arguments(arguments))
-        answer = await stream.answer(request)
+        request = packed(Request(number, side, call, packed_arguments(arguments)))
+        answer = await stream.answer(number, request)
         if answer.failure is not None:
             raise answer.failure.error()
         return self._types.value(call, answer.value)
 
     async def close(self) -> None:
-        """Ends the stream; calls that wait fail."""
+        """Ends the stream for good; calls that wait fail."""
+        self._closed = True
         if self._stream is not None:
             await self._stream.close()
 
     async def _opened(self) -> _Stream:
-        async with self._opening:
-            if self._stream is None or self._stream.broken:
-                await self.close()
-                stream = _Stream(self._target)
-                await stream.open()
-                self._stream = stream
+        if self._stream is not None and not self._stream.broken:
             return self._stream
+        if self._closed or asyncio.get_running_loop().time() < self._gone_until:
+            raise UnavailableError(_GONE)
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._open(), context=contextvars.Context())
+            self._opening.add_done_callback(_retrieve)
+        return await asyncio.shield(self._opening)
+
+    async def _open(self) -> _Stream:
+        try:
+            if self._stream is not None:
+                await self._stream.close()
+            stream = _Stream(self._target)
+            await stream.open()
+        except UnavailableError:
+            self._gone_until = asyncio.get_running_loop().time() + REST_S
+            raise
+        finally:
+            self._opening = None
+        self._stream = stream
+        if self._closed:
+            await stream.close()
+        return stream
 
 
 class _Stream:
@@ -106,48 +141,55 @@ class _Stream:
         make: Any = self._channel.stream_stream(METHOD, None, None)
         self._call = make(metadata=((TOKEN_KEY, target.token),))
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
-        self._unsent: list[Request] = []
+        self._unsent: list[msgspec.Raw] = []
         self._sending: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Waits until the tower's process has taken the stream. Raises UnavailableError."""
+        metadata: dict[str, Any] = {}
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
                 metadata = dict(await self._call.initial_metadata() or ())
         except (TimeoutError, *_Broken):
-            metadata = {}
+            # Said below, whatever the reason.
+            pass
+        finally:
+            if ADMITTED_KEY not in metadata:
+                await self.close()
         if ADMITTED_KEY not in metadata:
-            await self.close()
             raise UnavailableError(_GONE)
         self._reading = asyncio.create_task(self._read())
 
-    async def answer(self, request: Request) -> Answer:
+    async def answer(self, number: int, request: msgspec.Raw) -> Answer:
         """Sends a request and waits for its answer."""
+        if self.broken:
+            raise UnavailableError(_GONE)
         waiting: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting[request.number] = waiting
+        self._waiting[number] = waiting
         self._unsent.append(request)
         if self._sending is None:
             self._sending = asyncio.create_task(self._send())
         try:
             return await waiting
         finally:
-            self._waiting.pop(request.number, None)
+            self._waiting.pop(number, None)
 
     async def close(self) -> None:
         """Ends the stream."""
         self._break()
-        self._call.cancel()
         tasks = [task for task in (self._sending, self._reading) if task is not None]
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self._channel.close(grace=None)
+        try:
+            await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            await self._channel.close(grace=None)
 
     async def _send(self) -> None:
         """Sends what is there until nothing is left; what comes meanwhile goes together."""
         try:
             while self._unsent:
                 requests, self._unsent = self._unsent, []
-                await self._call.write(encode(requests))
+                await self._call.write(joined(requests))
         except _Broken:
             self._break()
         finally:
@@ -168,9 +210,16 @@ class _Stream:
 
     def _break(self) -> None:
         self.broken = True
+        self._call.cancel()
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(UnavailableError(_GONE))
+
+
+def _retrieve(opening: asyncio.Task[_Stream]) -> None:
+    """Marks a failure as seen: those who waited for it may have been cancelled."""
+    if not opening.cancelled():
+        opening.exception()
 
 
 def _channel_to(target: CallAddress) -> grpc.aio.Channel:

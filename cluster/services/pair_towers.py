@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from twotower.cluster.services.tower_services import (
     Call,
@@ -74,6 +74,7 @@ class PairTowers:
         self._repair_timeout = repair_timeout_s
         self._answer_timeout = answer_timeout_s
         self._last_stats: EngineStats | None = None
+        self._releasing: set[asyncio.Future[Any]] = set()
         self.context: ContextTowerService = _AssignedContext(self)
         self.denoiser: DenoiserTowerService = _AssignedDenoisers(self)
 
@@ -185,8 +186,13 @@ class PairTowers:
             # The loss was not noticed yet, or only this row is concerned.
             await self._look_after(seat, seat.index in await self.tower.broken_links())
         seat = await self._working_seat()
-        # A tower that is gone has nothing to release.
-        await asyncio.gather(self._seat(row_id).tower.release(row_id), return_exceptions=True)
+        before = self._seat(row_id).tower
+        # A tower that is gone has nothing to release, and may take long to say so.
+        released = asyncio.gather(before.release(row_id), return_exceptions=True)
+        self._releasing.add(released)
+        released.add_done_callback(self._releasing.discard)
+        if before is seat.tower:
+            await released
         # Before the row is opened there: whatever happens then, it is released there too.
         capacity = self._seat(row_id).rows.pop(row_id)
         seat.rows[row_id] = capacity

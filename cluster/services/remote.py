@@ -53,6 +53,8 @@ class _Remote(TowerService):
         """Loads the tower. Raises CheckpointError, DeviceError."""
         await plainly(self._actor.load.remote())
         self.calls = CallStream(await plainly(self._actor.answer_calls.remote()), ROW_CALLS)
+        # A tower whose calls do not arrive is found now, and not by its first row.
+        await self.calls.open()
 
     async def close(self) -> None:
         """Ends the stream of calls; those that wait fail."""
@@ -61,7 +63,13 @@ class _Remote(TowerService):
 
     async def release(self, row_id: str) -> None:
         """Frees the row, even if the request that asks for it is cancelled."""
-        await detached(lambda: self._call(TowerService.release, row_id))
+        await detached(lambda: self._released(row_id))
+
+    async def check(self) -> None:
+        """Raises UnavailableError if the tower cannot serve, or its calls do not arrive."""
+        await super().check()
+        if self.calls is not None:
+            await self.calls.open()
 
     async def _opened(self, row_id: str, opening: Coroutine[Any, Any, T]) -> T:
         """Waits until a row is open. If this is cancelled, the row is released once that call has
@@ -83,10 +91,22 @@ class _Remote(TowerService):
         # A tower that is gone has nothing to release.
         await asyncio.gather(self.release(row_id), return_exceptions=True)
 
+    async def _released(self, row_id: str) -> None:
+        try:
+            await self._call(TowerService.release, row_id)
+        except UnavailableError:
+            # With the stream alone, the row would stay; with its tower, this fails as well.
+            await self._task(TowerService.release, row_id)
+
     async def _call(self, call: Call[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        if self.calls is not None and self.calls.carries(call.__qualname__):
-            told: T = await self.calls.make(self._side, call.__qualname__, args)
-            return told
+        if self.calls is None or not self.calls.carries(call.__qualname__):
+            return await self._task(call, *args, **kwargs)
+        assert not kwargs, "messages have arguments by position"
+        answer: T = await self.calls.make(self._side, call.__qualname__, args)
+        return answer
+
+    async def _task(self, call: Call[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Makes a call as a task of the actor."""
         if self._side is not None:
             sent = self._actor.call.remote(self._side, call, *args, **kwargs)
         else:

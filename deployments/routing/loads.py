@@ -83,10 +83,12 @@ class Loads:
         idle: NDArray[np.bool_] = self._queued == 0
         return idle & (rows <= limit)
 
-    def queued_since(self, pair: str, at: float) -> bool:
-        """Whether a pair has reported rows that wait, after a time."""
+    def queued_since(self, pair: str, at: float) -> float:
+        """The rows that wait, if a pair has reported any after a time, else 0."""
         index = self._index.get(pair)
-        return index is not None and self._queued[index] > 0 and self._came[index] > at
+        if index is None or self._came[index] <= at:
+            return 0.0
+        return float(self._queued[index])
 
     def queued(self) -> float:
         """Rows that wait in all pairs."""

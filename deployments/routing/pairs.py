@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from twotower.deployments.routing.affinity import Beginnings, chain_of, preferred
+from twotower.deployments.routing.affinity import Beginnings, Place, chain_of, preferred
 from twotower.deployments.routing.loads import Loads, Report
 from twotower.deployments.routing.policy import Breaker, PairRows, Room, target_of
 
@@ -17,6 +18,9 @@ FULL_S = 5.0
 # Of the places that are free by the reports, the share that all routers together fill at a look:
 # there are about two looks to a report.
 MOVED_SHARE = 0.5
+# Moves of a request by reports, which do not say whose rows wait: a row that its pair reads already
+# may go, too.
+MOST_MOVES = 2
 # Pairs of a rank that Serve asks for the length of their queues.
 CHOICES = 2
 
@@ -24,12 +28,15 @@ CHOICES = 2
 @dataclass
 class _Attempt:
     """`pair` has the attempt since `since`, None until one does; `suspect` if that pair was avoided
-    when it got the attempt. `target` is the pair that a moved attempt is sent to."""
+    when it got the attempt. `target` is the pair that a moved attempt is sent to, after so many
+    `moves` by reports. `place` is where its prompt belongs, once that was asked for."""
 
     pair: str | None = None
     suspect: bool = False
     target: str | None = None
     since: float = 0.0
+    moves: int = 0
+    place: Place | None = None
 
 
 class Pairs:
@@ -88,9 +95,11 @@ class Pairs:
             if row_id not in self._attempts:
                 # Serve's thread may not have heard yet that the attempt is over.
                 return
+            before, suspect = self._attempts[row_id], self._breaker.avoids(pair)
             self._end(row_id)
-            suspect = self._breaker.avoids(pair)
-            self._attempts[row_id] = _Attempt(pair, suspect, since=self._clock())
+            self._attempts[row_id] = replace(
+                before, pair=pair, suspect=suspect, target=None, since=self._clock()
+            )
             self._on(pair).waiting[row_id] = None
             self._loads.count(pair, len(self._on(pair)))
 
@@ -138,12 +147,15 @@ class Pairs:
         If so it is over here, and the attempt `next_id` counts there from now on.
         """
         with self._lock:
+            attempt = self._attempt(row_id)
+            moves = attempt.moves
             target = self._target_of_waiting(row_id, room)
-            target = target or self._target_by_reports(row_id, room)
+            if target is None:
+                target, moves = self._target_by_reports(row_id, room), moves + 1
             if target is None:
                 return False
             self._end(row_id)
-            self._attempts[next_id] = _Attempt(target=target)
+            self._attempts[next_id] = _Attempt(target=target, moves=moves, place=attempt.place)
             self._on(target).coming.add(next_id)
             self._loads.count(target, len(self._on(target)))
             return True
@@ -168,7 +180,9 @@ class Pairs:
             # A row that is sent to a pair says nothing about another.
             ranks = self._breaker.ranked(self._up, probe=row_id is not None and target is None)
             working = ranks[-1]
-            own = self._belongs(chain, working) if chain else None
+            # Serve asks again while no pair takes an attempt: its prompt counts once.
+            asked = self._attempt(row_id) if row_id is not None else _Attempt()
+            own = self._belongs(asked, chain, working) if chain else None
         chosen = [random.sample(rank, min(CHOICES, len(rank))) for rank in ranks]
         if own is not None:
             # Behind a pair that is being probed, before the others.
@@ -177,12 +191,14 @@ class Pairs:
             chosen.insert(0, [target])
         return chosen
 
-    def _belongs(self, chain: list[int], working: Sequence[str]) -> str | None:
-        """The pair that a prompt of that chain belongs to, of those that work."""
+    def _belongs(self, asked: _Attempt, chain: list[int], working: Sequence[str]) -> str | None:
+        """The pair that an attempt at a prompt of that chain belongs to, of those that work."""
         fits = self._loads.fits()
         if len(working) < len(self._up):
             fits &= self._loads.among(working)
-        index = preferred(self._beginnings.place(chain), self._loads.keys, fits)
+        if asked.place is None:
+            asked.place = self._beginnings.place(chain)
+        index = preferred(asked.place, self._loads.keys, fits)
         return None if index is None else self._up[index]
 
     def _target_of_waiting(self, row_id: str, room: Room) -> str | None:
@@ -203,9 +219,12 @@ class Pairs:
         a probability with which all together fill the room."""
         attempt = self._attempt(row_id)
         pair, loads = attempt.pair, self._loads
-        if loads.num_routers == 1 or pair is None or row_id not in self._on(pair).waiting:
+        if loads.num_routers == 1 or pair is None or attempt.moves == MOST_MOVES:
             return None
-        if not loads.queued_since(pair, attempt.since):
+        queued = loads.queued_since(pair, attempt.since)
+        # A pair lets rows in as they come: those that wait came last, about as many of each router.
+        waiting = list(self._on(pair).waiting)[-math.ceil(queued / loads.num_routers) :]
+        if not queued or row_id not in waiting:
             return None
         free, avoided = loads.free(room.places), self._no_targets()
         if avoided:

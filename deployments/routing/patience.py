@@ -57,7 +57,11 @@ class Patience:
         self._error = None
         try:
             async with asyncio.timeout(None) as self._limit:
-                return await answer
+                found = await answer
+            if self._error is not None:
+                # What ended the wait came with the answer: it has been acted on, as by a move.
+                raise self._error
+            return found
         except TimeoutError:
             if self._error is None:
                 raise

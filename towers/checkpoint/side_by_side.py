@@ -44,6 +44,11 @@ def _begun(count: int) -> ThreadPoolExecutor:
             for _ in range(count):
                 pool.submit(together.wait)
             together.wait()
+        except BaseException:
+            # Those that have begun would wait for the others for ever.
+            together.abort()
+            pool.shutdown()
+            raise
         finally:
             # The setting of a thread that has begun stays its own; this one is for later threads.
             torch.set_num_threads(before)

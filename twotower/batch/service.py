@@ -51,7 +51,7 @@ class OwnService:
         """With free ports, unless the settings name them. Raises ConfigError."""
         ports = {"http_port": free_port(), "grpc_port": free_port()}
         # Nobody but the job asks it.
-        inside = {"http_host": "127.0.0.1", "api_keys": []}
+        inside = {"http_host": "127.0.0.1", "api_keys": [], "ingress": "proxy"}
         return cls(ServiceConfig.from_settings({**ports, **settings, **inside}))
 
     def model(self) -> ServedModel:

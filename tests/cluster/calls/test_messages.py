@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from twotower.cluster.calls import messages
 from twotower.cluster.calls.messages import Failure, packed_arguments, packed_value
 from twotower.cluster.services.tower_services import ROW_CALLS
 from twotower.towers import errors
@@ -145,6 +146,35 @@ def test_errors_come_as_they_were(kind: Any) -> None:
 def test_a_value_that_has_no_message_is_shown() -> None:
     came = Failure.of(InvalidRequestError("stop", [None], "strings")).error()
     assert str(came) == "stop: got '[None]', expected strings"
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**70), 10**500])
+def test_a_number_that_no_message_holds_is_shown(value: int) -> None:
+    came = Failure.of(InvalidRequestError("seed", value, "less")).error()
+    packed_value(Failure.of(InvalidRequestError("seed", value, "less")))
+    assert isinstance(came, InvalidRequestError)
+    assert came.field == "seed"
+
+
+def test_a_draft_without_tokens_has_scores_without_lines() -> None:
+    none = DraftScores(torch.zeros(0, 64, dtype=torch.int64), torch.zeros(0, 64))
+    call = ("row", (), PARAMS, (), none)
+    came = ROW_CALLS.arguments("ContextTowerService.verify", packed_arguments(call))[4]
+    assert came.scores.shape == (0, 64)
+
+
+def test_a_tensor_of_another_kind_has_no_message() -> None:
+    with pytest.raises(TypeError, match=r"torch\.bfloat16 has no message"):
+        packed_value(torch.zeros(2, dtype=torch.bfloat16))
+
+
+def test_long_parameters_are_not_kept() -> None:
+    params = GenerationParams(logit_bias=tuple((token, 1.0) for token in range(1000)), seed=1)
+    before = messages._kept_bytes.cache_info().currsize, messages._kept_params.cache_info().currsize
+    call = ("row", (1,), (), params)
+    assert ROW_CALLS.arguments("ContextTowerService.prefill", packed_arguments(call))[3] == params
+    after = messages._kept_bytes.cache_info().currsize, messages._kept_params.cache_info().currsize
+    assert after == before
 
 
 def test_other_errors_keep_their_text() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -38,6 +39,8 @@ class Tower:
         self.begun: list[str] = []
         self.ended: list[str] = []
         self.may_open = asyncio.Event()
+        self.may_release = asyncio.Event()
+        self.may_release.set()
         self.error: Exception | None = None
 
     async def open(self, row_id: str, capacity: int) -> int:
@@ -50,6 +53,8 @@ class Tower:
 
     async def release(self, row_id: str) -> None:
         self.begun.append(row_id)
+        await self.may_release.wait()
+        self.ended.append(row_id)
 
     async def extend(
         self, row_id: str, token_ids: tuple[int, ...], params: GenerationParams, _output: object
@@ -129,14 +134,14 @@ async def test_calls_and_answers_that_are_ready_go_together(
 ) -> None:
     sent: dict[Any, list[int]] = {stream_module: [], server_module: []}
     for module, sizes in sent.items():
-        encode = module.encode
+        joined = module.joined
 
-        def counted(messages: Any, sizes: Any = sizes, encode: Any = encode) -> bytes:
+        def counted(messages: Any, sizes: Any = sizes, joined: Any = joined) -> bytes:
             sizes.append(len(messages))
-            content: bytes = encode(messages)
+            content: bytes = joined(messages)
             return content
 
-        monkeypatch.setattr(module, "encode", counted)
+        monkeypatch.setattr(module, "joined", counted)
     async with answering(Tower()) as address, calling(address) as stream:
         await extended(stream)
         await asyncio.gather(*(extended(stream) for _ in range(20)))
@@ -245,3 +250,72 @@ async def test_a_caller_that_gives_up_leaves_nothing_behind() -> None:
         assert await extended(stream) == Extended(2)
         assert stream._stream is not None
         assert not stream._stream._waiting
+
+
+async def test_a_release_ends_though_its_stream_has_broken() -> None:
+    tower = Tower()
+    tower.may_release.clear()
+    async with answering(tower) as address, calling(address) as stream:
+        opening = asyncio.ensure_future(stream.make(None, OPEN, ("a", 64)))
+        releasing = asyncio.ensure_future(stream.make(None, RELEASE, ("b",)))
+        await until(lambda: tower.begun == ["a", "b"])
+        assert stream._stream is not None
+        stream._stream._call.cancel()
+        for call in (opening, releasing):
+            with pytest.raises(UnavailableError, match="is gone"):
+                await call
+        # What waits for room is given up at once, and what frees it is not.
+        await until(lambda: tower.ended == ["a"])
+        tower.may_release.set()
+        await until(lambda: tower.ended == ["a", "b"])
+
+
+async def test_calls_of_a_lost_machine_wait_together_and_then_fail_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stream_module, "OPEN_TIMEOUT_S", 0.3)
+    clock = asyncio.get_running_loop().time
+    # Takes connections and says nothing.
+    with socket.create_server((HOST, 0)) as silent:
+        stream = CallStream(CallAddress(f"{HOST}:{silent.getsockname()[1]}", "secret"), ROW_CALLS)
+        begin = clock()
+        lost = [extended(stream) for _ in range(8)]
+        outcomes = await asyncio.gather(*lost, return_exceptions=True)
+        assert all(isinstance(outcome, UnavailableError) for outcome in outcomes)
+        assert clock() - begin < 2 * 0.3
+        begin = clock()
+        with pytest.raises(UnavailableError, match="is gone"):
+            await extended(stream)
+        assert clock() - begin < 0.1
+        await stream.close()
+
+
+async def test_a_stream_that_was_closed_stays_so() -> None:
+    tower = Tower()
+    async with answering(tower) as address, calling(address) as stream:
+        await stream.open()
+        await stream.close()
+        with pytest.raises(UnavailableError, match="is gone"):
+            await extended(stream)
+    assert tower.begun == []
+
+
+@pytest.mark.parametrize("text", ["\udcff", "plain"])
+async def test_any_error_has_a_message(text: str) -> None:
+    tower = Tower()
+    tower.error = ValueError(text)
+    async with answering(tower) as address, calling(address) as stream:
+        with pytest.raises(RuntimeError, match="ValueError: "):
+            await extended(stream)
+
+
+async def test_a_value_without_a_message_fails_its_call_alone() -> None:
+    class Odd(Tower):
+        async def open(self, row_id: str, capacity: int) -> Any:
+            del row_id, capacity
+            return object()
+
+    async with answering(Odd()) as address, calling(address) as stream:
+        with pytest.raises(RuntimeError, match="TypeError: a object has no message"):
+            await stream.make(None, OPEN, ("a", 64))
+        assert await extended(stream) == Extended(2)

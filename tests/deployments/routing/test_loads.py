@@ -97,7 +97,7 @@ def test_room_is_what_is_left_where_nobody_waits(loads: Loads) -> None:
     loads.count("e", 1)
     assert loads.free(8).tolist() == [4.0, 0.0, 0.0, 8.0, 0.0]
     assert loads.queued() == 1.0
-    assert [loads.queued_since("c", at) for at in (49.0, 50.0)] == [True, False]
+    assert [loads.queued_since("c", at) for at in (49.0, 50.0)] == [1.0, 0.0]
     assert not loads.queued_since("a", 49.0)
     assert not loads.queued_since("gone", 49.0)
 

@@ -105,6 +105,21 @@ async def test_a_check_that_fails_after_the_answer_ends_no_later_wait() -> None:
         assert await patience.wait(after(2 * PERIOD_S, "next")) == "next"
 
 
+async def test_what_has_ended_a_wait_stands_though_the_answer_came_with_it() -> None:
+    """A move has been noted before it is raised: the row must not go on where it was."""
+    checks = Checks()
+    answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def look() -> None:
+        answer.set_result("answer")
+        raise KeyError("moved")
+
+    with Patience(checks.check, PERIOD_S, look) as patience:
+        with pytest.raises(KeyError, match="moved"):
+            await patience.wait(answer)
+        assert await patience.wait(after(0, "next")) == "next"
+
+
 async def test_an_answers_own_timeout_stays_one() -> None:
     async def slow() -> str:
         raise TimeoutError("the pair's own")

@@ -293,9 +293,34 @@ def test_of_several_routers_each_moves_rows_that_wait_by_the_reports(
     # That report came with the rows: it does not say that they wait. The next does.
     clock.now += 1.0
     pairs.reported({"a": waits(9, 1, 2.0), "b": waits(0, 0, 2.0)})
-    assert moved(pairs, "begun") == []
-    assert moved(pairs, "1") == ["1"]
-    assert pairs.target_of("1'") == "b"
+    # Of those that came last one waits: the other may have been let in.
+    assert moved(pairs, "begun", "1") == []
+    assert moved(pairs, *(["2"] * 50)) == ["2"]
+    assert pairs.target_of("2'") == "b"
+
+
+def test_a_row_is_moved_by_reports_twice_at_most(pairs: Pairs, clock: Clock) -> None:
+    pairs.routers(4)
+    put(pairs, "a", "1")
+    row, here = "1", "a"
+    for number in range(3):
+        there = "b" if here == "a" else "a"
+        clock.now += 1.0
+        pairs.reported({here: waits(9, 5, number), there: waits(0, 0, number)})
+        if number == 2:
+            assert moved(pairs, *([row] * 50)) == []
+            return
+        assert moved(pairs, *([row] * 50)) == [row]
+        row, here = f"{row}'", there
+        pairs.routed(row, here)
+
+
+def test_a_prompt_that_is_asked_for_again_counts_once(pairs: Pairs) -> None:
+    prompt = tuple(range(STEP_TOKENS))
+    pairs.opened("1")
+    for _ in range(50):
+        pairs.choice("1", prompt)
+    assert len(pairs._beginnings._recent) == 1
 
 
 def test_rows_stay_where_the_reports_show_no_room(pairs: Pairs, clock: Clock) -> None:
