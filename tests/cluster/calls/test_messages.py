@@ -148,7 +148,9 @@ def test_a_value_that_has_no_message_is_shown() -> None:
     assert str(came) == "stop: got '[None]', expected strings"
 
 
-@pytest.mark.parametrize("value", [2**63, -(2**70), 10**500])
+@pytest.mark.parametrize(
+    "value", [2**63, -(2**70), 10**500], ids=["64 bits", "70 bits", "many digits"]
+)
 def test_a_number_that_no_message_holds_is_shown(value: int) -> None:
     came = Failure.of(InvalidRequestError("seed", value, "less")).error()
     packed_value(Failure.of(InvalidRequestError("seed", value, "less")))
