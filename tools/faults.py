@@ -707,8 +707,8 @@ CONTROL_PLANE = [
     Fault(
         "calls: any secret will do",
         "cluster",
-        "if not hmac.compare_digest(given_bytes, self._token.encode()):",
-        "if not given_bytes:",
+        "if not shows(metadata, TOKEN_KEY, self._token.encode()):",
+        "if not metadata.get(TOKEN_KEY):",
         "test_stream",
     ),
     Fault(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import secrets
 from collections.abc import AsyncIterator, Callable
@@ -24,12 +23,12 @@ from twotower.cluster.calls.messages import (
 )
 from twotower.cluster.calls.stream import (
     ADMITTED_KEY,
-    KEEPALIVE_MS,
     METHOD,
     OPTIONS,
     TOKEN_KEY,
     CallAddress,
 )
+from twotower.cluster.channel.peers import add_port, shows
 from twotower.cluster.channel.tls import Identity
 from twotower.towers.errors import TwoTowerError
 
@@ -43,7 +42,6 @@ _NOTHING = packed_value(None)
 # Cut short, a release would leave what its row holds: these end whatever becomes of their stream.
 _RELEASE = ".release"
 _RELEASES: set[asyncio.Task[None]] = set()
-_SERVER_OPTIONS = [*OPTIONS, ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2)]
 
 
 class CallServer:
@@ -62,20 +60,15 @@ class CallServer:
 
     async def start(self, host: str) -> CallAddress:
         """Listens on a free port of `host`."""
-        self._server = grpc.aio.server(options=_SERVER_OPTIONS)
+        self._server = grpc.aio.server(options=OPTIONS)
         service, method = METHOD.strip("/").split("/")
         handler = grpc.stream_stream_rpc_method_handler(self._serve)
         handlers = grpc.method_handlers_generic_handler(service, {method: handler})
         self._server.add_generic_rpc_handlers((handlers,))
-        host = f"[{host}]" if ":" in host else host
-        if self._identity is None:
-            port, certificate = self._server.add_insecure_port(f"{host}:0"), None
-        else:
-            credentials = self._identity.server_credentials()
-            port = self._server.add_secure_port(f"{host}:0", credentials)
-            certificate = self._identity.certificate
+        address = add_port(self._server, host, self._identity)
         await self._server.start()
-        return CallAddress(f"{host}:{port}", self._token, certificate)
+        certificate = None if self._identity is None else self._identity.certificate
+        return CallAddress(address, self._token, certificate)
 
     async def stop(self) -> None:
         """Ends all streams and stops to listen."""
@@ -85,9 +78,7 @@ class CallServer:
     async def _serve(self, messages: AsyncIterator[bytes], context: Context) -> None:
         """Serves one stream until it ends; what it has asked for then ends too."""
         metadata = dict(context.invocation_metadata() or ())
-        given = metadata.get(TOKEN_KEY, "")
-        given_bytes = given if isinstance(given, bytes) else given.encode()
-        if not hmac.compare_digest(given_bytes, self._token.encode()):
+        if not shows(metadata, TOKEN_KEY, self._token.encode()):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong or missing token")
         await context.send_initial_metadata(((ADMITTED_KEY, "1"),))
         stream = _Answers(self._target, self._types, context)

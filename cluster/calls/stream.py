@@ -24,7 +24,7 @@ from twotower.cluster.calls.messages import (
     packed,
     packed_arguments,
 )
-from twotower.cluster.channel.tls import TARGET_NAME, channel_credentials
+from twotower.cluster.channel.peers import channel_to, retrieve
 from twotower.towers.errors import UnavailableError
 
 METHOD = "/twotower.v1.TowerCalls/Make"
@@ -112,7 +112,7 @@ class CallStream:
             raise UnavailableError(_GONE)
         if self._opening is None:
             self._opening = asyncio.create_task(self._open(), context=contextvars.Context())
-            self._opening.add_done_callback(_retrieve)
+            self._opening.add_done_callback(retrieve)
         return await asyncio.shield(self._opening)
 
     async def _open(self) -> _Stream:
@@ -137,7 +137,7 @@ class _Stream:
 
     def __init__(self, target: CallAddress) -> None:
         self.broken = False
-        self._channel = _channel_to(target)
+        self._channel = channel_to(target.address, target.certificate, OPTIONS)
         make: Any = self._channel.stream_stream(METHOD, None, None)
         self._call = make(metadata=((TOKEN_KEY, target.token),))
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
@@ -214,16 +214,3 @@ class _Stream:
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(UnavailableError(_GONE))
-
-
-def _retrieve(opening: asyncio.Task[_Stream]) -> None:
-    """Marks a failure as seen: those who waited for it may have been cancelled."""
-    if not opening.cancelled():
-        opening.exception()
-
-
-def _channel_to(target: CallAddress) -> grpc.aio.Channel:
-    if target.certificate is None:
-        return grpc.aio.insecure_channel(target.address, options=OPTIONS)
-    credentials = channel_credentials(target.certificate)
-    return grpc.aio.secure_channel(target.address, credentials, options=[*OPTIONS, *TARGET_NAME])

@@ -24,13 +24,13 @@ from twotower.cluster.channel.allocator import keep_freed_memory
 from twotower.cluster.channel.carrier import BesideFrame, Carrier, CarrierError, InFrame
 from twotower.cluster.channel.faults import FaultyCarrier
 from twotower.cluster.channel.outgoing import Outgoing, ShareQueue
+from twotower.cluster.channel.peers import channel_to, retrieve
 from twotower.cluster.channel.self_test import (
     SELF_TEST_PLANS,
     SELF_TEST_ROW,
     SELF_TEST_TIMEOUT_S,
     known_shares,
 )
-from twotower.cluster.channel.tls import TARGET_NAME, channel_credentials
 from twotower.cluster.channel.transfers import Transfers
 from twotower.cluster.topology import GroupFault, Transport
 from twotower.protos.v1 import state_pb2
@@ -211,7 +211,7 @@ class GrpcStateLink:
         self._wake.set()
         # Shielded: the update goes on to the mirror even if its waiter was cancelled.
         task = asyncio.ensure_future(self._receipt(update))
-        task.add_done_callback(_retrieve)
+        task.add_done_callback(retrieve)
         outcome = await asyncio.shield(task)
         if outcome == state_pb2.StateReceipt.OUTCOME_STALE:
             self._break("another link has taken its place")
@@ -338,7 +338,7 @@ class GrpcStateLink:
 
     async def _connect(self) -> None:
         keep_freed_memory()
-        self._channel = _channel_to(self._spec)
+        self._channel = channel_to(self._spec.address, self._spec.certificate, OPTIONS)
         # Frames are serialized by `framing`.
         publish: Any = self._channel.stream_stream(
             METHOD, request_serializer=None, response_deserializer=state_pb2.StateReceipt.FromString
@@ -420,16 +420,3 @@ class _Writer:
 
     def abort(self) -> None:
         self._link.abort(self._outgoing)
-
-
-def _channel_to(spec: LinkSpec) -> grpc.aio.Channel:
-    if spec.certificate is None:
-        return grpc.aio.insecure_channel(spec.address, options=OPTIONS)
-    credentials = channel_credentials(spec.certificate)
-    return grpc.aio.secure_channel(spec.address, credentials, options=[*OPTIONS, *TARGET_NAME])
-
-
-def _retrieve(task: asyncio.Task[int]) -> None:
-    """Marks a failure as seen: the waiter may have been cancelled."""
-    if not task.cancelled():
-        task.exception()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -26,6 +25,7 @@ from twotower.cluster.channel.grpc import (
     TRANSPORT_KEY,
 )
 from twotower.cluster.channel.mirrors import Mirrors
+from twotower.cluster.channel.peers import add_port, shows
 from twotower.cluster.channel.process_group import Rendezvous
 from twotower.cluster.channel.self_test import SELF_TEST_ROW, has_known_values
 from twotower.cluster.channel.tls import Identity
@@ -95,15 +95,10 @@ class StateReceiver:
         )
         handlers = grpc.method_handlers_generic_handler(service, {method: handler})
         self._server.add_generic_rpc_handlers((handlers,))
-        self._host = f"[{host}]" if ":" in host else host
-        port = self._add_port(self._server, f"{self._host}:0")
+        address = add_port(self._server, host, self._identity)
+        self._host = address.rpartition(":")[0]
         await self._server.start()
-        return f"{self._host}:{port}"
-
-    def _add_port(self, server: grpc.aio.Server, address: str) -> int:
-        if self._identity is None:
-            return server.add_insecure_port(address)
-        return server.add_secure_port(address, self._identity.server_credentials())
+        return address
 
     async def stop(self) -> None:
         """Ends all streams and stops to listen."""
@@ -137,9 +132,7 @@ class StateReceiver:
     async def _authenticate(self, context: Context) -> Transport:
         """The link's transport, once it has shown the token."""
         metadata = dict(context.invocation_metadata() or ())
-        given = metadata.get(TOKEN_KEY, "")
-        given_bytes = given if isinstance(given, bytes) else given.encode()
-        if not hmac.compare_digest(given_bytes, self._token):
+        if not shows(metadata, TOKEN_KEY, self._token):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong or missing link token")
         transport = metadata.get(TRANSPORT_KEY, "grpc")
         if transport == "grpc":
